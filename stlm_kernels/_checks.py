@@ -1,0 +1,150 @@
+"""Argument checks of every public op, with one message form: name, expected, got.
+
+Shapes, dtypes, devices and scalars are checked always. *Values* of tensors are checked only where
+looking at them is free of a device synchronisation and of graph breaks: see `values_visible`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ID_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
+KERNEL_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FLOATS = (*KERNEL_FLOATS, torch.float64)
+
+
+def require(ok: bool, name: str, expected: str, got: Any) -> None:
+    """Raise the project's ValueError unless `ok`."""
+    if not ok:
+        raise ValueError(f"{name}: expected {expected}, got {got}")
+
+
+def require_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    require(value in choices, name, "one of " + ", ".join(map(repr, choices)), repr(value))
+
+
+def require_int_at_least(name: str, value: Any, minimum: int) -> None:
+    ok = isinstance(value, int | torch.SymInt) and not isinstance(value, bool) and value >= minimum
+    require(ok, name, f"an int >= {minimum}", repr(value))
+
+
+def require_tensor(
+    name: str,
+    x: Any,
+    shape: Sequence[int | str],
+    dtypes: Sequence[torch.dtype],
+    device: torch.device | None = None,
+) -> None:
+    """`shape` holds a size, or a letter for a size that is free."""
+    require(isinstance(x, Tensor), name, "a Tensor", type(x).__name__)
+    fits = x.ndim == len(shape) and all(
+        isinstance(want, str) or have == want for have, want in zip(x.shape, shape, strict=True)
+    )
+    if not fits:
+        wanted = "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"
+        raise ValueError(f"{name}: expected shape {wanted}, got {tuple(x.shape)}")
+    if x.dtype not in dtypes:
+        wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise ValueError(f"{name}: expected dtype {wanted}, got {str(x.dtype)[6:]}")
+    if device is not None and x.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {x.device}")
+
+
+def require_ids(name: str, ids: Any, device: torch.device | None = None) -> None:
+    """1-D ids of any accepted integer type."""
+    require_tensor(name, ids, ("T",), ID_DTYPES, device)
+
+
+def require_offsets(name: str, offsets: Any, device: torch.device) -> None:
+    """1-D int32 prefix sums with at least one entry."""
+    require_tensor(name, offsets, ("n+1",), (torch.int32,), device)
+    require(offsets.shape[0] >= 1, name, "at least 1 entry", "0 entries")
+
+
+def weight_dtypes(activation: torch.dtype) -> tuple[torch.dtype, ...]:
+    """A weight has the activation's dtype, or fp32 beside a 16-bit activation."""
+    if activation in (torch.bfloat16, torch.float16):
+        return (activation, torch.float32)
+    return (activation,)
+
+
+def activation_dtypes(activation: Tensor) -> tuple[torch.dtype, ...]:
+    """What a second activation may have: the first one's dtype; under autocast any it rounds."""
+    if activation.dtype != torch.float64 and torch.is_autocast_enabled(activation.device.type):
+        return KERNEL_FLOATS
+    return (activation.dtype,)
+
+
+def output_dtype(activation: Tensor) -> torch.dtype:
+    """The activation's dtype; under autocast the autocast dtype (fp64 is never touched)."""
+    device = activation.device.type
+    if activation.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return activation.dtype
+
+
+def inside_torch_func(x: Tensor) -> bool:
+    """True for a tensor that a torch.func transform has wrapped (never while compiling)."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def values_visible(*tensors: Tensor | None) -> bool:
+    """True where reading values is free: plain CPU tensors, eager, outside torch.func."""
+    if torch.compiler.is_compiling():
+        return False
+    return all(
+        x is None
+        or (
+            x.device.type == "cpu"
+            and type(x) in (Tensor, torch.nn.Parameter)
+            and not inside_torch_func(x)
+        )
+        for x in tensors
+    )
+
+
+def in_functorch(*tensors: Tensor | None) -> bool:
+    """True if any of them is wrapped by a torch.func transform (grad, vmap, ...)."""
+    return any(
+        x is not None and torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors
+    )
+
+
+def check_id_values(name: str, ids: Tensor, low: int, high: int) -> None:
+    """IndexError unless low <= ids < high; reads the values, so on a GPU it synchronises."""
+    if ids.numel() == 0 or (ids.dtype == torch.uint8 and low <= 0 and high > 255):
+        return
+    smallest, largest = torch.aminmax(ids)
+    if int(smallest) >= low and int(largest) < high:
+        return
+    wide = ids.long().flatten()
+    position = int(((wide < low) | (wide >= high)).nonzero()[0])
+    raise IndexError(
+        f"{name}: expected values in [{low}, {high - 1}], got {int(wide[position])} "
+        f"at position {position}"
+    )
+
+
+def check_offset_values(name: str, offsets: Tensor, total: int) -> None:
+    """ValueError unless offsets start at 0, never decrease and end at or before `total`."""
+    first, last = int(offsets[0]), int(offsets[-1])
+    require(first == 0, name, "first entry 0", first)
+    steps = offsets.diff()
+    if steps.numel() and int(steps.min()) < 0:
+        position = int((steps < 0).nonzero()[0]) + 1
+        raise ValueError(
+            f"{name}: expected non-decreasing entries, got {int(offsets[position])} "
+            f"after {int(offsets[position - 1])} at position {position}"
+        )
+    require(last <= total, name, f"last entry <= {total}", last)
+
+
+def clamped_bounds(offsets: Tensor, total: int) -> Tensor:
+    """Offsets made safe without looking at them: within [0, total] and non-decreasing."""
+    return offsets.clamp(0, total).cummax(0).values

@@ -1,0 +1,164 @@
+"""Which implementation runs: `impl="auto" | "triton" | "torch"`.
+
+An explicit wish is obeyed or refused with all reasons. "auto" takes the torch path on every device
+but CUDA; on CUDA it warns once per op and set of reasons when the kernels cannot take a case.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+
+from ._checks import require_choice
+
+Impl = Literal["auto", "triton", "torch"]
+Reasons = Callable[..., list[str]]
+
+IMPLS = ("auto", "triton", "torch")
+MIN_CAPABILITY = (8, 0)
+_warned: set[tuple[str, ...]] = set()
+
+
+@functools.cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def kernels_interpreted() -> bool:
+    """True when triton decorated our kernels for its interpreter, so that they run on CPU."""
+    if not has_triton():
+        return False
+    from triton.runtime.interpreter import InterpretedFunction
+
+    from . import _tiles
+
+    return isinstance(_tiles.segment_bounds, InterpretedFunction)
+
+
+@torch.compiler.assume_constant_result
+def machine_reasons(device_type: str, index: int | None) -> list[str]:
+    """Why no kernel of ours can run on this device, whatever the arguments."""
+    if not has_triton():
+        return ["triton is not installed (pip install triton)"]
+    if device_type == "cpu":
+        if kernels_interpreted():
+            return []
+        return ["the tensors are on cpu and the kernels run on CUDA devices"]
+    if device_type != "cuda":
+        return [f"the tensors are on {device_type} and the kernels run on CUDA devices"]
+    if torch.version.hip is not None:
+        return ["the kernels were never run on ROCm"]
+    capability = torch.cuda.get_device_capability(index)
+    if capability < MIN_CAPABILITY:
+        return [f"compute capability {capability} is below {MIN_CAPABILITY}"]
+    return []
+
+
+def use_triton(
+    op: str,
+    impl: Impl,
+    device: torch.device,
+    unsupported: Reasons,
+    declined: Reasons | None = None,
+    **arguments: Any,
+) -> bool:
+    """Decide between the kernels (True) and the torch path (False).
+
+    Args:
+        op: public name of the op, for messages.
+        impl: the caller's wish.
+        device: where the op's tensors live.
+        unsupported: `launch.unsupported_reasons` of the op; called with `arguments`.
+        declined: the op's reasons to prefer the torch path although (or because) a library does
+            the case better. "auto" then takes the torch path and nothing warns.
+        arguments: the public arguments of the op.
+
+    Raises:
+        ValueError: `impl` is none of the three.
+        NotImplementedError: impl="triton" and some reason speaks against it; lists all.
+    """
+    require_choice("impl", impl, IMPLS)
+    if impl == "torch" or (impl == "auto" and device.type != "cuda"):
+        return False
+    reasons = machine_reasons(device.type, device.index) + unsupported(**arguments)
+    if impl == "triton":
+        if reasons:
+            raise NotImplementedError(_refusal(op, reasons))
+        return True
+    if declined is not None and declined(**arguments):
+        return False
+    if reasons:
+        _warn_once(op, reasons)
+    return not reasons
+
+
+def without_kernel(op: str, impl: Impl, device: torch.device) -> None:
+    """The dispatch of an op that has a torch path only."""
+    require_choice("impl", impl, IMPLS)
+    if impl == "triton":
+        raise NotImplementedError(_refusal(op, [*machine_reasons(device.type, None), NO_KERNEL]))
+
+
+NO_KERNEL = "this op has no Triton kernel yet"
+
+
+def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> list[str]:
+    """Why a call would not run our Triton kernels: all reasons; empty if it would.
+
+    Args:
+        op: a public op of `stlm_kernels`, or its name.
+        args, kwargs: the arguments of the call, `impl` included.
+
+    Returns:
+        One sentence for each reason.
+
+    Raises:
+        ValueError: no such op. TypeError: the arguments do not fit the op's signature.
+    """
+    name = op if isinstance(op, str) else op.__name__
+    package = f"{__package__}.ops.{name}"
+    if not name.isidentifier() or importlib.util.find_spec(package) is None:
+        raise ValueError(f"op: expected a public op of stlm_kernels, got {name!r}")
+    function = getattr(importlib.import_module(package), name)
+    arguments = inspect.signature(function).bind(*args, **kwargs)
+    arguments.apply_defaults()
+    impl = arguments.arguments.pop("impl")
+    require_choice("impl", impl, IMPLS)
+    return _reasons_against(package, impl, arguments.arguments)
+
+
+def _reasons_against(package: str, impl: Impl, arguments: dict[str, Any]) -> list[str]:
+    device = next(x.device for x in arguments.values() if isinstance(x, torch.Tensor))
+    reasons = machine_reasons(device.type, device.index)
+    if impl == "torch":
+        reasons = ["impl='torch' was asked for", *reasons]
+    if impl == "auto" and device.type == "cpu" and not reasons:
+        reasons = ["impl='auto' takes the torch path on cpu tensors"]
+    if importlib.util.find_spec(f"{package}.launch") is None:
+        return [*reasons, NO_KERNEL]
+    launch = importlib.import_module(f"{package}.launch")
+    declined = getattr(launch, "declined_reasons", None)
+    if declined is not None and impl == "auto":
+        reasons = reasons + declined(**arguments)
+    return reasons + launch.unsupported_reasons(**arguments)
+
+
+def _refusal(op: str, reasons: list[str]) -> str:
+    return f"{op}: impl='triton' cannot run this call: " + "; ".join(reasons)
+
+
+def _warn_once(op: str, reasons: list[str]) -> None:
+    key = (op, *reasons)
+    if key in _warned or torch.compiler.is_compiling():
+        return
+    _warned.add(key)
+    text = f"{op}: taking the torch path: " + "; ".join(reasons)
+    warnings.warn(text, RuntimeWarning, stacklevel=4)

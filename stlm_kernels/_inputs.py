@@ -1,0 +1,61 @@
+"""Realistic inputs for the cases of the pooling ops: text, ids and patch borders from a seed."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sysconfig
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+TEXTS = ("english", "code", "uniform", "equal")
+
+
+@functools.cache
+def _stock_text(kind: str) -> Tensor:
+    """Text that every Python carries: its own manual's topics, or its library's sources."""
+    if kind == "english":
+        spec = importlib.util.find_spec("pydoc_data.topics")
+        assert spec is not None
+        assert spec.origin is not None
+        raw = Path(spec.origin).read_bytes().replace(b"\\n", b"\n")
+    else:
+        library = Path(sysconfig.get_path("stdlib"))
+        raw = b"".join((library / f"{name}.py").read_bytes() for name in ("typing", "argparse"))
+    return torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+
+
+def text_bytes(kind: str, total: int, rng: torch.Generator) -> Tensor:
+    """(total,) uint8 on CPU: "english", "code", "uniform" random bytes, or all "equal"."""
+    if kind == "equal":
+        return torch.full((total,), 101, dtype=torch.uint8)
+    if kind == "uniform":
+        return torch.randint(0, 256, (total,), generator=rng, dtype=torch.uint8)
+    text = _stock_text(kind)
+    first = int(torch.randint(0, text.shape[0], (), generator=rng))
+    return text.roll(-first).repeat(-(-total // text.shape[0]))[:total]
+
+
+def random_ids(total: int, vocab: int, dtype: torch.dtype, rng: torch.Generator) -> Tensor:
+    """(total,) ids with text's skew: some rows hot, some used once, many not at all."""
+    low = torch.randint(0, vocab, (total,), generator=rng)
+    skew = torch.rand(total, generator=rng).pow(3)
+    return (low * skew).long().clamp(max=vocab - 1).to(dtype)
+
+
+def patch_borders(kind: str, total: int, patches: int, rng: torch.Generator) -> Tensor:
+    """(patches + 1,) int32 on CPU.
+
+    "ragged": random borders, so that empty patches, single bytes and long ones occur; "tail": the
+    same over three quarters of the bytes; "hollow": every patch empty; "even": equal lengths.
+    """
+    end = {"ragged": total, "even": total, "tail": total * 3 // 4, "hollow": 0}[kind]
+    if patches == 0:
+        return torch.zeros(1, dtype=torch.int32)
+    if kind == "even":
+        return (torch.arange(patches + 1) * end // patches).int()
+    inner = torch.randint(0, end + 1, (patches - 1,), generator=rng).sort().values
+    edges = [torch.zeros(1, dtype=torch.long), inner, torch.full((1,), end)]
+    return torch.cat(edges).int()

@@ -1,0 +1,93 @@
+"""Registration of the Triton implementations as `torch.ops.stlm.*`.
+
+Each pass of an op is one functional dispatcher op under an autograd.Function with `setup_context`:
+the design that keeps fullgraph compile, export, FLOP counting, selective checkpointing and
+torch.func working. An op supplies a schema, the launcher's address and a Meta function.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from ._dispatch import kernels_interpreted
+
+NAMESPACE = "stlm"
+_library = torch.library.Library(NAMESPACE, "DEF")
+
+
+def register(
+    schema: str,
+    *,
+    launcher: str,
+    meta: Callable[..., Any],
+    flops: Callable[..., int],
+) -> Any:
+    """Define `stlm::<schema>` and return its default overload.
+
+    Args:
+        schema: torch schema text, e.g. "byte_pool_fwd(Tensor ids, ...) -> Tensor".
+        launcher: "<op>:<function>" in `ops/<op>/triton_impl.py`, imported at the first call, so
+            that importing the package never imports triton.
+        meta: shapes and dtypes of the results from those of the arguments.
+        flops: the FLOP formula; called with shapes in place of tensors.
+    """
+    name = schema.split("(", 1)[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    op_folder, function = launcher.split(":")
+
+    @functools.cache
+    def resolve() -> Callable[..., Any]:
+        module = importlib.import_module(f"{__package__}.ops.{op_folder}.triton_impl")
+        return getattr(module, function)
+
+    def on_cuda(*args: Any) -> Any:
+        return resolve()(*args)
+
+    def on_cpu(*args: Any) -> Any:
+        if not kernels_interpreted():
+            raise NotImplementedError(
+                f"{NAMESPACE}::{name} is a Triton kernel and its tensors are on cpu: "
+                "use impl='torch', or triton's interpreter for testing"
+            )
+        return resolve()(*args)
+
+    _library.impl(name, on_cuda, "CUDA")
+    _library.impl(name, on_cpu, "CPU")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", meta, lib=_library)
+    overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+    register_flop_formula(overload.overloadpacket)(flops)
+    return overload
+
+
+class _FirstOrderOnly(torch.autograd.Function):
+    """Runs a backward op while autograd records, and refuses to be differentiated again."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(op: Any, name: str, *args: Any) -> Any:
+        return op(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.op_name = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        raise NotImplementedError(
+            f"{ctx.op_name}: the Triton kernels have no double backward; use impl='torch'"
+        )
+
+
+def run_backward(op: Any, name: str, *args: Any) -> Any:
+    """Call the backward op of `name`; differentiating its result raises NotImplementedError."""
+    if torch.is_grad_enabled():
+        return _FirstOrderOnly.apply(op, name, *args)
+    return op(*args)

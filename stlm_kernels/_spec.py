@@ -1,0 +1,80 @@
+"""What an op tells tests, benchmarks, tuning and inspection about itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+Inputs = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One set of shapes and options. Its name is made from its values, so it cannot lie.
+
+    Args:
+        sizes: named sizes and options, e.g. {"T": 4096, "D": 128, "mode": "mean"}.
+        tags: "smoke" and "edge" are tested everywhere; "bench" is timed on a GPU, "bench_cpu" on a
+            CPU; "aot" is compiled ahead of time; "huge" has more than 2^31 elements.
+    """
+
+    sizes: Mapping[str, Any]
+    tags: frozenset[str] = field(default_factory=frozenset)
+
+    @property
+    def name(self) -> str:
+        return "-".join(
+            str(value) if isinstance(value, str) else f"{key}{value}"
+            for key, value in self.sizes.items()
+        )
+
+    def __getitem__(self, key: str) -> Any:
+        return self.sizes[key]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self.sizes.get(key, default)
+
+
+def case(*tags: str, **sizes: Any) -> Case:
+    return Case(sizes, frozenset(tags))
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """One op for everything that iterates over ops.
+
+    Args:
+        name: public name; also the folder under `ops/`.
+        op: the public function.
+        reference: fp64 oracle; takes the op's arguments without `impl`, float tensors in fp64.
+        yardstick: stock torch ops, fp32 accumulation, output in the tested dtype; same arguments
+            as the op, and the measure of how much error is normal.
+        make_inputs: (case, dtype, device, seed) -> keyword arguments of the op.
+        cases: shapes to test and time.
+        grad_args: differentiable arguments, in signature order.
+        row_args: tables whose gradient is also judged row by row.
+        exact: the outputs and gradients that must equal the oracle bit for bit, by case.
+        bytes_moved: (case, dtype, pass) -> bytes that any implementation must move.
+        flops: (case, pass) -> FLOPs that the op needs.
+        kernels: names of the Triton kernels, without the `stlm_` prefix; empty: torch path only.
+    """
+
+    name: str
+    op: Callable[..., Any]
+    reference: Callable[..., Any]
+    yardstick: Callable[..., Any]
+    make_inputs: Callable[[Case, torch.dtype, torch.device, int], Inputs]
+    cases: tuple[Case, ...]
+    bytes_moved: Callable[[Case, torch.dtype, str], int]
+    flops: Callable[[Case, str], int]
+    grad_args: tuple[str, ...] = ()
+    row_args: tuple[str, ...] = ()
+    exact: Callable[[Case], frozenset[str]] = lambda case: frozenset()
+    kernels: tuple[str, ...] = ()
+
+    def tagged(self, *tags: str) -> list[Case]:
+        """The cases that carry any of `tags`."""
+        return [case for case in self.cases if case.tags & set(tags)]

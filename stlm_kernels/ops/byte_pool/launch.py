@@ -1,0 +1,82 @@
+"""What the byte_pool kernels take, and the configuration each is launched with. Pure Python."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import _checks
+from ..._launch import Config, config_for
+
+COUNT_PIECE = 256
+"""Slots counted at a time: bfloat16 holds whole numbers exactly up to 256."""
+
+TARGET_PROGRAMS = 264
+"""Programs of a split reduction on an untuned device: two for each SM of an H100."""
+
+
+def unsupported_reasons(
+    *,
+    byte_ids: Tensor,
+    weight: Tensor,
+    cu_patchlens: Tensor,
+    mode: str = "mean",
+    slot_gain: Tensor | None = None,
+) -> list[str]:
+    """Why the kernels cannot take this call; empty if they can."""
+    if weight.dtype not in _checks.KERNEL_FLOATS:
+        return [f"weight is {weight.dtype}; the kernels take float32, bfloat16 and float16"]
+    return []
+
+
+def fwd_config(width: int, dtype: torch.dtype, device: torch.device) -> Config:
+    """A 128-column slice of the table stays in L1 while a program streams many patches."""
+    default = {"BLOCK_P": 16, "BLOCK_D": block_of(width, 128), "PATCHES": 128, "num_warps": 4}
+    return config_for("byte_pool_fwd", _bucket(width, dtype), default, device)
+
+
+def bwd_config(width: int, dtype: torch.dtype, device: torch.device) -> Config:
+    """Half the rows of a byte table each: blocks of pure ASCII skip the upper half."""
+    default = {
+        "BLOCK_V": 128,
+        "BLOCK_P": 64,
+        "BLOCK_D": block_of(width, 128),
+        "PROGRAMS": TARGET_PROGRAMS,
+        "num_warps": 8,
+    }
+    if dtype == torch.float32:
+        # Products of fp32 tiles run on the ordinary cores and keep both operands in registers.
+        default |= {"BLOCK_V": 64, "BLOCK_P": 32, "BLOCK_D": block_of(width, 64)}
+    return config_for("byte_pool_bwd", _bucket(width, dtype), default, device)
+
+
+def bwd_gain_config(width: int, dtype: torch.dtype, device: torch.device) -> Config:
+    """Correct first: this gradient has no speed target."""
+    default = {
+        "BLOCK_V": 64,
+        "BLOCK_P": 32,
+        "BLOCK_D": block_of(width, 64),
+        "PROGRAMS": TARGET_PROGRAMS,
+        "num_warps": 4,
+    }
+    return config_for("byte_pool_bwd_gain", _bucket(width, dtype), default, device)
+
+
+def splits(patches: int, tiles: int, programs: int, block: int) -> tuple[int, int]:
+    """Into how many runs a sum over patches is cut so that the device is full; a run's length."""
+    blocks = max(1, ceil_div(patches, block))
+    run = ceil_div(blocks, max(1, programs // tiles))
+    return ceil_div(blocks, run), run * block
+
+
+def block_of(width: int, limit: int) -> int:
+    """The power of two that covers `width`, between 16 (a dot's least) and `limit`."""
+    return min(limit, max(16, 1 << (width - 1).bit_length()))
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _bucket(width: int, dtype: torch.dtype) -> str:
+    return f"D{block_of(width, 1024)}-{str(dtype).removeprefix('torch.')}"

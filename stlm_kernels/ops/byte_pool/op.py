@@ -1,0 +1,179 @@
+"""The public byte_pool: contract, checks, dispatch, and the registered op beneath it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import _checks, _library
+from ..._dispatch import Impl, use_triton
+from . import torch_impl
+from .launch import unsupported_reasons
+
+MODES = ("mean", "sum")
+
+
+def byte_pool(
+    byte_ids: Tensor,  # (T,) uint8|int16|int32|int64
+    weight: Tensor,  # (V, D)
+    cu_patchlens: Tensor,  # (P+1,) int32
+    *,
+    mode: str = "mean",
+    slot_gain: Tensor | None = None,  # (L, D)
+    impl: Impl = "auto",
+) -> Tensor:
+    """Look bytes up in an embedding table and pool them into patches; (T, D) never exists.
+
+    out[p] = scale_p * sum over k < n_p of gain_k * weight[byte_ids[cu_patchlens[p] + k]], with n_p
+    the length of patch p, scale_p = 1 ("sum") or 1 / n_p ("mean"), and gain_k = 1 or row
+    min(k, L-1) of `slot_gain`, which makes the pool depend on the order of the bytes.
+
+    Args:
+        byte_ids: (T,) uint8, int16, int32 or int64, each in [0, V).
+        weight: (V, D) float32, bfloat16 or float16; float64 on the torch path.
+        cu_patchlens: (P+1,) int32 patch borders in bytes, from 0, non-decreasing, at most T.
+            Bytes from the last border on belong to no patch.
+        mode: "mean" or "sum".
+        slot_gain: (L, D) with L >= 1, in the table's dtype, or float32 beside a 16-bit table
+            (rounded to the table's dtype when loaded). None: every byte counts alike.
+        impl: "auto", "triton" or "torch".
+
+    Returns:
+        (P, D) in the table's dtype, under autocast in the autocast dtype (float32 tables are then
+        rounded when loaded). Empty patches give zeros and take no gradient.
+
+    Raises:
+        ValueError: a wrong type, dtype, shape, device or mode; on CPU in eager mode also offsets
+            that do not start at 0, decrease, or end beyond T.
+        IndexError: on CPU in eager mode, an id outside [0, V).
+        NotImplementedError: impl="triton" cannot run this call; the message lists why.
+
+    Numerics:
+        Accumulates in float32 (float64 for float64 tables), in a fixed order: the same inputs give
+        the same bits, gradients included. Where values are not checked, an id out of range makes
+        its patch NaN and is left out of the table's gradient. A NaN in the upstream gradient of a
+        patch that is not empty reaches every row of the table's gradient (kernels only). The
+        kernels have no double backward; the torch path has.
+
+    Source: the sum-pooled byte patches of Super Tiny Language Models, arXiv 2405.14159; the
+    gradient by a patch x byte count matrix is this project's.
+    """
+    _check(byte_ids, weight, cu_patchlens, mode, slot_gain)
+    out_dtype = _checks.output_dtype(weight)
+    mean = mode == "mean"
+    if use_triton(
+        "byte_pool",
+        impl,
+        weight.device,
+        unsupported_reasons,
+        byte_ids=byte_ids,
+        weight=weight,
+        cu_patchlens=cu_patchlens,
+        mode=mode,
+        slot_gain=slot_gain,
+    ):
+        return _BytePool.apply(byte_ids, weight, cu_patchlens, slot_gain, mean, out_dtype)
+    return torch_impl.byte_pool(byte_ids, weight, cu_patchlens, slot_gain, mean, out_dtype)
+
+
+def _check(
+    byte_ids: Tensor, weight: Tensor, cu_patchlens: Tensor, mode: str, slot_gain: Tensor | None
+) -> None:
+    _checks.require_tensor("weight", weight, ("V", "D"), _checks.FLOATS)
+    vocab, width = weight.shape
+    _checks.require(vocab >= 1 and width >= 1, "weight", "V >= 1 and D >= 1", tuple(weight.shape))
+    _checks.require_ids("byte_ids", byte_ids, weight.device)
+    _checks.require_offsets("cu_patchlens", cu_patchlens, weight.device)
+    _checks.require_choice("mode", mode, MODES)
+    if slot_gain is not None:
+        dtypes = _checks.weight_dtypes(weight.dtype)
+        _checks.require_tensor("slot_gain", slot_gain, ("L", width), dtypes, weight.device)
+        _checks.require(slot_gain.shape[0] >= 1, "slot_gain", "L >= 1", slot_gain.shape[0])
+    if _checks.values_visible(byte_ids, cu_patchlens):
+        _checks.check_id_values("byte_ids", byte_ids, 0, vocab)
+        _checks.check_offset_values("cu_patchlens", cu_patchlens, byte_ids.shape[0])
+
+
+class _BytePool(torch.autograd.Function):
+    """Autograd over the registered ops."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        byte_ids: Tensor,
+        weight: Tensor,
+        cu_patchlens: Tensor,
+        slot_gain: Tensor | None,
+        mean: bool,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        return _FWD(byte_ids, weight, cu_patchlens, slot_gain, mean, out_dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        byte_ids, weight, cu_patchlens, slot_gain, ctx.mean, _ = inputs
+        # Without a gain the gradient does not read the table, so the table is not kept.
+        kept = weight if slot_gain is not None else None
+        ctx.save_for_backward(byte_ids, kept, cu_patchlens, slot_gain)
+        ctx.vocab, ctx.weight_dtype = weight.shape[0], weight.dtype
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        byte_ids, weight, cu_patchlens, slot_gain = ctx.saved_tensors
+        dweight = dgain = None
+        if slot_gain is not None:
+            dweight, dgain = _library.run_backward(
+                _BWD_GAIN, "byte_pool", grads[0], byte_ids, weight, cu_patchlens, slot_gain,
+                ctx.mean,
+            )  # fmt: skip
+        elif ctx.needs_input_grad[1]:
+            dweight = _library.run_backward(
+                _BWD, "byte_pool", grads[0], byte_ids, cu_patchlens, ctx.mean, ctx.vocab,
+                ctx.weight_dtype,
+            )  # fmt: skip
+        return None, dweight, None, dgain, None, None
+
+
+def _fwd_flops(ids: Any, weight: Any, *_: Any, **__: Any) -> int:
+    return ids[0] * weight[1]
+
+
+def _bwd_flops(grad: Any, ids: Any, *_: Any, **__: Any) -> int:
+    return ids[0] * grad[1]
+
+
+def _bwd_gain_flops(grad: Any, ids: Any, *_: Any, **__: Any) -> int:
+    return 4 * ids[0] * grad[1]
+
+
+_FWD = _library.register(
+    "byte_pool_fwd(Tensor byte_ids, Tensor weight, Tensor cu_patchlens, Tensor? slot_gain, "
+    "bool mean, ScalarType out_dtype) -> Tensor",
+    launcher="byte_pool:launch_fwd",
+    meta=lambda byte_ids, weight, cu_patchlens, slot_gain, mean, out_dtype: weight.new_empty(
+        (cu_patchlens.shape[0] - 1, weight.shape[1]), dtype=out_dtype
+    ),
+    flops=_fwd_flops,
+)
+_BWD = _library.register(
+    "byte_pool_bwd(Tensor grad, Tensor byte_ids, Tensor cu_patchlens, bool mean, SymInt vocab, "
+    "ScalarType weight_dtype) -> Tensor",
+    launcher="byte_pool:launch_bwd",
+    meta=lambda grad, byte_ids, cu_patchlens, mean, vocab, weight_dtype: grad.new_empty(
+        (vocab, grad.shape[1]), dtype=weight_dtype
+    ),
+    flops=_bwd_flops,
+)
+_BWD_GAIN = _library.register(
+    "byte_pool_bwd_gain(Tensor grad, Tensor byte_ids, Tensor weight, Tensor cu_patchlens, "
+    "Tensor slot_gain, bool mean) -> (Tensor, Tensor)",
+    launcher="byte_pool:launch_bwd_gain",
+    meta=lambda grad, byte_ids, weight, cu_patchlens, slot_gain, mean: (
+        torch.empty_like(weight, memory_format=torch.contiguous_format),
+        torch.empty_like(slot_gain, memory_format=torch.contiguous_format),
+    ),
+    flops=_bwd_gain_flops,
+)

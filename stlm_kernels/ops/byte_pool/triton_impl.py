@@ -1,0 +1,305 @@
+"""byte_pool in Triton. out[p] = s_p sum_k a_k E[b_pk]; dE = C^T diag(s) G, C[p, v] the counts.
+
+Forward. A program owns BLOCK_D columns of PATCHES patches, BLOCK_P at a time: it walks the slots k
+of its patches together and adds one gathered row each, so the table's slice is read from L1 and
+device memory sees each id and each output once. Floor: T + 4P + 2PD bytes (bf16), at 1M bytes,
+mean patch 6, D = 768: 271 MB = 63 us at 4.3 TB/s; D = 128: 11 us. Adds: T x D.
+
+Backward. A program owns BLOCK_V rows x BLOCK_D columns of dE for one run of patches. It counts the
+bytes of BLOCK_P patches into a tile of C^T by comparing slot by slot, and multiplies that with the
+upstream tile on the tensor cores; its cost does not depend on which bytes are frequent. The runs'
+partial sums are added in a fixed order. Floor: T + 4P + 2PD + 4VD bytes, 63 us at D = 768, against
+2 P V D = 69 GFLOP = 87 us of products, half that where the upper 128 rows are skipped.
+
+With a slot gain a patch is no longer a bag: dE takes one one-hot product for each slot, and dgain
+one gathered product sum. Right and deterministic, without a speed target.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ... import _launch
+from ..._dispatch import kernels_interpreted
+from ..._tiles import segment_bounds, sum_splits
+from . import launch
+
+
+@triton.jit
+def _ids_at(ids_ptr, start, end, slot, vocab):
+    """The id in this slot of each patch, -1 where the patch is shorter or the id is bad."""
+    position = start + slot
+    raw = tl.load(ids_ptr + position, mask=position < end, other=0).to(tl.int64)
+    good = (position < end) & (raw >= 0) & (raw < vocab)
+    return tl.where(good, raw, -1).to(tl.int32)
+
+
+@triton.jit
+def _patch_tile(cu_ptr, patches, last_patch, total, MEAN: tl.constexpr):
+    """Bounds, scale and liveness of a tile of patches; dead ones are empty or past the end."""
+    start, end = segment_bounds(cu_ptr, patches, patches < last_patch, total)
+    length = (end - start).to(tl.float32)
+    scale = 1.0 / tl.maximum(length, 1.0) if MEAN else tl.full(length.shape, 1.0, tl.float32)
+    return start, end, scale, end > start
+
+
+@triton.jit
+def _upstream_tile(grad_ptr, patches, columns, live, scale, D: tl.constexpr):
+    """scale * G in fp32; rows of empty patches are not read, so that NaN there reaches nothing."""
+    mask = live[:, None] & (columns < D)[None, :]
+    grad = tl.load(grad_ptr + patches[:, None] * D + columns[None, :], mask=mask, other=0.0)
+    return grad.to(tl.float32) * scale[:, None]
+
+
+@triton.jit
+def _add_product(acc, left, x, DOT: tl.constexpr, PIECES: tl.constexpr):
+    """acc + left @ x; `left` is exact in DOT, x may need two pieces to keep fp32's digits."""
+    left = left.to(DOT)
+    high = x.to(DOT)
+    acc = tl.dot(left, high, acc, input_precision="ieee")
+    if PIECES == 2:
+        low = (x - high.to(tl.float32)).to(DOT)
+        acc = tl.dot(left, low, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit(do_not_specialize=["total", "n_patches", "gain_slots", "chunks"])
+def stlm_byte_pool_fwd(
+    ids_ptr, weight_ptr, cu_ptr, gain_ptr, out_ptr,
+    total, n_patches, vocab, gain_slots, chunks,
+    D: tl.constexpr, MEAN: tl.constexpr, HAS_GAIN: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, PATCHES: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    columns = (program // chunks) * BLOCK_D + tl.arange(0, BLOCK_D)
+    in_width = columns < D
+    first = (program % chunks) * PATCHES
+    stored = out_ptr.dtype.element_ty
+    for tile in range(0, PATCHES, BLOCK_P):
+        patches = first + tile + tl.arange(0, BLOCK_P)
+        start, end, scale, _ = _patch_tile(cu_ptr, patches, n_patches, total, MEAN)
+        acc = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
+        bad = tl.zeros((BLOCK_P,), tl.int32)
+        for slot in range(0, tl.max(end - start).to(tl.int32)):
+            ids = _ids_at(ids_ptr, start, end, slot, vocab)
+            bad |= ((ids < 0) & (start + slot < end)).to(tl.int32)
+            rows = weight_ptr + ids.to(tl.int64)[:, None] * D + columns[None, :]
+            mask = (ids >= 0)[:, None] & in_width[None, :]
+            # Rounded to the stored dtype first: under autocast the table is fp32.
+            row = tl.load(rows, mask=mask, other=0.0).to(stored).to(tl.float32)
+            if HAS_GAIN:
+                gains = gain_ptr + tl.minimum(slot, gain_slots - 1) * D + columns
+                gain = tl.load(gains, mask=in_width, other=0.0).to(stored).to(tl.float32)
+                row *= gain[None, :]
+            acc += row
+        acc = tl.where((bad > 0)[:, None], float("nan"), acc * scale[:, None])
+        mask = (patches < n_patches)[:, None] & in_width[None, :]
+        tl.store(out_ptr + patches[:, None] * D + columns[None, :], acc.to(stored), mask=mask)
+
+
+@triton.jit(do_not_specialize=["total", "n_patches", "run"])
+def stlm_byte_pool_bwd(
+    ids_ptr, cu_ptr, grad_ptr, partial_ptr,
+    total, n_patches, vocab, run,
+    D: tl.constexpr, MEAN: tl.constexpr, DOT: tl.constexpr, PIECES: tl.constexpr,
+    COUNT_PIECE: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    v_tiles = tl.cdiv(vocab, BLOCK_V)
+    d_tiles = tl.cdiv(D, BLOCK_D)
+    # Neighbouring programs read the same upstream tile for other table rows.
+    first_row = (program % v_tiles).to(tl.int32) * BLOCK_V
+    rows = first_row + tl.arange(0, BLOCK_V)
+    columns = (program // v_tiles % d_tiles) * BLOCK_D + tl.arange(0, BLOCK_D)
+    split = program // (v_tiles * d_tiles)
+    last_patch = tl.minimum((split + 1) * run, n_patches)
+    acc = tl.zeros((BLOCK_V, BLOCK_D), tl.float32)
+    for first in range(split * run, last_patch, BLOCK_P):
+        patches = first + tl.arange(0, BLOCK_P)
+        start, end, scale, live = _patch_tile(cu_ptr, patches, last_patch, total, MEAN)
+        longest = tl.max(end - start).to(tl.int32)
+        hits = tl.zeros((BLOCK_P,), tl.int32)
+        for slot in range(0, longest):
+            offset = _ids_at(ids_ptr, start, end, slot, vocab) - first_row
+            hits |= ((offset >= 0) & (offset < BLOCK_V)).to(tl.int32)
+        if tl.max(hits) > 0:
+            x = _upstream_tile(grad_ptr, patches, columns, live, scale, D)
+            for piece in range(0, longest, COUNT_PIECE):
+                counts = tl.zeros((BLOCK_V, BLOCK_P), tl.int32)
+                for slot in range(piece, tl.minimum(piece + COUNT_PIECE, longest)):
+                    ids = _ids_at(ids_ptr, start, end, slot, vocab)
+                    counts += (rows[:, None] == ids[None, :]).to(tl.int32)
+                acc = _add_product(acc, counts, x, DOT, PIECES)
+    mask = (rows < vocab)[:, None] & (columns < D)[None, :]
+    out = (split * vocab + rows)[:, None] * D + columns[None, :]
+    tl.store(partial_ptr + out, acc, mask=mask)
+
+
+@triton.jit(do_not_specialize=["total", "n_patches", "gain_slots", "run"])
+def stlm_byte_pool_bwd_gain_table(
+    ids_ptr, cu_ptr, gain_ptr, grad_ptr, partial_ptr,
+    total, n_patches, vocab, gain_slots, run,
+    D: tl.constexpr, MEAN: tl.constexpr, DOT: tl.constexpr, PIECES: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    v_tiles = tl.cdiv(vocab, BLOCK_V)
+    d_tiles = tl.cdiv(D, BLOCK_D)
+    rows = (program % v_tiles).to(tl.int32) * BLOCK_V + tl.arange(0, BLOCK_V)
+    columns = (program // v_tiles % d_tiles) * BLOCK_D + tl.arange(0, BLOCK_D)
+    split = program // (v_tiles * d_tiles)
+    last_patch = tl.minimum((split + 1) * run, n_patches)
+    stored = grad_ptr.dtype.element_ty
+    acc = tl.zeros((BLOCK_V, BLOCK_D), tl.float32)
+    for first in range(split * run, last_patch, BLOCK_P):
+        patches = first + tl.arange(0, BLOCK_P)
+        start, end, scale, live = _patch_tile(cu_ptr, patches, last_patch, total, MEAN)
+        x = _upstream_tile(grad_ptr, patches, columns, live, scale, D)
+        for slot in range(0, tl.max(end - start).to(tl.int32)):
+            ids = _ids_at(ids_ptr, start, end, slot, vocab)
+            gains = gain_ptr + tl.minimum(slot, gain_slots - 1) * D + columns
+            gain = tl.load(gains, mask=columns < D, other=0.0).to(stored).to(tl.float32)
+            acc = _add_product(acc, rows[:, None] == ids[None, :], x * gain[None, :], DOT, PIECES)
+    mask = (rows < vocab)[:, None] & (columns < D)[None, :]
+    out = (split * vocab + rows)[:, None] * D + columns[None, :]
+    tl.store(partial_ptr + out, acc, mask=mask)
+
+
+@triton.jit(do_not_specialize=["total", "n_patches", "gain_slots", "run"])
+def stlm_byte_pool_bwd_gain_slots(
+    ids_ptr, weight_ptr, cu_ptr, grad_ptr, partial_ptr,
+    total, n_patches, vocab, gain_slots, run,
+    D: tl.constexpr, MEAN: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    d_tiles = tl.cdiv(D, BLOCK_D)
+    own_slot = (program % gain_slots).to(tl.int32)
+    columns = (program // gain_slots % d_tiles) * BLOCK_D + tl.arange(0, BLOCK_D)
+    split = program // (gain_slots * d_tiles)
+    last_patch = tl.minimum((split + 1) * run, n_patches)
+    stored = grad_ptr.dtype.element_ty
+    acc = tl.zeros((BLOCK_D,), tl.float32)
+    for first in range(split * run, last_patch, BLOCK_P):
+        patches = first + tl.arange(0, BLOCK_P)
+        start, end, scale, live = _patch_tile(cu_ptr, patches, last_patch, total, MEAN)
+        x = _upstream_tile(grad_ptr, patches, columns, live, scale, D)
+        longest = tl.max(end - start).to(tl.int32)
+        # The last row of the gain serves every slot from its own on.
+        last = tl.where(own_slot == gain_slots - 1, longest, tl.minimum(own_slot + 1, longest))
+        for slot in range(own_slot, last):
+            ids = _ids_at(ids_ptr, start, end, slot, vocab)
+            table = weight_ptr + ids.to(tl.int64)[:, None] * D + columns[None, :]
+            mask = (ids >= 0)[:, None] & (columns < D)[None, :]
+            row = tl.load(table, mask=mask, other=0.0).to(stored).to(tl.float32)
+            acc += tl.sum(tl.where(mask, x * row, 0.0), 0)
+    out = (split * gain_slots + own_slot) * D + columns
+    tl.store(partial_ptr + out, acc, mask=columns < D)
+
+
+def launch_fwd(
+    byte_ids: Tensor,  # (T,)
+    weight: Tensor,  # (V, D)
+    cu_patchlens: Tensor,  # (P+1,) int32
+    slot_gain: Tensor | None,  # (L, D)
+    mean: bool,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """(P, D) in `out_dtype`."""
+    (vocab, width), patches = weight.shape, cu_patchlens.shape[0] - 1
+    out = torch.empty((patches, width), dtype=out_dtype, device=weight.device)
+    config = launch.fwd_config(width, out_dtype, weight.device)
+    chunks = launch.ceil_div(patches, config["PATCHES"])
+    gain = weight if slot_gain is None else slot_gain
+    _launch.launch(
+        stlm_byte_pool_fwd, chunks * launch.ceil_div(width, config["BLOCK_D"]),
+        byte_ids.contiguous(), weight.contiguous(), cu_patchlens.contiguous(), gain.contiguous(),
+        out, byte_ids.shape[0], patches, vocab, gain.shape[0], chunks,
+        D=width, MEAN=mean, HAS_GAIN=slot_gain is not None,
+        device=weight.device, **config,
+    )  # fmt: skip
+    return out
+
+
+def launch_bwd(
+    grad: Tensor,  # (P, D)
+    byte_ids: Tensor,  # (T,)
+    cu_patchlens: Tensor,  # (P+1,)
+    mean: bool,
+    vocab: int,
+    weight_dtype: torch.dtype,
+) -> Tensor:
+    """(V, D) gradient of the table."""
+    patches, width = grad.shape
+    config = launch.bwd_config(width, grad.dtype, grad.device)
+    programs = config.pop("PROGRAMS")
+    tiles = launch.ceil_div(vocab, config["BLOCK_V"]) * launch.ceil_div(width, config["BLOCK_D"])
+    splits, run = launch.splits(patches, tiles, programs, config["BLOCK_P"])
+    partial = torch.empty((splits, vocab, width), dtype=torch.float32, device=grad.device)
+    dot, pieces = _dot_plan(grad.dtype, weight_dtype, exact=not mean)
+    _launch.launch(
+        stlm_byte_pool_bwd, splits * tiles,
+        byte_ids.contiguous(), cu_patchlens.contiguous(), grad.contiguous(), partial,
+        byte_ids.shape[0], patches, vocab, run,
+        D=width, MEAN=mean, DOT=dot, PIECES=pieces, COUNT_PIECE=launch.COUNT_PIECE,
+        device=grad.device, **config,
+    )  # fmt: skip
+    return sum_splits(partial, weight_dtype)
+
+
+def launch_bwd_gain(
+    grad: Tensor,  # (P, D)
+    byte_ids: Tensor,  # (T,)
+    weight: Tensor,  # (V, D)
+    cu_patchlens: Tensor,  # (P+1,)
+    slot_gain: Tensor,  # (L, D)
+    mean: bool,
+) -> tuple[Tensor, Tensor]:
+    """(V, D) gradient of the table and (L, D) gradient of the gain."""
+    (patches, width), vocab, slots = grad.shape, weight.shape[0], slot_gain.shape[0]
+    grad, byte_ids, weight, cu, gain = (
+        x.contiguous() for x in (grad, byte_ids, weight, cu_patchlens, slot_gain)
+    )
+    config = launch.bwd_gain_config(width, grad.dtype, grad.device)
+    programs, block_v = config.pop("PROGRAMS"), config.pop("BLOCK_V")
+    d_tiles = launch.ceil_div(width, config["BLOCK_D"])
+    sizes = (byte_ids.shape[0], patches, vocab, slots)
+
+    tiles = launch.ceil_div(vocab, block_v) * d_tiles
+    splits, run = launch.splits(patches, tiles, programs, config["BLOCK_P"])
+    table = torch.empty((splits, vocab, width), dtype=torch.float32, device=grad.device)
+    dot, pieces = _dot_plan(grad.dtype, weight.dtype, exact=False)
+    _launch.launch(
+        stlm_byte_pool_bwd_gain_table, splits * tiles,
+        byte_ids, cu, gain, grad, table, *sizes, run,
+        D=width, MEAN=mean, DOT=dot, PIECES=pieces, BLOCK_V=block_v, device=grad.device, **config,
+    )  # fmt: skip
+
+    splits, run = launch.splits(patches, slots * d_tiles, programs, config["BLOCK_P"])
+    by_slot = torch.empty((splits, slots, width), dtype=torch.float32, device=grad.device)
+    _launch.launch(
+        stlm_byte_pool_bwd_gain_slots, splits * slots * d_tiles,
+        byte_ids, weight, cu, grad, by_slot, *sizes, run,
+        D=width, MEAN=mean, device=grad.device, **config,
+    )  # fmt: skip
+    return sum_splits(table, weight.dtype), sum_splits(by_slot, slot_gain.dtype)
+
+
+def _dot_plan(grad: torch.dtype, result: torch.dtype, exact: bool) -> tuple[tl.dtype, int]:
+    """Operand type of the product, and how many pieces keep enough digits of scale * G.
+
+    Unscaled 16-bit gradients are exact operands. Scaled ones are not: one bf16 piece carries as
+    many digits as a bf16 result shows, two carry 16 bits, with fp32's range.
+    """
+    if grad == torch.float32:
+        return tl.float32, 1
+    one_piece = exact or result == torch.bfloat16
+    stored = tl.float16 if exact and grad == torch.float16 else tl.bfloat16
+    if kernels_interpreted():
+        # The interpreter computes bf16 wrongly.
+        stored = tl.float32
+    return stored, 1 if one_piece else 2

@@ -1,0 +1,242 @@
+"""Checks that prove an op right: ours in `tests/`, yours wherever you use the library.
+
+The tolerance rule has no magic numbers: how wrong a result may be follows from how wrong stock
+torch is on the same stored inputs, both judged against an fp64 oracle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _checks
+
+RMS_FLOOR = {torch.float32: 2e-6, torch.float64: 2e-6 * 2.0**-29}
+"""Least RMS error, relative to the reference, that a result in its accumulator's dtype may have.
+
+The two differ by the ratio of the dtypes' eps. Narrower results are rounded, which covers it.
+"""
+
+
+def assert_matches(
+    actual: Tensor,
+    reference: Tensor,  # fp64
+    yardstick: Tensor,  # stock torch, same dtype as actual
+    *,
+    name: str = "result",
+    exact: bool = False,
+    rows: bool = False,
+) -> None:
+    """Hold `actual` to the tolerance rule.
+
+    RMS error <= 1.5 x the yardstick's + eps/4 x RMS(reference), and max error <= 2 x (the
+    yardstick's + eps x max|reference|). NaN and infinities must stand where the reference has them.
+
+    Args:
+        actual: the tested result.
+        reference: the oracle's result in fp64.
+        yardstick: what stock torch ops give, accumulated in fp32 and stored in actual's dtype.
+        name: what the message calls the result.
+        exact: demand equality with the reference instead (gathers, maxima).
+        rows: judge a table row by row too; rows that are zero in the reference must be zero.
+
+    Raises:
+        AssertionError: with the errors found and allowed.
+    """
+    assert actual.shape == reference.shape, f"{name}: {actual.shape} is not {reference.shape}"
+    got, want, stock = (x.detach().cpu().double() for x in (actual, reference, yardstick))
+    if exact:
+        assert torch.equal(got.nan_to_num(nan=1e300), want.nan_to_num(nan=1e300)), (
+            f"{name}: expected equality, got a largest difference of {_largest(got - want):.3e}"
+        )
+        return
+    finite = want.isfinite()
+    same = (got == want) | (got.isnan() & want.isnan())
+    assert bool((same | finite).all()), f"{name}: NaN or infinity of the reference is missing"
+    assert bool(got[finite].isfinite().all()), f"{name}: NaN or infinity that should not be there"
+    zeros = torch.zeros_like(want)
+    got, want, stock = (torch.where(finite, x, zeros) for x in (got, want, stock))
+    eps = torch.finfo(actual.dtype).eps
+    _assert_within(got - want, stock - want, want, eps, name, actual.dtype)
+    if rows:
+        _assert_rows_within(got - want, stock - want, want, eps, name)
+
+
+def _assert_within(
+    error: Tensor, stock_error: Tensor, want: Tensor, eps: float, name: str, dtype: torch.dtype
+) -> None:
+    if want.numel() == 0:
+        return
+    allowed = 1.5 * _rms(stock_error) + eps / 4 * _rms(want)
+    floor = RMS_FLOOR.get(dtype, 0.0)
+    allowed = max(allowed, floor * _rms(want))
+    assert _rms(error) <= allowed, f"{name}: RMS error {_rms(error):.3e} > {allowed:.3e}"
+    allowed = 2 * (_largest(stock_error) + max(eps, floor) * _largest(want))
+    assert _largest(error) <= allowed, f"{name}: max error {_largest(error):.3e} > {allowed:.3e}"
+
+
+def _assert_rows_within(
+    error: Tensor, stock_error: Tensor, want: Tensor, eps: float, name: str
+) -> None:
+    got_rms, stock_rms, want_rms = (
+        x.square().flatten(1).mean(1).sqrt() for x in (error, stock_error, want)
+    )
+    allowed = 2 * stock_rms + eps * want_rms
+    wrong = (got_rms > allowed).nonzero().flatten().tolist()
+    assert not wrong, f"{name}: rows {wrong[:10]} are beyond their own tolerance ({len(wrong)})"
+
+
+def _rms(x: Tensor) -> float:
+    return float(x.square().mean().sqrt())
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.abs().max()) if x.numel() else 0.0
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fill what `torch.empty` and its kin return with NaN (or the largest integer).
+
+    A result that some program never wrote then shows up, instead of holding lucky zeros.
+    """
+    names = ("empty", "empty_like", "empty_strided")
+    originals = {name: getattr(torch, name) for name in names}
+    new_empty = Tensor.new_empty
+
+    def poisoning(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def poisoned(*args: Any, **kwargs: Any) -> Tensor:
+            return _poison(make(*args, **kwargs))
+
+        return poisoned
+
+    try:
+        for name, make in originals.items():
+            setattr(torch, name, poisoning(make))
+        Tensor.new_empty = poisoning(new_empty)  # type: ignore[method-assign]
+        yield
+    finally:
+        for name, make in originals.items():
+            setattr(torch, name, make)
+        Tensor.new_empty = new_empty  # type: ignore[method-assign]
+
+
+def _poison(x: Tensor) -> Tensor:
+    if x.is_meta or x.dtype == torch.bool:
+        return x
+    if x.is_floating_point():
+        return x.fill_(float("nan"))
+    return x.fill_(torch.iinfo(x.dtype).max)
+
+
+class GuardBand:
+    """A copy of a tensor between two bands of memory that nothing may read or write.
+
+    The bands hold NaN (the largest value for integers), so a read out of bounds poisons the result,
+    and `assert_untouched` finds a write.
+    """
+
+    def __init__(self, x: Tensor, band: int = 256) -> None:
+        self._buffer = _poison(x.new_empty(x.numel() + 2 * band))
+        self._band = band
+        inside = self._buffer[band : band + x.numel()]
+        inside.copy_(x.detach().flatten())
+        self.tensor = inside.view(x.shape).requires_grad_(x.requires_grad)
+
+    def assert_untouched(self) -> None:
+        clean = _poison(torch.empty_like(self._buffer[: self._band]))
+        for band in (self._buffer[: self._band], self._buffer[-self._band :]):
+            same = torch.equal(band.nan_to_num(nan=1e30), clean.nan_to_num(nan=1e30))
+            assert same, "memory outside a tensor was written"
+
+
+def check_ids(ids: Tensor, vocab: int, name: str = "byte_ids") -> None:
+    """Check ids on any device, on demand: the ops themselves look at CPU values only.
+
+    Args:
+        ids: integer tensor of any shape. On a GPU this call synchronises.
+        vocab: ids must lie in [0, vocab).
+        name: what the message calls them.
+
+    Raises:
+        IndexError: with the range, the first bad value and its position.
+        ValueError: the dtype is none that the ops take.
+    """
+    _checks.require(
+        ids.dtype in _checks.ID_DTYPES, name, "uint8, int16, int32 or int64 ids", ids.dtype
+    )
+    _checks.check_id_values(name, ids, 0, vocab)
+
+
+def assert_causal(
+    fn: Callable[[Tensor], Tensor],
+    vocab_size: int,
+    *,
+    length: int = 64,
+    seed: int = 0,
+) -> None:
+    """Prove that logits at t depend on ids up to t only, patch borders included.
+
+    Two checks, both needed: every id after t is replaced, in ways that create, remove and shift
+    the borders of patches; and every prefix is run on its own, since a boundary rule that looks
+    ahead shows when the text ends.
+
+    Args:
+        fn: maps ids (length,) int64 to logits (length, V), deterministically (eval mode).
+        vocab_size: ids are drawn below it.
+        length: positions to try.
+        seed: of the text and its changes.
+
+    Raises:
+        AssertionError: names the first position whose logits saw a later byte.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    ids = _text_with_borders(length, vocab_size, rng)
+    with torch.no_grad():
+        full = fn(ids).double()
+        tolerance = _rounding_allowance(fn(ids), full)
+        for t in range(length - 1):
+            for tail in _other_tails(ids[t + 1 :], vocab_size, rng):
+                changed = fn(torch.cat([ids[: t + 1], tail])).double()
+                _assert_same_logits(full, changed, t, tolerance, "a change of the bytes after it")
+            prefix = fn(ids[: t + 1]).double()
+            _assert_same_logits(full, prefix, t, tolerance, "cutting the text off after it")
+
+
+def _rounding_allowance(logits: Tensor, full: Tensor) -> float:
+    """Other shapes may round otherwise; a leak moves logits by far more than a few ulps."""
+    return 64 * torch.finfo(logits.dtype).eps * max(1.0, _largest(full))
+
+
+def _assert_same_logits(
+    full: Tensor, other: Tensor, t: int, tolerance: float, change: str
+) -> None:
+    difference = (full[: t + 1] - other[: t + 1]).abs().amax(1)
+    moved = (~(difference <= tolerance)).nonzero().flatten()
+    if moved.numel():
+        first = int(moved[0])
+        raise AssertionError(
+            f"logits at position {first} moved by {float(difference[first]):.3e} "
+            f"(allowed {tolerance:.1e}) on {change} up to position {t}: a later byte leaks"
+        )
+
+
+def _text_with_borders(length: int, vocab_size: int, rng: torch.Generator) -> Tensor:
+    """Short words between spaces, with some runs of spaces and some arbitrary ids."""
+    letters = torch.randint(97, 123, (length,), generator=rng)
+    anything = torch.randint(0, vocab_size, (length,), generator=rng)
+    kind = torch.rand(length, generator=rng)
+    text = torch.where(kind < 0.7, letters, torch.where(kind < 0.95, 32, anything))
+    return text.remainder(vocab_size)
+
+
+def _other_tails(tail: Tensor, vocab_size: int, rng: torch.Generator) -> Iterator[Tensor]:
+    """The same number of ids, changed so that borders appear, vanish and move."""
+    yield torch.full_like(tail, 32 % vocab_size)
+    yield torch.full_like(tail, 101 % vocab_size)
+    yield _text_with_borders(len(tail), vocab_size, rng)
+    yield tail.roll(1)

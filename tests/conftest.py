@@ -1,0 +1,103 @@
+"""Lanes: which implementations, devices and dtypes a run covers (`pytest --lane NAME`).
+
+cpu        the torch path on the CPU, everything
+interpret  the kernels under triton's interpreter: fp32 and fp16, small shapes
+aot        the kernels compiled to cubins for GPUs that are not there
+gpu        everything on a CUDA device
+
+`--full` widens a lane to the size that is run before an issue closes.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+LANES = ("cpu", "interpret", "aot", "gpu")
+FP32, FP16, BF16, FP64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
+
+
+@dataclass(frozen=True)
+class Way:
+    """One implementation on one device with one dtype."""
+
+    impl: str
+    device: str
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{self.impl}-{self.device}-{str(self.dtype).removeprefix('torch.')}"
+
+
+WAYS = {
+    "cpu": [Way("torch", "cpu", dtype) for dtype in (FP32, BF16, FP16, FP64)],
+    "interpret": [Way("triton", "cpu", dtype) for dtype in (FP32, FP16)],
+    "aot": [],
+    "gpu": [
+        *(Way("triton", "cuda", dtype) for dtype in (FP32, BF16, FP16)),
+        *(Way("torch", "cuda", dtype) for dtype in (FP32, BF16)),
+    ],
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--lane", choices=LANES, default="cpu", help="which lane to run")
+    parser.addoption("--full", action="store_true", help="the long form of the lane")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    lane = config.getoption("--lane")
+    config.addinivalue_line("markers", "lanes(*names): the lanes a test belongs to (default: cpu)")
+    # Triton reads this when it decorates a kernel, so it must be set before any is imported.
+    if lane == "interpret":
+        os.environ["TRITON_INTERPRET"] = "1"
+    else:
+        os.environ.pop("TRITON_INTERPRET", None)
+    torch.set_num_threads(1)
+    settings.register_profile(
+        "stlm",
+        max_examples=500 if config.getoption("--full") else 25,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+    )
+    settings.load_profile("stlm")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`way` runs over what the lane covers."""
+    if "way" in metafunc.fixturenames:
+        ways = WAYS[metafunc.config.getoption("--lane")]
+        metafunc.parametrize("way", ways, ids=str)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    lane = config.getoption("--lane")
+    kept, dropped = [], []
+    for item in items:
+        mark = item.get_closest_marker("lanes")
+        if mark is not None:
+            wanted = lane in mark.args
+        elif "way" in getattr(item, "fixturenames", ()):
+            wanted = bool(WAYS[lane])
+        else:
+            wanted = lane == "cpu"
+        (kept if wanted else dropped).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=dropped)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def lane_is_possible(request: pytest.FixtureRequest) -> None:
+    if request.config.getoption("--lane") == "gpu" and not torch.cuda.is_available():
+        pytest.skip("the gpu lane needs a CUDA device")
+
+
+@pytest.fixture
+def full(request: pytest.FixtureRequest) -> bool:
+    return bool(request.config.getoption("--full"))

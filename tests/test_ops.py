@@ -1,0 +1,268 @@
+"""What every op owes in every lane: values, gradients, layouts, repeatability, compile, limits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import Way
+from op_helpers import (
+    as_leaves,
+    assert_same,
+    first_cases,
+    gradients,
+    in_fp64,
+    inputs_of,
+    map_tensors,
+    op_cases,
+    require_grads,
+    results,
+    run,
+    skip_unless_covered,
+    upstream_of,
+)
+from torch import Tensor
+
+from stlm_kernels._spec import Case, OpSpec
+from stlm_kernels.testing import GuardBand, assert_matches, poisoned_memory
+
+RESULT_LANES = pytest.mark.lanes("cpu", "interpret", "gpu")
+
+
+def assert_op_matches(spec: OpSpec, case: Case, way: Way) -> None:
+    inputs = inputs_of(spec, case, way)
+    wide = in_fp64(spec, inputs)
+    stock = as_leaves(spec, inputs)
+    want, want_grads = run(spec, spec.reference, wide)
+    allowed, allowed_grads = run(spec, spec.yardstick, stock)
+    with poisoned_memory():
+        got, got_grads = run(spec, spec.op, inputs, impl=way.impl)
+    exact = spec.exact(case)
+    for name, x in got.items():
+        if not x.is_floating_point():
+            torch.testing.assert_close(x.cpu(), want[name].to(x.dtype), rtol=0, atol=0)
+            continue
+        assert x.dtype == allowed[name].dtype
+        assert_matches(x, want[name], allowed[name], name=name, exact=name in exact)
+    for name, grad in got_grads.items():
+        assert grad.dtype == inputs[name].dtype
+        assert_matches(
+            grad,
+            want_grads[name],
+            allowed_grads[name],
+            name=f"gradient of {name}",
+            exact=name in exact,
+            rows=name in spec.row_args,
+        )
+
+
+@RESULT_LANES
+@pytest.mark.parametrize(("spec", "case"), op_cases("smoke", "edge"))
+def test_values_and_gradients(spec: OpSpec, case: Case, way: Way) -> None:
+    skip_unless_covered(spec, way)
+    assert_op_matches(spec, case, way)
+
+
+@pytest.mark.lanes("cpu", "gpu")
+@pytest.mark.parametrize(("spec", "case"), op_cases("long"))
+def test_long_cases(spec: OpSpec, case: Case, way: Way) -> None:
+    skip_unless_covered(spec, way)
+    assert_op_matches(spec, case, way)
+
+
+def strided(x: Tensor) -> Tensor:
+    """The same values, every other element of a larger buffer."""
+    return torch.stack([x, torch.zeros_like(x)], dim=-1)[..., 0]
+
+
+def offset(x: Tensor) -> Tensor:
+    """The same values, one element into a larger buffer, so that nothing is aligned."""
+    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+
+
+@RESULT_LANES
+@pytest.mark.parametrize("layout", [strided, offset])
+@pytest.mark.parametrize(("spec", "case"), first_cases())
+def test_layouts_change_nothing(spec: OpSpec, case: Case, way: Way, layout: Any) -> None:
+    skip_unless_covered(spec, way)
+    inputs = inputs_of(spec, case, way)
+    other = require_grads(spec, map_tensors(inputs, lambda x: layout(x.detach())))
+    plain, plain_grads = run(spec, spec.op, inputs, impl=way.impl)
+    moved, moved_grads = run(spec, spec.op, other, impl=way.impl)
+    assert_same(plain, moved)
+    assert_same(plain_grads, moved_grads)
+
+
+@RESULT_LANES
+@pytest.mark.parametrize(("spec", "case"), first_cases())
+def test_expanded_upstream(spec: OpSpec, case: Case, way: Way) -> None:
+    """`sum().backward()` hands a gradient of stride 0 down."""
+    skip_unless_covered(spec, way, grad=True)
+    inputs = inputs_of(spec, case, way)
+    outputs = results(spec.op(**inputs, impl=way.impl))
+    floats = {name: x for name, x in outputs.items() if x.is_floating_point()}
+    ones = {name: torch.ones_like(x) for name, x in floats.items()}
+    expanded = {name: x.new_ones(()).expand_as(x) for name, x in floats.items()}
+    dense = spec.op(**inputs, impl=way.impl)
+    assert_same(
+        gradients(spec, inputs, results(dense), ones),
+        gradients(spec, inputs, outputs, expanded),
+    )
+
+
+@RESULT_LANES
+@pytest.mark.parametrize(("spec", "case"), first_cases())
+def test_repeats_bit_for_bit(spec: OpSpec, case: Case, way: Way) -> None:
+    skip_unless_covered(spec, way)
+    inputs = inputs_of(spec, case, way)
+    before = {k: v.detach().clone() for k, v in inputs.items() if isinstance(v, Tensor)}
+    first, first_grads = run(spec, spec.op, inputs, impl=way.impl)
+    for _ in range(100 if way.device == "cuda" else 1):
+        again, again_grads = run(spec, spec.op, inputs, impl=way.impl)
+        assert_same(first, again)
+        assert_same(first_grads, again_grads)
+    assert_same(before, {k: inputs[k].detach() for k in before})
+
+
+@RESULT_LANES
+@pytest.mark.parametrize(("spec", "case"), first_cases())
+def test_retained_graph_gives_the_same_gradient_twice(spec: OpSpec, case: Case, way: Way) -> None:
+    skip_unless_covered(spec, way, grad=True)
+    inputs = inputs_of(spec, case, way)
+    outputs = results(spec.op(**inputs, impl=way.impl))
+    leaves = [inputs[name] for name in spec.grad_args if name in inputs]
+    heads = [x for x in outputs.values() if x.requires_grad]
+    ups = [upstream_of(outputs)[name] for name, x in outputs.items() if x.requires_grad]
+    first = torch.autograd.grad(heads, leaves, ups, retain_graph=True, allow_unused=True)
+    second = torch.autograd.grad(heads, leaves, ups, allow_unused=True)
+    for a, b in zip(first, second, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+
+
+@RESULT_LANES
+@pytest.mark.parametrize(("spec", "case"), op_cases("smoke"))
+def test_guard_bands(spec: OpSpec, case: Case, way: Way) -> None:
+    """No input's neighbourhood is read (its NaN would show) or written."""
+    skip_unless_covered(spec, way)
+    inputs = inputs_of(spec, case, way)
+    bands = {k: GuardBand(v) for k, v in inputs.items() if isinstance(v, Tensor)}
+    guarded = {k: bands[k].tensor if k in bands else v for k, v in inputs.items()}
+    plain, plain_grads = run(spec, spec.op, inputs, impl=way.impl)
+    safe, safe_grads = run(spec, spec.op, guarded, impl=way.impl)
+    assert_same(plain, safe)
+    assert_same(plain_grads, safe_grads)
+    for band in bands.values():
+        band.assert_untouched()
+
+
+@RESULT_LANES
+@pytest.mark.parametrize(("spec", "case"), first_cases())
+def test_frozen_arguments(spec: OpSpec, case: Case, way: Way) -> None:
+    """Each differentiable argument alone gets the gradient it gets among the others."""
+    skip_unless_covered(spec, way, grad=True)
+    inputs = inputs_of(spec, case, way)
+    _, together = run(spec, spec.op, inputs, impl=way.impl)
+    for name in together:
+        alone = map_tensors(inputs, lambda x: x.detach())
+        alone[name] = alone[name].requires_grad_()
+        outputs = results(spec.op(**alone, impl=way.impl))
+        ups = {k: g for k, g in upstream_of(outputs).items() if outputs[k].requires_grad}
+        (grad,) = torch.autograd.grad(
+            [outputs[k] for k in ups], [alone[name]], list(ups.values()), allow_unused=True
+        )
+        assert torch.equal(together[name], torch.zeros_like(alone[name]) if grad is None else grad)
+    frozen = map_tensors(inputs, lambda x: x.detach())
+    assert not any(x.requires_grad for x in results(spec.op(**frozen, impl=way.impl)).values())
+
+
+@RESULT_LANES
+@pytest.mark.parametrize(("spec", "case"), first_cases())
+def test_compile_fullgraph(spec: OpSpec, case: Case, way: Way) -> None:
+    skip_unless_covered(spec, way)
+    if way.dtype != torch.float32:
+        pytest.skip("one dtype shows what tracing does")
+    torch._dynamo.reset()
+    compiled = torch.compile(spec.op, fullgraph=True, backend="aot_eager")
+    inputs = inputs_of(spec, case, way)
+    plain, plain_grads = run(spec, spec.op, inputs, impl=way.impl)
+    traced, traced_grads = run(spec, compiled, inputs, impl=way.impl)
+    for name, x in plain.items():
+        torch.testing.assert_close(x, traced[name])
+    for name, x in plain_grads.items():
+        torch.testing.assert_close(x, traced_grads[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("spec", "case"), first_cases())
+def test_gradcheck_of_the_torch_path(spec: OpSpec, case: Case) -> None:
+    """First and second derivatives, against finite differences in fp64."""
+    way = Way("torch", "cpu", torch.float64)
+    skip_unless_covered(spec, way, grad=True)
+    inputs = inputs_of(spec, case, way)
+    names = [name for name in spec.grad_args if name in inputs]
+
+    def function(*leaves: Tensor) -> list[Tensor]:
+        given = {**inputs, **dict(zip(names, leaves, strict=True))}
+        return [x for x in results(spec.op(**given, impl="torch")).values() if x.requires_grad]
+
+    leaves = [inputs[name] for name in names]
+    assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize(("spec", "case"), first_cases())
+def test_gradcheck_of_the_reference(spec: OpSpec, case: Case) -> None:
+    way = Way("torch", "cpu", torch.float64)
+    skip_unless_covered(spec, way, grad=True)
+    inputs = in_fp64(spec, inputs_of(spec, case, way))
+    names = [name for name in spec.grad_args if name in inputs]
+
+    def function(*leaves: Tensor) -> list[Tensor]:
+        given = {**inputs, **dict(zip(names, leaves, strict=True))}
+        return [x for x in results(spec.reference(**given)).values() if x.requires_grad]
+
+    leaves = [inputs[name] for name in names]
+    assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
+
+
+@RESULT_LANES
+@pytest.mark.parametrize(("spec", "case"), first_cases())
+def test_double_backward(spec: OpSpec, case: Case, way: Way) -> None:
+    """The kernels refuse a second derivative and name the way out."""
+    skip_unless_covered(spec, way, grad=True)
+    inputs = inputs_of(spec, case, way)
+    outputs = results(spec.op(**inputs, impl=way.impl))
+    upstream = {k: g.requires_grad_() for k, g in upstream_of(outputs).items()}
+    leaves = [inputs[name] for name in spec.grad_args if name in inputs]
+    heads = [outputs[name] for name in upstream]
+    grads = torch.autograd.grad(heads, leaves, list(upstream.values()), create_graph=True)
+    total = sum(g.float().square().sum() for g in grads)
+    if way.impl == "triton":
+        with pytest.raises(NotImplementedError, match="impl='torch'"):
+            total.backward()
+    else:
+        total.backward()
+        assert all(g.grad is not None and g.grad.isfinite().all() for g in upstream.values())
+
+
+@RESULT_LANES
+@pytest.mark.parametrize(("spec", "case"), first_cases())
+def test_torch_func(spec: OpSpec, case: Case, way: Way) -> None:
+    """torch.func.grad, and vmap over it, agree with autograd."""
+    skip_unless_covered(spec, way, grad=True)
+    if way.dtype != torch.float32:
+        pytest.skip("one dtype shows what the transforms do")
+    inputs = inputs_of(spec, case, way)
+    name = spec.grad_args[0]
+    fixed = map_tensors(inputs, lambda x: x.detach())
+
+    def loss(leaf: Tensor) -> Tensor:
+        outputs = results(spec.op(**{**fixed, name: leaf}, impl=way.impl))
+        return sum(x.square().sum() for x in outputs.values() if x.is_floating_point())
+
+    leaf = fixed[name]
+    (want,) = torch.autograd.grad(loss(inputs[name]), [inputs[name]])
+    torch.testing.assert_close(torch.func.grad(loss)(leaf), want, rtol=1e-5, atol=1e-5)
+    both = torch.func.vmap(torch.func.grad(loss))(torch.stack([leaf, 2 * leaf]))
+    torch.testing.assert_close(both[0], want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(both[1], 2 * want, rtol=1e-5, atol=1e-5)
