@@ -5,5 +5,8 @@ Importing this package needs neither a GPU nor triton.
 
 from ._dispatch import explain
 from .ops.byte_pool import byte_pool
+from .ops.find_patches import Patches, find_patches
+from .ops.segment_pool import segment_pool
+from .ops.unpool import unpool
 
-__all__ = ["byte_pool", "explain"]
+__all__ = ["Patches", "byte_pool", "explain", "find_patches", "segment_pool", "unpool"]

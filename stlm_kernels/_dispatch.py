@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 
 from ._checks import require_choice
+from ._launch import is_recording
 
 Impl = Literal["auto", "triton", "torch"]
 Reasons = Callable[..., list[str]]
@@ -49,7 +50,7 @@ def machine_reasons(device_type: str, index: int | None) -> list[str]:
     if not has_triton():
         return ["triton is not installed (pip install triton)"]
     if device_type == "cpu":
-        if kernels_interpreted():
+        if kernels_interpreted() or is_recording():
             return []
         return ["the tensors are on cpu and the kernels run on CUDA devices"]
     if device_type != "cuda":

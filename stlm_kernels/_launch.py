@@ -37,7 +37,7 @@ def config_for(kernel: str, bucket: str, default: Config, device: torch.device) 
     override = (_override.get() or {}).get(kernel)
     if override is not None:
         return dict(override)
-    if device.type != "cuda" or _recorder.get() is not None:
+    if device.type != "cuda" or is_recording():
         return default
     entry = _tuned_table(torch.cuda.get_device_name(device)).get(f"{kernel}/{bucket}")
     return default if entry is None else dict(entry["config"])
@@ -54,9 +54,7 @@ def _tuned_table(device_name: str) -> dict[str, Any]:
     return json.loads(path.read_text())["configs"] if path.exists() else {}
 
 
-def launch(
-    kernel: Any, programs: int, *args: Any, device: torch.device, **options: Any
-) -> None:
+def launch(kernel: Any, programs: int, *args: Any, device: torch.device, **options: Any) -> None:
     """Run `kernel` on a flat grid of `programs` under the device that holds the tensors."""
     if programs == 0:
         return
@@ -67,6 +65,11 @@ def launch(
         return
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[(programs,)](*args, **options)
+
+
+def is_recording() -> bool:
+    """True inside `recording`: launches reach no device, so tensors may be anywhere."""
+    return _recorder.get() is not None
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ._dispatch import kernels_interpreted
+from ._launch import is_recording
 
 NAMESPACE = "stlm"
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -51,7 +52,7 @@ def register(
         return resolve()(*args)
 
     def on_cpu(*args: Any) -> Any:
-        if not kernels_interpreted():
+        if not (kernels_interpreted() or is_recording()):
             raise NotImplementedError(
                 f"{NAMESPACE}::{name} is a Triton kernel and its tensors are on cpu: "
                 "use impl='torch', or triton's interpreter for testing"

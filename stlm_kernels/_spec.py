@@ -60,6 +60,7 @@ class OpSpec:
         bytes_moved: (case, dtype, pass) -> bytes that any implementation must move.
         flops: (case, pass) -> FLOPs that the op needs.
         kernels: names of the Triton kernels, without the `stlm_` prefix; empty: torch path only.
+        mma_kernels: those that must run on the tensor cores for 16-bit inputs.
     """
 
     name: str
@@ -74,6 +75,7 @@ class OpSpec:
     row_args: tuple[str, ...] = ()
     exact: Callable[[Case], frozenset[str]] = lambda case: frozenset()
     kernels: tuple[str, ...] = ()
+    mma_kernels: tuple[str, ...] = ()
 
     def tagged(self, *tags: str) -> list[Case]:
         """The cases that carry any of `tags`."""

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from ._spec import OpSpec
 from .ops.byte_pool import cases as byte_pool
+from .ops.find_patches import cases as find_patches
+from .ops.segment_pool import cases as segment_pool
+from .ops.unpool import cases as unpool
 
 OPS: dict[str, OpSpec] = {
     spec.name: spec
     for spec in (
         byte_pool.SPEC,
+        segment_pool.SPEC,
+        find_patches.SPEC,
+        unpool.SPEC,
     )
 }

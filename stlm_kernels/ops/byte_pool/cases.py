@@ -95,5 +95,11 @@ SPEC = OpSpec(
     flops=flops,
     grad_args=("weight", "slot_gain"),
     row_args=("weight",),
-    kernels=("byte_pool_fwd", "byte_pool_bwd", "byte_pool_bwd_gain"),
+    kernels=(
+        "byte_pool_fwd",
+        "byte_pool_bwd",
+        "byte_pool_bwd_gain_table",
+        "byte_pool_bwd_gain_slots",
+    ),
+    mma_kernels=("byte_pool_bwd", "byte_pool_bwd_gain_table"),
 )

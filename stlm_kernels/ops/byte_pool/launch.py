@@ -59,6 +59,8 @@ def bwd_gain_config(width: int, dtype: torch.dtype, device: torch.device) -> Con
         "PROGRAMS": TARGET_PROGRAMS,
         "num_warps": 4,
     }
+    if dtype == torch.float32:
+        default["BLOCK_V"] = 32
     return config_for("byte_pool_bwd_gain", _bucket(width, dtype), default, device)
 
 

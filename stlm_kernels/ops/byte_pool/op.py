@@ -31,7 +31,7 @@ def byte_pool(
     min(k, L-1) of `slot_gain`, which makes the pool depend on the order of the bytes.
 
     Args:
-        byte_ids: (T,) uint8, int16, int32 or int64, each in [0, V).
+        byte_ids: (T,) uint8, int16, int32 or int64, in [0, V) as far as the last border.
         weight: (V, D) float32, bfloat16 or float16; float64 on the torch path.
         cu_patchlens: (P+1,) int32 patch borders in bytes, from 0, non-decreasing, at most T.
             Bytes from the last border on belong to no patch.
@@ -47,13 +47,13 @@ def byte_pool(
     Raises:
         ValueError: a wrong type, dtype, shape, device or mode; on CPU in eager mode also offsets
             that do not start at 0, decrease, or end beyond T.
-        IndexError: on CPU in eager mode, an id outside [0, V).
+        IndexError: on CPU in eager mode, an id of a patch outside [0, V).
         NotImplementedError: impl="triton" cannot run this call; the message lists why.
 
     Numerics:
         Accumulates in float32 (float64 for float64 tables), in a fixed order: the same inputs give
         the same bits, gradients included. Where values are not checked, an id out of range makes
-        its patch NaN and is left out of the table's gradient. A NaN in the upstream gradient of a
+        its patch NaN and is left out of the gradients. A NaN in the upstream gradient of a
         patch that is not empty reaches every row of the table's gradient (kernels only). The
         kernels have no double backward; the torch path has.
 
@@ -92,8 +92,9 @@ def _check(
         _checks.require_tensor("slot_gain", slot_gain, ("L", width), dtypes, weight.device)
         _checks.require(slot_gain.shape[0] >= 1, "slot_gain", "L >= 1", slot_gain.shape[0])
     if _checks.values_visible(byte_ids, cu_patchlens):
-        _checks.check_id_values("byte_ids", byte_ids, 0, vocab)
         _checks.check_offset_values("cu_patchlens", cu_patchlens, byte_ids.shape[0])
+        # Bytes beyond the last border belong to no patch, so they may hold anything.
+        _checks.check_id_values("byte_ids", byte_ids[: int(cu_patchlens[-1])], 0, vocab)
 
 
 class _BytePool(torch.autograd.Function):

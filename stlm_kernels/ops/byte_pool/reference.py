@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,7 +20,7 @@ def reference(
     """(P, D) fp64, one patch after the other."""
     borders = cu_patchlens.tolist()
     rows = [weight.new_zeros(0, weight.shape[1])]
-    for start, end in zip(borders, borders[1:], strict=False):
+    for start, end in pairwise(borders):
         row = weight.new_zeros(weight.shape[1])
         for k, byte in enumerate(byte_ids[start:end].tolist()):
             gain = 1.0 if slot_gain is None else slot_gain[min(k, slot_gain.shape[0] - 1)]

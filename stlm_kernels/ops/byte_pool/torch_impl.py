@@ -1,6 +1,6 @@
 """byte_pool in aten ops: the CPU path, and every case that the kernels do not take.
 
-Forward: EmbeddingBag in sum mode, then the mean's scale (its own mean mode takes twice the time).
+Forward: EmbeddingBag in sum mode, then the mean's scale (its mean mode is slower on a CPU).
 Backward: EmbeddingBag with the roles swapped. Bytes are sorted by id, and the gradient rows of
 their patches are summed by runs of one id, which is four to six times as fast on a CPU as
 EmbeddingBag's own backward, and deterministic.
@@ -29,37 +29,54 @@ def byte_pool(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """(P, D) in `out_dtype`."""
-    total, vocab = byte_ids.shape[0], weight.shape[0]
     wide = torch.promote_types(out_dtype, torch.float32)
     table = weight.to(out_dtype).to(wide)
-    ids, borders = byte_ids, cu_patchlens
-    if not _checks.values_visible(byte_ids, cu_patchlens):
-        ids = torch.where((ids >= 0) & (ids < vocab), ids.int(), vocab)
-        table = torch.cat([table, table.new_full((1, table.shape[1]), float("nan"))])
-        borders = _checks.clamped_bounds(cu_patchlens, total)
-    # One more border: EmbeddingBag adds what lies beyond the last one to the last bag.
-    borders = F.pad(borders, (0, 1), value=total)
+    patches, lead = cu_patchlens.shape[0] - 1, 0
+    if _checks.values_visible(byte_ids, cu_patchlens):
+        ids, borders, poison = byte_ids[: int(cu_patchlens[-1])].int(), cu_patchlens, None
+    else:
+        ids, table, borders, poison = _made_safe(byte_ids, table, cu_patchlens)
+        patches, lead = patches + 1, 1
     if slot_gain is not None:
-        ids, table = _gained(ids.int(), table, borders, slot_gain.to(out_dtype).to(wide))
-    pooled = _BagSum.apply(ids.int(), table.contiguous(), borders)[:-1]
-    if mean:
-        lengths = borders.diff()[:-1].clamp(min=1)
-        pooled = pooled * lengths.to(wide).reciprocal()[:, None]
-    return pooled.to(out_dtype)
+        ids, table = _gained(ids, table, borders, slot_gain.to(out_dtype).to(wide), poison)
+    elif poison is not None:
+        table = table + poison
+    arguments = (ids, table.contiguous(), borders, patches, mean)
+    recorded = torch.is_grad_enabled() and table.requires_grad
+    pool = _Pool.apply if recorded or _checks.inside_torch_func() else _pool
+    return pool(*arguments)[lead:].to(out_dtype)
+
+
+def _made_safe(
+    byte_ids: Tensor, table: Tensor, cu_patchlens: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Values nobody has looked at: ids, table, borders, and what to add to the table's rows.
+
+    Bad ids find a zero row that the addition turns to NaN: multiplied by a gain, a NaN row would
+    reach the gain's gradient. Bytes of no patch lie in a segment before or after the patches.
+    """
+    total, vocab = byte_ids.shape[0], table.shape[0]
+    ids = byte_ids.long()  # a uint8 would compare with the vocabulary modulo 256
+    ids = torch.where((ids >= 0) & (ids < vocab), ids, vocab).int()
+    borders = F.pad(_checks.clamped_bounds(cu_patchlens, total), (1, 0), value=0)
+    poison = F.pad(table.new_zeros(vocab, 1), (0, 0, 0, 1), value=float("nan"))
+    return ids, F.pad(table, (0, 0, 0, 1)), F.pad(borders, (0, 1), value=total), poison
 
 
 def _gained(
-    ids: Tensor, table: Tensor, borders: Tensor, gain: Tensor
+    ids: Tensor, table: Tensor, borders: Tensor, gain: Tensor, poison: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Ids and a table whose rows already carry the gain of their slot."""
     slots, vocab = gain.shape[0], table.shape[0]
-    patch = _patch_of(borders, ids.shape[0])
     position = torch.arange(ids.shape[0], device=ids.device, dtype=torch.int32)
-    slot = (position - borders[patch]).clamp(max=slots - 1)
+    slot = (position - borders[_patch_of(borders, ids.shape[0])]).clamp(max=slots - 1)
     if slots * vocab <= ids.shape[0]:
-        return slot * vocab + ids, (gain[:, None] * table[None]).flatten(0, 1)
+        rows = gain[:, None] * table[None]
+        rows = rows if poison is None else rows + poison
+        return slot * vocab + ids, rows.flatten(0, 1)
     # Few bytes beside many slots: their own (T, D) rows are the smaller table.
-    return position, F.embedding(ids, table) * F.embedding(slot, gain)
+    rows = F.embedding(ids, table) * F.embedding(slot, gain)
+    return position, rows if poison is None else rows + F.embedding(ids, poison)
 
 
 def _patch_of(borders: Tensor, total: int) -> Tensor:
@@ -68,56 +85,73 @@ def _patch_of(borders: Tensor, total: int) -> Tensor:
     return torch.repeat_interleave(segments, borders.diff(), output_size=total)
 
 
-def _bag_sum(ids: Tensor, table: Tensor, borders: Tensor) -> Tensor:
-    return F.embedding_bag(ids, table, borders, mode="sum", include_last_offset=True)
+def _scales(borders: Tensor, dtype: torch.dtype) -> Tensor:
+    return borders.diff().clamp(min=1).to(dtype).reciprocal()
 
 
-def _plain_bag_sum(ids: Tensor, table: Tensor, borders: Tensor) -> Tensor:
-    """The same from ops that torch differentiates any number of times."""
+def _bag_sum(rows: Tensor, table: Tensor, borders: Tensor, weights: Tensor | None = None) -> Tensor:
+    return F.embedding_bag(
+        rows, table, borders, mode="sum", include_last_offset=True, per_sample_weights=weights
+    )
+
+
+def _pool(ids: Tensor, table: Tensor, borders: Tensor, patches: int, mean: bool) -> Tensor:
+    out = _bag_sum(ids, table, borders)[:patches]
+    return out.mul_(_scales(borders, table.dtype)[:patches, None]) if mean else out
+
+
+def _plain_pool(ids: Tensor, table: Tensor, borders: Tensor, patches: int, mean: bool) -> Tensor:
+    """The same from ops that every torch.func transform knows."""
     out = table.new_zeros(borders.shape[0] - 1, table.shape[1])
-    return out.index_add(0, _patch_of(borders, ids.shape[0]), F.embedding(ids, table))
+    out = out.index_add(0, _patch_of(borders, ids.shape[0]), F.embedding(ids, table))
+    out = out * _scales(borders, table.dtype)[:, None] if mean else out
+    return out[:patches]
 
 
-def _rows_by_id(grad: Tensor, ids: Tensor, borders: Tensor, vocab: int) -> Tensor:
-    """(V, D): for each id the sum of the gradient rows of the patches that hold it."""
-    total = ids.shape[0]
-    if total == 0:
+def _plain_backward(grad: Tensor, ids: Tensor, borders: Tensor, vocab: int, mean: bool) -> Tensor:
+    """dtable from ops that torch differentiates again."""
+    scaled = grad * _scales(borders, grad.dtype)[: grad.shape[0], None] if mean else grad
+    scaled = F.pad(scaled, (0, 0, 0, borders.shape[0] - 1 - grad.shape[0]))
+    rows = F.embedding(_patch_of(borders, ids.shape[0]), scaled)
+    return grad.new_zeros(vocab, grad.shape[1]).index_add(0, ids, rows)
+
+
+def _backward(grad: Tensor, ids: Tensor, borders: Tensor, vocab: int, mean: bool) -> Tensor:
+    """(V, D): for each id the sum of the scaled gradient rows of the patches that hold it."""
+    total, device = ids.shape[0], ids.device
+    if total == 0 or grad.shape[0] == 0:
         return grad.new_zeros(vocab, grad.shape[1])
-    key = ids.to(torch.uint8) if vocab <= 256 else ids
-    key, order = torch.sort(key, stable=True)
-    every = torch.arange(vocab + 1, device=ids.device, dtype=torch.int32)
+    key, order = torch.sort(ids.to(torch.uint8) if vocab <= 256 else ids, stable=True)
+    patch = _patch_of(borders, total).index_select(0, order)
+    scales = _scales(borders, grad.dtype).index_select(0, patch) if mean else None
+    grad = F.pad(grad, (0, 0, 0, borders.shape[0] - 1 - grad.shape[0])).contiguous()
+    every = torch.arange(vocab + 1, device=device, dtype=torch.int32)
     runs = torch.searchsorted(key.int(), every, out_int32=True)
-    cuts = torch.arange(0, total, PIECE, device=ids.device, dtype=torch.int32)
+    cuts = torch.arange(0, total, PIECE, device=device, dtype=torch.int32)
     pieces, _ = torch.sort(torch.cat([runs, cuts]))
-    partial = _bag_sum(_patch_of(borders, total)[order], grad.contiguous(), pieces)
-    run_pieces = torch.searchsorted(pieces, runs, out_int32=True)
-    numbers = torch.arange(partial.shape[0], device=ids.device, dtype=torch.int32)
-    return _bag_sum(numbers, partial, run_pieces)
+    partial = _bag_sum(patch, grad, pieces, scales)
+    numbers = torch.arange(partial.shape[0], device=device, dtype=torch.int32)
+    return _bag_sum(numbers, partial, torch.searchsorted(pieces, runs, out_int32=True))
 
 
-class _BagSum(torch.autograd.Function):
-    """Sum of table rows by bag, with a fast backward that can itself be differentiated."""
+class _Pool(torch.autograd.Function):
+    """Pooling of table rows, with a fast backward that can itself be differentiated."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(ids: Tensor, table: Tensor, borders: Tensor) -> Tensor:
-        if _checks.inside_torch_func(table):
-            return _plain_bag_sum(ids, table, borders)
-        return _bag_sum(ids, table, borders)
+    def forward(ids: Tensor, table: Tensor, borders: Tensor, patches: int, mean: bool) -> Tensor:
+        pool = _plain_pool if _checks.inside_torch_func() else _pool
+        return pool(ids, table, borders, patches, mean)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ids, table, borders = inputs
+        ids, table, borders, _, ctx.mean = inputs
         ctx.save_for_backward(ids, borders)
         ctx.vocab = table.shape[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         ids, borders = ctx.saved_tensors
-        grad = grads[0]
-        if torch.is_grad_enabled():
-            rows = F.embedding(_patch_of(borders, ids.shape[0]), grad)
-            zeros = grad.new_zeros(ctx.vocab, grad.shape[1])
-            return None, zeros.index_add(0, ids, rows), None
-        return None, _rows_by_id(grad, ids, borders, ctx.vocab), None
+        derive = _plain_backward if torch.is_grad_enabled() else _backward
+        return None, derive(grads[0], ids, borders, ctx.vocab, ctx.mean), None, None, None

@@ -1,0 +1,88 @@
+# Every target sets up what it needs: a pinned .venv here, wheels from a folder on a GPU machine.
+SHELL := /bin/bash -o pipefail
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+PRESET ?= demo
+MINUTES ?= 10
+RUN ?= runs/$(PRESET)
+
+# On a GPU machine: its own python3, missing pure-Python wheels from WHEELS, results into OUT.
+GPU_PYTHON ?= python3
+WHEELS ?=
+OUT ?= out
+LANE ?= gpu
+
+.PHONY: help test test-full lint lanes lane-cpu lane-interpret lane-aot bench train \
+        gpu-test gpu-bench gpu-tune gpu-site full-triton36 clean
+
+help:
+	@echo "make test       lint, types and the three CPU lanes (about 10 minutes on 2 cores)"
+	@echo "make test-full  the same lanes in their long form, and triton 3.6.0"
+	@echo "make bench      our ops beside their stock peers, on this machine"
+	@echo "make train      train PRESET=$(PRESET) for MINUTES=$(MINUTES) into RUN=$(RUN)"
+	@echo "make gpu-test   the gpu lane: WHEELS=dir OUT=dir; LANE=cpu rehearses it"
+	@echo "make gpu-bench  the benchmarks on a GPU: WHEELS=dir OUT=dir"
+	@echo "make gpu-tune   the offline sweep of launch configurations: WHEELS=dir OUT=dir"
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	    || { echo "error: Python 3.11 or later is needed; say which: make PYTHON=python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch triton
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+test: $(READY)
+	$(MAKE) --no-print-directory -j2 --output-sync=target lint lane-cpu lane-interpret lane-aot
+
+test-full: $(READY)
+	$(MAKE) --no-print-directory -j2 --output-sync=target lint lane-cpu lane-interpret lane-aot FULL=--full
+	$(MAKE) --no-print-directory full-triton36
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+lane-cpu lane-interpret lane-aot: lane-%: $(READY)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q --lane $* $(FULL)
+
+# The GPU machine's triton: the interpreter of 3.6.0 needs numpy below 2.4.
+full-triton36: $(READY)
+	$(PYTHON) -m venv $(VENV)-triton36
+	$(VENV)-triton36/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 triton==3.6.0 \
+	    'numpy<2.4' einops pytest hypothesis pytest-benchmark safetensors tqdm matplotlib
+	OMP_NUM_THREADS=1 $(VENV)-triton36/bin/python -m pytest -q --lane interpret
+	OMP_NUM_THREADS=1 $(VENV)-triton36/bin/python -m pytest -q --lane aot --full
+
+bench: $(READY)
+	$(PY) -m pytest bench --benchmark-only
+
+train: $(READY)
+	$(PY) -m stlm_models.train --preset $(PRESET) --minutes $(MINUTES) --out $(RUN)
+
+gpu-site:
+	@mkdir -p $(OUT)
+	@if [ -n "$(WHEELS)" ]; then \
+	    $(GPU_PYTHON) -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade \
+	        --target /tmp/stlm-site $(WHEELS)/*.whl; fi
+
+GPU_RUN = PYTHONPATH=/tmp/stlm-site:$$PYTHONPATH $(GPU_PYTHON) -m
+
+gpu-test: gpu-site
+	$(GPU_RUN) stlm_kernels.env | tee $(OUT)/env.txt
+	$(GPU_RUN) pytest tests -q --lane $(LANE) --junitxml=$(OUT)/gpu-test.xml 2>&1 | tee $(OUT)/gpu-test.log
+
+gpu-bench: gpu-site
+	$(GPU_RUN) pytest bench --benchmark-only --benchmark-json=$(OUT)/gpu-bench.json 2>&1 | tee $(OUT)/gpu-bench.log
+
+gpu-tune: gpu-site
+	$(GPU_RUN) bench.tune --minutes 4 2>&1 | tee $(OUT)/gpu-tune.log
+	cp stlm_kernels/tuned/*.json $(OUT)/
+
+clean:
+	rm -rf $(VENV) $(VENV)-triton36 out build *.egg-info

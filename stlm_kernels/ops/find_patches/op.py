@@ -1,0 +1,147 @@
+"""The public find_patches: contract, checks, dispatch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import _checks
+from ..._dispatch import Impl, without_kernel
+from . import torch_impl
+
+RULES = ("space", "fixed")
+
+
+class Patches(NamedTuple):
+    """Where patches begin, and which patch each byte belongs to and may read."""
+
+    cu_patchlens: Tensor
+    """(P+1,) int32 patch borders in bytes; with a capacity, P is the capacity."""
+    patch_ids: Tensor
+    """(T,) int32: the patch that holds the byte; -1 for bytes in no document or no slot."""
+    read_ids: Tensor
+    """(T,) int32: the last patch of the byte's document that is complete there; -1: none yet."""
+    n_patches: Tensor
+    """0-d int32: the true number of patches, also where it exceeds the capacity."""
+    cu_seqlens: Tensor
+    """(S+1,) int32 document borders in patches, at most the capacity."""
+
+
+def find_patches(
+    byte_ids: Tensor,  # (T,) uint8|int16|int32|int64
+    *,
+    rule: str | None = None,
+    starts: Tensor | None = None,  # (T,) bool
+    closes: Tensor | None = None,  # (T,) bool
+    patch_size: int | None = None,
+    max_patch_len: int | None = None,
+    cu_seqlens: Tensor | None = None,  # (S+1,) int32
+    capacity: int | None = None,
+    impl: Impl = "auto",
+) -> Patches:
+    """Cut bytes into patches by what is known at each byte, and say what each byte may read.
+
+    A patch begins at the first byte of a document, after a byte that closes its patch, and where
+    `starts` says so. With p(t) the patch that holds byte t:
+    read_ids[t] = p(t) if t closes its patch, else p(t) - 1, and -1 where that patch lies before
+    the document. Everything about a patch that is read this way, its end included, is known from
+    bytes <= t, so a model that predicts byte t+1 may use it. The trailing open patch of a document
+    is a patch, but nothing reads it.
+
+    Args:
+        byte_ids: (T,) uint8, int16, int32 or int64, not negative; read by rule "space" alone.
+        rule: "space": a byte that is neither ASCII alphanumeric nor a UTF-8 continuation byte
+            (0x80 to 0xBF; ids above 255 are neither) closes its patch, unless the byte before it
+            in the document is such a byte too. "fixed": every `patch_size`-th byte of a document
+            closes. None: `starts` or `closes` is given; exactly one of the three.
+        starts: (T,) bool, this byte begins a patch, as a router decides from bytes <= t. A patch is
+            then known to end only when the next one has begun.
+        closes: (T,) bool, this byte ends its patch, decided from bytes <= t.
+        patch_size: at least 1; for rule "fixed" alone.
+        max_patch_len: at least 1: a patch that reaches this length closes. None: no limit.
+        cu_seqlens: (S+1,) int32 document borders in bytes, from 0, non-decreasing, at most T; each
+            document begins a patch. Bytes from the last border on belong to no document.
+            None: one document.
+        capacity: at least 1: exactly this many slots, unused ones empty at the last offset, with
+            static shapes and without a synchronisation. None: the exact number of patches, which
+            costs one synchronisation and cannot be compiled with fullgraph.
+        impl: "auto" or "torch"; there is no kernel yet.
+
+    Returns:
+        Patches(cu_patchlens, patch_ids, read_ids, n_patches, cu_seqlens). The last offset is
+        cu_seqlens[-1] (T without documents). If there are more patches than `capacity`, bytes that
+        fit no slot have patch_ids -1 and read the last slot of their own document (or -1), and
+        cu_patchlens[-1] is where they begin.
+
+    Raises:
+        ValueError: not exactly one of rule, starts and closes; a wrong type, dtype, shape, device
+            or option; on CPU in eager mode also document borders that do not start at 0, decrease,
+            or end beyond T.
+        IndexError: on CPU in eager mode, a negative id under rule "space".
+        NotImplementedError: impl="triton".
+
+    Numerics:
+        Integers only. Borders of a prefix of the bytes are a prefix of the borders.
+
+    Source: the space rule is SpaceByte's (arXiv 2404.14408) with the border moved behind the byte
+    that is already known; masks serve BLT (arXiv 2412.09871) and H-Net (arXiv 2507.07955).
+    """
+    _check_rule(rule, starts, closes, patch_size)
+    _check(byte_ids, rule, starts, closes, cu_seqlens)
+    for name, value in (("max_patch_len", max_patch_len), ("capacity", capacity)):
+        if value is not None:
+            _checks.require_int_at_least(name, value, 1)
+    without_kernel("find_patches", impl, byte_ids.device)
+    return Patches(
+        *torch_impl.find_patches(
+            byte_ids, starts, closes, patch_size, max_patch_len, cu_seqlens, capacity
+        )
+    )
+
+
+def _check_rule(
+    rule: str | None, starts: Tensor | None, closes: Tensor | None, patch_size: int | None
+) -> None:
+    options = {"rule": rule, "starts": starts, "closes": closes}
+    given = [name for name, value in options.items() if value is not None]
+    got = " and ".join(given) or "none of them"
+    _checks.require(len(given) == 1, "rule, starts, closes", "exactly one of them", got)
+    if rule is not None:
+        _checks.require_choice("rule", rule, RULES)
+    if rule == "fixed":
+        _checks.require_int_at_least("patch_size", patch_size, 1)
+    else:
+        _checks.require(patch_size is None, "patch_size", "None unless rule is 'fixed'", patch_size)
+
+
+def _check(
+    byte_ids: Tensor,
+    rule: str | None,
+    starts: Tensor | None,
+    closes: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    _checks.require_ids("byte_ids", byte_ids)
+    total = byte_ids.shape[0]
+    for name, mask in (("starts", starts), ("closes", closes)):
+        if mask is not None:
+            _checks.require_tensor(name, mask, (total,), (torch.bool,), byte_ids.device)
+    if cu_seqlens is not None:
+        _checks.require_offsets("cu_seqlens", cu_seqlens, byte_ids.device)
+    if not _checks.values_visible(byte_ids):
+        return
+    if cu_seqlens is not None:
+        _checks.check_offset_values("cu_seqlens", cu_seqlens, total)
+    if rule == "space" and byte_ids.dtype != torch.uint8:
+        inside = byte_ids if cu_seqlens is None else byte_ids[: int(cu_seqlens[-1])]
+        _check_not_negative(inside)
+
+
+def _check_not_negative(byte_ids: Tensor) -> None:
+    if byte_ids.numel() and int(byte_ids.min()) < 0:
+        position = int((byte_ids < 0).nonzero()[0])
+        raise IndexError(
+            f"byte_ids: expected values >= 0, got {int(byte_ids[position])} at position {position}"
+        )

@@ -1,0 +1,62 @@
+"""The oracle of find_patches: one byte after another, a running patch length and nothing else."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from .op import Patches
+
+_ALPHANUMERIC = b"0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_WORD_BYTES = set(_ALPHANUMERIC) | set(range(0x80, 0xC0))
+
+
+def reference(
+    byte_ids: Tensor,  # (T,)
+    *,
+    rule: str | None = None,
+    starts: Tensor | None = None,  # (T,) bool
+    closes: Tensor | None = None,  # (T,) bool
+    patch_size: int | None = None,
+    max_patch_len: int | None = None,
+    cu_seqlens: Tensor | None = None,  # (S+1,)
+    capacity: int | None = None,
+) -> Patches:
+    """Patches as lists of (begin, end), document by document, cut to the capacity at the end."""
+    ids = byte_ids.tolist()
+    borders = [0, len(ids)] if cu_seqlens is None else cu_seqlens.tolist()
+    patch_ids, read_ids = [-1] * len(ids), [-1] * len(ids)
+    patch_begins: list[int] = []
+    patch_borders = [0]
+    for begin, end in pairwise(borders):
+        is_open, latest_complete = False, -1
+        for t in range(begin, end):
+            if not is_open or (starts is not None and bool(starts[t])):
+                if is_open:
+                    latest_complete = len(patch_begins) - 1
+                patch_begins.append(t)
+                is_open = True
+            if rule == "space":
+                ends = ids[t] not in _WORD_BYTES and (t == begin or ids[t - 1] in _WORD_BYTES)
+            elif rule == "fixed":
+                assert patch_size is not None
+                ends = (t - begin + 1) % patch_size == 0
+            else:
+                ends = closes is not None and bool(closes[t])
+            if ends or t - patch_begins[-1] + 1 == max_patch_len:
+                is_open, latest_complete = False, len(patch_begins) - 1
+            patch_ids[t], read_ids[t] = len(patch_begins) - 1, latest_complete
+        patch_borders.append(len(patch_begins))
+    offsets = [*patch_begins, borders[-1]]
+    if capacity is not None:
+        offsets = [*offsets, *[borders[-1]] * capacity][: capacity + 1]
+        for document, (begin, end) in enumerate(pairwise(borders)):
+            last_slot = capacity - 1 if patch_borders[document] < capacity else -1
+            for t in range(begin, end):
+                patch_ids[t] = patch_ids[t] if patch_ids[t] < capacity else -1
+                read_ids[t] = min(read_ids[t], last_slot)
+        patch_borders = [min(border, capacity) for border in patch_borders]
+    results = (offsets, patch_ids, read_ids, len(patch_begins), patch_borders)
+    return Patches(*(torch.tensor(result, dtype=torch.int32) for result in results))

@@ -1,0 +1,116 @@
+"""find_patches in aten ops: a few scans and searches over (T,), no loop over documents or patches.
+
+Between two natural borders the forced closes of `max_patch_len` are simply every
+`max_patch_len`-th byte, because every natural border restarts the count: that makes the rule
+a remainder instead of a recurrence.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class _Documents(NamedTuple):
+    """The document of each byte; the values of bytes outside every document mean nothing."""
+
+    inside: Tensor  # (T,) bool, False for bytes that belong to no document
+    ids: Tensor  # (T,) int64, within bounds for every byte
+    starts: Tensor  # (T,) int32, first byte of the own document
+    offsets: Tensor  # (S+1,) int32, clamped to [0, T]
+
+
+def find_patches(
+    byte_ids: Tensor,  # (T,) any integer dtype
+    starts: Tensor | None,  # (T,) bool
+    closes: Tensor | None,  # (T,) bool
+    patch_size: int | None,
+    max_patch_len: int | None,
+    cu_seqlens: Tensor | None,  # (S+1,) int32
+    capacity: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """cu_patchlens, patch_ids, read_ids, n_patches, cu_seqlens in patches.
+
+    Rule "fixed" is a `patch_size`; rule "space" is neither a mask nor a size.
+    """
+    positions = torch.arange(byte_ids.shape[0], dtype=torch.int32, device=byte_ids.device)
+    if cu_seqlens is None:
+        # Arithmetic on the device: torch.tensor([0, T]) would be a copy from the host.
+        cu_seqlens = torch.arange(2, dtype=torch.int32, device=byte_ids.device) * len(positions)
+    documents = _documents(positions, cu_seqlens)
+    begins = positions == documents.starts
+    if starts is not None:
+        begins = begins | starts
+        closed = torch.zeros_like(begins)
+    else:
+        closed = _natural_closes(byte_ids, positions, documents, closes, patch_size)
+    begins = begins | torch.roll(closed, 1)
+    if max_patch_len is not None:
+        forced = _forced_closes(positions, begins, max_patch_len)
+        closed = closed | forced
+        begins = begins | torch.roll(forced, 1)
+    return _number_patches(begins & documents.inside, closed, documents, capacity)
+
+
+def _documents(positions: Tensor, cu_seqlens: Tensor) -> _Documents:
+    offsets = cu_seqlens.clamp(0, len(positions))
+    ids = torch.searchsorted(offsets, positions, right=True).sub_(1)
+    inside = (ids >= 0) & (positions < offsets[-1])
+    ids = ids.clamp_(0, len(offsets) - 1)
+    return _Documents(inside, ids, offsets[ids], offsets)
+
+
+def _natural_closes(
+    byte_ids: Tensor,  # (T,)
+    positions: Tensor,  # (T,) int32
+    documents: _Documents,
+    closes: Tensor | None,  # (T,) bool
+    patch_size: int | None,
+) -> Tensor:  # (T,) bool
+    if closes is not None:
+        return closes
+    if patch_size is not None:
+        return (positions - documents.starts + 1) % patch_size == 0
+    spacelike = _is_spacelike(byte_ids)
+    has_predecessor = positions != documents.starts
+    return spacelike & ~(has_predecessor & torch.roll(spacelike, 1))
+
+
+def _is_spacelike(byte_ids: Tensor) -> Tensor:  # (T,) bool
+    """Neither ASCII alphanumeric nor a UTF-8 continuation byte."""
+    lowered = byte_ids | 0x20
+    letter = (lowered >= ord("a")) & (lowered <= ord("z"))
+    digit = (byte_ids >= ord("0")) & (byte_ids <= ord("9"))
+    continuation = (byte_ids >= 0x80) & (byte_ids <= 0xBF)
+    return ~(letter | digit | continuation)
+
+
+def _forced_closes(positions: Tensor, begins: Tensor, max_patch_len: int) -> Tensor:  # (T,) bool
+    run_starts = torch.where(begins, positions, 0).cummax(0).values
+    return (positions - run_starts + 1) % max_patch_len == 0
+
+
+def _number_patches(
+    begins: Tensor,  # (T,) bool, False outside every document
+    closed: Tensor,  # (T,) bool
+    documents: _Documents,
+    capacity: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    begun = begins.cumsum(0, dtype=torch.int32)  # patches begun at or before each byte
+    begun_before = F.pad(begun, (1, 0))
+    n_patches = begun_before[-1].clone()
+    slots = int(n_patches) if capacity is None else capacity
+    nth = torch.arange(1, slots + 2, dtype=torch.int32, device=begun.device)
+    # The slot after the last patch is not found, and neither is an unused one: both get T.
+    first_bytes = torch.searchsorted(begun, nth, out_int32=True)
+    cu_patchlens = torch.minimum(first_bytes, documents.offsets[-1])
+
+    patch_ids = torch.where(documents.inside & (begun <= slots), begun - 1, -1)
+    document_borders = begun_before[documents.offsets]
+    complete = torch.where(closed, begun - 1, begun - 2).clamp_(max=slots - 1)
+    readable = documents.inside & (complete >= document_borders[documents.ids])
+    read_ids = torch.where(readable, complete, -1)
+    return cu_patchlens, patch_ids, read_ids, n_patches, document_borders.clamp(max=slots)

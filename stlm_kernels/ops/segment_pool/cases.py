@@ -1,0 +1,72 @@
+"""Shapes, inputs, bytes and FLOPs of segment_pool for tests, benchmarks and tuning."""
+
+from __future__ import annotations
+
+import torch
+
+from ..._inputs import patch_borders
+from ..._spec import Case, Inputs, OpSpec, case
+from .op import MODES, segment_pool
+from .reference import reference, yardstick
+
+MILLION = 1 << 20
+
+CASES = (
+    *(case("smoke", T=300, P=50, D=48, mode=mode, borders="ragged") for mode in MODES),
+    *(case("edge", T=90, P=30, D=20, mode=mode, borders="tail") for mode in MODES),
+    *(case("edge", T=0, P=3, D=8, mode=mode, borders="even") for mode in MODES),
+    *(case("edge", T=30, P=5, D=8, mode=mode, borders="hollow") for mode in MODES),
+    *(case("edge", T=17, P=0, D=8, mode=mode, borders="even") for mode in ("sum", "max", "last")),
+    *(case("edge", T=700, P=1, D=100, mode=mode, borders="even") for mode in ("mean", "max")),
+    case("edge", T=130, P=130, D=1, mode="mean", borders="even"),
+    *(case("long", T=10_003, P=4, D=32, mode=mode, borders="tail") for mode in ("mean", "max")),
+    case("huge", T=3 * MILLION, P=524_288, D=768, mode="mean", borders="even"),
+    *(
+        case("bench", T=MILLION, P=174_763, D=width, mode=mode, borders="even")
+        for width in (768, 128)
+        for mode in ("mean", "max")
+    ),
+    *(case("bench_cpu", T=65_536, P=10_923, D=128, mode=mode, borders="ragged") for mode in MODES),
+    case("bench_cpu", T=8192, P=1366, D=256, mode="mean", borders="ragged"),
+)
+
+
+def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
+    """Arguments of segment_pool; on the CPU first, so that every device sees the same values."""
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.randn(case["T"], case["D"], generator=rng)
+    borders = patch_borders(case["borders"], case["T"], case["P"], rng)
+    return {
+        "x": x.to(device, dtype),
+        "cu_patchlens": borders.to(device),
+        "mode": case["mode"],
+    }
+
+
+def bytes_moved(case: Case, dtype: torch.dtype, direction: str) -> int:
+    """Each row of x (or of its gradient) and of the result once, and the borders."""
+    return dtype.itemsize * (case["T"] + case["P"]) * case["D"] + 4 * case["P"]
+
+
+def flops(case: Case, direction: str) -> int:
+    """One addition or comparison for each element of x."""
+    return case["T"] * case["D"] if case["mode"] in ("mean", "sum", "max") else 0
+
+
+def exact(case: Case) -> frozenset[str]:
+    """Selections copy values."""
+    return frozenset({"out"} if case["mode"] in ("max", "first", "last") else ())
+
+
+SPEC = OpSpec(
+    name="segment_pool",
+    op=segment_pool,
+    reference=reference,
+    yardstick=yardstick,
+    make_inputs=make_inputs,
+    cases=CASES,
+    bytes_moved=bytes_moved,
+    flops=flops,
+    grad_args=("x",),
+    exact=exact,
+)

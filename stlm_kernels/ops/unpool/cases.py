@@ -1,0 +1,97 @@
+"""Shapes, inputs, bytes and FLOPs of unpool for tests, benchmarks and tuning."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..._inputs import patch_borders
+from ..._spec import Case, Inputs, OpSpec, case
+from .op import unpool
+from .reference import reference, yardstick
+
+MILLION = 1 << 20
+
+CASES = (
+    case("smoke", T=300, P=50, D=48, S=4, borders="ragged", plus="null+residual"),
+    case("smoke", T=300, P=50, D=48, S=1, borders="ragged", plus="nothing"),
+    case("edge", T=90, P=30, D=20, S=5, borders="tail", plus="null"),
+    case("edge", T=90, P=30, D=100, S=3, borders="tail", plus="residual", ids="int64"),
+    case("edge", T=130, P=130, D=1, S=2, borders="even", plus="null+residual", ids="int16"),
+    case("edge", T=50, P=1, D=24, S=1, borders="even", plus="null"),
+    case("edge", T=40, P=4, D=8, S=1, borders="hollow", plus="null+residual"),
+    case("edge", T=17, P=0, D=8, S=1, borders="even", plus="null+residual"),
+    case("edge", T=17, P=0, D=8, S=1, borders="even", plus="nothing"),
+    case("edge", T=0, P=3, D=8, S=1, borders="even", plus="null+residual"),
+    case("long", T=10_003, P=4, D=32, S=2, borders="tail", plus="null+residual"),
+    case("huge", T=3 * MILLION, P=524_288, D=768, S=128, borders="even", plus="residual"),
+    *(
+        case("bench", T=MILLION, P=174_763, D=width, S=128, borders="even", plus=plus)
+        for width in (768, 128)
+        for plus in ("nothing", "null+residual")
+    ),
+    *(
+        case("bench_cpu", T=65_536, P=10_923, D=128, S=8, borders="ragged", plus=plus)
+        for plus in ("nothing", "null+residual")
+    ),
+    case("bench_cpu", T=8192, P=1366, D=256, S=8, borders="ragged", plus="null+residual"),
+)
+
+
+def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
+    """Arguments of unpool; on the CPU first, so that every device sees the same values."""
+    rng = torch.Generator().manual_seed(seed)
+    total, patches, width = case["T"], case["P"], case["D"]
+    borders = patch_borders(case["borders"], total, patches, rng)
+    read_ids = _read_ids(borders, total, case["S"], rng)
+    inputs: Inputs = {
+        "patch_states": torch.randn(patches, width, generator=rng).to(device, dtype),
+        "read_ids": read_ids.to(device, getattr(torch, case.get("ids", "int32"))),
+    }
+    if "null" in case["plus"]:
+        inputs["null_state"] = torch.randn(width, generator=rng).to(device, dtype)
+    if "residual" in case["plus"]:
+        inputs["residual"] = torch.randn(total, width, generator=rng).to(device, dtype)
+    return inputs
+
+
+def _read_ids(borders: Tensor, total: int, documents: int, rng: torch.Generator) -> Tensor:
+    """(T,) int32: each byte reads the patch before its own, if that is in the same document."""
+    patches = len(borders) - 1
+    first_patches = torch.randint(0, patches + 1, (documents,), generator=rng)
+    before = torch.arange(-1, patches - 1)
+    before = torch.where(torch.isin(before + 1, first_patches), -1, before)
+    reads = before.repeat_interleave(borders.diff())
+    return torch.cat([reads, reads.new_full((total - len(reads),), -1)]).int()
+
+
+def bytes_moved(case: Case, dtype: torch.dtype, direction: str) -> int:
+    """Each row of the result (or of its gradient), the patches and ids once; residual if added."""
+    passes = 2 if direction == "fwd" and "residual" in case["plus"] else 1
+    elements = (passes * case["T"] + case["P"]) * case["D"]
+    return dtype.itemsize * elements + 4 * case["T"]
+
+
+def flops(case: Case, direction: str) -> int:
+    """The residual's addition, or the sum of the gradient's rows."""
+    adds = direction != "fwd" or "residual" in case["plus"]
+    return case["T"] * case["D"] if adds else 0
+
+
+def exact(case: Case) -> frozenset[str]:
+    """A gather copies values."""
+    return frozenset(() if "residual" in case["plus"] else {"out"})
+
+
+SPEC = OpSpec(
+    name="unpool",
+    op=unpool,
+    reference=reference,
+    yardstick=yardstick,
+    make_inputs=make_inputs,
+    cases=CASES,
+    bytes_moved=bytes_moved,
+    flops=flops,
+    grad_args=("patch_states", "null_state", "residual"),
+    exact=exact,
+)

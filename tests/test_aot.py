@@ -1,0 +1,105 @@
+"""Every kernel compiled ahead of time for GPUs that are not here: resources and instructions.
+
+These are the compiler's facts. They say nothing about speed, races or bf16 accuracy.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+
+from stlm_kernels import _launch
+from stlm_kernels._spec import OpSpec
+from stlm_kernels.inspect import LIMITS, Report, inspect_op, merged, table
+from stlm_kernels.registry import OPS
+
+pytestmark = pytest.mark.lanes("aot")
+
+MMA_OPCODE = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
+SPILLS_ALLOWED: dict[tuple[str, int], str] = {}
+"""(kernel, architecture) -> the written reason why its spills are accepted."""
+
+WITH_KERNELS = [pytest.param(spec, id=name) for name, spec in OPS.items() if spec.kernels]
+
+
+def dtypes(full: bool) -> list[torch.dtype]:
+    return [torch.bfloat16, torch.float32, *([torch.float16] if full else [])]
+
+
+def archs(full: bool) -> list[int]:
+    return [80, 90, 100] if full else [90]
+
+
+def assert_fits(report: Report) -> None:
+    where = f"{report.kernel} sm_{report.arch} {report.config}"
+    if (report.kernel, report.arch) not in SPILLS_ALLOWED:
+        assert report.spill_instructions == 0, f"{where}: {report.spill_instructions} spills"
+        assert report.stack_bytes == 0, f"{where}: {report.stack_bytes} bytes of stack"
+    assert report.shared_bytes <= LIMITS[report.arch].shared_per_block, where
+    assert report.occupancy > 0, where
+
+
+@pytest.mark.parametrize("spec", WITH_KERNELS)
+def test_shipped_configs_compile_and_fit(spec: OpSpec, full: bool) -> None:
+    seen = set()
+    for arch, dtype, case in product(archs(full), dtypes(full), spec.tagged("aot")):
+        for report in inspect_op(spec, case, arch, dtype):
+            assert_fits(report)
+            name = report.kernel.removeprefix("stlm_")
+            seen.add(name)
+            if name in spec.mma_kernels and dtype != torch.float32:
+                assert report.mma == MMA_OPCODE[arch], f"{name} runs on {report.mma}"
+    assert set(spec.kernels) <= seen, "the aot cases do not launch every kernel"
+
+
+@pytest.mark.parametrize("spec", WITH_KERNELS)
+def test_autocast_compiles_and_fits(spec: OpSpec, full: bool) -> None:
+    """fp32 parameters beside bf16 activations: the way models are trained."""
+    for arch, case in product(archs(full), spec.tagged("aot")):
+        with torch.autocast("cpu", torch.bfloat16):
+            for report in inspect_op(spec, case, arch, torch.float32):
+                assert_fits(report)
+
+
+@pytest.mark.parametrize("spec", WITH_KERNELS)
+def test_default_configs_fit_small_shared_memory(spec: OpSpec) -> None:
+    """99 KB a block: RTX 30, 40 and 50, A10, L4."""
+    for report in inspect_op(spec, spec.tagged("aot")[0], 89):
+        assert_fits(report)
+
+
+def test_a_tile_too_large_is_caught() -> None:
+    """The gate can fail: 64 K accumulators do not fit 4 warps."""
+    large = {"BLOCK_V": 256, "BLOCK_P": 64, "BLOCK_D": 256, "PROGRAMS": 264, "num_warps": 4}
+    spec = OPS["byte_pool"]
+    with _launch.overriding({"byte_pool_bwd": large}):
+        reports = inspect_op(spec, spec.tagged("aot")[0], 90)
+    backward = next(r for r in reports if r.kernel == "stlm_byte_pool_bwd")
+    assert backward.spill_instructions > 0
+    with pytest.raises(AssertionError, match="spills"):
+        assert_fits(backward)
+
+
+def test_the_table_names_every_op_of_a_shared_kernel() -> None:
+    spec = OPS["byte_pool"]
+    reports = inspect_op(spec, spec.tagged("aot")[0], 90)
+    one = next(r for r in reports if r.kernel == "stlm_sum_splits")
+    (row,) = merged([one, replace(one, ops=("another_op",))])
+    assert row.ops == ("another_op", "byte_pool")
+    assert "another_op,byte_pool" in table([row])
+
+
+def test_the_command() -> None:
+    command = [sys.executable, "-m", "stlm_kernels.inspect", "byte_pool", "--arch", "90"]
+    done = subprocess.run([*command, "--dump", "ptx"], capture_output=True, text=True, check=True)
+    assert "stlm_byte_pool_bwd" in done.stdout
+    assert "HGMMA" in done.stdout
+    assert ".version" in done.stdout
+    unknown = subprocess.run([*command, "no_such_op"], capture_output=True, text=True)
+    assert unknown.returncode == 2
+    assert "no_such_op" in unknown.stderr

@@ -1,0 +1,289 @@
+"""The training command: what it leaves behind, how it resumes, and how it says no."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import stlm_models.config
+from stlm_models import ModelConfig
+from stlm_models.checkpoint import load_checkpoint
+from stlm_models.data import Corpus, load_corpus
+from stlm_models.optim import lr_scale
+from stlm_models.train import main
+from stlm_models.trainer import Trainer, TrainOptions
+
+SMALL = ModelConfig(
+    byte_dim=16,
+    ngram_buckets=64,
+    ngram_dim=8,
+    core_layers=1,
+    core_dim=16,
+    core_heads=2,
+    core_kv_heads=2,
+    core_ff=16,
+    decoder_layers=1,
+    decoder_heads=2,
+    decoder_kv_heads=2,
+    decoder_ff=16,
+    decoder_window=16,
+    context=64,
+)
+WORDS = b"the cat sat on the mat, and the dog sat by the door. " * 60
+
+
+@pytest.fixture(autouse=True)
+def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(stlm_models.config.PRESETS, "demo", SMALL)
+
+
+@pytest.fixture(name="text")
+def text_file(tmp_path: Path) -> str:
+    file = tmp_path / "text.txt"
+    file.write_bytes(WORDS)
+    return str(file)
+
+
+def train(*arguments: object) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr that begins with error:, none being a traceback."""
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    lines = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert error.endswith(lines[0] + "\n")
+    return lines[0]
+
+
+class TestRun:
+    def test_a_run_leaves_all_it_promises(
+        self, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        run = tmp_path / "run"
+        arguments = ("--data", text, "--out", run, "--steps", 25, "--rows", 2)
+        assert train(*arguments, "--precision", "fp32", "--sample-every", 0.1) == 0
+        output = capsys.readouterr()
+        assert "held out, 318 bytes:" in output.out
+        assert "gzip -9:" in output.out
+        assert "sample:" in output.err
+        assert "sha256" in output.err
+        assert "bits/byte" in output.err
+        records = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+        assert [record["step"] for record in records] == [10, 20, 25]
+        assert records[-1]["loss"] < records[0]["loss"]
+        assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+        result = json.loads((run / "result.json").read_text())
+        assert 0 < result["bits_per_byte"] < 8
+        assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000025"]
+        assert load_checkpoint(run).config == SMALL
+
+    def test_minutes_end_a_run(self, tmp_path: Path, text: str) -> None:
+        started = time.monotonic()
+        run = tmp_path / "run"
+        assert train("--data", text, "--out", run, "--minutes", 0.02, "--precision", "fp32") == 0
+        assert time.monotonic() - started < 10
+        state = load_checkpoint(run).state
+        assert 1.2 <= state["seconds"] < 3
+        # The time is used up: nothing is left to do but to judge again.
+        assert train("--data", text, "--out", run, "--resume") == 0
+        assert load_checkpoint(run).state["step"] == state["step"]
+        assert train("--data", text, "--out", run, "--resume", "--minutes", 0.06) == 0
+        resumed = load_checkpoint(run).state
+        assert resumed["step"] > state["step"]
+        assert 3.6 <= resumed["seconds"] < 6
+
+    def test_it_learns(self) -> None:
+        corpus = Corpus("words", [WORDS], [WORDS[:200]])
+        trainer = Trainer(SMALL, corpus, TrainOptions(steps=60, rows=4))
+        losses: list[float] = []
+        assert trainer.run(lambda result: losses.append(result.loss))
+        assert losses[0] == pytest.approx(5.55, abs=0.2)
+        assert losses[-1] < 1.5
+
+    def test_schedule(self) -> None:
+        scales = [lr_scale(step / 1000) for step in range(1001)]
+        assert 0 < scales[0] < 0.1
+        assert max(scales) == scales[100] == 1
+        assert scales[-1] == 0
+        peak = scales.index(1)
+        assert scales[:peak] == sorted(scales[:peak])
+        assert scales[peak:] == sorted(scales[peak:], reverse=True)
+
+
+class TestResume:
+    def test_interrupted_equals_uninterrupted(self, tmp_path: Path) -> None:
+        corpus = Corpus("words", [WORDS, WORDS[::-1]], [WORDS[:200]])
+        options = TrainOptions(steps=12, rows=2)
+        whole = Trainer(SMALL, corpus, options)
+        losses: list[float] = []
+        whole.run(lambda result: losses.append(result.loss))
+
+        first = Trainer(SMALL, corpus, options)
+        assert not first.run(should_stop=lambda: first.step == 5)
+        first.save(tmp_path)
+        second = Trainer.resume(load_checkpoint(tmp_path), corpus, options)
+        again: list[float] = []
+        assert second.run(lambda result: again.append(result.loss))
+        assert again == losses[5:]
+        for ours, theirs in zip(
+            second.model.state_dict().values(), whole.model.state_dict().values(), strict=True
+        ):
+            assert torch.equal(ours, theirs)
+
+    def test_ctrl_c_saves_and_resume_goes_on(self, tmp_path: Path, text: str) -> None:
+        run = tmp_path / "run"
+        command = [sys.executable, "-m", "stlm_models.train", "--data", text, "--out", str(run)]
+        child = subprocess.Popen(
+            [*command, "--minutes", "5", "--rows", "1"], stderr=subprocess.PIPE, text=True
+        )
+        metrics = run / "metrics.jsonl"
+        deadline = time.monotonic() + 60
+        while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        child.send_signal(signal.SIGINT)
+        _, error = child.communicate(timeout=60)
+        assert child.returncode == 130, error
+        assert "Traceback" not in error
+        assert f"--resume --out {run}" in error
+        step = load_checkpoint(run).state["step"]
+        assert step > 0
+        done = subprocess.run(
+            [*command, "--resume", "--steps", str(step + 3)],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        assert load_checkpoint(run).state["step"] == step + 3
+        steps = [json.loads(line)["step"] for line in metrics.open()]
+        assert steps == sorted(set(steps))
+
+    def test_another_corpus_configuration_or_option(
+        self,
+        tmp_path: Path,
+        text: str,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        run = tmp_path / "run"
+        common = ("--out", run, "--precision", "fp32")
+        assert train("--data", text, *common, "--steps", 2, "--rows", 1) == 0
+        files = sorted(run.rglob("*"))
+        capsys.readouterr()
+
+        assert train("--data", text, *common, "--resume", "--preset", "10m") == 1
+        line = one_line(capsys)
+        assert "preset: expected the configuration of the checkpoint" in line
+        assert "byte_dim 16" in line
+        assert train("--data", text, *common, "--resume", "--seed", 3) == 1
+        assert "seed: expected 0 as the run began with, got 3" in one_line(capsys)
+        other = tmp_path / "other.txt"
+        other.write_bytes(WORDS.upper())
+        assert train("--data", other, *common, "--resume") == 1
+        assert "data: expected the bytes that the run began with" in one_line(capsys)
+        assert train("--data", text, *common, "--steps", 2) == 1
+        assert "add --resume" in one_line(capsys)
+        assert train("--data", text, "--out", tmp_path / "none", "--resume") == 1
+        assert "checkpoint: expected one in" in one_line(capsys)
+        assert sorted(run.rglob("*")) == files
+        assert not (tmp_path / "none").exists()
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--data", "{tmp}/none"], "data: expected a file, a folder with files or a glob"),
+            (["--data", "{tmp}/empty"], "data: expected at least one byte"),
+            (["--data", "{tmp}/short"], "data: expected at least one window of 64 bytes"),
+            (["--preset", "huge"], "preset: expected one of"),
+            (["--steps", "0"], "steps: expected more than 0"),
+            (["--minutes", "-1"], "minutes: expected more than 0"),
+            (["--rows", "0"], "rows: expected more than 0"),
+        ],
+    )
+    def test_one_clear_line_and_nothing_written(
+        self,
+        tmp_path: Path,
+        text: str,
+        capsys: pytest.CaptureFixture[str],
+        arguments: list[str],
+        message: str,
+    ) -> None:
+        (tmp_path / "empty").write_bytes(b"")
+        (tmp_path / "short").write_bytes(b"x" * 50)
+        given = [argument.format(tmp=tmp_path) for argument in arguments]
+        base = [] if "--data" in arguments else ["--data", text]
+        assert train("--out", tmp_path / "run", *base, *given) == 1
+        assert message in one_line(capsys)
+        assert not (tmp_path / "run").exists()
+
+    def test_a_missing_extra(
+        self,
+        tmp_path: Path,
+        text: str,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        assert train("--data", text, "--out", tmp_path / "run") == 1
+        line = one_line(capsys)
+        assert "missing safetensors, tqdm, matplotlib" in line
+        assert "pip install 'stlm[train]'" in line
+        assert not (tmp_path / "run").exists()
+
+    def test_a_folder_that_cannot_be_made(
+        self, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "file").write_bytes(b"")
+        assert train("--data", text, "--out", tmp_path / "file" / "run") == 1
+        assert "Not a directory" in one_line(capsys)
+
+    def test_a_full_disk(self, tmp_path: Path, text: str) -> None:
+        run = tmp_path / "run"
+        command = [sys.executable, "-m", "stlm_models.train", "--data", text, "--rows", "1"]
+        done = subprocess.run(
+            [*command, "--out", str(run), "--steps", "2"],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            # A limit on the size of a file fails a write like a disk that is full.
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)),
+        )
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[-1].startswith("error: [Errno 27] File too large")
+        assert "Traceback" not in done.stderr
+        assert not list((run / "checkpoints").iterdir())
+
+    def test_the_package_works_without_the_extra(self) -> None:
+        program = """
+import sys
+for name in ("safetensors", "tqdm", "matplotlib"):
+    sys.modules[name] = None
+import torch
+from stlm_models import STLM, ModelConfig
+model = STLM(ModelConfig(byte_dim=16, core_dim=16, core_layers=1, decoder_layers=1))
+model(torch.zeros(2, 8, dtype=torch.long))
+assert len(model.generate("x", max_new_bytes=2)) == 2
+"""
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+def test_corpus_of_a_command_is_what_it_prints(text: str, capsys: Any) -> None:
+    corpus = load_corpus([text])
+    assert corpus.train[0] + corpus.held_out[0] == WORDS
+    assert os.path.basename(text) in corpus.name
