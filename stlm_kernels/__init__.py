@@ -6,7 +6,18 @@ Importing this package needs neither a GPU nor triton.
 from ._dispatch import explain
 from .ops.byte_pool import byte_pool
 from .ops.find_patches import Patches, find_patches
+from .ops.linear_cross_entropy import linear_cross_entropy
+from .ops.linear_logprobs import linear_logprobs
 from .ops.segment_pool import segment_pool
 from .ops.unpool import unpool
 
-__all__ = ["Patches", "byte_pool", "explain", "find_patches", "segment_pool", "unpool"]
+__all__ = [
+    "Patches",
+    "byte_pool",
+    "explain",
+    "find_patches",
+    "linear_cross_entropy",
+    "linear_logprobs",
+    "segment_pool",
+    "unpool",
+]

@@ -27,9 +27,17 @@ def require_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     require(value in choices, name, "one of " + ", ".join(map(repr, choices)), repr(value))
 
 
+def require_int(name: str, value: Any) -> None:
+    require(_is_int(value), name, "an int", repr(value))
+
+
 def require_int_at_least(name: str, value: Any, minimum: int) -> None:
-    ok = isinstance(value, int | torch.SymInt) and not isinstance(value, bool) and value >= minimum
+    ok = _is_int(value) and value >= minimum
     require(ok, name, f"an int >= {minimum}", repr(value))
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
 
 
 def require_tensor(

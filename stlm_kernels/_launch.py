@@ -90,3 +90,29 @@ def overriding(configs: dict[str, Config]) -> Iterator[None]:
         yield
     finally:
         _override.reset(token)
+
+
+def splits(count: int, tiles: int, programs: int, block: int) -> tuple[int, int]:
+    """Into how many runs a sum over `count` rows is cut so that the device is full.
+
+    Args:
+        count: rows that are summed over.
+        tiles: programs that one run takes.
+        programs: how many fill the device.
+        block: rows that a program takes at a time.
+
+    Returns:
+        (number of runs, rows of a run), the latter a multiple of `block`.
+    """
+    blocks = max(1, ceil_div(count, block))
+    run = ceil_div(blocks, max(1, programs // tiles))
+    return ceil_div(blocks, run), run * block
+
+
+def block_of(width: int, limit: int) -> int:
+    """The power of two that covers `width`, between 16 (a dot's least) and `limit`."""
+    return min(limit, max(16, 1 << (width - 1).bit_length()))
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)

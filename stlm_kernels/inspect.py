@@ -165,7 +165,7 @@ def _report(compiled: Any, op: str, case: str, arch: int, options: dict[str, Any
         stack_bytes=_usage(usage, "STACK"),
         spill_instructions=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         shared_bytes=compiled.metadata.shared,
-        mma=max(set(opcodes), key=opcodes.count) if opcodes else "-",
+        mma="+".join(sorted(set(opcodes))) or "-",
         mma_count=len(opcodes),
         warps=compiled.metadata.num_warps,
         ptx=compiled.asm["ptx"],

@@ -5,6 +5,8 @@ from __future__ import annotations
 from ._spec import OpSpec
 from .ops.byte_pool import cases as byte_pool
 from .ops.find_patches import cases as find_patches
+from .ops.linear_cross_entropy import cases as linear_cross_entropy
+from .ops.linear_logprobs import cases as linear_logprobs
 from .ops.segment_pool import cases as segment_pool
 from .ops.unpool import cases as unpool
 
@@ -15,5 +17,7 @@ OPS: dict[str, OpSpec] = {
         segment_pool.SPEC,
         find_patches.SPEC,
         unpool.SPEC,
+        linear_logprobs.SPEC,
+        linear_cross_entropy.SPEC,
     )
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import json
 import os
 import random
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from test_models import TINY, ids_of, scrambled
 
-from stlm_models import STLM
+from stlm_models import STLM, ModelConfig
 from stlm_models.checkpoint import (
     Checkpoint,
     latest_checkpoint,
@@ -134,9 +133,6 @@ def test_a_flipped_bit_a_cut_and_a_missing_file(tmp_path: Path, file: str) -> No
         flipped = bytearray(whole)
         flipped[at] ^= 1 << randomly.randrange(8)
         (folder / file).write_bytes(flipped)
-        # A flip in the manifest's sizes or names may keep every checksum.
-        if file != "manifest.json" or b"sha256" not in whole[max(0, at - 80) : at]:
-            continue
         with pytest.raises(ValueError, match=r"checkpoint: .*damaged"):
             load_checkpoint(tmp_path)
     (folder / file).write_bytes(whole[: len(whole) // 2])
@@ -156,10 +152,10 @@ def test_a_foreign_configuration(tmp_path: Path) -> None:
         load_model(tmp_path)
 
 
-def test_a_config_with_a_field_of_another_version(tmp_path: Path) -> None:
-    folder = save_checkpoint(tmp_path, checkpoint_at(1))
-    values = {**TINY.to_dict(), "experts": 8}
-    data = json.dumps(values).encode()
-    (folder / "config.json").write_bytes(data)
-    with pytest.raises(ValueError, match="config.json is damaged: expected SHA-256"):
+def test_a_config_with_a_field_of_another_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ModelConfig, "to_dict", lambda self: {"experts": 8})
+    save_checkpoint(tmp_path, checkpoint_at(1))
+    with pytest.raises(ValueError, match=r"config: expected the fields of .* \['experts'\]"):
         load_checkpoint(tmp_path)

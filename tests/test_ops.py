@@ -88,10 +88,15 @@ def test_layouts_change_nothing(spec: OpSpec, case: Case, way: Way, layout: Any)
     skip_unless_covered(spec, way)
     inputs = inputs_of(spec, case, way)
     other = require_grads(spec, map_tensors(inputs, lambda x: layout(x.detach())))
-    plain, plain_grads = run(spec, spec.op, inputs, impl=way.impl)
-    moved, moved_grads = run(spec, spec.op, other, impl=way.impl)
-    assert_same(plain, moved)
-    assert_same(plain_grads, moved_grads)
+    plain = run(spec, spec.op, inputs, impl=way.impl)
+    moved = run(spec, spec.op, other, impl=way.impl)
+    for before, after in zip(plain, moved, strict=True):
+        if way.impl == "triton":
+            assert_same(before, after)
+        # Matrix products of the BLAS beneath the torch path round by alignment.
+        eps = torch.finfo(way.dtype).eps
+        for name, x in before.items():
+            torch.testing.assert_close(x, after[name], rtol=64 * eps, atol=64 * eps)
 
 
 @RESULT_LANES

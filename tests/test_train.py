@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import resource
@@ -16,12 +17,14 @@ import pytest
 import torch
 
 import stlm_models.config
+import stlm_models.generate
+import stlm_models.train
 from stlm_models import ModelConfig
-from stlm_models.checkpoint import load_checkpoint
+from stlm_models.checkpoint import load_checkpoint, save_checkpoint
 from stlm_models.data import Corpus, load_corpus
 from stlm_models.optim import lr_scale
 from stlm_models.train import main
-from stlm_models.trainer import Trainer, TrainOptions
+from stlm_models.trainer import StepResult, Trainer, TrainOptions
 
 SMALL = ModelConfig(
     byte_dim=16,
@@ -45,6 +48,7 @@ WORDS = b"the cat sat on the mat, and the dog sat by the door. " * 60
 @pytest.fixture(autouse=True)
 def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(stlm_models.config.PRESETS, "demo", SMALL)
+    monkeypatch.setattr(stlm_models.train, "FINAL_SAMPLE_BYTES", 20)
 
 
 @pytest.fixture(name="text")
@@ -74,7 +78,7 @@ class TestRun:
     ) -> None:
         run = tmp_path / "run"
         arguments = ("--data", text, "--out", run, "--steps", 25, "--rows", 2)
-        assert train(*arguments, "--precision", "fp32", "--sample-every", 0.1) == 0
+        assert train(*arguments, "--precision", "fp32", "--sample-every", 0.5) == 0
         output = capsys.readouterr()
         assert "held out, 318 bytes:" in output.out
         assert "gzip -9:" in output.out
@@ -89,6 +93,17 @@ class TestRun:
         assert 0 < result["bits_per_byte"] < 8
         assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000025"]
         assert load_checkpoint(run).config == SMALL
+
+        told = ["--run", str(run), "--prompt", "the cat", "--max-new-bytes", "9", "--seed", "1"]
+        texts = []
+        for _ in range(2):
+            assert stlm_models.generate.main(told) == 0
+            texts.append(capsys.readouterr().out)
+        assert texts[0] == texts[1]
+        assert texts[0].startswith("the cat")
+        assert len(texts[0]) > len("the cat") + 1
+        assert stlm_models.generate.main([*told, "--top-p", "2"]) == 1
+        assert one_line(capsys).startswith("error: top_p: expected")
 
     def test_minutes_end_a_run(self, tmp_path: Path, text: str) -> None:
         started = time.monotonic()
@@ -143,33 +158,35 @@ class TestResume:
         ):
             assert torch.equal(ours, theirs)
 
-    def test_ctrl_c_saves_and_resume_goes_on(self, tmp_path: Path, text: str) -> None:
+    def test_ctrl_c_saves_and_resume_goes_on(
+        self,
+        tmp_path: Path,
+        text: str,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
         run = tmp_path / "run"
-        command = [sys.executable, "-m", "stlm_models.train", "--data", text, "--out", str(run)]
-        child = subprocess.Popen(
-            [*command, "--minutes", "5", "--rows", "1"], stderr=subprocess.PIPE, text=True
-        )
-        metrics = run / "metrics.jsonl"
-        deadline = time.monotonic() + 60
-        while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        child.send_signal(signal.SIGINT)
-        _, error = child.communicate(timeout=60)
-        assert child.returncode == 130, error
-        assert "Traceback" not in error
-        assert f"--resume --out {run}" in error
-        step = load_checkpoint(run).state["step"]
-        assert step > 0
-        done = subprocess.run(
-            [*command, "--resume", "--steps", str(step + 3)],
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert done.returncode == 0, done.stderr
-        assert load_checkpoint(run).state["step"] == step + 3
-        steps = [json.loads(line)["step"] for line in metrics.open()]
-        assert steps == sorted(set(steps))
+        common = ("--data", text, "--out", run, "--precision", "fp32")
+        step_once = Trainer.train_step
+
+        def interrupted(trainer: Trainer) -> StepResult:
+            if trainer.step == 13:
+                os.kill(os.getpid(), signal.SIGINT)
+            return step_once(trainer)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "train_step", interrupted)
+            assert train(*common, "--minutes", 5, "--rows", 1) == 130
+        assert f"--resume --out {run}" in capsys.readouterr().err
+        # The step under way is finished, its state saved, and nothing judged.
+        assert load_checkpoint(run).state["step"] == 14
+        assert (run / "loss.png").exists()
+        assert not (run / "result.json").exists()
+        assert train(*common, "--resume", "--steps", 17) == 0
+        assert load_checkpoint(run).state["step"] == 17
+        steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").open()]
+        assert steps == [10, 17]
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
     def test_another_corpus_configuration_or_option(
         self,
@@ -196,6 +213,10 @@ class TestResume:
         assert "data: expected the bytes that the run began with" in one_line(capsys)
         assert train("--data", text, *common, "--steps", 2) == 1
         assert "add --resume" in one_line(capsys)
+        checkpoint = dataclasses.replace(load_checkpoint(run), state={"step": 9})
+        save_checkpoint(tmp_path / "foreign", checkpoint)
+        assert train("--data", text, "--out", tmp_path / "foreign", "--resume") == 1
+        assert "got one without ['options', 'seconds', 'train_sha256']" in one_line(capsys)
         assert train("--data", text, "--out", tmp_path / "none", "--resume") == 1
         assert "checkpoint: expected one in" in one_line(capsys)
         assert sorted(run.rglob("*")) == files
@@ -252,21 +273,20 @@ class TestBadInput:
         assert train("--data", text, "--out", tmp_path / "file" / "run") == 1
         assert "Not a directory" in one_line(capsys)
 
-    def test_a_full_disk(self, tmp_path: Path, text: str) -> None:
+    def test_a_full_disk(
+        self, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         run = tmp_path / "run"
-        command = [sys.executable, "-m", "stlm_models.train", "--data", text, "--rows", "1"]
-        done = subprocess.run(
-            [*command, "--out", str(run), "--steps", "2"],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            # A limit on the size of a file fails a write like a disk that is full.
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)),
-        )
-        assert done.returncode == 1
-        assert done.stderr.splitlines()[-1].startswith("error: [Errno 27] File too large")
-        assert "Traceback" not in done.stderr
+        # A limit on the size of a file fails a write like a disk that is full.
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        try:
+            assert train("--data", text, "--out", run, "--steps", 2, "--rows", 1) == 1
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert "error: [Errno 27] File too large" in one_line(capsys)
         assert not list((run / "checkpoints").iterdir())
+        assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "metrics.jsonl"]
 
     def test_the_package_works_without_the_extra(self) -> None:
         program = """

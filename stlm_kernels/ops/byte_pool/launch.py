@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import _checks
-from ..._launch import Config, config_for
+from ..._launch import Config, block_of, config_for
 
 COUNT_PIECE = 256
 """Slots counted at a time: bfloat16 holds whole numbers exactly up to 256."""
@@ -62,22 +62,6 @@ def bwd_gain_config(width: int, dtype: torch.dtype, device: torch.device) -> Con
     if dtype == torch.float32:
         default["BLOCK_V"] = 32
     return config_for("byte_pool_bwd_gain", _bucket(width, dtype), default, device)
-
-
-def splits(patches: int, tiles: int, programs: int, block: int) -> tuple[int, int]:
-    """Into how many runs a sum over patches is cut so that the device is full; a run's length."""
-    blocks = max(1, ceil_div(patches, block))
-    run = ceil_div(blocks, max(1, programs // tiles))
-    return ceil_div(blocks, run), run * block
-
-
-def block_of(width: int, limit: int) -> int:
-    """The power of two that covers `width`, between 16 (a dot's least) and `limit`."""
-    return min(limit, max(16, 1 << (width - 1).bit_length()))
-
-
-def ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def _bucket(width: int, dtype: torch.dtype) -> str:

@@ -30,7 +30,7 @@ def byte_pool(
 ) -> Tensor:
     """(P, D) in `out_dtype`."""
     wide = torch.promote_types(out_dtype, torch.float32)
-    table = weight.to(out_dtype).to(wide)
+    table = _rounded(weight, out_dtype, wide)
     patches, lead = cu_patchlens.shape[0] - 1, 0
     if _checks.values_visible(byte_ids, cu_patchlens):
         ids, borders, poison = byte_ids[: int(cu_patchlens[-1])].int(), cu_patchlens, None
@@ -38,13 +38,35 @@ def byte_pool(
         ids, table, borders, poison = _made_safe(byte_ids, table, cu_patchlens)
         patches, lead = patches + 1, 1
     if slot_gain is not None:
-        ids, table = _gained(ids, table, borders, slot_gain.to(out_dtype).to(wide), poison)
+        ids, table = _gained(ids, table, borders, _rounded(slot_gain, out_dtype, wide), poison)
     elif poison is not None:
         table = table + poison
     arguments = (ids, table.contiguous(), borders, patches, mean)
     recorded = torch.is_grad_enabled() and table.requires_grad
     pool = _Pool.apply if recorded or _checks.inside_torch_func() else _pool
     return pool(*arguments)[lead:].to(out_dtype)
+
+
+class _Rounded(torch.autograd.Function):
+    """What another dtype holds of x, widened. The gradient passes without being rounded twice."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, dtype: torch.dtype, wide: torch.dtype) -> Tensor:
+        return x.to(dtype).to(wide)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.dtype = inputs[0].dtype
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0].to(ctx.dtype), None, None
+
+
+def _rounded(x: Tensor, dtype: torch.dtype, wide: torch.dtype) -> Tensor:
+    return x.to(wide) if x.dtype == dtype else _Rounded.apply(x, dtype, wide)
 
 
 def _made_safe(
@@ -58,9 +80,10 @@ def _made_safe(
     total, vocab = byte_ids.shape[0], table.shape[0]
     ids = byte_ids.long()  # a uint8 would compare with the vocabulary modulo 256
     ids = torch.where((ids >= 0) & (ids < vocab), ids, vocab).int()
-    borders = F.pad(_checks.clamped_bounds(cu_patchlens, total), (1, 0), value=0)
+    # The last border is clamped to `total`: as a fill value it would be compiled in.
+    borders = F.pad(F.pad(cu_patchlens, (0, 1), value=2**31 - 1), (1, 0))
     poison = F.pad(table.new_zeros(vocab, 1), (0, 0, 0, 1), value=float("nan"))
-    return ids, F.pad(table, (0, 0, 0, 1)), F.pad(borders, (0, 1), value=total), poison
+    return ids, F.pad(table, (0, 0, 0, 1)), _checks.clamped_bounds(borders, total), poison
 
 
 def _gained(

@@ -212,10 +212,10 @@ def launch_fwd(
     (vocab, width), patches = weight.shape, cu_patchlens.shape[0] - 1
     out = torch.empty((patches, width), dtype=out_dtype, device=weight.device)
     config = launch.fwd_config(width, out_dtype, weight.device)
-    chunks = launch.ceil_div(patches, config["PATCHES"])
+    chunks = _launch.ceil_div(patches, config["PATCHES"])
     gain = weight if slot_gain is None else slot_gain
     _launch.launch(
-        stlm_byte_pool_fwd, chunks * launch.ceil_div(width, config["BLOCK_D"]),
+        stlm_byte_pool_fwd, chunks * _launch.ceil_div(width, config["BLOCK_D"]),
         byte_ids.contiguous(), weight.contiguous(), cu_patchlens.contiguous(), gain.contiguous(),
         out, byte_ids.shape[0], patches, vocab, gain.shape[0], chunks,
         D=width, MEAN=mean, HAS_GAIN=slot_gain is not None,
@@ -236,10 +236,10 @@ def launch_bwd(
     patches, width = grad.shape
     config = launch.bwd_config(width, grad.dtype, grad.device)
     programs = config.pop("PROGRAMS")
-    tiles = launch.ceil_div(vocab, config["BLOCK_V"]) * launch.ceil_div(width, config["BLOCK_D"])
-    splits, run = launch.splits(patches, tiles, programs, config["BLOCK_P"])
+    tiles = _launch.ceil_div(vocab, config["BLOCK_V"]) * _launch.ceil_div(width, config["BLOCK_D"])
+    splits, run = _launch.splits(patches, tiles, programs, config["BLOCK_P"])
     partial = torch.empty((splits, vocab, width), dtype=torch.float32, device=grad.device)
-    dot, pieces = _dot_plan(grad.dtype, weight_dtype, exact=not mean)
+    dot, pieces = _dot_plan(grad.dtype, weight_dtype, width, exact=not mean)
     _launch.launch(
         stlm_byte_pool_bwd, splits * tiles,
         byte_ids.contiguous(), cu_patchlens.contiguous(), grad.contiguous(), partial,
@@ -265,20 +265,20 @@ def launch_bwd_gain(
     )
     config = launch.bwd_gain_config(width, grad.dtype, grad.device)
     programs, block_v = config.pop("PROGRAMS"), config.pop("BLOCK_V")
-    d_tiles = launch.ceil_div(width, config["BLOCK_D"])
+    d_tiles = _launch.ceil_div(width, config["BLOCK_D"])
     sizes = (byte_ids.shape[0], patches, vocab, slots)
 
-    tiles = launch.ceil_div(vocab, block_v) * d_tiles
-    splits, run = launch.splits(patches, tiles, programs, config["BLOCK_P"])
+    tiles = _launch.ceil_div(vocab, block_v) * d_tiles
+    splits, run = _launch.splits(patches, tiles, programs, config["BLOCK_P"])
     table = torch.empty((splits, vocab, width), dtype=torch.float32, device=grad.device)
-    dot, pieces = _dot_plan(grad.dtype, weight.dtype, exact=False)
+    dot, pieces = _dot_plan(grad.dtype, weight.dtype, width, exact=False)
     _launch.launch(
         stlm_byte_pool_bwd_gain_table, splits * tiles,
         byte_ids, cu, gain, grad, table, *sizes, run,
         D=width, MEAN=mean, DOT=dot, PIECES=pieces, BLOCK_V=block_v, device=grad.device, **config,
     )  # fmt: skip
 
-    splits, run = launch.splits(patches, slots * d_tiles, programs, config["BLOCK_P"])
+    splits, run = _launch.splits(patches, slots * d_tiles, programs, config["BLOCK_P"])
     by_slot = torch.empty((splits, slots, width), dtype=torch.float32, device=grad.device)
     _launch.launch(
         stlm_byte_pool_bwd_gain_slots, splits * slots * d_tiles,
@@ -288,17 +288,19 @@ def launch_bwd_gain(
     return sum_splits(table, weight.dtype), sum_splits(by_slot, slot_gain.dtype)
 
 
-def _dot_plan(grad: torch.dtype, result: torch.dtype, exact: bool) -> tuple[tl.dtype, int]:
+def _dot_plan(
+    grad: torch.dtype, result: torch.dtype, width: int, exact: bool
+) -> tuple[tl.dtype, int]:
     """Operand type of the product, and how many pieces keep enough digits of scale * G.
 
-    Unscaled 16-bit gradients are exact operands. Scaled ones are not: one bf16 piece carries as
-    many digits as a bf16 result shows, two carry the 11 of fp16, three the 24 of fp32 (two miss
-    its tolerance: a third, cut to 16 bits, is wrong by 4e-6), all with fp32's range.
+    Unscaled 16-bit gradients are exact operands. Scaled ones take one bf16 piece for a bf16 result
+    (two for rows so narrow that their terms may cancel), two for fp16, three for fp32: a third
+    in two is wrong by 4e-6, beyond fp32's tolerance.
     """
     if grad == torch.float32:
         return tl.float32, 1
     if exact:
         return (tl.float16 if grad == torch.float16 else tl.bfloat16), 1
-    pieces = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}[result]
+    pieces = {torch.bfloat16: 1 if width >= 16 else 2, torch.float16: 2, torch.float32: 3}[result]
     # The interpreter computes bf16 wrongly; fp16 stands in, so that pieces are tested there.
     return (tl.float16 if kernels_interpreted() else tl.bfloat16), pieces

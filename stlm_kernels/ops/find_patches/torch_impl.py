@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ... import _checks
+
 
 class _Documents(NamedTuple):
     """The document of each byte; the values of bytes outside every document mean nothing."""
@@ -56,10 +58,12 @@ def find_patches(
 
 
 def _documents(positions: Tensor, cu_seqlens: Tensor) -> _Documents:
-    offsets = cu_seqlens.clamp(0, len(positions))
-    ids = torch.searchsorted(offsets, positions, right=True).sub_(1)
-    inside = (ids >= 0) & (positions < offsets[-1])
-    ids = ids.clamp_(0, len(offsets) - 1)
+    total = len(positions)
+    offsets = _checks.clamped_bounds(cu_seqlens, total)
+    zero, end = offsets.new_zeros(1), offsets.new_full((1,), total)
+    lengths = torch.cat([zero, offsets, end]).diff()  # before the first document, ..., after all
+    ids = torch.repeat_interleave(lengths, output_size=total) - 1
+    inside = (ids >= 0) & (ids < len(offsets) - 1)
     return _Documents(inside, ids, offsets[ids], offsets)
 
 
@@ -73,7 +77,7 @@ def _natural_closes(
     if closes is not None:
         return closes
     if patch_size is not None:
-        return (positions - documents.starts + 1) % patch_size == 0
+        return _is_multiple(positions - documents.starts + 1, patch_size)
     spacelike = _is_spacelike(byte_ids)
     has_predecessor = positions != documents.starts
     return spacelike & ~(has_predecessor & torch.roll(spacelike, 1))
@@ -88,9 +92,14 @@ def _is_spacelike(byte_ids: Tensor) -> Tensor:  # (T,) bool
     return ~(letter | digit | continuation)
 
 
-def _forced_closes(positions: Tensor, begins: Tensor, max_patch_len: int) -> Tensor:  # (T,) bool
+def _forced_closes(positions: Tensor, begins: Tensor, max_patch_len: int) -> Tensor:  # (T,)
     run_starts = torch.where(begins, positions, 0).cummax(0).values
-    return (positions - run_starts + 1) % max_patch_len == 0
+    return _is_multiple(positions - run_starts + 1, max_patch_len)
+
+
+def _is_multiple(lengths: Tensor, size: int) -> Tensor:  # bool
+    # No length reaches the largest int32; a larger size would lose its upper bits.
+    return lengths % min(size, torch.iinfo(torch.int32).max) == 0
 
 
 def _number_patches(

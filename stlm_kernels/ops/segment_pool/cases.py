@@ -34,7 +34,7 @@ CASES = (
 def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
     """Arguments of segment_pool; on the CPU first, so that every device sees the same values."""
     rng = torch.Generator().manual_seed(seed)
-    x = torch.randn(case["T"], case["D"], generator=rng)
+    x = torch.randn(case["T"], case["D"], generator=rng, dtype=torch.float64)
     borders = patch_borders(case["borders"], case["T"], case["P"], rng)
     return {
         "x": x.to(device, dtype),

@@ -36,7 +36,8 @@ def segment_pool(
         return _edge_rows(x, borders, visible, last=mode == "last").to(out_dtype)
     covered = visible and int(borders[-1]) == total
     if not covered:
-        borders = F.pad(F.pad(borders, (1, 0)), (0, 1), value=total)
+        # Not F.pad: it makes a Python number of `total`, and compiled code would fix T.
+        borders = torch.cat([borders.new_zeros(1), borders, borders.new_full((1,), total)])
     recorded = _checks.inside_torch_func() or (torch.is_grad_enabled() and x.requires_grad)
     if mode == "max":
         x = x.to(out_dtype)
@@ -59,26 +60,30 @@ def _edge_rows(x: Tensor, borders: Tensor, visible: bool, *, last: bool) -> Tens
     return torch.where(filled[:, None], x.index_select(0, rows), 0)
 
 
-def _bag_of(borders: Tensor, total: int) -> Tensor:
-    """(T,) int64: the bag that each row lies in."""
-    return torch.repeat_interleave(borders.diff().long(), output_size=total)
+def _bag_of(borders: Tensor, shape: torch.Size) -> Tensor:
+    """int64 of the given (T, D): the bag that each row lies in.
+
+    An expanded index lets torch copy, add and compare whole rows at a time.
+    """
+    bags = torch.repeat_interleave(borders.diff().long(), output_size=shape[0])
+    return bags[:, None].expand(shape)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _mean_scale(borders: Tensor, dtype: torch.dtype) -> Tensor:
-    return borders.diff().clamp_(min=1).to(dtype).reciprocal_()[:, None]
+def _lengths(borders: Tensor) -> Tensor:
+    """(bags, 1) to divide by."""
+    return borders.diff().clamp_(min=1)[:, None]
 
 
 def _bag_sum(x: Tensor, borders: Tensor) -> Tensor:
     """(bags, D), accumulated in float32 or better."""
-    total = x.shape[0]
     if _checks.inside_torch_func():  # EmbeddingBag has no batching rule
         sums = x.new_zeros(borders.shape[0] - 1, x.shape[1], dtype=_wide(x.dtype))
-        return sums.index_add(0, _bag_of(borders, total), x.to(sums.dtype)).to(x.dtype)
-    rows = torch.arange(total, dtype=torch.int32, device=x.device)
+        return sums.scatter_add_(0, _bag_of(borders, x.shape), x.to(sums.dtype)).to(x.dtype)
+    rows = torch.arange(x.shape[0], dtype=torch.int32, device=x.device)
     return F.embedding_bag(rows, x, borders, mode="sum", include_last_offset=True)
 
 
@@ -87,8 +92,7 @@ def _segment_sum(x: Tensor, borders: Tensor, mean: bool, out_dtype: torch.dtype)
     if not mean:
         return _bag_sum(x, borders)
     # A float16 sum of many rows overflows although their mean does not.
-    wide = x.to(_wide(out_dtype))
-    return _bag_sum(wide, borders).mul_(_mean_scale(borders, wide.dtype)).to(out_dtype)
+    return _bag_sum(x.to(_wide(out_dtype)), borders).div_(_lengths(borders)).to(out_dtype)
 
 
 class _SegmentSum(torch.autograd.Function):
@@ -104,21 +108,20 @@ class _SegmentSum(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, borders, ctx.mean, _ = inputs
         ctx.save_for_backward(borders)
-        ctx.total, ctx.dtype = x.shape[0], x.dtype
+        ctx.shape, ctx.dtype = x.shape, x.dtype
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (borders,) = ctx.saved_tensors
         grad = grads[0]
         if ctx.mean:
-            grad = grad * _mean_scale(borders, _wide(grad.dtype))
-        return grad.to(ctx.dtype).index_select(0, _bag_of(borders, ctx.total)), None, None, None
+            grad = grad.to(_wide(grad.dtype)) / _lengths(borders)
+        return grad.to(ctx.dtype).gather(0, _bag_of(borders, ctx.shape)), None, None, None
 
 
 def _segment_max(x: Tensor, borders: Tensor) -> Tensor:
-    bags = _bag_of(borders, x.shape[0])[:, None].expand_as(x)
     maxima = x.new_zeros(borders.shape[0] - 1, x.shape[1])
-    return maxima.scatter_reduce_(0, bags, x, "amax", include_self=False)
+    return maxima.scatter_reduce_(0, _bag_of(borders, x.shape), x, "amax", include_self=False)
 
 
 class _SegmentMax(torch.autograd.Function):
@@ -138,11 +141,14 @@ class _SegmentMax(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, borders, maxima = ctx.saved_tensors
+        grad = grads[0]
         with torch.no_grad():
             winners = _first_rows_holding(maxima, x, borders)
         # Empty bags point at one row more, which is cut off.
-        dx = grads[0].new_zeros(x.shape[0] + 1, x.shape[1]).scatter_(0, winners, grads[0])
-        return dx[:-1], None
+        zeros = grad.new_zeros(x.shape[0] + 1, x.shape[1])
+        if _checks.inside_torch_func():  # vmap refuses to write what is batched in place
+            return zeros.scatter(0, winners, grad)[:-1], None
+        return zeros.scatter_(0, winners, grad)[:-1], None
 
 
 def _first_rows_holding(maxima: Tensor, x: Tensor, borders: Tensor) -> Tensor:
@@ -151,12 +157,13 @@ def _first_rows_holding(maxima: Tensor, x: Tensor, borders: Tensor) -> Tensor:
     All in one float type: comparisons that write booleans take several times as long on a CPU.
     """
     total = x.shape[0]
-    dtype = torch.float32 if total <= EXACT_IN_FLOAT32 else torch.float64
-    bags = _bag_of(borders, total)
-    holds = maxima.to(dtype).index_select(0, bags).eq_(x)
-    holds.add_(x.to(dtype, copy=True).ne_(x))
+    exact = torch.float32 if total <= EXACT_IN_FLOAT32 else torch.float64
+    dtype, bags = torch.promote_types(x.dtype, exact), _bag_of(borders, x.shape)
+    holds = maxima.to(dtype).gather(0, bags).eq_(x)
+    if not _checks.values_visible(maxima) or bool(maxima.sum().isnan()):
+        holds.add_(x.to(dtype, copy=True).ne_(x))
     rows_to_end = torch.arange(total, 0, -1, dtype=dtype, device=x.device)
     holds.mul_(rows_to_end[:, None])
     farthest = holds.new_zeros(maxima.shape)
-    farthest.scatter_reduce_(0, bags[:, None].expand_as(holds), holds, "amax")
+    farthest.scatter_reduce_(0, bags, holds, "amax")
     return (total - farthest).long()

@@ -44,14 +44,18 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int)
     total, patches, width = case["T"], case["P"], case["D"]
     borders = patch_borders(case["borders"], total, patches, rng)
     read_ids = _read_ids(borders, total, case["S"], rng)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=rng, dtype=torch.float64).to(device, dtype)
+
     inputs: Inputs = {
-        "patch_states": torch.randn(patches, width, generator=rng).to(device, dtype),
+        "patch_states": normal(patches, width),
         "read_ids": read_ids.to(device, getattr(torch, case.get("ids", "int32"))),
     }
     if "null" in case["plus"]:
-        inputs["null_state"] = torch.randn(width, generator=rng).to(device, dtype)
+        inputs["null_state"] = normal(width)
     if "residual" in case["plus"]:
-        inputs["residual"] = torch.randn(total, width, generator=rng).to(device, dtype)
+        inputs["residual"] = normal(total, width)
     return inputs
 
 

@@ -1,9 +1,9 @@
 """unpool in aten ops: the CPU path, and every case until there is a kernel.
 
 Forward: one gather from the patch states with the null state above them, the residual added in
-place. Backward: rows brought into the order of their ids (they nearly are in order, and a stable
-sort keeps the sum's order fixed) and summed by EmbeddingBag, which accumulates in float32 and adds
-nothing to a patch but its own rows.
+place. Backward: scatter_add where it keeps the order of the rows and their precision, which is in
+float32 on a CPU. Elsewhere EmbeddingBag over a stable sort of the ids (nearly in order already):
+it accumulates 16-bit rows in float32, and needs no atomics on a GPU.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ def unpool(
 ) -> Tensor:
     """(T, D) in `out_dtype`."""
     rows = read_ids.to(torch.promote_types(read_ids.dtype, torch.int32)) + 1
+    if not _checks.values_visible(read_ids):
+        n_patches = patch_states.shape[0]
+        rows = torch.where((rows >= 0) & (rows <= n_patches), rows, n_patches + 1)
     if residual is not None:
         residual = residual.to(out_dtype)
     differentiable = (patch_states, null_state, residual)
@@ -41,16 +44,14 @@ def _read(
     patch_states: Tensor,
     null_state: Tensor | None,
     residual: Tensor | None,
-    rows: Tensor,  # (T,): 0 is the null state, 1..P the patches
+    rows: Tensor,  # (T,)
     out_dtype: torch.dtype,
 ) -> Tensor:
-    states = patch_states.to(out_dtype)
-    null = states.new_zeros(states.shape[1]) if null_state is None else null_state.to(out_dtype)
-    table = torch.cat([null[None], states])
-    if not _checks.values_visible(rows):
-        table = F.pad(table, (0, 0, 0, 1), value=float("nan"))
-        rows = _made_safe(rows, table.shape[0])
-    out = table.index_select(0, rows)
+    null = patch_states.new_zeros(patch_states.shape[1]) if null_state is None else null_state
+    bad = torch.full_like(null, float("nan"))
+    parts = (null[None], patch_states, bad[None])
+    table = torch.cat([part.to(out_dtype) for part in parts])
+    out = table.gather(0, _whole_rows(rows, table))
     if residual is None:
         return out
     if _checks.inside_torch_func():  # vmap refuses to add what is batched in place
@@ -58,13 +59,13 @@ def _read(
     return out.add_(residual)
 
 
-def _made_safe(rows: Tensor, n_rows: int) -> Tensor:
-    """Rows out of range point at the last one, which is no patch."""
-    return torch.where((rows >= 0) & (rows < n_rows), rows, n_rows - 1)
+def _whole_rows(rows: Tensor, x: Tensor) -> Tensor:
+    """(T, D) int64: an expanded index lets torch copy and add whole rows at a time."""
+    return rows.long()[:, None].expand(-1, x.shape[1])
 
 
 class _Unpool(torch.autograd.Function):
-    """A gather whose backward is a segment sum, unless that is to be differentiated itself."""
+    """Row 0 is the null state, rows 1..P the patches, row P+1 the NaN of ids out of range."""
 
     generate_vmap_rule = True
 
@@ -92,7 +93,7 @@ class _Unpool(torch.autograd.Function):
         dstates = dnull = None
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
             sums_dtype = torch.promote_types(ctx.dtype, ctx.null_dtype)
-            sums = _sums_by_row(grad, _made_safe(rows, ctx.n_rows), ctx.n_rows, sums_dtype)
+            sums = _sums_by_row(grad, rows, ctx.n_rows, sums_dtype)
             dstates = sums[1:-1].to(ctx.dtype)
             dnull = sums[0].to(ctx.null_dtype) if ctx.needs_input_grad[1] else None
         return dstates, dnull, grad if ctx.needs_input_grad[2] else None, None, None
@@ -104,9 +105,11 @@ def _sums_by_row(
     n_rows: int,
     dtype: torch.dtype,
 ) -> Tensor:  # (n_rows, D), rounded no further than `dtype`
-    if torch.is_grad_enabled() or _checks.inside_torch_func():
-        wide = torch.promote_types(grad.dtype, torch.float32)
-        return grad.new_zeros(n_rows, grad.shape[1], dtype=wide).index_add(0, rows, grad.to(wide))
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    rounds_once_in_order = grad.device.type == "cpu" and grad.dtype == wide
+    if rounds_once_in_order or torch.is_grad_enabled() or _checks.inside_torch_func():
+        sums = grad.new_zeros(n_rows, grad.shape[1], dtype=wide)
+        return sums.scatter_add_(0, _whole_rows(rows, grad), grad.to(wide))
     ones = torch.ones_like(rows)
     counts = ones.new_zeros(n_rows).scatter_add_(0, rows.long(), ones)
     borders = F.pad(counts.cumsum(0), (1, 0))

@@ -1,0 +1,56 @@
+"""Cases of linear_cross_entropy: those of the row losses, with reductions and options."""
+
+from __future__ import annotations
+
+import torch
+
+from ..._spec import Case, Inputs, OpSpec, case
+from ..linear_logprobs import cases as rows
+from .op import linear_cross_entropy
+from .reference import reference, yardstick
+
+CASES = (
+    case("smoke", N=50, D=48, V=256, reduction="mean"),
+    case("smoke", N=70, D=32, V=258, reduction="sum", ignored=0.3, bias=1, smoothing=0.1),
+    case("smoke", N=40, D=32, V=260, reduction="none", ignored=0.2, z=1e-3, cap=5.0, scale=0.5),
+    case("edge", N=33, D=100, V=320, reduction="mean", valid=257, ids="int16", smoothing=1.0),
+    case("edge", N=20, D=31, V=100, reduction="mean", ids="uint8", bias=1, z=0.1),
+    case("edge", N=9, D=24, V=1, reduction="sum"),
+    case("edge", N=12, D=16, V=300, reduction="mean", ignored=1.0, bias=1),
+    case("edge", N=12, D=16, V=300, reduction="sum", ignored=1.0),
+    case("edge", N=0, D=16, V=260, reduction="none"),
+    case("edge", N=36, D=40, V=264, reduction="none", dense=1, smoothing=0.2),
+    case("aot", N=512, D=128, V=256, reduction="mean"),
+    *(
+        case("bench", N=n, D=d, V=v, reduction="mean")
+        for n, d, v in ((65_536, 128, 256), (98_304, 128, 258), (65_536, 512, 256))
+    ),
+    case("bench_cpu", N=8192, D=128, V=257, reduction="mean"),
+    case("bench_cpu", N=4096, D=512, V=256, reduction="mean"),
+    case("bench_cpu", N=512, D=256, V=8192, reduction="mean"),
+)
+
+
+def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
+    """The row losses' inputs with this op's own options."""
+    return rows.make_inputs(case, dtype, device, seed) | {
+        "reduction": case["reduction"],
+        "label_smoothing": case.get("smoothing", 0.0),
+        "z_loss": case.get("z", 0.0),
+    }
+
+
+SPEC = OpSpec(
+    name="linear_cross_entropy",
+    op=linear_cross_entropy,
+    reference=reference,
+    yardstick=yardstick,
+    make_inputs=make_inputs,
+    cases=CASES,
+    bytes_moved=rows.bytes_moved,
+    flops=rows.flops,
+    grad_args=rows.GRAD_ARGS,
+    row_args=("linear_weight",),
+    kernels=rows.KERNELS,
+    mma_kernels=rows.KERNELS,
+)

@@ -1,0 +1,69 @@
+"""linear_cross_entropy for judging the others: an fp64 oracle by rows, and stock torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..linear_logprobs.reference import reference_logits, stock_logits
+
+
+def reference(
+    input: Tensor,  # (..., D) fp64
+    linear_weight: Tensor,  # (V, D) fp64
+    target: Tensor,  # (...)
+    *,
+    linear_bias: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    valid_vocab: int | None = None,
+) -> Tensor:
+    """The definition, one row after the other."""
+    losses, counted = [], 0
+    for row, wanted in zip(input.reshape(-1, input.shape[-1]), target.flatten(), strict=True):
+        if ignore_index is not None and int(wanted) == ignore_index:
+            losses.append(row.new_zeros(()))
+            continue
+        counted += 1
+        z = reference_logits(row, linear_weight, linear_bias, softcap, logit_scale, valid_vocab)
+        lse = z.exp().sum().log()
+        smooth = sum((lse - logit for logit in z), row.new_zeros(())) / len(z)
+        hard = lse - z[int(wanted)]
+        losses.append((1 - label_smoothing) * hard + label_smoothing * smooth + z_loss * lse**2)
+    if reduction == "none":
+        return torch.stack(losses).view(target.shape) if losses else input.new_zeros(target.shape)
+    total = sum(losses, input.new_zeros(()))
+    if reduction == "sum":
+        return total
+    return total / counted if counted else total * 0 + float("nan")
+
+
+def yardstick(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int | None = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    **head: Any,
+) -> Tensor:
+    """Stock torch: the whole logits in fp32, F.cross_entropy, and the z-loss by hand."""
+    head = {"linear_bias": None, "softcap": None, "logit_scale": 1.0, "valid_vocab": None} | head
+    z = stock_logits(input, linear_weight, **head)
+    wanted = target.long().flatten()
+    kept = wanted != (-(2**63) if ignore_index is None else ignore_index)
+    wanted = torch.where(kept, wanted, -100)
+    loss = F.cross_entropy(z, wanted, reduction="none", label_smoothing=label_smoothing)
+    loss = loss + torch.where(kept, z_loss * z.logsumexp(1).square(), 0.0)
+    if reduction == "none":
+        return loss.view(target.shape)
+    return loss.sum() if reduction == "sum" else loss.sum() / kept.sum()

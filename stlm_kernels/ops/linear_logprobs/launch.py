@@ -1,0 +1,97 @@
+"""What the linear_logprobs kernels take, and the configuration each is launched with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import _checks
+from ..._launch import Config, block_of, config_for
+
+MAX_VOCAB = 512
+"""Up to here a row of logits fits on the chip."""
+
+PROGRAMS = 132
+"""Runs of rows that the weight gradient is summed in: one for each SM of an H100."""
+
+
+def unsupported_reasons(
+    *,
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    valid_vocab: int | None = None,
+    **_: Any,
+) -> list[str]:
+    """Why the kernels cannot take this call; empty if they can."""
+    reasons = []
+    if input.dtype not in _checks.KERNEL_FLOATS:
+        reasons.append(f"input is {input.dtype}; the kernels take float32, bfloat16 and float16")
+    valid = linear_weight.shape[0] if valid_vocab is None else valid_vocab
+    if valid > MAX_VOCAB:
+        reasons.append(f"{valid} columns of logits do not fit on the chip (at most {MAX_VOCAB})")
+    return reasons
+
+
+def vocab_blocks(valid: int) -> tuple[int, int]:
+    """A power-of-two block of columns and the narrow one behind it (0: none).
+
+    258 columns are 256 + 16, not 512: a twentieth more work instead of twice as much.
+    """
+    whole = max(16, 1 << (valid - 1).bit_length())
+    main = whole // 2
+    if main < 16 or main + block_of(valid - main, whole) >= whole:
+        return whole, 0
+    return main, block_of(valid - main, whole)
+
+
+def fwd_config(width: int, valid: int, dtype: torch.dtype, device: torch.device) -> Config:
+    """16 K fp32 accumulators over 8 warps; twice as many spill (ahead-of-time lane, sm_90)."""
+    main, _ = vocab_blocks(valid)
+    default = {
+        "BLOCK_N": max(16, min(128, 16_384 // main)),
+        "BLOCK_D": block_of(width, 64),
+        "num_warps": 8,
+    }
+    if dtype == torch.float32:
+        default |= {"BLOCK_N": max(16, min(64, 8192 // main)), "BLOCK_D": block_of(width, 32)}
+    return config_for("linear_logprobs_fwd", _bucket(width, valid, dtype), default, device)
+
+
+def bwd_rows_config(width: int, valid: int, dtype: torch.dtype, device: torch.device) -> Config:
+    """Half the forward's rows: the gradient tile lives beside the logits."""
+    main, _ = vocab_blocks(valid)
+    default = {
+        "BLOCK_N": max(16, min(64, 8192 // main)),
+        "BLOCK_D": block_of(width, 64),
+        "num_warps": 8,
+    }
+    if dtype == torch.float32:
+        default |= {"BLOCK_N": 16, "BLOCK_D": block_of(width, 32)}
+    return config_for("linear_logprobs_bwd_rows", _bucket(width, valid, dtype), default, device)
+
+
+def bwd_weight_config(width: int, valid: int, dtype: torch.dtype, device: torch.device) -> Config:
+    """The weight gradient's tile stays in registers while the program walks its rows.
+
+    Halves of a byte vocabulary leave room for twice as many columns of D, and each column block
+    forms its own half of the logits only.
+    """
+    default = {
+        "BLOCK_N": 32,
+        "BLOCK_D": block_of(width, 64),
+        "BLOCK_W": block_of(width, 128),
+        "BLOCK_V": 128,
+        "PROGRAMS": PROGRAMS,
+        "num_warps": 8,
+    }
+    if dtype == torch.float32:
+        default |= {"BLOCK_N": 32, "BLOCK_D": 32, "BLOCK_W": block_of(width, 64), "BLOCK_V": 64}
+    return config_for("linear_logprobs_bwd_weight", _bucket(width, valid, dtype), default, device)
+
+
+def _bucket(width: int, valid: int, dtype: torch.dtype) -> str:
+    main, tail = vocab_blocks(valid)
+    return f"D{block_of(width, 1024)}-V{main}+{tail}-{str(dtype).removeprefix('torch.')}"

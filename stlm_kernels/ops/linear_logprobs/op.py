@@ -1,0 +1,258 @@
+"""The public linear_logprobs, and the row losses that linear_cross_entropy stands on as well."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import _checks, _library
+from ..._dispatch import Impl, use_triton
+from . import torch_impl
+from .launch import unsupported_reasons
+
+IGNORE_NOTHING = -(2**63)
+"""Stands for ignore_index=None below the public functions: no sane target is this."""
+
+
+class RowOptions(NamedTuple):
+    """How a row's loss follows from its logits; everything a plain number.
+
+    softcap 0 stands for none, so that kernels and torch see the same types always.
+    """
+
+    ignore_index: int
+    softcap: float
+    logit_scale: float
+    valid_vocab: int
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+
+def linear_logprobs(
+    input: Tensor,  # (..., D)
+    linear_weight: Tensor,  # (V, D)
+    target: Tensor,  # (...) integer
+    *,
+    linear_bias: Tensor | None = None,  # (V,)
+    ignore_index: int | None = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    valid_vocab: int | None = None,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target, and the log-sum-exp of its row of logits.
+
+    z = logit_scale * (input @ linear_weight.T + linear_bias), then softcap * tanh(z / softcap);
+    lse = logsumexp(z[:valid_vocab]), logprob = z[target] - lse. At a vocabulary of up to 512 the
+    kernels keep the logits on the chip; nothing of size N x V is written.
+
+    Args:
+        input: (..., D) float32, bfloat16 or float16; float64 on the torch path.
+        linear_weight: (V, D) in the input's dtype, or float32 beside a 16-bit input (rounded to
+            the input's dtype when loaded).
+        target: (...) uint8, int16, int32 or int64, widened to int64 before comparing; each in
+            [0, valid_vocab) or ignore_index.
+        linear_bias: (V,) in the weight's or the input's dtype, or None.
+        ignore_index: rows with this target give 0 and take no gradient. None ignores nothing.
+        softcap: > 0, or None.
+        logit_scale: a finite number.
+        valid_vocab: columns from here on do not exist (a padded table). None: V.
+        impl: "auto", "triton" or "torch".
+
+    Returns:
+        (logprob, lse), each (...) float32 (float64 for float64 inputs), both differentiable.
+
+    Raises:
+        ValueError: a wrong type, dtype, shape, device or scalar.
+        IndexError: on CPU in eager mode, a target outside [0, valid_vocab) that is not ignored.
+        NotImplementedError: impl="triton" cannot run this call; the message lists why.
+
+    Numerics:
+        Logits, lse and log-probabilities come from float32 accumulators, never from rounded
+        logits. Fixed order: the same inputs give the same bits. Where values are not checked, a
+        bad target makes its log-probability, its row of the input's gradient and the weight's
+        gradient NaN.
+
+    Source: the recomputing backward is the usual one of fused losses; the single-tile vocabulary
+    and its kernels are this project's.
+    """
+    options = check(
+        input, linear_weight, target, linear_bias, ignore_index, softcap, logit_scale, valid_vocab
+    )
+    loss, lse = row_losses(
+        "linear_logprobs", input, linear_weight, target, linear_bias, options, impl
+    )
+    return -loss, lse
+
+
+def check(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    ignore_index: int | None,
+    softcap: float | None,
+    logit_scale: float,
+    valid_vocab: int | None,
+) -> RowOptions:
+    """The checks that every loss of this family shares; the options in plain numbers."""
+    _checks.require(isinstance(input, Tensor), "input", "a Tensor", type(input).__name__)
+    _checks.require(input.ndim >= 1, "input", "at least one dimension", tuple(input.shape))
+    _checks.require_tensor("input", input, tuple(input.shape), _checks.FLOATS)
+    width, device, weights = input.shape[-1], input.device, _checks.weight_dtypes(input.dtype)
+    _checks.require_tensor("linear_weight", linear_weight, ("V", width), weights, device)
+    vocab = linear_weight.shape[0]
+    _checks.require(vocab >= 1, "linear_weight", "V >= 1", tuple(linear_weight.shape))
+    _checks.require_tensor("target", target, tuple(input.shape[:-1]), _checks.ID_DTYPES, device)
+    if linear_bias is not None:
+        _checks.require_tensor("linear_bias", linear_bias, (vocab,), weights, device)
+    valid = vocab if valid_vocab is None else valid_vocab
+    _checks.require_int_at_least("valid_vocab", valid, 1)
+    _checks.require(valid <= vocab, "valid_vocab", f"at most V = {vocab}", valid)
+    if softcap is not None:
+        ok = math.isfinite(softcap) and softcap > 0
+        _checks.require(ok, "softcap", "None or a finite number > 0", softcap)
+    _checks.require(math.isfinite(logit_scale), "logit_scale", "a finite number", logit_scale)
+    if ignore_index is not None:
+        _checks.require_int("ignore_index", ignore_index)
+    ignored = IGNORE_NOTHING if ignore_index is None else ignore_index
+    if _checks.values_visible(target):
+        wide = target.long()
+        _checks.check_id_values("target", torch.where(wide == ignored, 0, wide), 0, valid)
+    return RowOptions(ignored, softcap or 0.0, float(logit_scale), valid)
+
+
+def row_losses(
+    op: str,
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    options: RowOptions,
+    impl: Impl,
+) -> tuple[Tensor, Tensor]:
+    """(loss, lse) of each row, shaped like `target`, for arguments that `check` has seen."""
+    rows, targets = input.reshape(-1, input.shape[-1]), target.reshape(-1)
+    if use_triton(
+        op,
+        impl,
+        input.device,
+        unsupported_reasons,
+        input=input,
+        linear_weight=linear_weight,
+        target=target,
+        valid_vocab=options.valid_vocab,
+    ):
+        dot_dtype = _checks.output_dtype(input)
+        loss, lse, *_ = _RowLosses.apply(
+            rows, linear_weight, targets, linear_bias, dot_dtype, *options
+        )
+    else:
+        loss, lse = torch_impl.row_losses(rows, linear_weight, targets, linear_bias, options)
+    return loss.view(target.shape), lse.view(target.shape)
+
+
+class _RowLosses(torch.autograd.Function):
+    """Autograd over the registered ops; the logits are formed again in the backward."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        rows: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        bias: Tensor | None,
+        dot_dtype: torch.dtype,
+        *options: Any,
+    ) -> tuple[Tensor, ...]:
+        return _FWD(rows, weight, targets, bias, dot_dtype, *options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        rows, weight, targets, bias, ctx.dot_dtype, *ctx.options = inputs
+        _, _, top, log_total = output
+        ctx.mark_non_differentiable(top, log_total)
+        ctx.save_for_backward(rows, weight, targets, bias, top, log_total)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, targets, bias, top, log_total = ctx.saved_tensors
+        arguments = (
+            *grads[:2], rows, weight, targets, bias, top, log_total, ctx.dot_dtype, *ctx.options
+        )  # fmt: skip
+        drows = dweight = dbias = None
+        if ctx.needs_input_grad[0]:
+            drows = _library.run_backward(_BWD_ROWS, "linear_logprobs", *arguments)
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[3]:
+            dweight, dbias = _library.run_backward(_BWD_WEIGHT, "linear_logprobs", *arguments)
+        return (
+            drows,
+            dweight if ctx.needs_input_grad[1] else None,
+            None,
+            dbias if ctx.needs_input_grad[3] else None,
+            *[None] * (1 + len(RowOptions._fields)),
+        )
+
+
+_OPTIONS = (
+    "ScalarType dot_dtype, int ignore_index, float softcap, float logit_scale, SymInt valid_vocab, "
+    "float label_smoothing, float z_loss"
+)
+
+
+def _fwd_meta(rows: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return tuple(rows.new_empty(rows.shape[0], dtype=torch.float32) for _ in range(4))
+
+
+def _bwd_rows_meta(dloss: Tensor, dlse: Tensor, rows: Tensor, *_: Any) -> Tensor:
+    return rows.new_empty(rows.shape)
+
+
+def _bwd_weight_meta(
+    dloss: Tensor,
+    dlse: Tensor,
+    rows: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    *_: Any,
+) -> tuple[Tensor, Tensor]:
+    dbias = rows.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    return weight.new_empty(weight.shape), dbias
+
+
+def _fwd_flops(rows: Any, weight: Any, *_: Any, **__: Any) -> int:
+    return 2 * rows[0] * rows[1] * weight[0]
+
+
+def _bwd_flops(dloss: Any, dlse: Any, rows: Any, weight: Any, *_: Any, **__: Any) -> int:
+    return _fwd_flops(rows, weight)
+
+
+_FWD = _library.register(
+    "linear_logprobs_fwd(Tensor rows, Tensor weight, Tensor targets, Tensor? bias, "
+    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    launcher="linear_logprobs:launch_fwd",
+    meta=_fwd_meta,
+    flops=_fwd_flops,
+)
+_BWD_ARGUMENTS = (
+    "Tensor dloss, Tensor dlse, Tensor rows, Tensor weight, Tensor targets, Tensor? bias, "
+    f"Tensor top, Tensor log_total, {_OPTIONS}"
+)
+_BWD_ROWS = _library.register(
+    f"linear_logprobs_bwd_rows({_BWD_ARGUMENTS}) -> Tensor",
+    launcher="linear_logprobs:launch_bwd_rows",
+    meta=_bwd_rows_meta,
+    flops=_bwd_flops,
+)
+_BWD_WEIGHT = _library.register(
+    f"linear_logprobs_bwd_weight({_BWD_ARGUMENTS}) -> (Tensor, Tensor)",
+    launcher="linear_logprobs:launch_bwd_weight",
+    meta=_bwd_weight_meta,
+    flops=_bwd_flops,
+)

@@ -1,0 +1,362 @@
+"""Row losses in Triton for vocabularies of up to 512 columns: logits never leave the chip.
+
+For a block of rows, z = cap(scale * (E H^T + b)) is formed with the columns down and the rows
+across, in a power-of-two block of columns and a narrow one behind it (258 = 256 + 16).
+loss = lse - (1 - s) z_y - s mean(z) + w lse^2, with smoothing s and z-loss weight w.
+
+Forward. A program owns BLOCK_N rows: one pass over D, then max, sum and the picked column in fp32.
+Backward. From the saved row maxima and sums the logits' gradient G is formed again, in [-1, 1]: the
+upstream gradient divided by its largest magnitude goes in before rounding, the magnitude itself
+multiplies the fp32 accumulators at the end, so that 16-bit products never underflow. One kernel
+owns BLOCK_N rows and stores dH^T = E^T G transposed by address; the other owns BLOCK_V x BLOCK_W
+of dE for one run of rows and adds G H into registers; the runs' partial sums are added in a fixed
+order. No accumulator is ever transposed (Triton up to 3.7.0 miscompiles that on Hopper).
+
+Floor, N = 65,536, D = 128, V = 256: three products of 4.3 GFLOP = 16.3 us at 790 TFLOP/s, 34.5 MB
+= 8 us, 16.8 M exponentials = 4 us. These kernels do 4 + D / BLOCK_W products: what forming the
+logits again costs.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ... import _launch
+from ..._dispatch import kernels_interpreted
+from ..._tiles import sum_splits
+from . import launch
+
+
+@triton.jit
+def _logits_tile(
+    h_ptr, w_ptr, bias_ptr, rows, live, columns, valid, scale, cap,
+    D: tl.constexpr, DOT: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """(columns, rows) logits after scale and cap; columns that do not exist are -inf."""
+    in_vocab = columns < valid
+    acc = tl.zeros((columns.shape[0], rows.shape[0]), tl.float32)
+    for first in range(0, D, BLOCK_D):
+        d = first + tl.arange(0, BLOCK_D)
+        w_mask = in_vocab[:, None] & (d < D)[None, :]
+        w = tl.load(w_ptr + columns.to(tl.int64)[:, None] * D + d[None, :], mask=w_mask, other=0.0)
+        h_mask = (d < D)[:, None] & live[None, :]
+        h = tl.load(h_ptr + rows[None, :] * D + d[:, None], mask=h_mask, other=0.0)
+        acc = tl.dot(w.to(DOT), h.to(DOT), acc, input_precision="ieee")
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + columns, mask=in_vocab, other=0.0).to(tl.float32)[:, None]
+    z = acc * scale
+    if cap > 0:
+        # tanh, by what the interpreter knows as well
+        z = cap * (2.0 * tl.sigmoid(2.0 * z / cap) - 1.0)
+    return tl.where(in_vocab[:, None], z, float("-inf"))
+
+
+@triton.jit
+def _statistics(z, columns, targets, valid):
+    """Of each row: largest logit, sum of exponentials below it, picked logit, sum of logits."""
+    top = tl.max(z, 0)
+    total = tl.sum(tl.exp(z - top[None, :]), 0)
+    picked = tl.sum(tl.where(columns[:, None] == targets[None, :], z, 0.0), 0)
+    plain = tl.sum(tl.where((columns < valid)[:, None], z, 0.0), 0)
+    return top, total, picked, plain
+
+
+@triton.jit
+def _row_targets(target_ptr, rows, n_rows, ignore_index, valid):
+    """Targets in 32 bits, which rows count, and which of those name no column."""
+    raw = tl.load(target_ptr + rows, mask=rows < n_rows, other=0).to(tl.int64)
+    live = (rows < n_rows) & (raw != ignore_index)
+    bad = live & ((raw < 0) | (raw >= valid))
+    return tl.where(bad, -1, raw).to(tl.int32), live, bad
+
+
+@triton.jit(do_not_specialize=["n_rows", "ignore_index"])
+def stlm_linear_logprobs_fwd(
+    h_ptr, w_ptr, bias_ptr, target_ptr, loss_ptr, lse_ptr, top_ptr, log_total_ptr,
+    n_rows, valid, scale, cap, smoothing, z_loss, ignore_index,
+    D: tl.constexpr, DOT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    MAIN: tl.constexpr, TAIL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    targets, live, bad = _row_targets(target_ptr, rows, n_rows, ignore_index, valid)
+    columns = tl.arange(0, MAIN)
+    z = _logits_tile(
+        h_ptr, w_ptr, bias_ptr, rows, live, columns, valid, scale, cap, D, DOT, HAS_BIAS, BLOCK_D
+    )
+    top, total, picked, plain = _statistics(z, columns, targets, valid)
+    if TAIL > 0:
+        columns = MAIN + tl.arange(0, TAIL)
+        z = _logits_tile(
+            h_ptr, w_ptr, bias_ptr, rows, live, columns, valid, scale, cap,
+            D, DOT, HAS_BIAS, BLOCK_D,
+        )  # fmt: skip
+        tail_top, tail_total, tail_picked, tail_plain = _statistics(z, columns, targets, valid)
+        both = tl.maximum(top, tail_top)
+        total = total * tl.exp(top - both) + tail_total * tl.exp(tail_top - both)
+        top, picked, plain = both, picked + tail_picked, plain + tail_plain
+    log_total = tl.log(total)
+    lse = top + log_total
+    # Differences from the largest logit first: a confident row's loss keeps its digits.
+    loss = log_total + (1.0 - smoothing) * (top - picked) + smoothing * (top - plain / valid)
+    loss = tl.where(bad, float("nan"), loss + z_loss * lse * lse)
+    tl.store(loss_ptr + rows, tl.where(live, loss, 0.0), mask=rows < n_rows)
+    tl.store(lse_ptr + rows, tl.where(live, lse, 0.0), mask=rows < n_rows)
+    tl.store(top_ptr + rows, tl.where(live, top, 0.0), mask=rows < n_rows)
+    tl.store(log_total_ptr + rows, tl.where(live, log_total, 0.0), mask=rows < n_rows)
+
+
+@triton.jit
+def _upstream(
+    target_ptr, top_ptr, log_total_ptr, dloss_ptr, dlse_ptr, unit, rows,
+    n_rows, valid, z_loss, ignore_index, dloss_stride,
+):  # fmt: skip
+    """What the gradient of a block of rows needs to know of each row."""
+    targets, live, bad = _row_targets(target_ptr, rows, n_rows, ignore_index, valid)
+    # Ignored rows: no exponential, so no overflow.
+    top = tl.load(top_ptr + rows, mask=live, other=float("inf"))
+    log_total = tl.load(log_total_ptr + rows, mask=live, other=0.0)
+    dloss = tl.load(dloss_ptr + rows * dloss_stride, mask=live, other=0.0) / unit
+    dloss = tl.where(bad, float("nan"), dloss)
+    lse = tl.where(live, top + log_total, 0.0)
+    slope = dloss * (1.0 + 2.0 * z_loss * lse)
+    slope += tl.load(dlse_ptr + rows, mask=live, other=0.0) / unit
+    return targets, live, top, log_total, dloss, slope
+
+
+@triton.jit
+def _dlogits(
+    z, columns, targets, top, log_total, dloss, slope, valid, scale, cap, smoothing
+):  # fmt: skip
+    """Gradient of the products before scale and cap; zero in columns that do not exist."""
+    grad = tl.exp((z - top[None, :]) - log_total[None, :]) * slope[None, :]
+    hit = columns[:, None] == targets[None, :]
+    spread = tl.where(hit, 1.0 - smoothing + smoothing / valid, smoothing / valid)
+    grad -= spread * dloss[None, :]
+    if cap > 0:
+        grad *= 1.0 - (z / cap) * (z / cap)
+    return tl.where((columns < valid)[:, None], grad * scale, 0.0)
+
+
+@triton.jit(do_not_specialize=["n_rows", "ignore_index", "dloss_stride"])
+def stlm_linear_logprobs_bwd_rows(
+    h_ptr, w_ptr, bias_ptr, target_ptr, top_ptr, log_total_ptr, dloss_ptr, dlse_ptr, unit_ptr,
+    dh_ptr,
+    n_rows, valid, scale, cap, smoothing, z_loss, ignore_index, dloss_stride,
+    D: tl.constexpr, DOT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    MAIN: tl.constexpr, TAIL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    unit = tl.load(unit_ptr)
+    targets, live, top, log_total, dloss, slope = _upstream(
+        target_ptr, top_ptr, log_total_ptr, dloss_ptr, dlse_ptr, unit, rows,
+        n_rows, valid, z_loss, ignore_index, dloss_stride,
+    )  # fmt: skip
+    main = tl.arange(0, MAIN)
+    z = _logits_tile(
+        h_ptr, w_ptr, bias_ptr, rows, live, main, valid, scale, cap, D, DOT, HAS_BIAS, BLOCK_D
+    )
+    grad = _dlogits(
+        z, main, targets, top, log_total, dloss, slope, valid, scale, cap, smoothing
+    ).to(DOT)  # fmt: skip
+    if TAIL > 0:
+        tail = MAIN + tl.arange(0, TAIL)
+        z = _logits_tile(
+            h_ptr, w_ptr, bias_ptr, rows, live, tail, valid, scale, cap, D, DOT, HAS_BIAS, BLOCK_D
+        )
+        grad_tail = _dlogits(
+            z, tail, targets, top, log_total, dloss, slope, valid, scale, cap, smoothing
+        ).to(DOT)  # fmt: skip
+    for first in range(0, D, BLOCK_D):
+        d = first + tl.arange(0, BLOCK_D)
+        dh = tl.dot(_table_tile(w_ptr, main, d, valid, D, DOT), grad, input_precision="ieee")
+        if TAIL > 0:
+            table = _table_tile(w_ptr, tail, d, valid, D, DOT)
+            dh = tl.dot(table, grad_tail, dh, input_precision="ieee")
+        mask = (d < D)[:, None] & (rows < n_rows)[None, :]
+        out = (dh * unit).to(dh_ptr.dtype.element_ty)
+        tl.store(dh_ptr + rows[None, :] * D + d[:, None], out, mask=mask)
+
+
+@triton.jit
+def _table_tile(w_ptr, columns, d, valid, D: tl.constexpr, DOT: tl.constexpr):
+    """(d, columns) of E^T, transposed by address."""
+    mask = (d < D)[:, None] & (columns < valid)[None, :]
+    table = w_ptr + columns.to(tl.int64)[None, :] * D + d[:, None]
+    return tl.load(table, mask=mask, other=0.0).to(DOT)
+
+
+@triton.jit(do_not_specialize=["n_rows", "ignore_index", "run", "dloss_stride"])
+def stlm_linear_logprobs_bwd_weight(
+    h_ptr, w_ptr, bias_ptr, target_ptr, top_ptr, log_total_ptr, dloss_ptr, dlse_ptr, unit_ptr,
+    dw_ptr, db_ptr,
+    n_rows, valid, scale, cap, smoothing, z_loss, ignore_index, run, dloss_stride,
+    D: tl.constexpr, DOT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    FIRST: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    v_tiles, d_tiles = tl.cdiv(COLUMNS, BLOCK_V), tl.cdiv(D, BLOCK_W)
+    columns = FIRST + (program % v_tiles).to(tl.int32) * BLOCK_V + tl.arange(0, BLOCK_V)
+    d = (program // v_tiles % d_tiles) * BLOCK_W + tl.arange(0, BLOCK_W)
+    split = program // (v_tiles * d_tiles)
+    unit = tl.load(unit_ptr)
+    dw, db = tl.zeros((BLOCK_V, BLOCK_W), tl.float32), tl.zeros((BLOCK_V,), tl.float32)
+    for first in range(split * run, tl.minimum((split + 1) * run, n_rows), BLOCK_N):
+        rows = first + tl.arange(0, BLOCK_N)
+        targets, live, top, log_total, dloss, slope = _upstream(
+            target_ptr, top_ptr, log_total_ptr, dloss_ptr, dlse_ptr, unit, rows,
+            n_rows, valid, z_loss, ignore_index, dloss_stride,
+        )  # fmt: skip
+        z = _logits_tile(
+            h_ptr, w_ptr, bias_ptr, rows, live, columns, valid, scale, cap,
+            D, DOT, HAS_BIAS, BLOCK_D,
+        )  # fmt: skip
+        grad = _dlogits(
+            z, columns, targets, top, log_total, dloss, slope, valid, scale, cap, smoothing
+        )
+        mask = live[:, None] & (d < D)[None, :]
+        h = tl.load(h_ptr + rows[:, None] * D + d[None, :], mask=mask, other=0.0).to(DOT)
+        dw = tl.dot(grad.to(DOT), h, dw, input_precision="ieee")
+        db += tl.sum(grad, 1)
+    mask = (columns < valid)[:, None] & (d < D)[None, :]
+    out = dw_ptr + (split * valid + columns)[:, None] * D + d[None, :]
+    tl.store(out, dw * unit, mask=mask)
+    # Programs of other columns of D hold the same sums; storing them again changes nothing.
+    tl.store(db_ptr + split * valid + columns, db * unit, mask=columns < valid)
+
+
+def launch_fwd(
+    rows: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    targets: Tensor,  # (N,)
+    bias: Tensor | None,  # (V,)
+    dot_dtype: torch.dtype,
+    ignore_index: int,
+    softcap: float,
+    logit_scale: float,
+    valid_vocab: int,
+    label_smoothing: float,
+    z_loss: float,
+) -> tuple[Tensor, ...]:
+    """(loss, lse, largest logit, lse minus that), each (N,) fp32."""
+    count, width = rows.shape
+    outputs = [torch.empty(count, device=rows.device, dtype=torch.float32) for _ in range(4)]
+    config = launch.fwd_config(width, valid_vocab, dot_dtype, rows.device)
+    main, tail = launch.vocab_blocks(valid_vocab)
+    rows, weight, targets = rows.contiguous(), weight.contiguous(), targets.contiguous()
+    _launch.launch(
+        stlm_linear_logprobs_fwd, _launch.ceil_div(count, config["BLOCK_N"]),
+        rows, weight, weight if bias is None else bias.contiguous(), targets, *outputs,
+        count, valid_vocab, logit_scale, softcap, label_smoothing, z_loss, ignore_index,
+        D=width, DOT=_dot_type(dot_dtype), HAS_BIAS=bias is not None, MAIN=main, TAIL=tail,
+        device=rows.device, **config,
+    )  # fmt: skip
+    return tuple(outputs)
+
+
+def launch_bwd_rows(
+    dloss: Tensor,  # (N,) of any stride
+    dlse: Tensor,  # (N,)
+    rows: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    targets: Tensor,  # (N,)
+    bias: Tensor | None,  # (V,)
+    top: Tensor,  # (N,)
+    log_total: Tensor,  # (N,)
+    dot_dtype: torch.dtype,
+    ignore_index: int,
+    softcap: float,
+    logit_scale: float,
+    valid: int,
+    smoothing: float,
+    z_loss: float,
+) -> Tensor:
+    """(N, D) gradient of the rows."""
+    count, width = rows.shape
+    config = launch.bwd_rows_config(width, valid, dot_dtype, rows.device)
+    main, tail = launch.vocab_blocks(valid)
+    drows = torch.empty((count, width), dtype=rows.dtype, device=rows.device)
+    _launch.launch(
+        stlm_linear_logprobs_bwd_rows, _launch.ceil_div(count, config["BLOCK_N"]),
+        rows.contiguous(), weight.contiguous(), weight if bias is None else bias.contiguous(),
+        targets.contiguous(), top, log_total, dloss, dlse.contiguous(),
+        _largest_upstream(dloss, dlse), drows,
+        count, valid, logit_scale, softcap, smoothing, z_loss, ignore_index, dloss.stride(0),
+        D=width, DOT=_dot_type(dot_dtype), HAS_BIAS=bias is not None, MAIN=main, TAIL=tail,
+        device=rows.device, **config,
+    )  # fmt: skip
+    return drows
+
+
+def launch_bwd_weight(
+    dloss: Tensor,  # (N,) of any stride
+    dlse: Tensor,  # (N,)
+    rows: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    targets: Tensor,  # (N,)
+    bias: Tensor | None,  # (V,)
+    top: Tensor,  # (N,)
+    log_total: Tensor,  # (N,)
+    dot_dtype: torch.dtype,
+    ignore_index: int,
+    softcap: float,
+    logit_scale: float,
+    valid: int,
+    smoothing: float,
+    z_loss: float,
+) -> tuple[Tensor, Tensor]:
+    """(V, D) gradient of the weight and (V,) of the bias (empty without one)."""
+    (count, width), device = rows.shape, rows.device
+    config = launch.bwd_weight_config(width, valid, dot_dtype, device)
+    programs, block_v = config.pop("PROGRAMS"), config.pop("BLOCK_V")
+    main, tail = launch.vocab_blocks(valid)
+    tiles = _launch.ceil_div(main, block_v) * _launch.ceil_div(width, config["BLOCK_W"])
+    splits, run = _launch.splits(count, tiles, programs, config["BLOCK_N"])
+    dweight = torch.empty(splits, valid, width, dtype=torch.float32, device=device)
+    dbias = torch.empty(splits, valid, dtype=torch.float32, device=device)
+    # The narrow block behind the main one is a launch of its own, with tiles of its own height.
+    unit, d_tiles = _largest_upstream(dloss, dlse), _launch.ceil_div(width, config["BLOCK_W"])
+    for first, columns in ((0, main), (main, tail)) if tail else ((0, main),):
+        block = min(block_v, columns)
+        warps = {"num_warps": 4} if block < 64 else {}
+        _launch.launch(
+            stlm_linear_logprobs_bwd_weight, splits * d_tiles * _launch.ceil_div(columns, block),
+            rows.contiguous(), weight.contiguous(), weight if bias is None else bias.contiguous(),
+            targets.contiguous(), top, log_total, dloss, dlse.contiguous(),
+            unit, dweight, dbias,
+            count, valid, logit_scale, softcap, smoothing, z_loss, ignore_index, run,
+            dloss.stride(0),
+            D=width, DOT=_dot_type(dot_dtype), HAS_BIAS=bias is not None,
+            FIRST=first, COLUMNS=columns, BLOCK_V=block, device=device, **config | warps,
+        )  # fmt: skip
+    table = _padded(sum_splits(dweight, weight.dtype), weight.shape[0])
+    if bias is None:
+        return table, rows.new_empty(0)
+    return table, _padded(sum_splits(dbias, bias.dtype), weight.shape[0])
+
+
+def _padded(grad: Tensor, vocab: int) -> Tensor:
+    """Rows that no logit came from have no gradient."""
+    missing = vocab - grad.shape[0]
+    return grad if missing == 0 else torch.cat([grad, grad.new_zeros(missing, *grad.shape[1:])])
+
+
+def _largest_upstream(dloss: Tensor, dlse: Tensor) -> Tensor:
+    """(1,) fp32 magnitude that upstream gradients are divided by; 1 if they are all zero."""
+    if dloss.shape[0] == 0:
+        return dloss.new_ones(1)
+    distinct = dloss[:1] if dloss.stride(0) == 0 else dloss
+    unit = torch.maximum(distinct.abs().amax(), dlse.abs().amax())
+    return torch.where(unit > 0, unit, 1.0).view(1)
+
+
+def _dot_type(dtype: torch.dtype) -> tl.dtype:
+    """The products' operands; the interpreter computes 16-bit ones wrongly or not at all."""
+    if kernels_interpreted() and dtype == torch.bfloat16:
+        return tl.float32
+    return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[
+        dtype
+    ]

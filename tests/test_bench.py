@@ -1,0 +1,400 @@
+"""The benchmarks are tested too: what they refuse, how they time, what they say."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from bench import check, plot, report, timing, tune
+from bench.peers import PEERS, Entry
+from bench.session import Session
+from bench.timing import Cpu, EventTimer, Gpu
+from bench.work import CaseData, Job, Task, entries_of, jobs, left_out, task_of
+from stlm_kernels import _launch
+from stlm_kernels.ops.byte_pool import launch as byte_pool_launch
+from stlm_kernels.registry import OPS
+
+ROOT = Path(__file__).parent.parent
+SPEC = OPS["byte_pool"]
+CASE = SPEC.tagged("smoke")[0]
+CPU = torch.device("cpu")
+
+
+class FakeCuda:
+    """Stands in for `torch.cuda`: a device whose every second event is 3 ms after the one before.
+
+    `waits` makes any synchronising call fail while sync debug mode is "error", as on a device.
+    """
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.now_ms = 0.0
+
+    def Event(self, enable_timing: bool) -> Any:
+        assert enable_timing
+        return FakeEvent(self)
+
+    def Stream(self) -> Any:
+        return SimpleNamespace(wait_stream=lambda other: self.log.append("wait_stream"))
+
+    def CUDAGraph(self) -> Any:
+        return SimpleNamespace(replay=lambda: self.log.append("replay"))
+
+    @contextlib.contextmanager
+    def graph(self, graph: Any, stream: Any) -> Iterator[None]:
+        self.log.append("capture")
+        yield
+
+    def stream(self, stream: Any) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def get_device_properties(self, device: torch.device) -> Any:
+        return SimpleNamespace(L2_cache_size=1 << 16)
+
+    def set_sync_debug_mode(self, mode: str) -> None:
+        self.log.append(f"sync debug {mode}")
+
+    def synchronize(self) -> None:
+        self.log.append("synchronize")
+
+    def current_stream(self) -> None: ...
+
+    def reset_peak_memory_stats(self) -> None: ...
+
+    def memory_allocated(self) -> int:
+        return 100
+
+    def max_memory_allocated(self) -> int:
+        return 164
+
+
+class FakeEvent:
+    def __init__(self, cuda: FakeCuda) -> None:
+        self.cuda = cuda
+
+    def record(self) -> None:
+        self.cuda.log.append("record")
+        self.at_ms = self.cuda.now_ms = self.cuda.now_ms + 3.0
+
+    def synchronize(self) -> None:
+        self.cuda.log.append("event synchronize")
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        return end.at_ms - self.at_ms
+
+
+class FakeBenchmark:
+    """pytest-benchmark's fixture, as far as a job uses it."""
+
+    stats = None
+
+    def __init__(self) -> None:
+        self.extra_info: dict[str, Any] = {}
+        self.rounds = 0
+
+    def pedantic(self, target: Any, setup: Any, rounds: int) -> None:
+        self.rounds = rounds
+        args, kwargs = setup()
+        target(*args, **kwargs)
+
+
+def job_of(entry: Entry, direction: str = "fwd") -> Job:
+    return Job(SPEC, CASE, direction, entry)
+
+
+# Timing
+
+
+def test_event_timer_waits_only_at_the_end() -> None:
+    cuda = FakeCuda()
+    timer = EventTimer(cuda)
+    assert timer() == 0.0
+    assert cuda.log == ["record"]
+    assert timer() == pytest.approx(3e-3)
+    assert cuda.log == ["record", "record", "event synchronize"]
+    timer.calls = 2
+    assert timer() == 0.0  # a new round begins
+    assert timer() == pytest.approx(1.5e-3)
+
+
+@pytest.mark.parametrize("direction", ["fwd", "bwd", "fwd+bwd", "no-grad"])
+def test_gpu_timing_rehearsed(direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways through: behind a flush, and captured where the launch is longer than the work."""
+    cuda = FakeCuda()
+    gpu = Gpu(cuda, CPU, flush_bytes=1 << 10)
+    data = CaseData(SPEC, CASE, torch.float32, CPU)
+    samples = data.samples(gpu.sample_count(data.sample_bytes()))
+    assert 1 < len(samples) <= 8
+    entry = entries_of(SPEC, ["torch"])[0]
+    task = task_of(job_of(entry, direction), samples, entry.function)
+    for host_seconds, way in ((1e-3, "events"), (5e-3, "graph of 16 calls")):
+        monkeypatch.setattr(gpu, "_host_seconds", lambda task, s=host_seconds: s)
+        timer = gpu.timer()
+        plan = gpu.plan(task, timer)
+        assert plan.info["timed_as"] == way
+        seconds = timing.timed_rounds(plan.target, plan.setup, timer, 2)
+        assert seconds == pytest.approx([3e-3 / timer.calls] * 2)
+    assert cuda.log.index("sync debug default") < cuda.log.index("capture")
+    assert gpu.peak_bytes(task) == 64
+
+
+def test_work_that_waits_is_not_captured() -> None:
+    cuda = FakeCuda()
+    gpu = Gpu(cuda, CPU, flush_bytes=1 << 10)
+
+    def waits(x: Any) -> None:
+        if cuda.log[-1] == "sync debug error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    plan = timing.Plan(waits, lambda: ((None,), {}), 3)
+    gpu._use_graph(plan, Task([None], lambda sample: sample, waits), gpu.timer())  # type: ignore[list-item]
+    assert "synchronizing" in plan.info["not_captured"]
+    assert "capture" not in cuda.log
+
+
+def test_peak_memory_counts_what_is_freed_again() -> None:
+    def run(size: int) -> torch.Tensor:
+        temporary = torch.ones(size)
+        return temporary[: size // 2].clone()
+
+    task = Task([1 << 18], lambda size: size, run)  # type: ignore[list-item]
+    assert Cpu().peak_bytes(task) == pytest.approx(1.5 * (1 << 20), rel=0.01)
+
+
+def test_interleaved_medians_take_turns() -> None:
+    order: list[str] = []
+    tasks = [
+        Task([name], lambda sample: sample, order.append)  # type: ignore[list-item]
+        for name in ("a", "b")
+    ]
+    timing.interleaved_medians(tasks, 3)
+    assert order == ["a", "b", "b", "a", "a", "b"]
+
+
+# Right before fast
+
+
+def wrong(**inputs: Any) -> torch.Tensor:
+    return SPEC.op(**inputs, impl="torch") * 1.001
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_wrong_result_is_never_timed(ours: bool) -> None:
+    from bench.bench_ops import test_speed as speed
+
+    benchmark = FakeBenchmark()
+    entry = Entry("wrong", wrong, ours=ours)
+    with pytest.raises(AssertionError, match="wrong: out"):
+        speed(job_of(entry), Session(Cpu(), rehearsal=True), time.perf_counter, benchmark)
+    assert benchmark.rounds == 0
+
+
+def test_a_right_result_is_timed_and_described() -> None:
+    from bench.bench_ops import test_speed as speed
+
+    benchmark = FakeBenchmark()
+    entry = entries_of(SPEC, ["torch"])[0]
+    session = Session(Cpu(), rehearsal=True)
+    speed(job_of(entry, "fwd+bwd"), session, time.perf_counter, benchmark)
+    info = benchmark.extra_info
+    assert benchmark.rounds >= 3
+    assert info["rms_errors"].keys() == {"out", "gradient of weight"}
+    assert info["peak_bytes"] > 0
+    both = SPEC.flops(CASE, "fwd") + SPEC.flops(CASE, "bwd")
+    assert info["flops"] == both
+    session.add_rates(job_of(entry), info, 2.0)
+    assert info["tflop_per_s"] == pytest.approx(both / 2e12)
+
+
+# What is collected
+
+
+@pytest.mark.parametrize("tag", ["bench", "bench_cpu", "smoke"])
+def test_jobs_have_distinct_names_and_every_kernel_group_a_peer(tag: str) -> None:
+    found = list(jobs(OPS.values(), tag, ("triton", "torch"), compile_first_only=False))
+    assert len({job.id for job in found}) == len(found)
+    for spec in (OPS[name] for name in PEERS):
+        entries = {(job.group, job.entry.ours) for job in found if job.spec is spec}
+        groups = {group for group, _ in entries}
+        assert groups == {group for group, ours in entries if not ours}, spec.name
+
+
+def test_compiled_peers_run_on_one_case_of_a_cpu() -> None:
+    found = list(jobs([SPEC], "bench_cpu", ("torch",), compile_first_only=True))
+    assert len({job.case.name for job in found if job.entry.compiled}) == 1
+
+
+def test_what_cannot_run_is_left_out_with_a_reason() -> None:
+    gain = next(case for case in SPEC.tagged("smoke") if "L" in case.sizes)
+    names = {job.entry.name for job in jobs([SPEC], "smoke", ("torch",), False)}
+    assert "EmbeddingBag" in names
+    assert PEERS["byte_pool"][0].unsupported(gain) is not None
+    assert any("EmbeddingBag" in text for _, text in left_out([SPEC], "smoke"))
+
+
+def test_rehearsal_of_the_whole_run() -> None:
+    """The command of `make bench`, each body once, on what takes a moment."""
+    command = [sys.executable, "-m", "pytest", "bench/bench_ops.py", "--benchmark-disable", "-q"]
+    done = subprocess.run(
+        [*command, "-k", "not compiled"], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+
+
+# The check
+
+
+def slow(**inputs: Any) -> torch.Tensor:
+    time.sleep(0.02)
+    return SPEC.op(**inputs)
+
+
+@pytest.mark.parametrize(("op", "verdict"), [(SPEC.op, None), (slow, "FAILED")])
+def test_a_slow_op_fails_the_check(op: Callable[..., Any], verdict: str | None) -> None:
+    spec = replace(SPEC, op=op)
+    data = CaseData(spec, CASE, torch.float32, CPU)
+    found = check.compare(spec, CASE, "no-grad", data, timing.interleaved_medians, 5)
+    assert found is not None
+    if verdict is not None:
+        assert found.verdict == verdict
+        assert min(found.ratios) > check.FAILURE
+    assert found.peer in {peer.name for peer in PEERS["byte_pool"] if not peer.compiled}
+    assert SPEC.name in check.line(found)
+
+
+@pytest.mark.parametrize(
+    ("ratios", "verdict"),
+    [([1.0], "met"), ([1.1], "missed"), ([1.3, 1.04], "met"), ([1.3, 1.4, 1.26], "FAILED")],
+)
+def test_verdicts_of_the_check(ratios: list[float], verdict: str) -> None:
+    """A ratio that would fail is measured again; the last one counts."""
+    data = CaseData(SPEC, CASE, torch.float32, CPU)
+    left = [1.0, *ratios]
+
+    def medians(tasks: Sequence[Task], rounds: int) -> list[float]:
+        return [left.pop(0), *[1.0] * (len(tasks) - 1)]
+
+    found = check.compare(SPEC, CASE, "fwd", data, medians, 5)
+    assert found is not None
+    assert (found.verdict, found.ratios, left) == (verdict, ratios, [])
+
+
+# What is shown
+
+
+def record(entry: str, direction: str, median: float, ours: bool) -> report.Record:
+    info = {"op": "byte_pool", "case": "T9", "pass": direction, "entry": entry, "ours": ours,
+            "dtype": "float32", "peak_bytes": 3 << 20, "roofline_share": 0.25}  # fmt: skip
+    stats = {"median": median, "iqr": median / 10, "q1": median * 0.9, "q3": median * 1.1}
+    return {"extra_info": info, "stats": stats}
+
+
+RECORDS = [
+    record("torch", "fwd", 1e-3, True),
+    record("EmbeddingBag", "fwd", 2.5e-3, False),
+    record("torch", "bwd", 4e-3, True),
+]
+
+
+def test_summary_table() -> None:
+    (text,) = report.tables(RECORDS, [("byte_pool", "X: too old"), ("other", "Y: no")])
+    lines = text.splitlines()
+    assert lines[0].startswith("byte_pool: median us")
+    rows = {line.split()[0]: line.split() for line in lines if line.startswith("  ")}
+    assert rows["torch"][1:] == ["1000", "±10%", "1.00x", "3", "4000", "±10%", "1.00x", "3"]
+    assert rows["EmbeddingBag"][1:] == ["2500", "±10%", "2.50x", "3", "-"]
+    assert rows["roofline"][-2:] == ["25%", "25%"]
+    assert lines[-1] == "left out: X: too old"
+
+
+def test_header_says_what_a_figure_needs() -> None:
+    about = report.machine(CPU, commit="abc123")
+    text = report.header(about | {"load": 3.0}, timing.Ceilings(4.3e12, 790e12))
+    for needed in (torch.__version__, "abc123", "default launch configs", "4300.0 GB/s", "BUSY"):
+        assert needed in text
+    assert "BUSY" not in report.header(about | {"load": 0.1}, None)
+
+
+def test_plot_draws_one_picture_for_each_op(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    machine = {"stlm": report.machine(CPU, commit="abc123")}
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"machine_info": machine, "benchmarks": RECORDS}))
+    assert plot.plot_file(path, tmp_path) == [tmp_path / "run-byte_pool.png"]
+    assert (tmp_path / "run-byte_pool.png").stat().st_size > 1000
+
+
+# Tuning
+
+
+def test_tuning_keeps_the_fastest_right_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    space = {"BLOCK_P": (8, 16, 32), "num_warps": (4,)}
+    monkeypatch.setitem(tune.SPACES, "byte_pool_fwd", space)
+    default = {"BLOCK_P": 16, "num_warps": 4}
+    target = tune.Target(SPEC, CASE, "no-grad", "byte_pool_fwd", "D64-float32", default)
+    data = CaseData(SPEC, CASE, torch.float32, CPU)
+
+    def measure(*_: Any) -> float:
+        config = _launch.config_for("byte_pool_fwd", "D64-float32", default, CPU)
+        if config["BLOCK_P"] == 8:
+            raise AssertionError("out: RMS error")  # the fastest of the three, and wrong
+        return {16: 5e-6, 32: 3e-6}[config["BLOCK_P"]]
+
+    found = tune.sweep(target, data, measure, time.monotonic() + 60)
+    assert found == {
+        "config": {"BLOCK_P": 32, "num_warps": 4},
+        "us": 3.0,
+        "default_us": 5.0,
+        "tried": 3,
+        "refused": 1,
+    }
+    in_no_time = tune.sweep(target, data, measure, time.monotonic() - 1)
+    assert in_no_time is not None
+    assert in_no_time["config"] == default
+
+
+def test_tuning_learns_buckets_from_the_launcher() -> None:
+    def run() -> None:
+        byte_pool_launch.fwd_config(768, torch.bfloat16, CPU)
+
+    known: set[str] = set()
+    (target,) = tune.targets(SPEC, "no-grad", CASE, run, known)
+    assert target.kernel == "byte_pool_fwd"
+    assert target.default.keys() == tune.SPACES["byte_pool_fwd"].keys()
+    assert list(tune.targets(SPEC, "no-grad", CASE, run, known)) == []
+
+
+def test_tuned_file_is_merged_and_read_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_launch, "_TUNED", tmp_path)
+    path = _launch.device_file("Some GPU")
+    about = report.machine(CPU, commit="abc123")
+    tune.write(path, about, {"a/x": {"config": {"n": 1}, "us": 2.0}})
+    tune.write(path, about, {"b/y": {"config": {"n": 2}, "us": 1.0}})
+    _launch._tuned_table.cache_clear()
+    assert _launch._tuned_table("Some GPU").keys() == {"a/x", "b/y"}
+    assert json.loads(path.read_text())["commit"] == "abc123"
+    assert [x.name for x in tmp_path.iterdir()] == [path.name]
+
+
+def test_tuning_needs_a_device(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(SystemExit, match="2"):
+        tune.main(["byte_pool"])
+    assert "needs a CUDA device" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        tune.main(["no_such_op"])

@@ -1,0 +1,338 @@
+"""find_patches beyond what every op owes: the leak rule, overflow, documents, bad arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from stlm_kernels import Patches, explain, find_patches, segment_pool, unpool
+from stlm_kernels.ops.find_patches.reference import reference
+from stlm_kernels.testing import assert_causal
+
+WAYS_TO_CUT = ("space", "fixed", "starts", "closes")
+TEXT = b"ab  cd, e\xc3\xa9f!x"
+
+
+def ints(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def text_ids(text: bytes = TEXT) -> Tensor:
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+
+def mask(length: int, *true_at: int) -> Tensor:
+    return torch.isin(torch.arange(length), torch.tensor(true_at, dtype=torch.long))
+
+
+def assert_equal(got: Patches, want: Patches) -> None:
+    for name, a, b in zip(Patches._fields, got, want, strict=True):
+        assert a.dtype == torch.int32, name
+        assert a.tolist() == b.tolist(), name
+
+
+# ---- by hand ----------------------------------------------------------------------------------
+
+
+def test_space_rule_closes_on_the_first_spacelike_byte_of_a_run() -> None:
+    got = find_patches(text_ids(), rule="space")
+    # "ab ", " cd,", " e\xc3", "\xa9f!", "x": the lead byte of an accent closes, its tail does not.
+    assert got.cu_patchlens.tolist() == [0, 3, 7, 10, 13, 14]
+    assert got.patch_ids.tolist() == [0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4]
+    assert got.read_ids.tolist() == [-1, -1, 0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3]
+    assert got.n_patches.item() == 5
+    assert got.n_patches.shape == ()
+    assert got.cu_seqlens.tolist() == [0, 5]
+
+
+def test_space_rule_classifies_every_id() -> None:
+    """After a letter, in a document of two bytes: only a byte that closes has a patch to read."""
+    pairs = torch.stack([torch.full((300,), ord("a")), torch.arange(300)], 1)
+    documents = torch.arange(0, 601, 2, dtype=torch.int32)
+    got = find_patches(pairs.flatten(), rule="space", cu_seqlens=documents)
+    closing = (got.read_ids[1::2] >= 0).nonzero().flatten().tolist()
+    letters = b"0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    assert closing == sorted(set(range(300)) - set(letters) - set(range(0x80, 0xC0)))
+
+
+def test_a_document_that_begins_with_a_space_closes_there() -> None:
+    got = find_patches(text_ids(b"a  b"), rule="space", cu_seqlens=ints(0, 2, 4))
+    assert got.cu_patchlens.tolist() == [0, 2, 3, 4]
+    assert got.read_ids.tolist() == [-1, 0, 1, 1]
+
+
+def test_starts_are_read_one_patch_back() -> None:
+    ids = text_ids(b"abcdefgh")
+    got = find_patches(ids, starts=mask(8, 3, 5))
+    assert got.cu_patchlens.tolist() == [0, 3, 5, 8]
+    assert got.read_ids.tolist() == [-1, -1, -1, 0, 0, 1, 1, 1]
+    capped = find_patches(ids, starts=mask(8, 3, 5), max_patch_len=2)
+    assert capped.cu_patchlens.tolist() == [0, 2, 3, 5, 7, 8]
+    # Reaching the limit is known at once; being followed by a start is not.
+    assert capped.read_ids.tolist() == [-1, 0, 0, 1, 2, 2, 3, 3]
+
+
+def test_forced_closes_restart_at_natural_ones() -> None:
+    got = find_patches(text_ids(b"abcdefg"), closes=mask(7, 3), max_patch_len=3)
+    assert got.cu_patchlens.tolist() == [0, 3, 4, 7]
+    assert got.read_ids.tolist() == [-1, -1, 0, 1, 1, 1, 2]
+    got = find_patches(text_ids(b"abcdefghij"), rule="fixed", patch_size=5, max_patch_len=3)
+    assert got.cu_patchlens.tolist() == [0, 3, 5, 8, 10]
+
+
+def test_fixed_counts_from_the_document() -> None:
+    got = find_patches(text_ids(b"abcdefgh"), rule="fixed", patch_size=3, cu_seqlens=ints(0, 4, 8))
+    assert got.cu_patchlens.tolist() == [0, 3, 4, 7, 8]
+    assert got.read_ids.tolist() == [-1, -1, 0, 0, -1, -1, 2, 2]
+    assert got.cu_seqlens.tolist() == [0, 2, 4]
+
+
+def test_documents_may_be_empty_and_end_before_the_bytes() -> None:
+    got = find_patches(text_ids(b"abcdef"), closes=mask(6, 1), cu_seqlens=ints(0, 0, 3, 3, 4))
+    assert got.cu_patchlens.tolist() == [0, 2, 3, 4]
+    assert got.patch_ids.tolist() == [0, 0, 1, 2, -1, -1]
+    assert got.read_ids.tolist() == [-1, 0, 0, -1, -1, -1]
+    assert got.cu_seqlens.tolist() == [0, 0, 2, 2, 3]
+    nothing = find_patches(text_ids(b"abc"), closes=mask(3, 1), cu_seqlens=ints(0))
+    assert nothing.cu_patchlens.tolist() == [0]
+    assert nothing.patch_ids.tolist() == [-1, -1, -1]
+    assert nothing.cu_seqlens.tolist() == [0]
+
+
+def test_unused_slots_are_empty_at_the_last_offset() -> None:
+    got = find_patches(text_ids(b"abcd"), closes=mask(4, 1), cu_seqlens=ints(0, 3), capacity=5)
+    assert got.cu_patchlens.tolist() == [0, 2, 3, 3, 3, 3]
+    assert got.n_patches.item() == 2
+    assert got.cu_seqlens.tolist() == [0, 2]
+
+
+def test_overflow_reads_the_last_slot_of_the_own_document() -> None:
+    options: dict[str, Any] = {"rule": "fixed", "patch_size": 2, "cu_seqlens": ints(0, 6, 10)}
+    got = find_patches(text_ids(b"abcdefghij"), **options, capacity=2)
+    assert got.cu_patchlens.tolist() == [0, 2, 4]
+    assert got.patch_ids.tolist() == [0, 0, 1, 1, *[-1] * 6]
+    assert got.read_ids.tolist() == [-1, 0, 0, 1, 1, 1, -1, -1, -1, -1]
+    assert got.n_patches.item() == 5
+    assert got.cu_seqlens.tolist() == [0, 2, 2]
+    got = find_patches(text_ids(b"abcdefghij"), **options, capacity=4)
+    assert got.cu_patchlens.tolist() == [0, 2, 4, 6, 8]
+    assert got.read_ids.tolist() == [-1, 0, 0, 1, 1, 2, -1, 3, 3, 3]
+    assert got.cu_seqlens.tolist() == [0, 3, 4]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_id_dtypes_agree(dtype: torch.dtype) -> None:
+    got = find_patches(text_ids().to(dtype), rule="space", max_patch_len=3)
+    assert_equal(got, find_patches(text_ids(), rule="space", max_patch_len=3))
+
+
+@pytest.mark.parametrize("size", [2**31 - 1, 2**32 + 3, 2**40])
+def test_sizes_beyond_int32_are_never_reached(size: int) -> None:
+    unlimited = find_patches(text_ids(), rule="space")
+    assert_equal(find_patches(text_ids(), rule="space", max_patch_len=size), unlimited)
+    whole = find_patches(text_ids(), rule="fixed", patch_size=size)
+    assert whole.cu_patchlens.tolist() == [0, len(TEXT)]
+
+
+# ---- properties -------------------------------------------------------------------------------
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> dict[str, Any]:
+    """Arguments of find_patches, all options and edges."""
+    total = draw(st.integers(0, 24))
+    bools = st.lists(st.booleans(), min_size=total, max_size=total)
+    ids = draw(st.lists(st.sampled_from(b"aZ5 .\n\xa9\xc3"), min_size=total, max_size=total))
+    call: dict[str, Any] = {"byte_ids": torch.tensor(ids, dtype=torch.uint8)}
+    how = draw(st.sampled_from(WAYS_TO_CUT))
+    if how in ("starts", "closes"):
+        call[how] = torch.tensor(draw(bools), dtype=torch.bool)
+    else:
+        call["rule"] = how
+    if how == "fixed":
+        call["patch_size"] = draw(st.integers(1, 6))
+    if draw(st.booleans()):
+        call["max_patch_len"] = draw(st.integers(1, 6))
+    if draw(st.booleans()):
+        borders = sorted(draw(st.lists(st.integers(0, total), max_size=4)))
+        call["cu_seqlens"] = ints(0, *borders)
+    return call
+
+
+@given(calls(), st.none() | st.integers(1, 30))
+def test_equals_the_oracle(call: dict[str, Any], capacity: int | None) -> None:
+    assert_equal(find_patches(**call, capacity=capacity), reference(**call, capacity=capacity))
+
+
+def cut_off(call: dict[str, Any], length: int) -> dict[str, Any]:
+    """The same call on the first `length` bytes."""
+    short = {k: v[:length] if k in ("byte_ids", "starts", "closes") else v for k, v in call.items()}
+    if "cu_seqlens" in call:
+        short["cu_seqlens"] = call["cu_seqlens"].clamp(max=length)
+    return short
+
+
+@given(calls())
+def test_prefixes_know_the_same(call: dict[str, Any]) -> None:
+    """Borders and reads of every prefix are those of the full run: nothing looks ahead."""
+    full = find_patches(**call)
+    for length in range(len(call["byte_ids"])):
+        got = find_patches(**cut_off(call, length))
+        assert got.read_ids.tolist() == full.read_ids[:length].tolist()
+        assert got.patch_ids.tolist() == full.patch_ids[:length].tolist()
+        borders = [b for b in full.cu_patchlens.tolist() if b < length]
+        assert [b for b in got.cu_patchlens.tolist() if b < length] == borders
+
+
+@given(calls(), st.none() | st.integers(1, 30))
+def test_reads_are_complete_and_of_the_own_document(
+    call: dict[str, Any], capacity: int | None
+) -> None:
+    got = find_patches(**call, capacity=capacity)
+    ends, borders = got.cu_patchlens[1:].tolist(), got.cu_seqlens.tolist()
+    total = len(call["byte_ids"])
+    documents = call.get("cu_seqlens", ints(0, total)).tolist()
+    for t, read in enumerate(got.read_ids.tolist()):
+        if read >= 0:
+            document = next(d for d in range(len(documents) - 1) if t < documents[d + 1])
+            assert borders[document] <= read < borders[document + 1]
+            assert ends[read] <= t + 1
+    last = documents[-1] if got.n_patches <= len(ends) else None
+    assert last is None or got.cu_patchlens[-1].item() == last
+
+
+@given(calls(), st.none() | st.integers(1, 30))
+def test_each_id_is_read_in_one_run(call: dict[str, Any], capacity: int | None) -> None:
+    got = find_patches(**call, capacity=capacity)
+    states = torch.randn(len(got.cu_patchlens) - 1, 2)
+    assert unpool(states, got.read_ids).shape == (len(call["byte_ids"]), 2)  # else ValueError
+
+
+def byte_model(read: str, how: str) -> Any:
+    """A model of one pool: logits of a byte are what it may read, and its own embedding."""
+    table = torch.randn(257, 8, generator=torch.Generator().manual_seed(0))
+    options: dict[str, Any] = {"rule": how, "patch_size": 3 if how == "fixed" else None}
+
+    def model(ids: Tensor) -> Tensor:
+        given = options
+        if how in ("starts", "closes"):
+            given = {how: ids % 4 == 0}
+        patches = find_patches(ids, **given, max_patch_len=5)
+        pooled = segment_pool(table[ids], patches.cu_patchlens, mode="mean")
+        return unpool(pooled, getattr(patches, read), residual=table[ids])
+
+    return model
+
+
+@pytest.mark.parametrize("how", WAYS_TO_CUT)
+def test_a_byte_model_is_causal_through_read_ids_alone(how: str) -> None:
+    assert_causal(byte_model("read_ids", how), 257, length=32)
+    with pytest.raises(AssertionError, match="leaks"):
+        assert_causal(byte_model("patch_ids", how), 257, length=32)
+
+
+# ---- synchronisation, compilation -------------------------------------------------------------
+
+
+class Synchronisations(TorchDispatchMode):
+    """Counts the ops that wait for a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        waits = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "repeat_interleave")
+        name = func.overloadpacket.__name__
+        known_size = (kwargs or {}).get("output_size") is not None
+        self.count += name.startswith(waits) and not known_size
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("capacity", "count"), [(None, 1), (9, 0)])
+@pytest.mark.parametrize("how", WAYS_TO_CUT)
+def test_synchronises_once_or_never(how: str, capacity: int | None, count: int) -> None:
+    ids = text_ids()
+    given = {how: mask(len(ids), 2, 5)} if how in ("starts", "closes") else {"rule": how}
+    size = 4 if how == "fixed" else None
+    with Synchronisations() as seen:
+        find_patches(ids, **given, patch_size=size, max_patch_len=3, capacity=capacity)
+    assert seen.count == count
+
+
+@pytest.mark.parametrize(
+    "borders", [(0, 5, 3, 9), (2, 6), (0, 1000), (-7, 4), (0, -5, 20), (0, 14, 2)]
+)
+def test_unchecked_borders_stay_in_bounds(borders: tuple[int, ...]) -> None:
+    """Compiled code does not look at values: results are then unspecified, but in range."""
+    compiled = torch.compile(find_patches, fullgraph=True, backend="eager", dynamic=False)
+    got = compiled(text_ids(), rule="space", cu_seqlens=ints(*borders), capacity=6)
+    total = len(TEXT)
+    assert 0 <= got.cu_patchlens.min() <= got.cu_patchlens.max() <= total
+    assert (got.cu_patchlens.diff() >= 0).all()
+    assert -1 <= got.patch_ids.min() <= got.patch_ids.max() < 6
+    assert -1 <= got.read_ids.min() <= got.read_ids.max() < 6
+
+
+# ---- arguments --------------------------------------------------------------------------------
+
+IDS = torch.zeros(4, dtype=torch.uint8)
+FLAGS = torch.zeros(4, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "rule, starts, closes: expected exactly one of them, got none of them"),
+        ({"rule": "space", "closes": FLAGS}, "exactly one of them, got rule and closes"),
+        ({"starts": FLAGS, "closes": FLAGS}, "exactly one of them, got starts and closes"),
+        ({"rule": "bpe"}, "rule: expected one of 'space', 'fixed', got 'bpe'"),
+        ({"rule": "fixed"}, "patch_size: expected an int >= 1, got None"),
+        ({"rule": "fixed", "patch_size": 0}, "patch_size: expected an int >= 1, got 0"),
+        ({"rule": "space", "patch_size": 4}, "patch_size: expected None unless"),
+        ({"closes": FLAGS, "patch_size": 4}, "patch_size: expected None unless"),
+        ({"rule": "space", "max_patch_len": 0}, "max_patch_len: expected an int >= 1, got 0"),
+        ({"rule": "space", "capacity": 0}, "capacity: expected an int >= 1, got 0"),
+        ({"rule": "space", "capacity": 2.0}, "capacity: expected an int >= 1, got 2.0"),
+        ({"rule": "space", "capacity": True}, "capacity: expected an int >= 1, got True"),
+        ({"closes": FLAGS[:3]}, r"closes: expected shape \(4,\), got \(3,\)"),
+        ({"starts": IDS}, "starts: expected dtype bool, got uint8"),
+        ({"rule": "space", "cu_seqlens": ints(0, 4).long()}, "cu_seqlens: expected dtype int32"),
+        ({"rule": "space", "cu_seqlens": ints()}, "cu_seqlens: expected at least 1 entry"),
+        ({"rule": "space", "cu_seqlens": ints(1, 4)}, "cu_seqlens: expected first entry 0, got 1"),
+        ({"rule": "space", "cu_seqlens": ints(0, 3, 2)}, "got 2 after 3 at position 2"),
+        ({"rule": "space", "cu_seqlens": ints(0, 5)}, "expected last entry <= 4, got 5"),
+        ({"rule": "space", "impl": "fast"}, "impl: expected one of"),
+    ],
+)
+def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        find_patches(IDS, **arguments)
+
+
+@pytest.mark.parametrize("ids", [torch.zeros(4), torch.zeros(2, 2, dtype=torch.uint8), [1, 2]])
+def test_wrong_ids(ids: Any) -> None:
+    with pytest.raises(ValueError, match="byte_ids: expected"):
+        find_patches(ids, rule="space")
+
+
+def test_negative_ids() -> None:
+    ids = torch.tensor([97, 32, -1, -7])
+    with pytest.raises(IndexError, match="byte_ids: expected values >= 0, got -1 at position 2"):
+        find_patches(ids, rule="space")
+    assert find_patches(ids, rule="space", cu_seqlens=ints(0, 2)).n_patches.item() == 1
+    assert find_patches(ids, rule="fixed", patch_size=2).n_patches.item() == 2
+
+
+def test_there_is_no_kernel_yet() -> None:
+    with pytest.raises(NotImplementedError, match="no Triton kernel yet"):
+        find_patches(IDS, rule="space", impl="triton")
+    assert "this op has no Triton kernel yet" in explain("find_patches", IDS, rule="space")

@@ -1,0 +1,142 @@
+"""Launch configurations as data, and the one place kernels are launched from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stlm_kernels import _launch
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+DEFAULT = {"BLOCK": 16, "num_warps": 4}
+TUNED = {"BLOCK": 64, "num_warps": 8}
+
+
+class Kernel:
+    """Takes the place of a jitted kernel: keeps what it was launched with."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *args, **options: self.launches.append((grid, args, options))
+
+
+@pytest.fixture
+def tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder of tuned files with one for a device that is not here."""
+    monkeypatch.setattr(_launch, "_TUNED", tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Fast (TM) 9000")
+    table = {"configs": {"op_fwd/D64-bfloat16": {"config": TUNED, "us": 1.0}}}
+    (tmp_path / "nvidia_fast_tm_9000.json").write_text(json.dumps(table))
+    _launch._tuned_table.cache_clear()
+    yield tmp_path
+    _launch._tuned_table.cache_clear()
+
+
+def test_device_files_have_plain_names() -> None:
+    assert _launch.device_file("NVIDIA H200").name == "nvidia_h200.json"
+    assert _launch.device_file("NVIDIA GeForce RTX 3090 (Ti)").name == (
+        "nvidia_geforce_rtx_3090_ti.json"
+    )
+
+
+def test_tuned_then_default(tuned: Path) -> None:
+    assert _launch.config_for("op_fwd", "D64-bfloat16", DEFAULT, CUDA) == TUNED
+    assert _launch.config_for("op_fwd", "D128-bfloat16", DEFAULT, CUDA) == DEFAULT
+    assert _launch.config_for("op_bwd", "D64-bfloat16", DEFAULT, CUDA) == DEFAULT
+    assert _launch.config_for("op_fwd", "D64-bfloat16", DEFAULT, CPU) == DEFAULT
+
+
+def test_an_unknown_device_takes_the_default(tuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Another")
+    assert _launch.config_for("op_fwd", "D64-bfloat16", DEFAULT, CUDA) == DEFAULT
+
+
+def test_a_caller_may_change_what_it_gets(tuned: Path) -> None:
+    """Launchers pop entries; the table and an override must not lose them."""
+    with _launch.overriding({"op_bwd": dict(TUNED)}):
+        for kernel in ("op_fwd", "op_bwd"):
+            for _ in range(2):
+                assert _launch.config_for(kernel, "D64-bfloat16", dict(DEFAULT), CUDA) == TUNED
+                _launch.config_for(kernel, "D64-bfloat16", dict(DEFAULT), CUDA).clear()
+
+
+def test_overriding_names_kernels_and_ends(tuned: Path) -> None:
+    mine = {"BLOCK": 1, "num_warps": 1}
+    with _launch.overriding({"op_fwd": mine}):
+        assert _launch.config_for("op_fwd", "D64-bfloat16", DEFAULT, CUDA) == mine
+        assert _launch.config_for("op_fwd", "D64-bfloat16", DEFAULT, CPU) == mine
+        assert _launch.config_for("op_bwd", "D64-bfloat16", DEFAULT, CUDA) == DEFAULT
+    assert _launch.config_for("op_fwd", "D64-bfloat16", DEFAULT, CUDA) == TUNED
+
+
+@pytest.mark.parametrize("block", [_launch.overriding({}), _launch.recording(print)])
+def test_an_error_ends_the_block_too(block: AbstractContextManager[None]) -> None:
+    with pytest.raises(KeyError), block:
+        raise KeyError
+    assert not _launch.is_recording()
+    assert _launch._override.get() is None
+
+
+def test_shipped_files_name_devices_and_hold_whole_numbers() -> None:
+    for path in _launch._TUNED.glob("*.json"):
+        configs = json.loads(path.read_text())["configs"]
+        assert path == _launch.device_file(path.stem)
+        for key, entry in configs.items():
+            assert key.count("/") == 1
+            assert all(isinstance(x, int) and x > 0 for x in entry["config"].values()), key
+
+
+def test_launch_runs_on_a_flat_grid_with_explicit_fusion() -> None:
+    kernel = Kernel()
+    _launch.launch(kernel, 7, "a", 3, device=CPU, BLOCK=16)
+    _launch.launch(kernel, 1, device=CPU, enable_fp_fusion=False)
+    assert kernel.launches == [
+        ((7,), ("a", 3), {"BLOCK": 16, "enable_fp_fusion": True}),
+        ((1,), (), {"enable_fp_fusion": False}),
+    ]
+
+
+def test_nothing_is_launched_without_programs() -> None:
+    kernel, seen = Kernel(), []
+    _launch.launch(kernel, 0, device=CPU)
+    with _launch.recording(lambda *launch: seen.append(launch)):
+        _launch.launch(kernel, 0, device=CPU)
+    assert kernel.launches == seen == []
+
+
+def test_recording_takes_the_place_of_the_device(tuned: Path) -> None:
+    kernel, seen = Kernel(), []
+    with _launch.recording(lambda *launch: seen.append(launch)):
+        assert _launch.is_recording()
+        _launch.launch(kernel, 2, "a", device=CUDA, BLOCK=16)
+        assert _launch.config_for("op_fwd", "D64-bfloat16", DEFAULT, CUDA) == DEFAULT
+    assert seen == [(kernel, 2, ("a",), {"BLOCK": 16, "enable_fp_fusion": True})]
+    assert kernel.launches == []
+    assert not _launch.is_recording()
+
+
+@given(st.integers(0, 10**7), st.integers(1, 5000), st.integers(1, 600), st.sampled_from([16, 64]))
+def test_splits_cover_every_row_once(count: int, tiles: int, programs: int, block: int) -> None:
+    runs, length = _launch.splits(count, tiles, programs, block)
+    assert length % block == 0
+    assert runs >= 1
+    assert runs * length >= count, "a row is left out"
+    assert (runs - 1) * length < max(count, 1), "a run is empty"
+    assert runs == 1 or runs * tiles <= programs, "more programs than fill the device"
+
+
+def test_blocks_cover_widths() -> None:
+    assert [_launch.block_of(w, 128) for w in (1, 16, 17, 100, 128, 768)] == [
+        16, 16, 32, 128, 128, 128,
+    ]  # fmt: skip
+    assert [_launch.ceil_div(a, 4) for a in (0, 1, 4, 5)] == [0, 1, 1, 2]
