@@ -16,13 +16,14 @@ WHEELS ?=
 OUT ?= out
 LANE ?= gpu
 
-.PHONY: help test test-full lint lanes lane-cpu lane-interpret lane-aot bench train \
+.PHONY: help test test-full lint lanes lane-cpu lane-interpret lane-aot bench check train \
         gpu-test gpu-bench gpu-tune gpu-site full-triton36 clean
 
 help:
 	@echo "make test       lint, types and the three CPU lanes (about 10 minutes on 2 cores)"
 	@echo "make test-full  the same lanes in their long form, and triton 3.6.0"
 	@echo "make bench      our ops beside their stock peers, on this machine"
+	@echo "make check      our torch path against the best stock composition, turn by turn"
 	@echo "make train      train PRESET=$(PRESET) for MINUTES=$(MINUTES) into RUN=$(RUN)"
 	@echo "make gpu-test   the gpu lane: WHEELS=dir OUT=dir; LANE=cpu rehearses it"
 	@echo "make gpu-bench  the benchmarks on a GPU: WHEELS=dir OUT=dir"
@@ -62,6 +63,9 @@ full-triton36: $(READY)
 bench: $(READY)
 	$(PY) -m pytest bench --benchmark-only
 
+check: $(READY)
+	$(PY) -m bench.check
+
 train: $(READY)
 	$(PY) -m stlm_models.train --preset $(PRESET) --minutes $(MINUTES) --out $(RUN)
 
@@ -71,6 +75,8 @@ gpu-site:
 	    $(GPU_PYTHON) -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade \
 	        --target /tmp/stlm-site $(WHEELS)/*.whl; fi
 
+# The work tree may travel without its history.
+COMMIT ?= $(shell git rev-parse --short HEAD 2>/dev/null || echo unknown)
 GPU_RUN = PYTHONPATH=/tmp/stlm-site:$$PYTHONPATH $(GPU_PYTHON) -m
 
 gpu-test: gpu-site
@@ -78,10 +84,11 @@ gpu-test: gpu-site
 	$(GPU_RUN) pytest tests -q --lane $(LANE) --junitxml=$(OUT)/gpu-test.xml 2>&1 | tee $(OUT)/gpu-test.log
 
 gpu-bench: gpu-site
-	$(GPU_RUN) pytest bench --benchmark-only --benchmark-json=$(OUT)/gpu-bench.json 2>&1 | tee $(OUT)/gpu-bench.log
+	$(GPU_RUN) pytest bench --benchmark-only --commit $(COMMIT) \
+	    --benchmark-json=$(OUT)/gpu-bench.json 2>&1 | tee $(OUT)/gpu-bench.log
 
 gpu-tune: gpu-site
-	$(GPU_RUN) bench.tune --minutes 4 2>&1 | tee $(OUT)/gpu-tune.log
+	$(GPU_RUN) bench.tune --minutes 4 --commit $(COMMIT) 2>&1 | tee $(OUT)/gpu-tune.log
 	cp stlm_kernels/tuned/*.json $(OUT)/
 
 clean:

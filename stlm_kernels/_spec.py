@@ -60,6 +60,7 @@ class OpSpec:
         bytes_moved: (case, dtype, pass) -> bytes that any implementation must move.
         flops: (case, pass) -> FLOPs that the op needs.
         kernels: names of the Triton kernels, without the `stlm_` prefix; empty: torch path only.
+        registered: the op is `torch.ops.stlm.<registered>_fwd`; empty: by its own name.
         mma_kernels: those that must run on the tensor cores for 16-bit inputs.
     """
 
@@ -75,7 +76,13 @@ class OpSpec:
     row_args: tuple[str, ...] = ()
     exact: Callable[[Case], frozenset[str]] = lambda case: frozenset()
     kernels: tuple[str, ...] = ()
+    registered: str = ""
     mma_kernels: tuple[str, ...] = ()
+
+    @property
+    def library_name(self) -> str:
+        """What the registered passes of this op begin with."""
+        return self.registered or self.name
 
     def tagged(self, *tags: str) -> list[Case]:
         """The cases that carry any of `tags`."""

@@ -49,3 +49,76 @@ def sum_splits(
         BLOCK=SUM_BLOCK, num_warps=4, device=partial.device,
     )  # fmt: skip
     return out
+
+
+@triton.jit
+def segment_of(cu_ptr, positions, n_segments, steps):
+    """The last segment that starts at or before each position, by bisection; -1 if there is none.
+
+    `steps` is the bit length of n_segments. Positions beyond the last offset give n_segments.
+    """
+    low = tl.zeros(positions.shape, tl.int32) - 1
+    high = tl.zeros(positions.shape, tl.int32) + n_segments + 1
+    for _ in range(0, steps + 1):
+        middle = (low + high) // 2
+        inside = high - low > 1
+        start = tl.load(cu_ptr + middle, mask=inside & (middle >= 0), other=0)
+        below = start.to(tl.int64) <= positions
+        low = tl.where(inside & below, middle, low)
+        high = tl.where(inside & ~below, middle, high)
+    return low
+
+
+@triton.jit(do_not_specialize=["n_segments", "total", "chunks"])
+def stlm_segment_sum(
+    x_ptr, start_ptr, end_ptr, out_ptr,
+    n_segments, total, chunks,
+    D: tl.constexpr, MEAN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """A program owns BLOCK_P segments x BLOCK_D columns and walks their rows together."""
+    program = tl.program_id(0).to(tl.int64)
+    columns = (program // chunks) * BLOCK_D + tl.arange(0, BLOCK_D)
+    segments = (program % chunks) * BLOCK_P + tl.arange(0, BLOCK_P)
+    own = segments < n_segments
+    start = tl.load(start_ptr + segments, mask=own, other=0).to(tl.int64)
+    end = tl.load(end_ptr + segments, mask=own, other=0).to(tl.int64)
+    start = tl.minimum(tl.maximum(start, 0), total)
+    end = tl.minimum(tl.maximum(end, start), total)
+    stored = out_ptr.dtype.element_ty
+    acc = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
+    for slot in range(0, tl.max(end - start).to(tl.int32)):
+        rows = start + slot
+        mask = (rows < end)[:, None] & (columns < D)[None, :]
+        x = tl.load(x_ptr + rows[:, None] * D + columns[None, :], mask=mask, other=0.0)
+        acc += x.to(tl.float32)
+    if MEAN:
+        acc = acc / tl.maximum(end - start, 1).to(tl.float32)[:, None]
+    mask = own[:, None] & (columns < D)[None, :]
+    tl.store(out_ptr + segments[:, None] * D + columns[None, :], acc.to(stored), mask=mask)
+
+
+def segment_sum(
+    x: Tensor,  # (T, D)
+    starts: Tensor,  # (P,) int32
+    ends: Tensor,  # (P,) int32
+    mean: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """(P, D) sums or means of rows starts[p] to ends[p], accumulated in fp32."""
+    (total, width), count = x.shape, starts.shape[0]
+    out = torch.empty((count, width), dtype=dtype, device=x.device)
+    block_d = _launch.block_of(width, 128)
+    config = _launch.config_for(
+        "segment_sum",
+        f"D{_launch.block_of(width, 1024)}-{str(x.dtype).removeprefix('torch.')}",
+        {"BLOCK_P": 16, "BLOCK_D": block_d, "num_warps": 4},
+        x.device,
+    )
+    chunks = _launch.ceil_div(count, config["BLOCK_P"])
+    _launch.launch(
+        stlm_segment_sum, chunks * _launch.ceil_div(width, config["BLOCK_D"]),
+        x.contiguous(), starts.contiguous(), ends.contiguous(), out,
+        count, total, chunks,
+        D=width, MEAN=mean, device=x.device, **config,
+    )  # fmt: skip
+    return out

@@ -167,11 +167,13 @@ def unseen(way: Way) -> Callable[..., Tensor]:
 @RESULT_LANES
 @given(data=st.data())
 def test_any_shape_against_the_loop(way: Way, data: st.DataObject) -> None:
-    longest, widest = (8, 40) if interpreted(way) else (300, 130)
+    longest, widest, largest, slots = (300, 130, 512, 40)
+    if interpreted(way):
+        longest, widest, largest, slots = (8, 40, 150, 5)
     few = st.integers(0, 6)
     lengths = data.draw(st.lists(few | st.integers(1, longest), max_size=8), label="lengths")
     width = data.draw(st.integers(1, widest), label="D")
-    vocab = data.draw(st.integers(1, 512), label="V")
+    vocab = data.draw(st.integers(1, largest), label="V")
     if way.impl == "triton" and way.dtype == BF16:
         # One bf16 piece of scale * G is within the rule on a table, not on any single number:
         # a patch "aaa" has the gradient 3 * (g / 3), which stock torch happens to get exactly.
@@ -183,7 +185,7 @@ def test_any_shape_against_the_loop(way: Way, data: st.DataObject) -> None:
         vocab=vocab,
         width=width,
         mode=data.draw(st.sampled_from(["mean", "sum"]), label="mode"),
-        slots=data.draw(st.none() | st.integers(1, 40), label="L"),
+        slots=data.draw(st.none() | st.integers(1, slots), label="L"),
         ids=data.draw(
             st.sampled_from([torch.uint8, torch.int16, torch.int32, torch.int64]), label="ids"
         ),
@@ -221,6 +223,8 @@ def test_named_edges(way: Way, lengths: list[int], tail: int, options: dict[str,
 @pytest.mark.parametrize("mode", ["sum", "mean"])
 def test_patches_longer_than_a_count_piece(way: Way, mode: str) -> None:
     """Counts above 256 are no bf16 numbers: pieces of a long patch must all arrive, each once."""
+    if interpreted(way) and mode == "mean":
+        pytest.skip("slow in the interpreter")
     longest = 270 if interpreted(way) else 530
     inputs = pool_inputs([longest, 3, 257, 0], way, vocab=5, width=3, mode=mode)
     inputs["byte_ids"][:longest] = 2

@@ -185,7 +185,7 @@ class TestResume:
         assert train(*common, "--resume", "--steps", 17) == 0
         assert load_checkpoint(run).state["step"] == 17
         steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").open()]
-        assert steps == [10, 17]
+        assert steps == [10, 14, 17]
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
     def test_another_corpus_configuration_or_option(

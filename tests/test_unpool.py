@@ -83,14 +83,17 @@ def test_nan_reaches_no_patch_but_its_own(dtype: torch.dtype, ids: tuple[int, ..
     assert torch.equal(out.isnan(), (reads == 1)[:, None].expand(7, 2))
 
 
+@pytest.mark.parametrize("recorded", [False, True])
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_gradients_accumulate_wide(dtype: torch.dtype) -> None:
+def test_gradients_accumulate_wide(dtype: torch.dtype, recorded: bool) -> None:
     states, null = leaf(2, 1, dtype=dtype), leaf(1, dtype=dtype)
     reads = torch.cat([ints(-1).expand(2000), ints(1).expand(1000)])
     out = unpool(states, reads, null_state=null)
-    gradient, null_gradient = torch.autograd.grad(out, [states, null], torch.ones_like(out))
-    assert gradient.flatten().tolist() == [0, 1000]
-    assert null_gradient.tolist() == [2000]
+    grads = torch.autograd.grad(
+        out, [states, null], torch.ones_like(out).requires_grad_(recorded), create_graph=recorded
+    )
+    assert grads[0].flatten().tolist() == [0, 1000]
+    assert grads[1].tolist() == [2000]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -52,5 +52,6 @@ SPEC = OpSpec(
     grad_args=rows.GRAD_ARGS,
     row_args=("linear_weight",),
     kernels=rows.KERNELS,
+    registered="linear_logprobs",
     mma_kernels=rows.KERNELS,
 )

@@ -20,6 +20,7 @@ CASES = (
     *(case("edge", T=700, P=1, D=100, mode=mode, borders="even") for mode in ("mean", "max")),
     case("edge", T=130, P=130, D=1, mode="mean", borders="even"),
     *(case("long", T=10_003, P=4, D=32, mode=mode, borders="tail") for mode in ("mean", "max")),
+    *(case("aot", T=4096, P=680, D=768, mode=mode, borders="ragged") for mode in ("mean", "max")),
     case("huge", T=3 * MILLION, P=524_288, D=768, mode="mean", borders="even"),
     *(
         case("bench", T=MILLION, P=174_763, D=width, mode=mode, borders="even")
@@ -69,4 +70,5 @@ SPEC = OpSpec(
     flops=flops,
     grad_args=("x",),
     exact=exact,
+    kernels=("segment_sum", "segment_pool_pick", "segment_pool_bwd"),
 )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from ... import _checks
-from ..._dispatch import Impl, without_kernel
+from ... import _checks, _library
+from ..._dispatch import Impl, use_triton
 from . import torch_impl
+from .launch import unsupported_reasons
 
 MODES = ("mean", "sum", "max", "first", "last")
 
@@ -24,12 +28,12 @@ def segment_pool(
     maximum by column, the first or the last of them.
 
     Args:
-        x: (T, D) float32, bfloat16, float16 or float64.
+        x: (T, D) float32, bfloat16 or float16; float64 on the torch path.
         cu_patchlens: (P+1,) int32 patch borders in rows of x, from 0, non-decreasing, at most T.
             Rows from the last border on belong to no patch: they are never read, even when they
             hold NaN, and their gradient is zero.
         mode: "mean", "sum", "max", "first" or "last".
-        impl: "auto" or "torch"; there is no kernel yet.
+        impl: "auto", "triton" or "torch".
 
     Returns:
         (P, D) in x's dtype, under autocast in the autocast dtype (float32 is then rounded when
@@ -38,13 +42,13 @@ def segment_pool(
     Raises:
         ValueError: a wrong type, dtype, shape, device or mode; on CPU in eager mode also offsets
             that do not start at 0, decrease, or end beyond T.
-        NotImplementedError: impl="triton".
+        NotImplementedError: impl="triton" cannot run this call; the message lists why.
 
     Numerics:
         Accumulates in float32 (float64 for float64) in a fixed order and rounds once; max, first
         and last are exact. "max": of equal values the first takes the whole gradient; NaN
-        propagates, and the first NaN takes the gradient. NaN stays in its own patch. Can be
-        differentiated any number of times.
+        propagates, and the first NaN takes the gradient. NaN stays in its own patch. The
+        torch path can be differentiated any number of times, the kernels once.
 
     Source: the pooling of bytes into patches in BLT (arXiv 2412.09871), and the selection of one
     byte's state in H-Net (arXiv 2507.07955) and SpaceByte (arXiv 2404.14408).
@@ -55,5 +59,63 @@ def segment_pool(
     _checks.require_choice("mode", mode, MODES)
     if _checks.values_visible(cu_patchlens):
         _checks.check_offset_values("cu_patchlens", cu_patchlens, x.shape[0])
-    without_kernel("segment_pool", impl, x.device)
-    return torch_impl.segment_pool(x, cu_patchlens, mode, _checks.output_dtype(x))
+    out_dtype = _checks.output_dtype(x)
+    if use_triton(
+        "segment_pool", impl, x.device, unsupported_reasons,
+        x=x, cu_patchlens=cu_patchlens, mode=mode,
+    ):  # fmt: skip
+        return _SegmentPool.apply(x, cu_patchlens, mode, out_dtype)[0]
+    return torch_impl.segment_pool(x, cu_patchlens, mode, out_dtype)
+
+
+class _SegmentPool(torch.autograd.Function):
+    """Autograd over the registered ops."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor, cu_patchlens: Tensor, mode: str, out_dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        return _FWD(x, cu_patchlens, mode, out_dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, cu_patchlens, ctx.mode, _ = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(cu_patchlens, output[1])
+        ctx.total, ctx.dtype = x.shape[0], x.dtype
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        cu_patchlens, rows = ctx.saved_tensors
+        dx = _library.run_backward(
+            _BWD, "segment_pool", grads[0], cu_patchlens, rows, ctx.mode, ctx.total, ctx.dtype
+        )
+        return dx, None, None, None
+
+
+def _fwd_meta(
+    x: Tensor, cu_patchlens: Tensor, mode: str, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    shape = (cu_patchlens.shape[0] - 1, x.shape[1])
+    rows = x.new_empty(shape if mode == "max" else 0, dtype=torch.int32)
+    return x.new_empty(shape, dtype=out_dtype), rows
+
+
+_FWD = _library.register(
+    "segment_pool_fwd(Tensor x, Tensor cu_patchlens, str mode, ScalarType out_dtype) "
+    "-> (Tensor, Tensor)",
+    launcher="segment_pool:launch_fwd",
+    meta=_fwd_meta,
+    flops=lambda x, *_, **__: x[0] * x[1],
+)
+_BWD = _library.register(
+    "segment_pool_bwd(Tensor grad, Tensor cu_patchlens, Tensor rows, str mode, SymInt total, "
+    "ScalarType dtype) -> Tensor",
+    launcher="segment_pool:launch_bwd",
+    meta=lambda grad, cu_patchlens, rows, mode, total, dtype: grad.new_empty(
+        (total, grad.shape[1]), dtype=dtype
+    ),
+    flops=lambda grad, cu, rows, mode, total, *_, **__: total * grad[1],
+)

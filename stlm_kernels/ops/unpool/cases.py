@@ -24,6 +24,7 @@ CASES = (
     case("edge", T=17, P=0, D=8, S=1, borders="even", plus="nothing"),
     case("edge", T=0, P=3, D=8, S=1, borders="even", plus="null+residual"),
     case("long", T=10_003, P=4, D=32, S=2, borders="tail", plus="null+residual"),
+    case("aot", T=4096, P=680, D=768, S=4, borders="ragged", plus="null+residual"),
     case("huge", T=3 * MILLION, P=524_288, D=768, S=128, borders="even", plus="residual"),
     *(
         case("bench", T=MILLION, P=174_763, D=width, S=128, borders="even", plus=plus)
@@ -98,4 +99,5 @@ SPEC = OpSpec(
     flops=flops,
     grad_args=("patch_states", "null_state", "residual"),
     exact=exact,
+    kernels=("unpool_fwd", "unpool_runs", "segment_sum", "unpool_bwd_null"),
 )

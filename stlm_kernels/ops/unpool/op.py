@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import torch
 from torch import Tensor
 
-from ... import _checks
-from ..._dispatch import Impl, without_kernel
+from ... import _checks, _library
+from ..._dispatch import Impl, use_triton
 from . import torch_impl
+from .launch import unsupported_reasons
 
 
 def unpool(
@@ -26,13 +30,13 @@ def unpool(
     from a causal encoder.
 
     Args:
-        patch_states: (P, D) float32, bfloat16, float16 or float64.
+        patch_states: (P, D) float32, bfloat16 or float16; float64 on the torch path.
         read_ids: (T,) integers in [-1, P), each id >= 0 in one contiguous run of rows, as
             `find_patches` makes them; -1: no patch can be read yet.
         null_state: (D,) what rows with -1 get, in patch_states' dtype, or float32 beside a 16-bit
             one (rounded to its dtype when loaded). None: zeros.
         residual: (T, D) in patch_states' dtype. None: nothing is added.
-        impl: "auto" or "torch"; there is no kernel yet.
+        impl: "auto", "triton" or "torch".
 
     Returns:
         (T, D) in patch_states' dtype, under autocast in the autocast dtype (float32 is then
@@ -42,14 +46,14 @@ def unpool(
         ValueError: a wrong type, dtype, shape or device; on CPU in eager mode also an id >= 0 with
             more than one run.
         IndexError: on CPU in eager mode, an id outside [-1, P).
-        NotImplementedError: impl="triton".
+        NotImplementedError: impl="triton" cannot run this call; the message lists why.
 
     Numerics:
         A gather, exact without a residual. The gradients of patch_states and null_state are sums
         of rows, accumulated in float32 (float64 for float64) in a fixed order and rounded once;
         NaN reaches no patch but its own. Where values are not checked, a row whose id is out of
-        range is NaN and reaches no gradient but its residual's. Can be differentiated any number
-        of times.
+        range is NaN and reaches no gradient but its residual's. The torch path can be
+        differentiated any number of times, the kernels once.
 
     Source: the upsampling of H-Net (arXiv 2507.07955) and BLT (arXiv 2412.09871), read through
     `read_ids`, which is this project's.
@@ -68,8 +72,12 @@ def unpool(
     if _checks.values_visible(read_ids):
         _checks.check_id_values("read_ids", read_ids, -1, patch_states.shape[0])
         _check_one_run_each(read_ids)
-    without_kernel("unpool", impl, device)
     out_dtype = _checks.output_dtype(patch_states)
+    if use_triton(
+        "unpool", impl, device, unsupported_reasons,
+        patch_states=patch_states, read_ids=read_ids, null_state=null_state, residual=residual,
+    ):  # fmt: skip
+        return _Unpool.apply(patch_states, read_ids, null_state, residual, out_dtype)
     return torch_impl.unpool(patch_states, read_ids, null_state, residual, out_dtype)
 
 
@@ -87,3 +95,70 @@ def _check_one_run_each(read_ids: Tensor) -> None:
             f"read_ids: expected one contiguous run for each id >= 0, got another run of "
             f"{ids[position]} at position {position}"
         )
+
+
+class _Unpool(torch.autograd.Function):
+    """Autograd over the registered ops."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        patch_states: Tensor,
+        read_ids: Tensor,
+        null_state: Tensor | None,
+        residual: Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        return _FWD(patch_states, read_ids, null_state, residual, out_dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        patch_states, read_ids, null_state, residual, _ = inputs
+        ctx.save_for_backward(read_ids)
+        ctx.patches = patch_states.shape[0]
+        ctx.dtypes = [None if x is None else x.dtype for x in (patch_states, null_state, residual)]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (read_ids,) = ctx.saved_tensors
+        (grad,), (states_dtype, null_dtype, residual_dtype) = grads, ctx.dtypes
+        dstates = dnull = dresidual = None
+        if ctx.needs_input_grad[0]:
+            dstates = _library.run_backward(
+                _BWD, "unpool", grad, read_ids, ctx.patches, states_dtype
+            )
+        if ctx.needs_input_grad[2]:
+            dnull = _library.run_backward(_BWD_NULL, "unpool", grad, read_ids, null_dtype)
+        if ctx.needs_input_grad[3]:
+            dresidual = grad.to(residual_dtype)
+        return dstates, None, dnull, dresidual, None
+
+
+def _grad_flops(grad: Any, *_: Any, **__: Any) -> int:
+    return grad[0] * grad[1]
+
+
+_FWD = _library.register(
+    "unpool_fwd(Tensor patch_states, Tensor read_ids, Tensor? null_state, Tensor? residual, "
+    "ScalarType out_dtype) -> Tensor",
+    launcher="unpool:launch_fwd",
+    meta=lambda patch_states, read_ids, null_state, residual, out_dtype: patch_states.new_empty(
+        (read_ids.shape[0], patch_states.shape[1]), dtype=out_dtype
+    ),
+    flops=lambda states, ids, *_, **__: ids[0] * states[1],
+)
+_BWD = _library.register(
+    "unpool_bwd(Tensor grad, Tensor read_ids, SymInt patches, ScalarType dtype) -> Tensor",
+    launcher="unpool:launch_bwd",
+    meta=lambda grad, read_ids, patches, dtype: grad.new_empty(
+        (patches, grad.shape[1]), dtype=dtype
+    ),
+    flops=_grad_flops,
+)
+_BWD_NULL = _library.register(
+    "unpool_bwd_null(Tensor grad, Tensor read_ids, ScalarType dtype) -> Tensor",
+    launcher="unpool:launch_bwd_null",
+    meta=lambda grad, read_ids, dtype: grad.new_empty(grad.shape[1], dtype=dtype),
+    flops=_grad_flops,
+)

@@ -1,0 +1,1 @@
+"""Speed and memory of every op beside stock PyTorch: `pytest bench/ --benchmark-only`."""

@@ -1,0 +1,18 @@
+"""Every op of the registry: right first, then fast. One test is one line of the results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .session import Session
+from .work import Job
+
+
+def test_speed(job: Job, session: Session, timer: Any, benchmark: Any) -> None:
+    task, errors = session.judged_task(job)
+    plan = session.machine.plan(task, timer)
+    benchmark.extra_info |= session.facts(job, task) | plan.info | {"rms_errors": errors}
+    benchmark.pedantic(plan.target, setup=plan.setup, rounds=plan.rounds)
+    if benchmark.stats is not None:
+        session.add_rates(job, benchmark.extra_info, benchmark.stats.stats.median)
+        session.records.append(benchmark.stats.as_dict(include_data=False))

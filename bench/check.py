@@ -1,0 +1,128 @@
+"""`python -m bench.check`: our torch path against the best eager stock composition on this CPU.
+
+All take turns, so that a drifting machine slows them alike. A median above 1.05 times the best
+peer's is a miss: printed and recorded. Above 1.25 in each of three repeats fails the command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from stlm_kernels._spec import Case, OpSpec
+from stlm_kernels.registry import OPS
+
+from . import report
+from .timing import interleaved_medians
+from .work import CaseData, Job, Task, entries_of, passes_of, task_of
+
+MISS, FAILURE, REPEATS = 1.05, 1.25, 3
+Medians = Callable[[Sequence[Task], int], list[float]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Our torch path beside the fastest eager peer in one pass of one case."""
+
+    op: str
+    case: str
+    direction: str
+    peer: str
+    ours_s: float
+    peer_s: float
+    ratios: list[float]
+
+    @property
+    def verdict(self) -> str:
+        if len(self.ratios) == REPEATS and min(self.ratios) > FAILURE:
+            return "FAILED"
+        return "missed" if self.ratios[-1] > MISS else "met"
+
+
+def compare(
+    spec: OpSpec, case: Case, direction: str, data: CaseData, medians: Medians, rounds: int
+) -> Comparison | None:
+    """Find the fastest peer, then measure the two of us; None where no eager peer exists.
+
+    A ratio that would fail is measured again, up to three times: other work on the machine must
+    not fail it.
+    """
+    entries = [
+        entry
+        for entry in entries_of(spec, ["torch"])
+        if not entry.compiled and entry.unsupported(case) is None
+    ]
+    if len(entries) < 2:
+        return None
+    tasks = []
+    for entry in entries:
+        data.errors_of(entry, entry.function)
+        tasks.append(task_of(Job(spec, case, direction, entry), [data.first], entry.function))
+    first_look = medians(tasks, 5)
+    best = 1 + min(range(len(tasks) - 1), key=lambda k: first_look[k + 1])
+    ratios: list[float] = []
+    while len(ratios) < REPEATS and (not ratios or ratios[-1] > FAILURE):
+        count = max(5, min(rounds, int(1.0 / max(first_look[0] + first_look[best], 1e-6))))
+        ours, peer = medians([tasks[0], tasks[best]], count)
+        ratios.append(ours / peer)
+    return Comparison(spec.name, case.name, direction, entries[best].name, ours, peer, ratios)
+
+
+def comparisons(
+    specs: Iterable[OpSpec], rounds: int, medians: Medians = interleaved_medians
+) -> Iterable[Comparison]:
+    for spec in specs:
+        for case in spec.tagged("bench_cpu"):
+            data = CaseData(spec, case, torch.float32, torch.device("cpu"))
+            for direction in passes_of(spec):
+                found = compare(spec, case, direction, data, medians, rounds)
+                if found is not None:
+                    yield found
+
+
+def line(found: Comparison) -> str:
+    return (
+        f"{found.verdict:>6}  {found.ratios[-1]:5.2f}x  {found.ours_s * 1e6:9.0f} us  "
+        f"{found.peer_s * 1e6:9.0f} us {found.peer:<28} {found.op} {found.case} {found.direction}"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.check", description=__doc__)
+    parser.add_argument("ops", nargs="*", metavar="op", help="ops to check (default: all)")
+    parser.add_argument("--rounds", type=int, default=41, help="most rounds of one comparison")
+    parser.add_argument("--threads", type=int, help="threads of torch (default: its own choice)")
+    parser.add_argument("--json", type=Path, help="where the result goes (default: out/bench/)")
+    parser.add_argument("--commit", help="what to record as the commit, where git is not there")
+    options = parser.parse_args(arguments)
+    unknown = sorted(set(options.ops) - OPS.keys())
+    if unknown:
+        parser.error(f"no such op: {', '.join(unknown)} (there are {', '.join(OPS)})")
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    about = report.machine(torch.device("cpu"), options.commit)
+    print(report.header(about, None))
+    print(f"ours, then the best eager peer; the aim is at most {MISS}x, {FAILURE}x fails")
+    found = []
+    for each in comparisons([OPS[name] for name in options.ops or OPS], options.rounds):
+        print(line(each), flush=True)
+        found.append(each)
+    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
+    path = options.json or Path("out/bench") / f"check-{stamp}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [asdict(each) | {"verdict": each.verdict} for each in found]
+    path.write_text(json.dumps({"machine": about, "comparisons": rows}, indent=1))
+    counts = {verdict: sum(x.verdict == verdict for x in found) for verdict in ("met", "missed")}
+    failed = len(found) - sum(counts.values())
+    print(f"{counts['met']} met, {counts['missed']} missed, {failed} failed; {path}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,84 @@
+"""The benchmark run around the jobs: what is collected, recorded, and shown at the end.
+
+`--benchmark-disable` rehearses: each op's first smoke case, each body once, compiled peers traced
+but not compiled.
+"""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stlm_kernels.registry import OPS
+
+from . import report
+from .session import Session
+from .timing import Cpu, Gpu
+from .work import Job, left_out
+
+SESSION = pytest.StashKey[Session]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--commit", help="what to record as the commit, where git is not there")
+    parser.addoption("--threads", type=int, help="threads of torch (default: torch's own choice)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    rehearsal = bool(config.getoption("benchmark_disable"))
+    if config.getoption("--threads") is not None:
+        torch.set_num_threads(config.getoption("--threads"))
+    machine = Gpu() if torch.cuda.is_available() else Cpu()
+    config.stash[SESSION] = Session(machine, rehearsal, config.getoption("--commit"))
+    config.option.benchmark_quiet = True  # its table has no memory, error or ratio: ours follows
+    if not rehearsal and config.option.benchmark_json is None:
+        stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
+        config.option.benchmark_json = Path("out/bench") / f"{machine.tag}-{stamp}.json"
+        config.option.benchmark_json.parent.mkdir(parents=True, exist_ok=True)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "job" in metafunc.fixturenames:
+        found = metafunc.config.stash[SESSION].jobs()
+        metafunc.parametrize("job", found, ids=[job.id for job in found])
+
+
+@pytest.fixture
+def session(request: pytest.FixtureRequest) -> Session:
+    return request.config.stash[SESSION]
+
+
+@pytest.fixture
+def timer(request: pytest.FixtureRequest, session: Session, job: Job) -> Any:
+    """Comes before `benchmark` in a test's arguments, which reads the mark when it is made."""
+    timer = session.machine.timer()
+    mark = pytest.mark.benchmark(group=job.group, timer=timer, disable_gc=True)
+    request.node.add_marker(mark)
+    return timer
+
+
+def pytest_benchmark_update_machine_info(
+    config: pytest.Config, machine_info: dict[str, Any]
+) -> None:
+    session = config.stash[SESSION]
+    ceilings = None if session.ceilings is None else vars(session.ceilings)
+    after = report.machine(session.machine.device, session.about["commit"])
+    machine_info["stlm"] = session.about | {"ceilings": ceilings, "after": after}
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    session = config.stash[SESSION]
+    if not session.records:
+        return
+    terminalreporter.section("stlm: speed and memory")
+    terminalreporter.write_line(report.header(session.about, session.ceilings))
+    for table in report.tables(session.records, left_out(OPS.values(), session.tag)):
+        terminalreporter.write_line("")
+        terminalreporter.write_line(table)
+    terminalreporter.write_line(f"\nJSON: {config.option.benchmark_json}")

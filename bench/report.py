@@ -1,0 +1,143 @@
+"""What a run says about itself and about its results, as text: the header and one table per op."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stlm_kernels._dispatch import has_triton
+from stlm_kernels._launch import device_file
+
+from .timing import Ceilings
+
+Record = dict[str, Any]
+NAME_WIDTH = 38
+
+
+def machine(device: torch.device, commit: str | None = None) -> dict[str, Any]:
+    """Device, versions, commit and date of this run."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
+        "gpu_state": _gpu_state() if device.type == "cuda" else "",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _triton_version(),
+        "commit": commit or _commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "tuned": device.type == "cuda" and device_file(name).exists(),
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _triton_version() -> str:
+    if not has_triton():
+        return "none"
+    import triton
+
+    return triton.__version__
+
+
+def _command(*words: str) -> str:
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()
+
+
+def _commit() -> str:
+    head = _command("git", "rev-parse", "--short=12", "HEAD")
+    if not head:
+        return "unknown"
+    return f"{head}+changes" if _command("git", "status", "--porcelain") else head
+
+
+def _gpu_state() -> str:
+    fields = "driver_version,clocks.sm,clocks.mem,power.draw,temperature.gpu"
+    return _command("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader")
+
+
+def header(about: dict[str, Any], ceilings: Ceilings | None) -> str:
+    """Two or three lines that every figure below them needs."""
+    configs = "tuned launch configs" if about["tuned"] else "default launch configs"
+    lines = [
+        f"{about['device']}, {about['threads']} threads; torch {about['torch']}, "
+        f"triton {about['triton']}, Python {about['python']}",
+        f"commit {about['commit']}, {about['date']}, {configs}",
+    ]
+    # This process alone makes a load of its threads once it runs; at the start it should be idle.
+    if about["load"] > 0.5:
+        lines.append(f"THE MACHINE WAS BUSY (load {about['load']:.1f} at the start): do not quote")
+    if about["gpu_state"]:
+        lines.append(f"driver, clocks, power, temperature: {about['gpu_state']}")
+    if ceilings is not None:
+        lines.append(
+            f"measured in this run: copy {ceilings.copy_bytes_per_s / 1e9:.1f} GB/s, "
+            f"matmul {ceilings.matmul_flops_per_s / 1e12:.3f} TFLOP/s"
+        )
+    return "\n".join(lines)
+
+
+def tables(records: Iterable[Record], left_out: Iterable[tuple[str, str]] = ()) -> Iterator[str]:
+    """One table for each op, from the entries of pytest-benchmark's JSON; who is not in it below.
+
+    Args:
+        records: entries of the JSON.
+        left_out: (op, sentence) for peers that cannot run some case.
+    """
+    reasons = list(left_out)
+    by_op: dict[str, dict[str, list[Record]]] = {}
+    for record in records:
+        info = record["extra_info"]
+        by_op.setdefault(info["op"], {}).setdefault(info["case"], []).append(record)
+    for op, cases in by_op.items():
+        blocks = [f"{op}: median us, spread (IQR), time over our first row's, peak extra MiB"]
+        blocks += ["\n".join(_case_lines(case, group)) for case, group in cases.items()]
+        sentences = [f"left out: {sentence}" for name, sentence in reasons if name == op]
+        yield "\n\n".join([*blocks, *(["\n".join(sentences)] if sentences else [])])
+
+
+def _case_lines(case: str, records: list[Record]) -> Iterator[str]:
+    passes = list(dict.fromkeys(x["extra_info"]["pass"] for x in records))
+    entries = list(dict.fromkeys(x["extra_info"]["entry"] for x in records))
+    found = {(x["extra_info"]["entry"], x["extra_info"]["pass"]): x for x in records}
+    ours = next((x["extra_info"]["entry"] for x in records if x["extra_info"]["ours"]), None)
+    first = {p: found[ours, p] for p in passes if ours is not None and (ours, p) in found}
+    yield f"{case} ({records[0]['extra_info']['dtype']})"
+    yield "".join([" " * NAME_WIDTH, *(f"{p:>26}" for p in passes)])
+    for entry in entries:
+        cells = [_cell(found.get((entry, p)), first.get(p)) for p in passes]
+        yield "".join([f"  {entry:<{NAME_WIDTH - 2}}", *cells])
+    shares = [_share(first.get(p)) for p in passes]
+    yield "".join([f"  {f'roofline share of {ours}':<{NAME_WIDTH - 2}}", *shares])
+
+
+def _cell(record: Record | None, ours: Record | None) -> str:
+    if record is None:
+        return f"{'-':>26}"
+    median = record["stats"]["median"]
+    spread = f"±{record['stats']['iqr'] / median:.0%}" if median else ""
+    ratio = f"{median / ours['stats']['median']:.2f}x" if ours is not None else ""
+    mib = record["extra_info"]["peak_bytes"] / 2**20
+    return f"{median * 1e6:>9.0f} {spread:>4} {ratio:>5} {mib:>5.0f}"
+
+
+def _share(record: Record | None) -> str:
+    share = None if record is None else record["extra_info"].get("roofline_share")
+    return f"{'-' if share is None else f'{share:.0%}':>26}"

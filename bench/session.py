@@ -1,0 +1,74 @@
+"""What the jobs of one benchmark run share: the machine, the current case's data, the results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from stlm_kernels.registry import OPS
+
+from . import report
+from .timing import Ceilings, Cpu, Gpu
+from .work import CaseData, Job, Task, jobs, task_of
+
+
+class Session:
+    """What the jobs of one run share."""
+
+    def __init__(self, machine: Cpu | Gpu, rehearsal: bool, commit: str | None = None) -> None:
+        self.machine = machine
+        self.rehearsal = rehearsal
+        self.records: list[report.Record] = []
+        self.about = report.machine(machine.device, commit)
+        self._ceilings: Ceilings | None = None
+        self._data: CaseData | None = None
+
+    @property
+    def ceilings(self) -> Ceilings | None:
+        """Measured when the first result needs them; a rehearsal has no figures."""
+        if self._ceilings is None and not self.rehearsal:
+            self._ceilings = self.machine.ceilings()
+        return self._ceilings
+
+    @property
+    def tag(self) -> str:
+        return "smoke" if self.rehearsal else self.machine.tag
+
+    def jobs(self) -> list[Job]:
+        machine = self.machine
+        return list(jobs(OPS.values(), self.tag, machine.impls, machine.compile_first_only))
+
+    def judged_task(self, job: Job) -> tuple[Task, dict[str, float]]:
+        """The task of a job whose results were found right, and their errors."""
+        data = self._data
+        if data is None or data.spec is not job.spec or data.case is not job.case:
+            self._data = data = None  # the old inputs go before the new ones come
+            machine = self.machine
+            self._data = data = CaseData(job.spec, job.case, machine.dtype, machine.device)
+        function = data.function_of(job.entry, "eager" if self.rehearsal else "inductor")
+        errors = data.errors_of(job.entry, function)
+        samples = data.samples(self.machine.sample_count(data.sample_bytes()))
+        return task_of(job, samples, function), errors
+
+    def facts(self, job: Job, task: Task) -> dict[str, Any]:
+        directions = ["fwd", "bwd"] if job.direction == "fwd+bwd" else [job.direction]
+        directions = ["fwd" if x == "no-grad" else x for x in directions]
+        return {
+            "op": job.spec.name,
+            "case": job.case.name,
+            "pass": job.direction,
+            "entry": job.entry.name,
+            "ours": job.entry.ours,
+            "compiled": job.entry.compiled,
+            "dtype": str(self.machine.dtype).removeprefix("torch."),
+            "bytes": sum(job.spec.bytes_moved(job.case, self.machine.dtype, x) for x in directions),
+            "flops": sum(job.spec.flops(job.case, x) for x in directions),
+            "peak_bytes": self.machine.peak_bytes(task),
+        }
+
+    def add_rates(self, job: Job, info: dict[str, Any], seconds: float) -> None:
+        info["gb_per_s"] = info["bytes"] / seconds / 1e9
+        info["tflop_per_s"] = info["flops"] / seconds / 1e12
+        ceilings = self.ceilings
+        if ceilings is not None:
+            floor = ceilings.floor_seconds(info["bytes"], info["flops"])
+            info["roofline_share"] = floor / seconds

@@ -1,0 +1,277 @@
+"""What is timed: an entry in a pass of a case, on inputs whose result was judged first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stlm_kernels._spec import Case, Inputs, OpSpec
+from stlm_kernels.testing import assert_matches
+
+from .peers import PEERS, Entry
+
+PASSES = ("fwd", "bwd", "fwd+bwd", "no-grad")
+JUDGED_ELEMENTS = 1 << 20
+"""A larger result is judged by rows spread over it, the first and the last among them."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One line of the results: an entry in a pass of a case."""
+
+    spec: OpSpec
+    case: Case
+    direction: str
+    entry: Entry
+
+    @property
+    def group(self) -> str:
+        return f"{self.spec.name}/{self.case.name}/{self.direction}"
+
+    @property
+    def id(self) -> str:
+        return f"{self.group}/{self.entry.name}".replace("/", "-").replace(" ", "_")
+
+
+def our_entries(spec: OpSpec, impls: Sequence[str]) -> list[Entry]:
+    """Our implementations, the one that a user gets by default first."""
+    covered = [impl for impl in impls if impl == "torch" or spec.kernels]
+    return [Entry(impl, partial(spec.op, impl=impl), ours=True) for impl in covered]
+
+
+def entries_of(spec: OpSpec, impls: Sequence[str]) -> list[Entry]:
+    return our_entries(spec, impls) + list(PEERS.get(spec.name, ()))
+
+
+def passes_of(spec: OpSpec) -> tuple[str, ...]:
+    return PASSES if spec.grad_args else ("no-grad",)
+
+
+def jobs(
+    specs: Iterable[OpSpec], tag: str, impls: Sequence[str], compile_first_only: bool
+) -> Iterator[Job]:
+    """Every job, in the order in which inputs are shared best.
+
+    Args:
+        specs: the ops.
+        tag: "bench", "bench_cpu", or "smoke" to rehearse on each op's first case.
+        impls: our implementations on this device, the default first.
+        compile_first_only: compiled peers on the first case that they support, since compiling
+            takes long on a CPU.
+    """
+    for spec in specs:
+        cases = spec.tagged(tag)[: 1 if tag == "smoke" else None]
+        compiled: set[str] = set()
+        for case in cases:
+            for entry in entries_of(spec, impls):
+                if entry.unsupported(case) or (compile_first_only and entry.name in compiled):
+                    continue
+                if entry.compiled:
+                    compiled.add(entry.name)
+                for direction in passes_of(spec):
+                    yield Job(spec, case, direction, entry)
+
+
+def left_out(specs: Iterable[OpSpec], tag: str) -> Iterator[tuple[str, str]]:
+    """(op, sentence) for each peer that cannot run some case, and why."""
+    for spec in specs:
+        sentences = [
+            f"{entry.name}: {reason}"
+            for entry in PEERS.get(spec.name, ())
+            for case in spec.tagged(tag)
+            if (reason := entry.unsupported(case))
+        ]
+        yield from ((spec.name, sentence) for sentence in dict.fromkeys(sentences))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Inputs, leaves and upstream gradients; timing rotates over samples of equal values."""
+
+    inputs: Inputs
+    leaves: list[Tensor]
+    upstream: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A job on its inputs: `run(prepare(sample))`, of which only `run` is timed."""
+
+    samples: Sequence[Sample]
+    prepare: Callable[[Sample], Any]
+    run: Callable[[Any], Any]
+
+
+def task_of(job: Job, samples: Sequence[Sample], function: Callable[..., Any]) -> Task:
+    """The task of a job; a backward pass gets a fresh graph each time, made untimed."""
+    converted = [replace(x, inputs=job.entry.convert(x.inputs)) for x in samples]
+
+    def forward(sample: Sample) -> Any:
+        return function(**sample.inputs)
+
+    def without_grad(sample: Sample) -> Any:
+        with torch.no_grad():
+            return function(**sample.inputs)
+
+    def graph_of(sample: Sample) -> tuple[list[Tensor], Sample]:
+        return heads_of(forward(sample)), sample
+
+    def backward(graph: tuple[list[Tensor], Sample]) -> Any:
+        heads, sample = graph
+        return torch.autograd.grad(heads, sample.leaves, sample.upstream, allow_unused=True)
+
+    def both(sample: Sample) -> Any:
+        return backward(graph_of(sample))
+
+    if job.direction == "bwd":
+        return Task(converted, graph_of, backward)
+    run = {"fwd": forward, "fwd+bwd": both, "no-grad": without_grad}[job.direction]
+    return Task(converted, lambda sample: sample, run)
+
+
+def _outputs(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def heads_of(result: Any) -> list[Tensor]:
+    """The outputs that a gradient can flow into."""
+    return [x for x in _outputs(result) if x.requires_grad]
+
+
+class CaseData:
+    """The inputs of one case, what is right for them, and who was judged already."""
+
+    def __init__(self, spec: OpSpec, case: Case, dtype: torch.dtype, device: torch.device) -> None:
+        self.spec, self.case = spec, case
+        inputs = spec.make_inputs(case, dtype, device, 0)
+        self.first = self._sample(inputs)
+        self._errors: dict[str, dict[str, float]] = {}
+        self._functions: dict[str, Callable[..., Any]] = {}
+        self._set_oracle()
+
+    def _sample(self, inputs: Inputs, upstream: list[Tensor] | None = None) -> Sample:
+        inputs = dict(inputs)
+        present = [name for name in self.spec.grad_args if inputs.get(name) is not None]
+        for name in present:
+            inputs[name] = inputs[name].detach().requires_grad_()
+        if upstream is None:
+            heads = heads_of(self.spec.op(**inputs, impl="torch")) if present else []
+            upstream = [torch.randn_like(x) for x in heads]
+        return Sample(inputs, [inputs[name] for name in present], upstream)
+
+    def samples(self, count: int) -> list[Sample]:
+        """The first sample and copies of it elsewhere in memory."""
+        copies = [
+            self._sample(_mapped(self.first.inputs, Tensor.clone), [*map(Tensor.clone, upstream)])
+            for upstream in [self.first.upstream] * (count - 1)
+        ]
+        return [self.first, *copies]
+
+    def sample_bytes(self) -> int:
+        tensors = [x for x in self.first.inputs.values() if isinstance(x, Tensor)]
+        return sum(x.nbytes for x in [*tensors, *self.first.upstream])
+
+    def function_of(self, entry: Entry, backend: str) -> Callable[..., Any]:
+        if entry.name not in self._functions:
+            function = entry.function
+            if entry.compiled:
+                torch.compiler.reset()  # shapes of earlier cases would make this one dynamic
+                function = torch.compile(function, dynamic=False, backend=backend)
+            self._functions[entry.name] = function
+        return self._functions[entry.name]
+
+    def _set_oracle(self) -> None:
+        """fp64: the looping reference where the case is small, else the yardstick widened."""
+        spec, first = self.spec, self.first
+        oracle = spec.reference if "smoke" in self.case.tags else spec.yardstick
+        floats = any(x.is_floating_point() for x in _tensors(first.inputs))
+        # What has no float input is integers found one by one: faster on the CPU.
+        move = Tensor.double if floats else Tensor.cpu
+        wide = self._sample(
+            _mapped(first.inputs, lambda x: move(x) if x.is_floating_point() or not floats else x),
+            [x.double() for x in first.upstream],
+        )
+        self._want = _judged(oracle, wide)
+        self._stock = _judged(spec.yardstick, first) if floats else self._want
+
+    def errors_of(self, entry: Entry, function: Callable[..., Any]) -> dict[str, float]:
+        """Relative RMS error of each result and gradient.
+
+        Raises:
+            AssertionError: ours breaks the tolerance rule, or a peer computes something else.
+        """
+        if entry.name not in self._errors:
+            sample = replace(self.first, inputs=entry.convert(self.first.inputs))
+            got = _judged(function, sample)
+            names = self._names(len(got))
+            for name, x, want, stock in zip(names, got, self._want, self._stock, strict=True):
+                self._assert_right(entry, name, x, want, stock)
+            self._errors[entry.name] = {
+                name: _relative_rms(x, want)
+                for name, x, want in zip(names, got, self._want, strict=True)
+            }
+        return self._errors[entry.name]
+
+    def _names(self, count: int) -> list[str]:
+        gradients = [f"gradient of {name}" for name in self.spec.grad_args
+                     if self.first.inputs.get(name) is not None]  # fmt: skip
+        outputs = count - len(gradients)
+        return [*(["out"] if outputs == 1 else [f"out{i}" for i in range(outputs)]), *gradients]
+
+    def _assert_right(
+        self, entry: Entry, name: str, got: Tensor, want: Tensor, stock: Tensor
+    ) -> None:
+        label = f"{self.spec.name}: {entry.name}: {name}"
+        if not want.is_floating_point():
+            assert torch.equal(got.cpu().long(), want.cpu().long()), f"{label} differs"
+        elif entry.ours:
+            argument = name.removeprefix("gradient of ")
+            exact = argument in self.spec.exact(self.case)
+            rows = argument in self.spec.row_args
+            assert_matches(got, want, stock, name=label, exact=exact, rows=rows)
+        elif not (entry.loose_gradients and name.startswith("gradient")):
+            # Half the digits: a peer may round more often than we do, but not compute another thing
+            error, allowed = _relative_rms(got, want), torch.finfo(got.dtype).eps ** 0.5
+            assert error <= allowed, f"{label}: relative RMS error {error:.2e} > {allowed:.2e}"
+
+
+def _tensors(inputs: Inputs) -> list[Tensor]:
+    return [x for x in inputs.values() if isinstance(x, Tensor)]
+
+
+def _mapped(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
+    return {k: change(x.detach()) if isinstance(x, Tensor) else x for k, x in inputs.items()}
+
+
+def _judged(function: Callable[..., Any], sample: Sample) -> list[Tensor]:
+    """The rows that are judged of every output, then of every gradient."""
+    outputs = _outputs(function(**sample.inputs))
+    heads = heads_of(outputs)
+    gradients: Sequence[Tensor | None] = []
+    if heads:
+        gradients = torch.autograd.grad(heads, sample.leaves, sample.upstream, allow_unused=True)
+    filled = [
+        torch.zeros_like(leaf) if grad is None else grad
+        for leaf, grad in zip(sample.leaves, gradients, strict=True)
+    ]
+    return [_spread_rows(x.detach()) for x in [*outputs, *filled]]
+
+
+def _spread_rows(x: Tensor) -> Tensor:
+    if x.numel() <= JUDGED_ELEMENTS:
+        return x
+    count = max(1, JUDGED_ELEMENTS * x.shape[0] // x.numel())
+    return x[torch.linspace(0, x.shape[0] - 1, count, dtype=torch.float64).long().to(x.device)]
+
+
+def _relative_rms(got: Tensor, want: Tensor) -> float:
+    """NaN where only one of them is: it passes no comparison."""
+    got, want = got.double().cpu(), want.double().cpu()
+    if want.numel() == 0 or torch.equal(got, want):
+        return 0.0
+    return float((got - want).square().mean().sqrt() / want.square().mean().sqrt())

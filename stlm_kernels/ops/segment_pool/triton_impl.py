@@ -1,0 +1,132 @@
+"""segment_pool in Triton.
+
+Forward. Sum and mean are the shared segment sum. Maximum, first and last pick one row for each
+patch and column: a program owns BLOCK_P patches x BLOCK_D columns and walks their rows together;
+the maximum's row is kept for the backward.
+Backward. By rows: a program owns BLOCK_T rows, finds their patches by bisection and writes every
+column of dx, zeros where a row takes nothing, so that nothing is filled beforehand.
+
+Floor: (T + P) D elements each way, 2 bytes in bf16: 437 us at 1M bytes, mean patch 6, D = 768,
+4.3 TB/s; the maximum adds 4 P D bytes for its rows.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ... import _launch
+from ..._tiles import segment_bounds, segment_of, segment_sum
+from . import launch
+
+MEAN, SUM, MAX, FIRST, LAST = (tl.constexpr(i) for i in range(5))
+MODE_CODES = {"mean": 0, "sum": 1, "max": 2, "first": 3, "last": 4}
+
+
+@triton.jit(do_not_specialize=["n_patches", "total", "chunks"])
+def stlm_segment_pool_pick(
+    x_ptr, cu_ptr, out_ptr, row_ptr,
+    n_patches, total, chunks,
+    D: tl.constexpr, MODE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    columns = (program // chunks) * BLOCK_D + tl.arange(0, BLOCK_D)
+    patches = (program % chunks) * BLOCK_P + tl.arange(0, BLOCK_P)
+    start, end = segment_bounds(cu_ptr, patches, patches < n_patches, total)
+    stored = out_ptr.dtype.element_ty
+    filled = (end > start)[:, None] & (columns < D)[None, :]
+    picked = end - 1 if MODE == LAST else start
+    best = tl.load(x_ptr + picked[:, None] * D + columns[None, :], mask=filled, other=0.0)
+    best = best.to(stored).to(tl.float32)
+    if MODE == MAX:
+        row = tl.zeros((BLOCK_P, BLOCK_D), tl.int32) + start.to(tl.int32)[:, None]
+        for slot in range(1, tl.max(end - start).to(tl.int32)):
+            here = start + slot
+            mask = (here < end)[:, None] & (columns < D)[None, :]
+            x = tl.load(x_ptr + here[:, None] * D + columns[None, :], mask=mask, other=0.0)
+            x = x.to(stored).to(tl.float32)
+            # The first of equal values stays, and so does the first NaN.
+            better = mask & (best == best) & ((x > best) | (x != x))
+            best = tl.where(better, x, best)
+            row = tl.where(better, here.to(tl.int32)[:, None], row)
+        rows_mask = (patches < n_patches)[:, None] & (columns < D)[None, :]
+        out_row = tl.where(filled, row, -1)
+        tl.store(row_ptr + patches[:, None] * D + columns[None, :], out_row, mask=rows_mask)
+    mask = (patches < n_patches)[:, None] & (columns < D)[None, :]
+    tl.store(out_ptr + patches[:, None] * D + columns[None, :], best.to(stored), mask=mask)
+
+
+@triton.jit(do_not_specialize=["n_patches", "total", "steps"])
+def stlm_segment_pool_bwd(
+    grad_ptr, cu_ptr, row_ptr, dx_ptr,
+    n_patches, total, steps,
+    D: tl.constexpr, MODE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    patches = segment_of(cu_ptr, rows, n_patches, steps).to(tl.int64)
+    inside = (rows < total) & (patches >= 0) & (patches < n_patches)
+    start, end = segment_bounds(cu_ptr, patches, inside, total)
+    inside = inside & (rows >= start) & (rows < end)
+    if MODE == FIRST:
+        inside = inside & (rows == start)
+    if MODE == LAST:
+        inside = inside & (rows == end - 1)
+    for first in range(0, D, BLOCK_D):
+        columns = first + tl.arange(0, BLOCK_D)
+        mask = inside[:, None] & (columns < D)[None, :]
+        source = patches[:, None] * D + columns[None, :]
+        grad = tl.load(grad_ptr + source, mask=mask, other=0.0).to(tl.float32)
+        if MODE == MEAN:
+            grad = grad / tl.maximum(end - start, 1).to(tl.float32)[:, None]
+        if MODE == MAX:
+            winner = tl.load(row_ptr + source, mask=mask, other=-1)
+            grad = tl.where(winner == rows[:, None], grad, 0.0)
+        out = (rows < total)[:, None] & (columns < D)[None, :]
+        dx = grad.to(dx_ptr.dtype.element_ty)
+        tl.store(dx_ptr + rows[:, None] * D + columns[None, :], dx, mask=out)
+
+
+def launch_fwd(
+    x: Tensor,  # (T, D)
+    cu_patchlens: Tensor,  # (P+1,) int32
+    mode: str,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """(P, D) pooled, and for "max" the (P, D) int32 rows that hold the maxima (else empty)."""
+    (total, width), patches = x.shape, cu_patchlens.shape[0] - 1
+    rows = torch.empty((patches, width) if mode == "max" else 0, dtype=torch.int32, device=x.device)
+    if mode in ("mean", "sum"):
+        starts, ends = cu_patchlens[:-1], cu_patchlens[1:]
+        return segment_sum(x, starts, ends, mode == "mean", out_dtype), rows
+    out = torch.empty((patches, width), dtype=out_dtype, device=x.device)
+    config = launch.pick_config(width, x.dtype, x.device)
+    chunks = _launch.ceil_div(patches, config["BLOCK_P"])
+    _launch.launch(
+        stlm_segment_pool_pick, chunks * _launch.ceil_div(width, config["BLOCK_D"]),
+        x.contiguous(), cu_patchlens.contiguous(), out, rows, patches, total, chunks,
+        D=width, MODE=MODE_CODES[mode], device=x.device, **config,
+    )  # fmt: skip
+    return out, rows
+
+
+def launch_bwd(
+    grad: Tensor,  # (P, D)
+    cu_patchlens: Tensor,  # (P+1,) int32
+    rows: Tensor,  # (P, D) int32 or empty
+    mode: str,
+    total: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """(T, D) gradient of x."""
+    patches, width = grad.shape
+    dx = torch.empty((total, width), dtype=dtype, device=grad.device)
+    config = launch.bwd_config(width, dtype, grad.device)
+    _launch.launch(
+        stlm_segment_pool_bwd, _launch.ceil_div(total, config["BLOCK_T"]),
+        grad.contiguous(), cu_patchlens.contiguous(), rows, dx,
+        patches, total, (patches + 2).bit_length(),
+        D=width, MODE=MODE_CODES[mode], device=grad.device, **config,
+    )  # fmt: skip
+    return dx

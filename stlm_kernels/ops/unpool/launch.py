@@ -1,0 +1,30 @@
+"""What the unpool kernels take, and the configuration each is launched with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import _checks
+from ..._launch import Config, block_of, config_for
+
+PROGRAMS = 132
+"""Runs of rows that the null state's gradient is summed in: one for each SM of an H100."""
+
+
+def unsupported_reasons(*, patch_states: Tensor, **_: Any) -> list[str]:
+    """Why the kernels cannot take this call; empty if they can."""
+    if patch_states.dtype not in _checks.KERNEL_FLOATS:
+        return [
+            f"patch_states is {patch_states.dtype}; the kernels take float32, bfloat16 and float16"
+        ]
+    return []
+
+
+def fwd_config(width: int, dtype: torch.dtype, device: torch.device) -> Config:
+    """Rows are written whole; the patch rows they repeat come from the cache."""
+    default = {"BLOCK_T": 32, "BLOCK_D": block_of(width, 128), "num_warps": 4}
+    bucket = f"D{block_of(width, 1024)}-{str(dtype).removeprefix('torch.')}"
+    return config_for("unpool_fwd", bucket, default, device)
