@@ -24,7 +24,9 @@ def require(ok: bool, name: str, expected: str, got: Any) -> None:
 
 
 def require_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    require(value in choices, name, "one of " + ", ".join(map(repr, choices)), repr(value))
+    if value not in choices:
+        wanted = ", ".join(map(repr, choices))
+        raise ValueError(f"{name}: expected one of {wanted}, got {value!r}")
 
 
 def require_int(name: str, value: Any) -> None:
@@ -49,9 +51,10 @@ def require_tensor(
 ) -> None:
     """`shape` holds a size, or a letter for a size that is free."""
     require(isinstance(x, Tensor), name, "a Tensor", type(x).__name__)
-    fits = x.ndim == len(shape) and all(
-        isinstance(want, str) or have == want for have, want in zip(x.shape, shape, strict=True)
-    )
+    fits = x.ndim == len(shape)
+    if fits:
+        for have, want in zip(x.shape, shape, strict=True):
+            fits = fits and (want.__class__ is str or have == want)
     if not fits:
         wanted = "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"
         raise ValueError(f"{name}: expected shape {wanted}, got {tuple(x.shape)}")
@@ -106,8 +109,10 @@ def values_visible(*tensors: Tensor) -> bool:
     """True where reading values is free: plain CPU tensors, eager, outside torch.func."""
     if torch.compiler.is_compiling() or inside_torch_func():
         return False
-    plain = (Tensor, torch.nn.Parameter)
-    return all(x.device.type == "cpu" and type(x) in plain for x in tensors)
+    for x in tensors:  # noqa: SIM110  (a generator costs more than all the rest here)
+        if not x.is_cpu or type(x) not in (Tensor, torch.nn.Parameter):
+            return False
+    return True
 
 
 def check_id_values(name: str, ids: Tensor, low: int, high: int) -> None:

@@ -305,7 +305,7 @@ def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
         segment_pool(**{"x": X, "cu_patchlens": ints(0, 4), **arguments})
 
 
-def test_there_is_no_kernel_yet() -> None:
-    with pytest.raises(NotImplementedError, match="no Triton kernel yet"):
-        segment_pool(X, ints(0, 4), impl="triton")
-    assert "this op has no Triton kernel yet" in explain(segment_pool, X, ints(0, 4))
+def test_a_refusal_lists_every_reason() -> None:
+    with pytest.raises(NotImplementedError, match=r"tensors are on cpu .*; .*float64"):
+        segment_pool(X.double(), ints(0, 4), impl="triton")
+    assert any("on cpu" in reason for reason in explain(segment_pool, X, ints(0, 4)))

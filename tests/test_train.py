@@ -48,6 +48,7 @@ WORDS = b"the cat sat on the mat, and the dog sat by the door. " * 60
 @pytest.fixture(autouse=True)
 def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(stlm_models.config.PRESETS, "demo", SMALL)
+    monkeypatch.setattr(stlm_models.train, "SAMPLE_BYTES", 4)
     monkeypatch.setattr(stlm_models.train, "FINAL_SAMPLE_BYTES", 20)
 
 

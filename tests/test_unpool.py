@@ -288,7 +288,7 @@ def test_ids_out_of_range(bad: int) -> None:
         unpool(STATES, ints(-1, 0, 1, bad))
 
 
-def test_there_is_no_kernel_yet() -> None:
-    with pytest.raises(NotImplementedError, match="no Triton kernel yet"):
-        unpool(STATES, READS, impl="triton")
-    assert "this op has no Triton kernel yet" in explain(unpool, STATES, READS)
+def test_a_refusal_lists_every_reason() -> None:
+    with pytest.raises(NotImplementedError, match=r"tensors are on cpu .*; .*float64"):
+        unpool(STATES.double(), READS, impl="triton")
+    assert any("on cpu" in reason for reason in explain(unpool, STATES, READS))
