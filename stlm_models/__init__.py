@@ -1,0 +1,19 @@
+"""Light PyTorch modules and byte-level Super Tiny Language Models on top of `stlm_kernels`."""
+
+from .config import DOCUMENT_START, PRESETS, ModelConfig
+from .evaluate import bits_per_byte
+from .layers import Attention, BytePatcher, BytePooling, ByteUnpooling, TiedEmbedding
+from .model import STLM
+
+__all__ = [
+    "DOCUMENT_START",
+    "PRESETS",
+    "STLM",
+    "Attention",
+    "BytePatcher",
+    "BytePooling",
+    "ByteUnpooling",
+    "ModelConfig",
+    "TiedEmbedding",
+    "bits_per_byte",
+]

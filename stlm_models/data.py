@@ -1,0 +1,218 @@
+"""Corpora as bytes, and training windows that a seed and a step number determine."""
+
+from __future__ import annotations
+
+import functools
+import glob
+import hashlib
+import sysconfig
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .config import DOCUMENT_START
+
+IGNORED = -100
+HELD_OUT_SHARE = 0.1
+MAX_HELD_OUT = 2_000_000
+LEFT_OUT_FOLDERS = {"test", "tests", "site-packages", "dist-packages", "__pycache__"}
+# Tables, generated text, or gone in later Pythons.
+LEFT_OUT_NAMES = {"encodings", "pydoc_data", "idlelib", "distutils", "lib2to3"}
+HELD_OUT_NAMES = {
+    "asyncio",
+    "concurrent",
+    "http",
+    "json",
+    "logging",
+    "pathlib",
+    "sqlite3",
+    "wsgiref",
+    "zipfile",
+    "argparse",
+    "random",
+    "shutil",
+    "statistics",
+    "tarfile",
+    "textwrap",
+    "typing",
+}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents to train on and documents to judge by, none of them empty."""
+
+    name: str
+    train: list[bytes]
+    held_out: list[bytes]
+
+    def describe(self) -> list[str]:
+        """A line for each split: number of documents and bytes, SHA-256 of their concatenation."""
+        return [
+            f"{split}: {len(documents)} documents, {sum(map(len, documents)):,} bytes,"
+            f" sha256 {sha256_of(documents)}"
+            for split, documents in (("train", self.train), ("held out", self.held_out))
+        ]
+
+
+def load_corpus(paths: Sequence[str] | None = None) -> Corpus:
+    """The files, folders and glob patterns given, or the default corpus.
+
+    Of given files, in the order of their paths, the last tenth of the bytes is held out, 2 MB at
+    most; each file is a document, the one that the cut falls into becomes two.
+
+    Raises:
+        ValueError: where a path matches no file, or all files are empty.
+        OSError: where a file cannot be read.
+    """
+    if not paths:
+        return default_corpus()
+    documents = _read(sorted({file for path in paths for file in _files(path)}))
+    name = " ".join(paths)
+    if not documents:
+        raise ValueError(f"data: expected at least one byte, got only empty files in {name}")
+    return Corpus(name, *_cut(documents))
+
+
+def default_corpus(root: Path | None = None) -> Corpus:
+    """The Python files of the interpreter's standard library, whole modules of it held out.
+
+    Raises:
+        ValueError: where the library has no Python files on disk.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"]) if root is None else root
+    train: list[Path] = []
+    held_out: list[Path] = []
+    for file in sorted(root.rglob("*.py")):
+        parts = file.relative_to(root).parts
+        top = parts[0].removesuffix(".py")
+        if top in LEFT_OUT_NAMES or LEFT_OUT_FOLDERS.intersection(parts[:-1]):
+            continue
+        (held_out if top in HELD_OUT_NAMES else train).append(file)
+    corpus = Corpus(f"Python files of {root}", _read(train), _read(held_out))
+    if not corpus.train or not corpus.held_out:
+        raise ValueError(f"data: expected the standard library's *.py files, got none in {root}")
+    return corpus
+
+
+def sha256_of(documents: Iterable[bytes]) -> str:
+    """SHA-256 of the documents behind each other, in hexadecimal."""
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(document)
+    return digest.hexdigest()
+
+
+def _files(path: str) -> list[Path]:
+    if Path(path).is_dir():
+        found = [file for file in Path(path).rglob("*") if file.is_file()]
+    elif Path(path).exists():
+        found = [Path(path)]
+    else:
+        found = [Path(name) for name in glob.glob(path, recursive=True) if Path(name).is_file()]
+    if not found:
+        raise ValueError(f"data: expected a file, a folder with files or a glob, got {path!r}")
+    return found
+
+
+def _read(files: Iterable[Path]) -> list[bytes]:
+    return [data for file in files if (data := file.read_bytes())]
+
+
+def _cut(documents: list[bytes]) -> tuple[list[bytes], list[bytes]]:
+    """Hold out the last bytes."""
+    n_bytes = sum(map(len, documents))
+    left = n_bytes - max(1, min(MAX_HELD_OUT, int(HELD_OUT_SHARE * n_bytes)))
+    train, held_out = [], []
+    for document in documents:
+        train.append(document[:left])
+        held_out.append(document[left:])
+        left = max(0, left - len(document))
+    return [piece for piece in train if piece], [piece for piece in held_out if piece]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Windows of the corpus, packed."""
+
+    byte_ids: Tensor  # (T,) int16
+    targets: Tensor  # (T,) int64
+    cu_seqlens: Tensor  # (S+1,) int32
+
+    @property
+    def n_bytes(self) -> int:
+        return self.byte_ids.shape[0]
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device."""
+        return Batch(self.byte_ids.to(device), self.targets.to(device), self.cu_seqlens.to(device))
+
+
+class TrainingWindows:
+    """Windows of `context` ids from documents that each start with id 256.
+
+    Batch `step` of a seed is always the same, so a resumed run needs no state. An epoch shows every
+    window once, in an order and at an offset of its own.
+
+    Args:
+        documents: at least one window's worth of bytes.
+        context: ids in a window.
+        rows: windows in a batch.
+        seed: of the order and the offsets.
+
+    Raises:
+        ValueError: where the documents are shorter than a window.
+    """
+
+    def __init__(self, documents: list[bytes], *, context: int, rows: int, seed: int) -> None:
+        if rows < 1:
+            raise ValueError(f"rows: expected at least 1, got {rows}")
+        n_bytes = sum(map(len, documents))
+        if n_bytes < context:
+            raise ValueError(
+                f"data: expected at least one window of {context} bytes to train on, got {n_bytes}"
+            )
+        self.ids = document_stream(documents)
+        self.context, self.rows, self.seed = context, rows, seed
+        # One id more than the window is its last target; the offset may use up to a window.
+        self.n_windows = max(1, (len(self.ids) - 1) // context - 1)
+
+    def batch(self, step: int) -> Batch:
+        """The windows of this step; id 256 is never a target, and begins a document."""
+        starts = [self._start(step * self.rows + row) for row in range(self.rows)]
+        index = np.asarray(starts)[:, None] + np.arange(self.context + 1)
+        windows = self.ids[index]
+        inputs, targets = windows[:, :-1].reshape(-1), windows[:, 1:].reshape(-1).astype(np.int64)
+        targets[targets == DOCUMENT_START] = IGNORED
+        begins = inputs == DOCUMENT_START
+        begins[:: self.context] = True
+        borders = np.append(np.flatnonzero(begins), len(inputs)).astype(np.int32)
+        return Batch(
+            torch.from_numpy(inputs.copy()), torch.from_numpy(targets), torch.from_numpy(borders)
+        )
+
+    def _start(self, index: int) -> int:
+        epoch, position = divmod(index, self.n_windows)
+        offset, order = _epoch_order(self.seed, epoch, self.n_windows, self.context)
+        # The last window must end within the stream, whatever the offset.
+        return min(offset + int(order[position]) * self.context, len(self.ids) - self.context - 1)
+
+
+def document_stream(documents: Iterable[bytes]) -> NDArray[np.int16]:
+    """All documents behind each other, id 256 before each."""
+    start = np.array([DOCUMENT_START], np.int16)
+    pieces = [piece for text in documents for piece in (start, np.frombuffer(text, np.uint8))]
+    return np.concatenate(pieces, dtype=np.int16)
+
+
+@functools.lru_cache(maxsize=2)
+def _epoch_order(
+    seed: int, epoch: int, n_windows: int, context: int
+) -> tuple[int, NDArray[np.int64]]:
+    random = np.random.default_rng((seed, epoch))
+    return int(random.integers(context)), random.permutation(n_windows)

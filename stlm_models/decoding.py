@@ -1,0 +1,241 @@
+"""Generate bytes with a model: the methods `generate`, `generate_batch` and `stream` of `STLM`."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from .config import BYTES, DOCUMENT_START
+from .sampling import check_sampling
+
+if TYPE_CHECKING:
+    from .model import STLM
+
+Prompt = bytes | str
+Stop = bytes | list[bytes] | None
+
+
+def generate(
+    model: STLM,
+    prompt: Prompt,
+    *,
+    max_new_bytes: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    stop: Stop = None,
+) -> bytes:
+    """The bytes that follow the prompt, without it.
+
+    The prompt begins a document. Once it and its continuation outgrow `config.context`, the model
+    goes on from the last half context, cut at a patch border; the end of the prompt is never lost.
+
+    Args:
+        prompt: bytes, or text to encode as UTF-8; may be empty.
+        max_new_bytes: how many at most.
+        temperature, top_k, top_p: see `sampling.sample_ids`; special ids are never drawn.
+        seed: same seed, same bytes; None draws one from torch's generator.
+        stop: end before the first of these; the result does not contain it.
+
+    Raises:
+        ValueError: for an argument out of range.
+    """
+    return generate_batch(
+        model,
+        [prompt],
+        max_new_bytes=max_new_bytes,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop=stop,
+    )[0]
+
+
+def generate_batch(
+    model: STLM,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_bytes: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    stop: Stop = None,
+) -> list[bytes]:
+    """`generate` for several prompts of any lengths at once.
+
+    Row 0 gives what `generate` gives; equal prompts in other rows draw noise of their own.
+    """
+    if isinstance(prompts, bytes | str):
+        raise ValueError("prompts: expected a list of prompts, got a single one; use generate")
+    settings = _Sampling(temperature, top_k, top_p, seed)
+    rows = [_Row.start(prompt, _stops(stop)) for prompt in prompts]
+    for _ in _steps(model, rows, max_new_bytes, settings):
+        pass
+    return [bytes(row.text) for row in rows]
+
+
+def stream(
+    model: STLM,
+    prompt: Prompt,
+    *,
+    max_new_bytes: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    stop: Stop = None,
+) -> Iterator[str]:
+    """`generate` as text, piece by piece, never with half a character.
+
+    What is not UTF-8 comes as the replacement character. What may turn out to be the beginning of
+    a stop is held back until it is not.
+    """
+    settings = _Sampling(temperature, top_k, top_p, seed)
+    row = _Row.start(prompt, _stops(stop))
+    # A generator's body waits for the first piece; wrong arguments should not.
+    return _pieces(row, _steps(model, [row], max_new_bytes, settings))
+
+
+def _pieces(row: _Row, steps: Iterator[None]) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    given = 0
+    for _ in steps:
+        safe = len(row.text) - row.held_back()
+        if piece := decoder.decode(bytes(row.text[given:safe])):
+            yield piece
+        given = max(given, safe)
+    if piece := decoder.decode(bytes(row.text[given:]), final=True):
+        yield piece
+
+
+@dataclass(frozen=True)
+class _Sampling:
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    seed: int | None
+
+    def __post_init__(self) -> None:
+        check_sampling(self.temperature, self.top_k, self.top_p)
+
+    def at_step(self, step: int, base: int) -> dict[str, object]:
+        # Spread over the int64 range, so that runs with neighbouring seeds share no noise.
+        seed = (base * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03) % 2**63
+        return {
+            "temperature": self.temperature,
+            "top_k": self.top_k,
+            "top_p": self.top_p,
+            "seed": seed,
+            "valid_vocab": BYTES,
+        }
+
+
+@dataclass
+class _Row:
+    """One prompt and what followed it."""
+
+    window: list[int]
+    """The ids that the model sees."""
+    stops: list[bytes]
+    text: bytearray = field(default_factory=bytearray)
+    done: bool = False
+
+    @classmethod
+    def start(cls, prompt: Prompt, stops: list[bytes]) -> _Row:
+        if not isinstance(prompt, bytes | str):
+            raise ValueError(f"prompt: expected bytes or str, got {type(prompt).__name__}")
+        data = prompt.encode() if isinstance(prompt, str) else prompt
+        return cls([DOCUMENT_START, *data], stops)
+
+    def append(self, byte: int) -> None:
+        self.window.append(byte)
+        self.text.append(byte)
+        for stop in self.stops:
+            if self.text.endswith(stop):
+                del self.text[-len(stop) :]
+                self.done = True
+                return
+
+    def held_back(self) -> int:
+        """How many bytes at the end may be the beginning of a stop."""
+        if self.done:
+            return 0
+        return max((_overlap(self.text, stop) for stop in self.stops), default=0)
+
+
+def _overlap(text: bytearray, stop: bytes) -> int:
+    """Length of the longest end of text that a stop begins with."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def _stops(stop: Stop) -> list[bytes]:
+    stops = [] if stop is None else [stop] if isinstance(stop, bytes) else stop
+    if not isinstance(stops, list) or not all(isinstance(s, bytes) and s for s in stops):
+        raise ValueError(f"stop: expected None, bytes or a list of them, none empty, got {stop!r}")
+    return stops
+
+
+def _steps(
+    model: STLM, rows: list[_Row], max_new_bytes: int, settings: _Sampling
+) -> Iterator[None]:
+    if max_new_bytes < 0:
+        raise ValueError(f"max_new_bytes: expected at least 0, got {max_new_bytes}")
+    base = torch.randint(2**62, ()).item() if settings.seed is None else settings.seed
+    return _run_steps(model, rows, max_new_bytes, settings, int(base))
+
+
+def _run_steps(
+    model: STLM, rows: list[_Row], max_new_bytes: int, settings: _Sampling, base: int
+) -> Iterator[None]:
+    """Add a byte to every row that is not done, again and again."""
+    training = model.training
+    model.eval()
+    try:
+        for step in range(max_new_bytes):
+            if all(row.done for row in rows):
+                return
+            for row in rows:
+                row.window = fit_context(model, row.window)
+            # Finished rows stay in, so that the noise of the others does not depend on them.
+            for row, byte in zip(rows, _next_bytes(model, rows, settings, step, base), strict=True):
+                if not row.done:
+                    row.append(byte)
+            yield
+    finally:
+        model.train(training)
+
+
+@torch.no_grad()
+def _next_bytes(
+    model: STLM, rows: list[_Row], settings: _Sampling, step: int, base: int
+) -> list[int]:
+    device = model.embedding.weight.device
+    ids = torch.tensor([i for row in rows for i in row.window], dtype=torch.int16, device=device)
+    lengths = torch.tensor([0, *(len(row.window) for row in rows)], device=device)
+    borders = lengths.cumsum(0).int()
+    hidden = model.hidden(ids, cu_seqlens=borders)[borders[1:].long() - 1]
+    arguments = settings.at_step(step, base)
+    return model.embedding.sample(hidden, **arguments).tolist()  # type: ignore[arg-type]
+
+
+def fit_context(model: STLM, window: list[int]) -> list[int]:
+    """The window, or where it has outgrown the context its last half context or a little less.
+
+    The cut falls on the first patch border there, so that no patch is torn; a text without a
+    border there is cut at the half itself.
+    """
+    context = model.config.context
+    if len(window) <= context:
+        return window
+    earliest = len(window) - context // 2
+    starts = model.patcher(torch.tensor(window, dtype=torch.int16)).cu_patchlens[:-1]
+    after = starts[starts >= earliest]
+    return window[int(after[0]) if after.numel() else earliest :]

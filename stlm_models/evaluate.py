@@ -1,0 +1,104 @@
+"""Bits per byte: what the model needs for bytes that it has not seen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .config import DOCUMENT_START
+
+if TYPE_CHECKING:
+    from .model import STLM
+
+IDS_PER_CALL = 16_384
+IGNORED = -100
+
+
+@torch.no_grad()
+def bits_per_byte(
+    model: STLM,
+    data: bytes | list[bytes],
+    *,
+    context: int | None = None,
+    stride: int | None = None,
+) -> float:
+    """nats / (ln 2 x bytes), every byte scored exactly once.
+
+    Each document starts with id 256 as context. It is read in windows of `context` ids that move on
+    by `stride`; each scores the bytes that no window before has scored.
+
+    Args:
+        data: one document, or a list of them; at least one byte in all.
+        context: ids in a window; None is the config's.
+        stride: None is half the context.
+
+    Raises:
+        ValueError: for no bytes at all, a context below 1, or a stride outside 1..context.
+    """
+    documents = [data] if isinstance(data, bytes) else data
+    n_bytes = sum(len(document) for document in documents)
+    if n_bytes == 0:
+        raise ValueError("data: expected at least one byte, got none")
+    context = model.config.context if context is None else context
+    stride = max(1, context // 2) if stride is None else stride
+    if context < 1:
+        raise ValueError(f"context: expected at least 1, got {context}")
+    if not 1 <= stride <= context:
+        raise ValueError(f"stride: expected 1 to context = {context}, got {stride}")
+    windows = (window for document in documents for window in _windows(document, context, stride))
+    nats = 0.0
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in _batches(windows):
+            nats += _nats(model, batch)
+    finally:
+        model.train(was_training)
+    return nats / (math.log(2) * n_bytes)
+
+
+@dataclass(frozen=True)
+class _Window:
+    ids: NDArray[np.int16]
+    targets: NDArray[np.int16]
+
+
+def _windows(document: bytes, context: int, stride: int) -> Iterator[_Window]:
+    ids = np.concatenate(([DOCUMENT_START], np.frombuffer(document, np.uint8))).astype(np.int16)
+    scored = 0
+    for start in range(0, len(document), stride):
+        end = min(start + context, len(document))
+        targets = ids[start + 1 : end + 1].copy()
+        targets[: scored - start] = IGNORED
+        yield _Window(ids[start:end], targets)
+        scored = end
+        if end == len(document):
+            return
+
+
+def _batches(windows: Iterator[_Window]) -> Iterator[list[_Window]]:
+    batch: list[_Window] = []
+    n_ids = 0
+    for window in windows:
+        if batch and n_ids + len(window.ids) > IDS_PER_CALL:
+            yield batch
+            batch, n_ids = [], 0
+        batch.append(window)
+        n_ids += len(window.ids)
+    if batch:
+        yield batch
+
+
+def _nats(model: STLM, batch: list[_Window]) -> float:
+    device = model.embedding.weight.device
+    ids = torch.from_numpy(np.concatenate([window.ids for window in batch])).to(device)
+    targets = torch.from_numpy(np.concatenate([window.targets for window in batch])).to(device)
+    lengths = torch.tensor([0, *(len(window.ids) for window in batch)], device=device)
+    loss_sum, _ = model(ids, targets.long(), cu_seqlens=lengths.cumsum(0).int())
+    return float(loss_sum)

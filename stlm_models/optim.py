@@ -1,0 +1,83 @@
+"""The optimisers of a training run, and how their learning rates rise and fall."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+WARM_UP = 0.02
+DECAY = 0.5
+
+
+class Optimizers:
+    """Muon for the matrices between states, AdamW for tables, gains and null states.
+
+    Args:
+        model: whose parameters they move.
+        muon_lr, adamw_lr: peak learning rates.
+    """
+
+    def __init__(self, model: nn.Module, *, muon_lr: float, adamw_lr: float) -> None:
+        matrices = {
+            f"{name}.weight": module.weight
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear)
+        }
+        self.names: dict[Tensor, str] = {
+            parameter: name for name, parameter in model.named_parameters()
+        }
+        rest = [p for name, p in model.named_parameters() if name not in matrices]
+        self.peaks = {"muon": muon_lr, "adamw": adamw_lr}
+        self.parts: dict[str, torch.optim.Optimizer] = {
+            "muon": torch.optim.Muon(matrices.values(), lr=muon_lr, weight_decay=0.1),
+            "adamw": torch.optim.AdamW(
+                rest, lr=adamw_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+            ),
+        }
+
+    def step(self, lr_scale: float) -> None:
+        """Move the parameters by their gradients, which are dropped after that."""
+        for name, optimizer in self.parts.items():
+            for group in optimizer.param_groups:
+                group["lr"] = self.peaks[name] * lr_scale
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """All that the next step depends on besides the parameters, by name."""
+        return {
+            f"{part}.{self.names[parameter]}.{key}": value
+            for part, optimizer in self.parts.items()
+            for parameter, state in optimizer.state.items()
+            for key, value in state.items()
+        }
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what `state_tensors` gave.
+
+        Raises:
+            ValueError: for a tensor that belongs to no parameter, or not to one of its shape.
+        """
+        parameters = {
+            f"{part}.{self.names[parameter]}": (optimizer, parameter)
+            for part, optimizer in self.parts.items()
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+        for name, tensor in tensors.items():
+            owner, _, key = name.rpartition(".")
+            if owner not in parameters:
+                raise ValueError(f"checkpoint: {name} belongs to no parameter of this model")
+            optimizer, parameter = parameters[owner]
+            if tensor.shape not in ((), parameter.shape):
+                expected, got = tuple(parameter.shape), tuple(tensor.shape)
+                raise ValueError(f"checkpoint: {name}: expected shape {expected}, got {got}")
+            device = parameter.device if tensor.shape == parameter.shape else tensor.device
+            optimizer.state[parameter][key] = tensor.to(device)
+
+
+def lr_scale(progress: float) -> float:
+    """Warm up over the first 2% of the budget, stay, fall to zero over the last half."""
+    return min(1.0, (progress + 1e-3) / WARM_UP, max(0.0, 1 - progress) / DECAY)

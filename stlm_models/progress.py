@@ -1,0 +1,112 @@
+"""What a training run shows and keeps: a progress line, metrics as JSONL, a loss curve."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class ProgressLine:
+    """A bar on a terminal, a line every ten seconds elsewhere."""
+
+    def __init__(self) -> None:
+        from tqdm import tqdm
+
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=1.0, bar_format="{percentage:3.0f}%|{bar:20}| {desc}")
+        self._next_line = 0.0
+
+    def update(self, progress: float, text: str) -> None:
+        """Show how far the run is, 0 to 1."""
+        if self._bar is not None:
+            self._bar.n = min(1.0, progress)
+            self._bar.set_description_str(text)
+        elif time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
+            print(f"{progress:4.0%} {text}", file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class Metrics:
+    """JSON lines in `metrics.jsonl`, each written whole or not at all.
+
+    Args:
+        run: the run folder.
+        step: a resumed run drops what an interrupted one wrote after this step.
+    """
+
+    def __init__(self, run: Path, step: int = 0) -> None:
+        self.path = run / "metrics.jsonl"
+        kept = [record for record in read_metrics(run) if record["step"] <= step]
+        replace_file(self.path, "".join(map(_line, kept)).encode())
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append a record."""
+        size = self.path.stat().st_size
+        try:
+            with self.path.open("a") as file:
+                file.write(_line(record))
+        except OSError:
+            os.truncate(self.path, size)
+            raise
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The records of a run folder; a last line that was cut off is left out."""
+    path = run / "metrics.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith("\n")]
+
+
+def draw_loss_curve(run: Path) -> Path:
+    """Draw bits per byte over the minutes of the run into `loss.png`."""
+    import matplotlib.figure
+
+    records = read_metrics(run)
+    figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    minutes = [record["seconds"] / 60 for record in records]
+    axes.plot(minutes, [record["bits_per_byte"] for record in records], linewidth=1)
+    axes.set(xlabel="minutes", ylabel="bits per byte (training)", title=run.name)
+    axes.grid(alpha=0.3)
+    unfinished = run / ".loss.png"
+    try:
+        figure.savefig(unfinished, format="png", dpi=120)
+        unfinished.replace(run / "loss.png")
+    except OSError:
+        unfinished.unlink(missing_ok=True)
+        raise
+    return run / "loss.png"
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file so that it has the old content or the new, never a part."""
+    unfinished = path.with_name(f".{path.name}")
+    try:
+        unfinished.write_bytes(data)
+        unfinished.replace(path)
+    except OSError:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record) + "\n"

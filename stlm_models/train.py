@@ -1,0 +1,275 @@
+"""`python -m stlm_models.train --preset demo --minutes 10 --out runs/x`: train on real bytes.
+
+Without --data the corpus is the interpreter's own standard library. The run folder gets
+checkpoints, metrics.jsonl, loss.png and result.json; Ctrl-C saves, --resume goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gzip
+import json
+import lzma
+import math
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from .checkpoint import latest_checkpoint, load_checkpoint, require_extra
+from .config import preset
+from .data import Corpus, load_corpus
+from .evaluate import bits_per_byte
+from .progress import Metrics, ProgressLine, draw_loss_curve, replace_file
+from .trainer import StepResult, Trainer, TrainOptions, fastest_precision
+
+EXTRA = ("safetensors", "tqdm", "matplotlib")
+DEFAULT_MINUTES = 10.0
+STEPS_PER_RECORD = 10
+SAMPLE_BYTES = 48
+FINAL_SAMPLE_BYTES = 300
+SAMPLE_TEMPERATURE = 0.7
+INTERRUPTED = 130
+
+
+class Reporter:
+    """Shows and keeps how a run goes: progress line, metrics, samples, checkpoints."""
+
+    def __init__(self, trainer: Trainer, run: Path, arguments: argparse.Namespace) -> None:
+        self.trainer, self.run = trainer, run
+        self.sample_every, self.save_every = arguments.sample_every, arguments.save_every
+        self.line = ProgressLine()
+        self.metrics = Metrics(run, trainer.step)
+        self._last_sample = self._last_save = self._last_record = trainer.seconds
+        self._losses: list[float] = []
+        self._n_bytes = 0
+
+    def __call__(self, result: StepResult) -> None:
+        trainer = self.trainer
+        self._losses.append(result.loss)
+        self._n_bytes += result.n_bytes
+        if len(self._losses) == STEPS_PER_RECORD:
+            self._record()
+        if trainer.seconds - self._last_sample >= self.sample_every:
+            self._last_sample = trainer.seconds
+            self.line.say(f"sample: {sample(trainer, SAMPLE_BYTES)!r}")
+        if trainer.seconds - self._last_save >= self.save_every:
+            self._last_save = trainer.seconds
+            trainer.save(self.run)
+
+    def finish(self) -> None:
+        """Write what is left of the metrics and leave the progress line."""
+        if self._losses:
+            self._record()
+        self.line.close()
+
+    def _record(self) -> None:
+        trainer = self.trainer
+        loss = sum(self._losses) / len(self._losses)
+        rate = self._n_bytes / max(1e-9, trainer.seconds - self._last_record)
+        record = {
+            "step": trainer.step,
+            "seconds": round(trainer.seconds, 3),
+            "loss": loss,
+            "bits_per_byte": loss / math.log(2),
+            "bytes_per_second": round(rate),
+        }
+        self.metrics.write(record)
+        self.line.update(trainer.progress, _progress_text(record, trainer.progress))
+        self._losses, self._n_bytes, self._last_record = [], 0, trainer.seconds
+
+
+def _progress_text(record: dict[str, Any], progress: float) -> str:
+    left = record["seconds"] * (1 - progress) / progress
+    return (
+        f"step {record['step']}  loss {record['loss']:.4f}"
+        f"  {record['bits_per_byte']:.3f} bits/byte  {record['bytes_per_second']:,} bytes/s"
+        f"  {max(0, round(left)) // 60}:{max(0, round(left)) % 60:02d} left"
+    )
+
+
+def sample(trainer: Trainer, n_bytes: int) -> str:
+    """What the model writes of itself, the same noise each time."""
+    data = trainer.model.generate(
+        b"", max_new_bytes=n_bytes, temperature=SAMPLE_TEMPERATURE, seed=trainer.options.seed
+    )
+    return data.decode("utf-8", "replace")
+
+
+def judge(trainer: Trainer) -> dict[str, Any]:
+    """Held-out bits per byte of the model, of gzip -9 and of xz -9."""
+    held_out = trainer.corpus.held_out
+    data = b"".join(held_out)
+    with trainer.autocast():
+        bits = bits_per_byte(trainer.model, held_out)
+    return {
+        "step": trainer.step,
+        "seconds": round(trainer.seconds, 1),
+        "held_out_bytes": len(data),
+        "bits_per_byte": bits,
+        "gzip_9_bits_per_byte": 8 * len(gzip.compress(data, 9)) / len(data),
+        "xz_9_bits_per_byte": 8 * len(lzma.compress(data, preset=9)) / len(data),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train as the command line says; 1 and one line on stderr for bad input."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        require_extra(EXTRA)
+        trainer, run = _prepare(parsed)
+        run.mkdir(parents=True, exist_ok=True)
+    except (ValueError, ImportError, OSError) as error:
+        return _fail(error)
+    try:
+        return _train(trainer, run, parsed)
+    except OSError as error:
+        return _fail(error)
+    except KeyboardInterrupt:
+        print("stopped; what was saved stays", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _fail(error: Exception) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return 1
+
+
+def _prepare(arguments: argparse.Namespace) -> tuple[Trainer, Path]:
+    """Everything that can be wrong with the input is found here, before a file is written."""
+    run = arguments.out
+    if run is None:
+        run = Path("runs") / time.strftime(f"{arguments.preset or 'demo'}-%Y%m%d-%H%M%S")
+    if arguments.resume:
+        trainer = _resumed(arguments, run)
+    else:
+        if latest_checkpoint(run) is not None:
+            raise ValueError(f"out: expected a folder without a run, got {run}; add --resume")
+        config = preset(arguments.preset or "demo")
+        options = _options(arguments, {"precision": arguments.precision or fastest_precision()})
+        trainer = Trainer(config, _corpus(arguments), options)
+    return trainer, run
+
+
+def _resumed(arguments: argparse.Namespace, run: Path) -> Trainer:
+    checkpoint = load_checkpoint(run)
+    if arguments.preset is not None and preset(arguments.preset) != checkpoint.config:
+        different = [
+            f"{field.name} {getattr(checkpoint.config, field.name)!r}"
+            for field in dataclasses.fields(checkpoint.config)
+            if getattr(checkpoint.config, field.name)
+            != getattr(preset(arguments.preset), field.name)
+        ]
+        raise ValueError(
+            f"preset: expected the configuration of the checkpoint in {run}"
+            f" ({', '.join(different)}), got {arguments.preset!r}"
+        )
+    missing = {"step", "seconds", "options", "train_sha256"} - checkpoint.state.keys()
+    if missing:
+        raise ValueError(
+            f"checkpoint: expected one of a training run, got one without {sorted(missing)}"
+        )
+    saved = checkpoint.state["options"]
+    for name in ("rows", "seed", "precision", "muon_lr", "adamw_lr"):
+        given = getattr(arguments, name)
+        if given is not None and given != saved[name]:
+            raise ValueError(f"{name}: expected {saved[name]} as the run began with, got {given}")
+    return Trainer.resume(checkpoint, _corpus(arguments), _options(arguments, saved))
+
+
+def _options(arguments: argparse.Namespace, base: dict[str, Any]) -> TrainOptions:
+    """The options given on top of those of `base`; a budget given replaces the one there."""
+    names = {field.name for field in dataclasses.fields(TrainOptions)}
+    given = {name: value for name, value in vars(arguments).items() if name in names}
+    given = {name: value for name, value in given.items() if value is not None}
+    if "minutes" in given or "steps" in given:
+        base = {name: value for name, value in base.items() if name not in ("minutes", "steps")}
+    elif "minutes" not in base:
+        base = {**base, "minutes": DEFAULT_MINUTES}
+    return TrainOptions(**{**base, **given})
+
+
+def _corpus(arguments: argparse.Namespace) -> Corpus:
+    corpus = load_corpus(arguments.data)
+    print(f"corpus: {corpus.name}", *corpus.describe(), sep="\n", file=sys.stderr)
+    return corpus
+
+
+def _train(trainer: Trainer, run: Path, arguments: argparse.Namespace) -> int:
+    n_parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    print(f"{n_parameters:,} parameters, {trainer.options.precision}, {run}", file=sys.stderr)
+    reporter = Reporter(trainer, run, arguments)
+    with _Interrupt() as interrupt:
+        finished = trainer.run(reporter, interrupt.requested)
+        reporter.finish()
+        trainer.save(run)
+        draw_loss_curve(run)
+        if not finished:
+            print(f"stopped and saved; go on with  --resume --out {run}", file=sys.stderr)
+            return INTERRUPTED
+    n_bytes = sum(map(len, trainer.corpus.held_out))
+    print(f"judging by {n_bytes:,} held-out bytes", file=sys.stderr)
+    result = judge(trainer)
+    replace_file(run / "result.json", (json.dumps(result, indent=1) + "\n").encode())
+    print(
+        f"held out, {result['held_out_bytes']:,} bytes: {result['bits_per_byte']:.4f} bits per byte"
+        f" (gzip -9: {result['gzip_9_bits_per_byte']:.4f},"
+        f" xz -9: {result['xz_9_bits_per_byte']:.4f})"
+    )
+    print(f"sample:\n{sample(trainer, FINAL_SAMPLE_BYTES)}")
+    return 0
+
+
+class _Interrupt:
+    """Turns the first Ctrl-C or SIGTERM into a request that is met between two steps."""
+
+    def __init__(self) -> None:
+        self._requested = False
+
+    def requested(self) -> bool:
+        return self._requested
+
+    def __enter__(self) -> _Interrupt:
+        self._previous = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._requested:
+            raise KeyboardInterrupt
+        self._requested = True
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m stlm_models.train",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--preset", help="shape of the model (default: demo, or the checkpoint's)")
+    add("--out", type=Path, help="run folder (default: a new one under runs/)")
+    add("--data", nargs="+", metavar="PATH", help="files, folders or globs (default: the stdlib)")
+    add("--resume", action="store_true", help="go on from the checkpoint in --out")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--minutes", type=float, help="time budget (default: 10)")
+    budget.add_argument("--steps", type=int, help="budget in steps instead")
+    add("--rows", type=int, help="windows of one context in a step")
+    add("--seed", type=int, help="of the parameters and the order of the data")
+    add("--precision", choices=("fp32", "bf16"), help="default: the faster one on this machine")
+    add("--muon-lr", type=float, help="peak learning rate of the matrices")
+    add("--adamw-lr", type=float, help="peak learning rate of the rest")
+    add("--sample-every", type=float, default=30.0, metavar="SECONDS")
+    add("--save-every", type=float, default=120.0, metavar="SECONDS")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
