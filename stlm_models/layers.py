@@ -10,7 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stlm_kernels import Patches, byte_pool, find_patches, segment_pool, unpool
+from stlm_kernels import (
+    Patches,
+    byte_pool,
+    find_patches,
+    linear_cross_entropy,
+    segment_pool,
+    unpool,
+)
 
 from .attention import Attention, document_starts
 from .norms import rms_norm
@@ -170,20 +177,24 @@ class TiedEmbedding(nn.Module):
             return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
 
     def loss(
-        self,
-        x: Tensor,
-        target: Tensor,
-        *,
-        reduction: str = "mean",
-        ignore_index: int = -100,
-    ) -> Tensor:
-        """Cross entropy of x (..., D) against target (...), in nats and fp32."""
-        return F.cross_entropy(
-            self.logits(x).flatten(0, -2),
-            target.flatten().long(),
-            reduction=reduction,
+        self, x: Tensor, targets: Tensor, *, ignore_index: int = -100
+    ) -> tuple[Tensor, Tensor]:
+        """Cross entropy of x (..., D) against targets (...), without the logits in memory.
+
+        Returns:
+            (loss_sum, n_valid): nats over the targets not ignored, and their number, both 0-d.
+        """
+        loss_sum = linear_cross_entropy(
+            x,
+            self.weight,
+            targets,
+            reduction="sum",
             ignore_index=ignore_index,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+            valid_vocab=self.vocab_size,
         )
+        return loss_sum, (targets.long() != ignore_index).sum()
 
     def sample(
         self,

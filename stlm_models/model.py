@@ -139,8 +139,7 @@ class STLM(nn.Module):
         hidden = self.hidden(byte_ids, cu_seqlens=cu_seqlens, patches=patches)
         if targets is None:
             return self.embedding.logits(hidden)
-        loss_sum = self.embedding.loss(hidden, targets, reduction="sum", ignore_index=IGNORED)
-        return loss_sum, (targets != IGNORED).sum()
+        return self.embedding.loss(hidden, targets, ignore_index=IGNORED)
 
     def hidden(
         self,

@@ -449,8 +449,9 @@ class TestModules:
         rows = [table.weight[[1, 2]].mean(0), table.weight[256]]
         torch.testing.assert_close(pooled, torch.stack(rows))
         target = torch.tensor([3, -100, 255, 0])
-        mean = F.cross_entropy(expected, target)
-        torch.testing.assert_close(table.loss(x, target), mean)
+        loss_sum, n_valid = table.loss(x, target)
+        torch.testing.assert_close(loss_sum, F.cross_entropy(expected, target, reduction="sum"))
+        assert n_valid.item() == 3
 
     def test_ngram_hashes_by_the_formula(self) -> None:
         ids, cu_seqlens = packed([TEXT, b"z", TEXT[::-1]])

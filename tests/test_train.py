@@ -79,7 +79,7 @@ class TestRun:
     ) -> None:
         run = tmp_path / "run"
         arguments = ("--data", text, "--out", run, "--steps", 25, "--rows", 2)
-        assert train(*arguments, "--precision", "fp32", "--sample-every", 0.5) == 0
+        assert train(*arguments, "--precision", "fp32", "--sample-every", 0.01) == 0
         output = capsys.readouterr()
         assert "held out, 318 bytes:" in output.out
         assert "gzip -9:" in output.out
