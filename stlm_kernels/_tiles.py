@@ -90,7 +90,7 @@ def stlm_segment_sum(
         rows = start + slot
         mask = (rows < end)[:, None] & (columns < D)[None, :]
         x = tl.load(x_ptr + rows[:, None] * D + columns[None, :], mask=mask, other=0.0)
-        acc += x.to(tl.float32)
+        acc += x.to(stored).to(tl.float32)  # under autocast x is wider than the result
     if MEAN:
         acc = acc / tl.maximum(end - start, 1).to(tl.float32)[:, None]
     mask = own[:, None] & (columns < D)[None, :]

@@ -198,6 +198,34 @@ def test_compile_fullgraph(spec: OpSpec, case: Case, way: Way) -> None:
         torch.testing.assert_close(x, traced_grads[name], rtol=1e-5, atol=1e-5)
 
 
+@RESULT_LANES
+@pytest.mark.parametrize(("spec", "case"), op_cases("smoke"))
+def test_autocast(spec: OpSpec, case: Case, way: Way) -> None:
+    """fp32 arguments are rounded when loaded: results as of 16-bit ones, gradients in fp32."""
+    skip_unless_covered(spec, way, grad=True)
+    if way.dtype != torch.float32:
+        pytest.skip("autocast is about fp32 arguments")
+    # The interpreter computes bf16 wrongly.
+    narrow = torch.float16 if way.impl == "triton" and way.device == "cpu" else torch.bfloat16
+    inputs = inputs_of(spec, case, way)
+    stored = {
+        name: value.detach().to(narrow)
+        if isinstance(value, Tensor) and value.is_floating_point() and not name.endswith("bias")
+        else value
+        for name, value in inputs.items()
+    }
+    want, want_grads = run(spec, spec.op, require_grads(spec, stored), impl=way.impl)
+    with torch.autocast(way.device, narrow):
+        got = results(spec.op(**inputs, impl=way.impl))
+    assert_same(got, want)
+    grads = gradients(spec, inputs, got, upstream_of(got))
+    eps = torch.finfo(narrow).eps
+    for name, grad in grads.items():
+        assert grad.dtype == torch.float32
+        scale = float(want_grads[name].abs().max())
+        torch.testing.assert_close(grad, want_grads[name].float(), rtol=eps, atol=eps * scale)
+
+
 @pytest.mark.parametrize(("spec", "case"), first_cases())
 def test_gradcheck_of_the_torch_path(spec: OpSpec, case: Case) -> None:
     """First and second derivatives, against finite differences in fp64."""

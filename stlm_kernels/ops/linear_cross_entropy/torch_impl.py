@@ -34,9 +34,11 @@ def summed_loss(
 ) -> Tensor:
     """0-d sum of the row losses in fp32 (fp64 for fp64 rows)."""
     rows, weight, bias = widened(rows, weight, bias, options.valid_vocab)
-    if _checks.inside_torch_func():
-        return plain_row_losses(rows, weight, targets, bias, options)[0].sum()
-    return _SummedLoss.apply(rows, weight, targets, bias, options, torch.is_grad_enabled())
+    # The operands are rounded; autocast would round the logits as well.
+    with torch.autocast(rows.device.type, enabled=False):
+        if _checks.inside_torch_func():
+            return plain_row_losses(rows, weight, targets, bias, options)[0].sum()
+        return _SummedLoss.apply(rows, weight, targets, bias, options, torch.is_grad_enabled())
 
 
 class _SummedLoss(torch.autograd.Function):

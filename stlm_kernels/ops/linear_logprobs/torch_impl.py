@@ -28,9 +28,10 @@ def row_losses(
 ) -> tuple[Tensor, Tensor]:
     """(loss, lse), each (N,) in fp32 (fp64 for fp64 rows)."""
     rows, weight, bias = widened(rows, weight, bias, options.valid_vocab)
-    if _checks.inside_torch_func():
-        return plain_row_losses(rows, weight, targets, bias, options)
-    return _RowLosses.apply(rows, weight, targets, bias, options)
+    compute = plain_row_losses if _checks.inside_torch_func() else _RowLosses.apply
+    # The operands are rounded; autocast would round the logits as well.
+    with torch.autocast(rows.device.type, enabled=False):
+        return compute(rows, weight, targets, bias, options)
 
 
 def widened(

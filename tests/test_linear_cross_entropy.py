@@ -1,0 +1,209 @@
+"""What is special to linear_cross_entropy: reductions, options, memory, agreement with torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import Way
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from stlm_kernels import linear_cross_entropy
+
+EVERY_LANE = pytest.mark.lanes("cpu", "interpret", "gpu")
+
+
+def example(rows: int, width: int, vocab: int, way: Way) -> tuple[Tensor, Tensor, Tensor]:
+    rng = torch.Generator().manual_seed(rows)
+    hidden = torch.randn(rows, width, generator=rng).to(way.device, way.dtype)
+    weight = (torch.randn(vocab, width, generator=rng) / width**0.5).to(way.device, way.dtype)
+    target = torch.randint(0, vocab, (rows,), generator=rng).to(way.device)
+    return hidden.requires_grad_(), weight.requires_grad_(), target
+
+
+@EVERY_LANE
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_agrees_with_torch(way: Way, reduction: str) -> None:
+    hidden, weight, target = example(40, 24, 50, way)
+    target[::5] = -100
+    ours = linear_cross_entropy(hidden, weight, target, reduction=reduction, impl=way.impl)
+    wide = torch.promote_types(way.dtype, torch.float32)
+    logits = F.linear(hidden.to(wide), weight.to(wide))
+    stock = F.cross_entropy(logits, target, reduction=reduction)
+    assert ours.dtype == wide
+    torch.testing.assert_close(ours, stock, rtol=1e-5, atol=1e-5)
+
+
+@EVERY_LANE
+def test_no_row_counted(way: Way) -> None:
+    """The mean of nothing is NaN, like torch; its gradients are exactly 0, unlike others'."""
+    hidden, weight, _ = example(6, 8, 20, way)
+    ignored = torch.full((6,), -100, device=way.device)
+    mean = linear_cross_entropy(hidden, weight, ignored, impl=way.impl)
+    total = linear_cross_entropy(hidden, weight, ignored, reduction="sum", impl=way.impl)
+    assert mean.isnan()
+    assert total == 0
+    for loss in (mean, total):
+        for grad in torch.autograd.grad(loss, (hidden, weight)):
+            assert (grad == 0).all()
+
+
+@EVERY_LANE
+def test_no_row_at_all(way: Way) -> None:
+    hidden, weight, target = example(0, 8, 20, way)
+    assert linear_cross_entropy(hidden, weight, target, impl=way.impl).isnan()
+    assert linear_cross_entropy(hidden, weight, target, reduction="sum", impl=way.impl) == 0
+    rows = linear_cross_entropy(hidden, weight, target, reduction="none", impl=way.impl)
+    assert rows.shape == (0,)
+    total = linear_cross_entropy(hidden, weight, target, reduction="sum", impl=way.impl)
+    grads = torch.autograd.grad(total, (hidden, weight))
+    assert (grads[1] == 0).all()
+
+
+@EVERY_LANE
+def test_the_upstream_gradient_of_each_row_counts(way: Way) -> None:
+    """Not the first row's for all (a peer's bug for a year), nor one compared on the host."""
+    hidden, weight, target = example(30, 16, 40, way)
+    upstream = torch.linspace(-2, 3, 30, device=way.device)
+    rows = linear_cross_entropy(hidden, weight, target, reduction="none", impl=way.impl)
+    (got,) = torch.autograd.grad(rows, hidden, upstream.to(rows.dtype), retain_graph=True)
+    for i in (0, 11, 29):
+        (alone,) = torch.autograd.grad(rows[i], hidden, retain_graph=True)
+        eps = torch.finfo(way.dtype).eps
+        want = alone[i].double() * float(upstream[i])
+        torch.testing.assert_close(
+            got[i].double(), want, rtol=8 * eps, atol=8 * eps * float(want.abs().max())
+        )
+
+
+@EVERY_LANE
+def test_a_tiny_mean_keeps_its_gradient_in_16_bits(way: Way) -> None:
+    """1/N goes in after the products: nothing underflows in fp16."""
+    hidden, weight, target = example(64, 16, 40, way)
+    loss = linear_cross_entropy(hidden, weight, target, impl=way.impl)
+    (small,) = torch.autograd.grad(loss * 2**-14, weight, retain_graph=True)
+    (plain,) = torch.autograd.grad(loss, weight)
+    if way.dtype == torch.float16:
+        # What is left is the rounding of the result itself to fp16's subnormals.
+        assert float((small.double() * 2**14 - plain.double()).abs().max()) <= 2**-11
+    else:
+        assert torch.equal(small * 2**14, plain)
+
+
+@EVERY_LANE
+@given(
+    rows=st.integers(0, 40),
+    width=st.integers(1, 40),
+    vocab=st.integers(1, 300),
+    smoothing=st.sampled_from([0.0, 0.1, 1.0]),
+    ignored=st.booleans(),
+)
+def test_any_shape(
+    way: Way, rows: int, width: int, vocab: int, smoothing: float, ignored: bool
+) -> None:
+    if way.dtype not in (torch.float32, torch.float64):
+        pytest.skip("shapes do not depend on the dtype")
+    hidden, weight, target = example(rows, width, vocab, way)
+    if ignored and rows:
+        target[rows // 2] = -100
+    options: dict[str, Any] = {"reduction": "sum", "label_smoothing": smoothing}
+    ours = linear_cross_entropy(hidden, weight, target, impl=way.impl, **options)
+    stock = F.cross_entropy(F.linear(hidden, weight), target, **options)
+    torch.testing.assert_close(ours, stock, rtol=1e-5, atol=1e-4)
+    got = torch.autograd.grad(ours, (hidden, weight))
+    want = torch.autograd.grad(stock, (hidden, weight))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+class LargestTensor(TorchDispatchMode):
+    """The most elements that any result of an aten op has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(x, Tensor):
+                self.elements = max(self.elements, x.numel())
+        return out
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(("rows", "vocab"), [(20_000, 257), (700, 8000)])
+def test_the_logits_never_exist(reduction: str, rows: int, vocab: int) -> None:
+    """On the torch path a chunk of them does, whatever the number of rows."""
+    way = Way("torch", "cpu", torch.float32)
+    hidden, weight, target = example(rows, 4, vocab, way)
+    with LargestTensor() as largest:
+        linear_cross_entropy(hidden, weight, target, reduction=reduction).sum().backward()
+    assert largest.elements <= max(1 << 20, 256 * vocab)
+    assert largest.elements < rows * vocab / 2
+
+
+def test_evaluation_forms_no_gradient() -> None:
+    way = Way("torch", "cpu", torch.float32)
+    hidden, weight, target = example(100, 16, 50, way)
+
+    class Products(LargestTensor):
+        count = 0
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            self.count += "mm" in str(func)
+            return super().__torch_dispatch__(func, types, args, kwargs)
+
+    with Products() as products, torch.no_grad():
+        linear_cross_entropy(hidden, weight, target)
+    assert products.count == 1
+    with Products() as products:
+        linear_cross_entropy(hidden, weight, target)
+    assert products.count == 3
+
+
+def test_training_with_it_follows_stock_torch() -> None:
+    """The same model, the same steps: the same losses."""
+    rng = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 30, (64,), generator=rng)
+    table = torch.randn(30, 16, generator=rng)
+
+    def losses(fused: bool) -> list[float]:
+        weight = table.clone().requires_grad_()
+        found = []
+        for _ in range(30):
+            hidden = F.embedding(ids[:-1], weight)
+            if fused:
+                loss = linear_cross_entropy(hidden, weight, ids[1:])
+            else:
+                loss = F.cross_entropy(hidden @ weight.T, ids[1:])
+            (grad,) = torch.autograd.grad(loss, weight)
+            weight = (weight - 0.5 * grad).detach().requires_grad_()
+            found.append(loss.item())
+        return found
+
+    ours, stock = losses(fused=True), losses(fused=False)
+    assert stock[-1] < stock[0] / 2
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(stock), rtol=5e-3, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"reduction": "max"}, "reduction: expected one of 'mean', 'sum', 'none', got 'max'"),
+        ({"label_smoothing": 1.5}, r"label_smoothing: expected a number in \[0, 1\], got 1.5"),
+        ({"z_loss": -1.0}, "z_loss: expected a finite number >= 0, got -1.0"),
+        ({"z_loss": float("nan")}, "z_loss: expected a finite number >= 0, got nan"),
+    ],
+)
+def test_bad_options(change: dict[str, Any], message: str) -> None:
+    hidden, weight, target = example(3, 4, 5, Way("torch", "cpu", torch.float32))
+    with pytest.raises(ValueError, match=message):
+        linear_cross_entropy(hidden, weight, target, **change)
