@@ -2,6 +2,8 @@
 
 All take turns, so that a drifting machine slows them alike. A median above 1.05 times the best
 peer's is a miss: printed and recorded. Above 1.25 in each of three repeats fails the command.
+Judged is what a caller waits for, evaluation and forward with backward; the two halves of the
+latter are shown, since an op may rightly do the work of one in the other.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from .timing import interleaved_medians
 from .work import CaseData, Job, Task, entries_of, passes_of, task_of
 
 MISS, FAILURE, REPEATS = 1.05, 1.25, 3
+JUDGED = ("no-grad", "fwd+bwd")
+VERDICTS = ("met", "missed", "FAILED", "shown")
 Medians = Callable[[Sequence[Task], int], list[float]]
 
 
@@ -40,6 +44,8 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
+        if self.direction not in JUDGED:
+            return "shown"
         if len(self.ratios) == REPEATS and min(self.ratios) > FAILURE:
             return "FAILED"
         return "missed" if self.ratios[-1] > MISS else "met"
@@ -67,7 +73,8 @@ def compare(
     first_look = medians(tasks, 5)
     best = 1 + min(range(len(tasks) - 1), key=lambda k: first_look[k + 1])
     ratios: list[float] = []
-    while len(ratios) < REPEATS and (not ratios or ratios[-1] > FAILURE):
+    repeats = REPEATS if direction in JUDGED else 1
+    while len(ratios) < repeats and (not ratios or ratios[-1] > FAILURE):
         count = max(5, min(rounds, int(1.0 / max(first_look[0] + first_look[best], 1e-6))))
         ours, peer = medians([tasks[0], tasks[best]], count)
         ratios.append(ours / peer)
@@ -118,10 +125,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [asdict(each) | {"verdict": each.verdict} for each in found]
     path.write_text(json.dumps({"machine": about, "comparisons": rows}, indent=1))
-    counts = {verdict: sum(x.verdict == verdict for x in found) for verdict in ("met", "missed")}
-    failed = len(found) - sum(counts.values())
-    print(f"{counts['met']} met, {counts['missed']} missed, {failed} failed; {path}")
-    return 1 if failed else 0
+    counts = {verdict: sum(x.verdict == verdict for x in found) for verdict in VERDICTS}
+    print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()) + f"; {path}")
+    return 1 if counts["FAILED"] else 0
 
 
 if __name__ == "__main__":

@@ -7,8 +7,7 @@ is fastest with, the patch of each byte where it needs one. It must compute what
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -16,34 +15,9 @@ from torch import Tensor
 
 from stlm_kernels._spec import Case, Inputs
 
+from . import head_peers
 from .blt_patches import by_comparison, by_search, patches_by_document
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One implementation of one op.
-
-    Args:
-        name: what tables and test names call it.
-        function: takes the converted inputs as keyword arguments; returns what the op returns.
-        convert: makes those from the op's own inputs, outside the timing.
-        unsupported: why it cannot run a case, or None.
-        ours: held to the library's tolerance rule; peers may be less exact.
-        compiled: run through torch.compile.
-        loose_gradients: why its gradients rightly differ from ours; recorded, not asserted.
-    """
-
-    name: str
-    function: Callable[..., Any]
-    convert: Callable[[Inputs], Inputs] = dict
-    unsupported: Callable[[Case], str | None] = lambda case: None
-    ours: bool = False
-    compiled: bool = False
-    loose_gradients: str = ""
-
-
-def _compiled(peer: Entry) -> Entry:
-    return replace(peer, name=f"compiled {peer.name}", compiled=True)
+from .entry import Entry, compiled
 
 
 def _patch_of(cu_patchlens: Tensor) -> Tensor:  # (T,) int64
@@ -234,8 +208,8 @@ PEERS: dict[str, tuple[Entry, ...]] = {
         ),
         _EMBED_SEGMENT_REDUCE,
         Entry("embedding + index_add", _embed_index_add, _with_patch_ids),
-        _compiled(_BAG),
-        _compiled(_EMBED_SEGMENT_REDUCE),
+        compiled(_BAG),
+        compiled(_EMBED_SEGMENT_REDUCE),
     ),
     "segment_pool": (
         Entry(
@@ -248,17 +222,18 @@ PEERS: dict[str, tuple[Entry, ...]] = {
         _INDEX_ADD,
         _SCATTER_REDUCE,
         Entry("gather of edges", _edge_gather, _segment_inputs, _only("first", "last")),
-        _compiled(_INDEX_ADD),
-        _compiled(replace(_SCATTER_REDUCE, unsupported=_only("max"))),
+        compiled(_INDEX_ADD),
+        compiled(replace(_SCATTER_REDUCE, unsupported=_only("max"))),
     ),
     "unpool": (
         _INDEX_SELECT,
         Entry("embedding + add", _unpool_embedding, _with_table_rows),
         Entry("gather + where + add", _unpool_where, _with_table_rows),
-        _compiled(_INDEX_SELECT),
+        compiled(_INDEX_SELECT),
     ),
     "find_patches": (
         Entry("BLT's comparison", patches_by_document(by_comparison)),
         Entry("searchsorted by document", patches_by_document(by_search)),
     ),
+    **head_peers.PEERS,
 }

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _launch
+from ._dispatch import kernels_interpreted
 
 SUM_BLOCK = 1024
 
@@ -122,3 +123,36 @@ def segment_sum(
         D=width, MEAN=mean, device=x.device, **config,
     )  # fmt: skip
     return out
+
+
+@triton.jit
+def logits_tile(
+    h_ptr, w_ptr, bias_ptr, rows, live, columns, valid, scale, cap,
+    D: tl.constexpr, DOT: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """(columns, rows) logits after scale and cap; columns that do not exist are -inf."""
+    in_vocab = columns < valid
+    acc = tl.zeros((columns.shape[0], rows.shape[0]), tl.float32)
+    for first in range(0, D, BLOCK_D):
+        d = first + tl.arange(0, BLOCK_D)
+        w_mask = in_vocab[:, None] & (d < D)[None, :]
+        w = tl.load(w_ptr + columns.to(tl.int64)[:, None] * D + d[None, :], mask=w_mask, other=0.0)
+        h_mask = (d < D)[:, None] & live[None, :]
+        h = tl.load(h_ptr + rows[None, :] * D + d[:, None], mask=h_mask, other=0.0)
+        acc = tl.dot(w.to(DOT), h.to(DOT), acc, input_precision="ieee")
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + columns, mask=in_vocab, other=0.0).to(tl.float32)[:, None]
+    z = acc * scale
+    if cap > 0:
+        # tanh, by what the interpreter knows as well
+        z = cap * (2.0 * tl.sigmoid(2.0 * z / cap) - 1.0)
+    return tl.where(in_vocab[:, None], z, float("-inf"))
+
+
+def dot_type(dtype: torch.dtype) -> tl.dtype:
+    """The products' operands; the interpreter computes 16-bit ones wrongly or not at all."""
+    if kernels_interpreted() and dtype == torch.bfloat16:
+        return tl.float32
+    return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[
+        dtype
+    ]

@@ -196,7 +196,8 @@ def assert_causal(
     ahead shows when the text ends.
 
     Args:
-        fn: maps ids (length,) int64 to logits (length, V), deterministically (eval mode).
+        fn: maps ids (length,) int64 to logits (length, V), deterministically (eval mode) and in
+            float32 or float64: 16-bit logits round by more than a small leak moves them.
         vocab_size: ids are drawn below it.
         length: positions to try.
         seed: of the text and its changes.

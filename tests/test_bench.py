@@ -298,7 +298,7 @@ def test_verdicts_of_the_check(ratios: list[float], verdict: str) -> None:
     def medians(tasks: Sequence[Task], rounds: int) -> list[float]:
         return [left.pop(0), *[1.0] * (len(tasks) - 1)]
 
-    found = check.compare(SPEC, CASE, "fwd", data, medians, 5)
+    found = check.compare(SPEC, CASE, "fwd+bwd", data, medians, 5)
     assert found is not None
     assert (found.verdict, found.ratios, left) == (verdict, ratios, [])
 

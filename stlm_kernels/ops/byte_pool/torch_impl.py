@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import _checks
+from ..._rounding import rounded
 
 PIECE = 1024
-"""Longest run of one id that is summed by one thread before the runs' sums are added up."""
+"""Longest run of one id that a thread of a GPU sums before the runs' sums are added up."""
 
 
 def byte_pool(
@@ -30,43 +31,24 @@ def byte_pool(
 ) -> Tensor:
     """(P, D) in `out_dtype`."""
     wide = torch.promote_types(out_dtype, torch.float32)
-    table = _rounded(weight, out_dtype, wide)
+    table = rounded(weight, out_dtype, wide)
     patches, lead = cu_patchlens.shape[0] - 1, 0
     if _checks.values_visible(byte_ids, cu_patchlens):
-        ids, borders, poison = byte_ids[: int(cu_patchlens[-1])].int(), cu_patchlens, None
+        last = int(cu_patchlens[-1])
+        ids = (byte_ids if last == byte_ids.shape[0] else byte_ids[:last]).int()
+        borders, poison = cu_patchlens, None
     else:
         ids, table, borders, poison = _made_safe(byte_ids, table, cu_patchlens)
         patches, lead = patches + 1, 1
     if slot_gain is not None:
-        ids, table = _gained(ids, table, borders, _rounded(slot_gain, out_dtype, wide), poison)
+        ids, table = _gained(ids, table, borders, rounded(slot_gain, out_dtype, wide), poison)
     elif poison is not None:
         table = table + poison
     arguments = (ids, table.contiguous(), borders, patches, mean)
     recorded = torch.is_grad_enabled() and table.requires_grad
     pool = _Pool.apply if recorded or _checks.inside_torch_func() else _pool
-    return pool(*arguments)[lead:].to(out_dtype)
-
-
-class _Rounded(torch.autograd.Function):
-    """What another dtype holds of x, widened. The gradient passes without being rounded twice."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, dtype: torch.dtype, wide: torch.dtype) -> Tensor:
-        return x.to(dtype).to(wide)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.dtype = inputs[0].dtype
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return grads[0].to(ctx.dtype), None, None
-
-
-def _rounded(x: Tensor, dtype: torch.dtype, wide: torch.dtype) -> Tensor:
-    return x.to(wide) if x.dtype == dtype else _Rounded.apply(x, dtype, wide)
+    pooled = pool(*arguments).to(out_dtype)
+    return pooled[lead:] if lead else pooled
 
 
 def _made_safe(
@@ -113,13 +95,14 @@ def _scales(borders: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _bag_sum(rows: Tensor, table: Tensor, borders: Tensor, weights: Tensor | None = None) -> Tensor:
-    return F.embedding_bag(
-        rows, table, borders, mode="sum", include_last_offset=True, per_sample_weights=weights
-    )
+    # Beneath F.embedding_bag, whose checks cost as much as a small bag: mode 0 is "sum", and the
+    # last argument says that the last border is given.
+    return torch.embedding_bag(table, rows, borders, False, 0, False, weights, True)[0]
 
 
 def _pool(ids: Tensor, table: Tensor, borders: Tensor, patches: int, mean: bool) -> Tensor:
-    out = _bag_sum(ids, table, borders)[:patches]
+    out = _bag_sum(ids, table, borders)
+    out = out if out.shape[0] == patches else out[:patches]
     return out.mul_(_scales(borders, table.dtype)[:patches, None]) if mean else out
 
 
@@ -144,12 +127,18 @@ def _backward(grad: Tensor, ids: Tensor, borders: Tensor, vocab: int, mean: bool
     total, device = ids.shape[0], ids.device
     if total == 0 or grad.shape[0] == 0:
         return grad.new_zeros(vocab, grad.shape[1])
-    key, order = torch.sort(ids.to(torch.uint8) if vocab <= 256 else ids, stable=True)
+    # Radix sorts take time by the width of their keys.
+    key_dtype = torch.uint8 if vocab <= 256 else torch.int16 if vocab <= 32_768 else ids.dtype
+    key, order = torch.sort(ids.to(key_dtype), stable=True)
     patch = _patch_of(borders, total).index_select(0, order)
     scales = _scales(borders, grad.dtype).index_select(0, patch) if mean else None
-    grad = F.pad(grad, (0, 0, 0, borders.shape[0] - 1 - grad.shape[0])).contiguous()
+    missing = borders.shape[0] - 1 - grad.shape[0]
+    grad = F.pad(grad, (0, 0, 0, missing)) if missing else grad.contiguous()
     every = torch.arange(vocab + 1, device=device, dtype=torch.int32)
     runs = torch.searchsorted(key.int(), every, out_int32=True)
+    if not ids.is_cuda:
+        return _bag_sum(patch, grad, runs, scales)
+    # One thread of a GPU would add up all occurrences of the most frequent byte.
     cuts = torch.arange(0, total, PIECE, device=device, dtype=torch.int32)
     pieces, _ = torch.sort(torch.cat([runs, cuts]))
     partial = _bag_sum(patch, grad, pieces, scales)

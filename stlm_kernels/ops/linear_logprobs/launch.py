@@ -21,7 +21,6 @@ def unsupported_reasons(
     *,
     input: Tensor,
     linear_weight: Tensor,
-    target: Tensor,
     valid_vocab: int | None = None,
     **_: Any,
 ) -> list[str]:

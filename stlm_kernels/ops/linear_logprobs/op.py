@@ -99,6 +99,28 @@ def check(
     valid_vocab: int | None,
 ) -> RowOptions:
     """The checks that every loss of this family shares; the options in plain numbers."""
+    valid = check_projection(input, linear_weight, linear_bias, softcap, logit_scale, valid_vocab)
+    _checks.require_tensor(
+        "target", target, tuple(input.shape[:-1]), _checks.ID_DTYPES, input.device
+    )
+    if ignore_index is not None:
+        _checks.require_int("ignore_index", ignore_index)
+    ignored = IGNORE_NOTHING if ignore_index is None else ignore_index
+    if _checks.values_visible(target):
+        wide = target.long()
+        _checks.check_id_values("target", torch.where(wide == ignored, 0, wide), 0, valid)
+    return RowOptions(ignored, softcap or 0.0, float(logit_scale), valid)
+
+
+def check_projection(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    valid_vocab: int | None,
+) -> int:
+    """The checks of everything that makes logits from hidden states; the columns that exist."""
     _checks.require(isinstance(input, Tensor), "input", "a Tensor", type(input).__name__)
     _checks.require(input.ndim >= 1, "input", "at least one dimension", tuple(input.shape))
     _checks.require_tensor("input", input, tuple(input.shape), _checks.FLOATS)
@@ -106,7 +128,6 @@ def check(
     _checks.require_tensor("linear_weight", linear_weight, ("V", width), weights, device)
     vocab = linear_weight.shape[0]
     _checks.require(vocab >= 1, "linear_weight", "V >= 1", tuple(linear_weight.shape))
-    _checks.require_tensor("target", target, tuple(input.shape[:-1]), _checks.ID_DTYPES, device)
     if linear_bias is not None:
         _checks.require_tensor("linear_bias", linear_bias, (vocab,), weights, device)
     valid = vocab if valid_vocab is None else valid_vocab
@@ -116,13 +137,7 @@ def check(
         ok = math.isfinite(softcap) and softcap > 0
         _checks.require(ok, "softcap", "None or a finite number > 0", softcap)
     _checks.require(math.isfinite(logit_scale), "logit_scale", "a finite number", logit_scale)
-    if ignore_index is not None:
-        _checks.require_int("ignore_index", ignore_index)
-    ignored = IGNORE_NOTHING if ignore_index is None else ignore_index
-    if _checks.values_visible(target):
-        wide = target.long()
-        _checks.check_id_values("target", torch.where(wide == ignored, 0, wide), 0, valid)
-    return RowOptions(ignored, softcap or 0.0, float(logit_scale), valid)
+    return valid
 
 
 def row_losses(

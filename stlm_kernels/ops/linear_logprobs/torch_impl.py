@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import _checks
+from ..._rounding import rounded
 
 if TYPE_CHECKING:
     from .op import RowOptions
@@ -43,7 +44,7 @@ def widened(
     """
     dtype = _checks.output_dtype(rows)
     wide = torch.promote_types(dtype, torch.float32)
-    rows, weight = (x.to(dtype).to(wide) for x in (rows, weight[:valid]))
+    rows, weight = (rounded(x, dtype, wide) for x in (rows, weight[:valid]))
     return rows, weight, None if bias is None else bias[:valid].to(wide)
 
 
@@ -63,7 +64,8 @@ def form_chunk(
     """Logits and losses of some rows, from ops that torch differentiates any number of times."""
     kept = targets.long() != options.ignore_index
     index, bad = _safe_targets(targets, kept, options.valid_vocab)
-    inputs = torch.where(kept[:, None], rows, 0)
+    every_row_counts = _checks.values_visible(targets) and bool(kept.all())
+    inputs = rows if every_row_counts else torch.where(kept[:, None], rows, 0)
     logits = F.linear(inputs, weight, bias)
     if options.logit_scale != 1.0:
         logits = logits * options.logit_scale

@@ -25,33 +25,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import _launch
-from ..._dispatch import kernels_interpreted
-from ..._tiles import sum_splits
+from ..._tiles import dot_type, logits_tile, sum_splits
 from . import launch
-
-
-@triton.jit
-def _logits_tile(
-    h_ptr, w_ptr, bias_ptr, rows, live, columns, valid, scale, cap,
-    D: tl.constexpr, DOT: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """(columns, rows) logits after scale and cap; columns that do not exist are -inf."""
-    in_vocab = columns < valid
-    acc = tl.zeros((columns.shape[0], rows.shape[0]), tl.float32)
-    for first in range(0, D, BLOCK_D):
-        d = first + tl.arange(0, BLOCK_D)
-        w_mask = in_vocab[:, None] & (d < D)[None, :]
-        w = tl.load(w_ptr + columns.to(tl.int64)[:, None] * D + d[None, :], mask=w_mask, other=0.0)
-        h_mask = (d < D)[:, None] & live[None, :]
-        h = tl.load(h_ptr + rows[None, :] * D + d[:, None], mask=h_mask, other=0.0)
-        acc = tl.dot(w.to(DOT), h.to(DOT), acc, input_precision="ieee")
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + columns, mask=in_vocab, other=0.0).to(tl.float32)[:, None]
-    z = acc * scale
-    if cap > 0:
-        # tanh, by what the interpreter knows as well
-        z = cap * (2.0 * tl.sigmoid(2.0 * z / cap) - 1.0)
-    return tl.where(in_vocab[:, None], z, float("-inf"))
 
 
 @triton.jit
@@ -83,13 +58,13 @@ def stlm_linear_logprobs_fwd(
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     targets, live, bad = _row_targets(target_ptr, rows, n_rows, ignore_index, valid)
     columns = tl.arange(0, MAIN)
-    z = _logits_tile(
+    z = logits_tile(
         h_ptr, w_ptr, bias_ptr, rows, live, columns, valid, scale, cap, D, DOT, HAS_BIAS, BLOCK_D
     )
     top, total, picked, plain = _statistics(z, columns, targets, valid)
     if TAIL > 0:
         columns = MAIN + tl.arange(0, TAIL)
-        z = _logits_tile(
+        z = logits_tile(
             h_ptr, w_ptr, bias_ptr, rows, live, columns, valid, scale, cap,
             D, DOT, HAS_BIAS, BLOCK_D,
         )  # fmt: skip
@@ -155,7 +130,7 @@ def stlm_linear_logprobs_bwd_rows(
         n_rows, valid, z_loss, ignore_index, dloss_stride,
     )  # fmt: skip
     main = tl.arange(0, MAIN)
-    z = _logits_tile(
+    z = logits_tile(
         h_ptr, w_ptr, bias_ptr, rows, live, main, valid, scale, cap, D, DOT, HAS_BIAS, BLOCK_D
     )
     grad = _dlogits(
@@ -163,7 +138,7 @@ def stlm_linear_logprobs_bwd_rows(
     ).to(DOT)  # fmt: skip
     if TAIL > 0:
         tail = MAIN + tl.arange(0, TAIL)
-        z = _logits_tile(
+        z = logits_tile(
             h_ptr, w_ptr, bias_ptr, rows, live, tail, valid, scale, cap, D, DOT, HAS_BIAS, BLOCK_D
         )
         grad_tail = _dlogits(
@@ -210,7 +185,7 @@ def stlm_linear_logprobs_bwd_weight(
             target_ptr, top_ptr, log_total_ptr, dloss_ptr, dlse_ptr, unit, rows,
             n_rows, valid, z_loss, ignore_index, dloss_stride,
         )  # fmt: skip
-        z = _logits_tile(
+        z = logits_tile(
             h_ptr, w_ptr, bias_ptr, rows, live, columns, valid, scale, cap,
             D, DOT, HAS_BIAS, BLOCK_D,
         )  # fmt: skip
@@ -251,7 +226,7 @@ def launch_fwd(
         stlm_linear_logprobs_fwd, _launch.ceil_div(count, config["BLOCK_N"]),
         rows, weight, weight if bias is None else bias.contiguous(), targets, *outputs,
         count, valid_vocab, logit_scale, softcap, label_smoothing, z_loss, ignore_index,
-        D=width, DOT=_dot_type(dot_dtype), HAS_BIAS=bias is not None, MAIN=main, TAIL=tail,
+        D=width, DOT=dot_type(dot_dtype), HAS_BIAS=bias is not None, MAIN=main, TAIL=tail,
         device=rows.device, **config,
     )  # fmt: skip
     return tuple(outputs)
@@ -285,7 +260,7 @@ def launch_bwd_rows(
         targets.contiguous(), top, log_total, dloss, dlse.contiguous(),
         _largest_upstream(dloss, dlse), drows,
         count, valid, logit_scale, softcap, smoothing, z_loss, ignore_index, dloss.stride(0),
-        D=width, DOT=_dot_type(dot_dtype), HAS_BIAS=bias is not None, MAIN=main, TAIL=tail,
+        D=width, DOT=dot_type(dot_dtype), HAS_BIAS=bias is not None, MAIN=main, TAIL=tail,
         device=rows.device, **config,
     )  # fmt: skip
     return drows
@@ -329,7 +304,7 @@ def launch_bwd_weight(
             unit, dweight, dbias,
             count, valid, logit_scale, softcap, smoothing, z_loss, ignore_index, run,
             dloss.stride(0),
-            D=width, DOT=_dot_type(dot_dtype), HAS_BIAS=bias is not None,
+            D=width, DOT=dot_type(dot_dtype), HAS_BIAS=bias is not None,
             FIRST=first, COLUMNS=columns, BLOCK_V=block, device=device, **config | warps,
         )  # fmt: skip
     table = _padded(sum_splits(dweight, weight.dtype), weight.shape[0])
@@ -351,12 +326,3 @@ def _largest_upstream(dloss: Tensor, dlse: Tensor) -> Tensor:
     distinct = dloss[:1] if dloss.stride(0) == 0 else dloss
     unit = torch.maximum(distinct.abs().amax(), dlse.abs().amax())
     return torch.where(unit > 0, unit, 1.0).view(1)
-
-
-def _dot_type(dtype: torch.dtype) -> tl.dtype:
-    """The products' operands; the interpreter computes 16-bit ones wrongly or not at all."""
-    if kernels_interpreted() and dtype == torch.bfloat16:
-        return tl.float32
-    return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[
-        dtype
-    ]

@@ -1,0 +1,67 @@
+"""Stock compositions of the projection and its loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from stlm_kernels._spec import Case, Inputs
+
+from .entry import Entry, compiled
+
+
+def _logits(inputs: Inputs) -> Tensor:
+    z = F.linear(inputs["input"], inputs["linear_weight"], inputs.get("linear_bias"))
+    return (z * inputs["logit_scale"] if inputs["logit_scale"] != 1 else z).float()
+
+
+def _plain_head(case: Case) -> str | None:
+    """The benchmark's cases have no cap and no padded table; a peer would need code for each."""
+    special = {"cap", "valid"} & set(case.sizes)
+    return f"it has no {' and no '.join(sorted(special))}" if special else None
+
+
+def _linear_cross_entropy(**inputs: Any) -> Tensor:
+    return F.cross_entropy(_logits(inputs), inputs["target"].long(), reduction=inputs["reduction"])
+
+
+def _torch_linear_cross_entropy(**inputs: Any) -> Tensor:
+    fused = F.linear_cross_entropy  # type: ignore[attr-defined]
+    return fused(
+        inputs["input"],
+        inputs["linear_weight"],
+        inputs["target"].long(),
+        linear_bias=inputs.get("linear_bias"),
+        reduction=inputs["reduction"],
+    )
+
+
+def _has_torch_linear_cross_entropy(case: Case) -> str | None:
+    if not hasattr(F, "linear_cross_entropy"):
+        return "this torch has no F.linear_cross_entropy"
+    return _plain_head(case)
+
+
+def _linear_log_softmax(**inputs: Any) -> tuple[Tensor, Tensor]:
+    z = _logits(inputs)
+    target = inputs["target"].long()[..., None]
+    return z.log_softmax(-1).gather(-1, target)[..., 0], z.logsumexp(-1)
+
+
+_LINEAR_CE = Entry("F.linear + F.cross_entropy", _linear_cross_entropy, unsupported=_plain_head)
+_LINEAR_LOGP = Entry("F.linear + log_softmax", _linear_log_softmax, unsupported=_plain_head)
+
+PEERS: dict[str, tuple[Entry, ...]] = {
+    "linear_logprobs": (_LINEAR_LOGP, compiled(_LINEAR_LOGP)),
+    "linear_cross_entropy": (
+        _LINEAR_CE,
+        Entry(
+            "F.linear_cross_entropy",
+            _torch_linear_cross_entropy,
+            unsupported=_has_torch_linear_cross_entropy,
+        ),
+        compiled(_LINEAR_CE),
+    ),
+}

@@ -1,0 +1,23 @@
+"""`python -m stlm_kernels.env`: what a bug report needs, from a fresh process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import torch
+
+from stlm_kernels.registry import OPS
+
+
+def test_the_command_says_which_path_each_op_takes_and_why() -> None:
+    command = [sys.executable, "-m", "stlm_kernels.env"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert f"torch: {torch.__version__}" in done.stdout
+    lines = done.stdout.splitlines()
+    for name in OPS:
+        (line,) = [line for line in lines if line.startswith(f"  {name}: ")]
+        assert "torch: " in line or line.endswith("triton")
+    if not torch.cuda.is_available():
+        assert "device: cpu, no CUDA device" in lines
+        assert "the kernels run on CUDA devices" in done.stdout
