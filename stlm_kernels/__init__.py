@@ -8,6 +8,8 @@ from .ops.byte_pool import byte_pool
 from .ops.find_patches import Patches, find_patches
 from .ops.linear_cross_entropy import linear_cross_entropy
 from .ops.linear_logprobs import linear_logprobs
+from .ops.linear_sample import linear_sample
+from .ops.patch_attention import patch_attention
 from .ops.segment_pool import segment_pool
 from .ops.unpool import unpool
 
@@ -18,6 +20,8 @@ __all__ = [
     "find_patches",
     "linear_cross_entropy",
     "linear_logprobs",
+    "linear_sample",
+    "patch_attention",
     "segment_pool",
     "unpool",
 ]

@@ -30,12 +30,13 @@ def require_choice(name: str, value: Any, choices: Sequence[str]) -> None:
 
 
 def require_int(name: str, value: Any) -> None:
-    require(_is_int(value), name, "an int", repr(value))
+    if not _is_int(value):  # a traced int has no repr to prepare
+        raise ValueError(f"{name}: expected an int, got {value!r}")
 
 
 def require_int_at_least(name: str, value: Any, minimum: int) -> None:
-    ok = _is_int(value) and value >= minimum
-    require(ok, name, f"an int >= {minimum}", repr(value))
+    if not (_is_int(value) and value >= minimum):
+        raise ValueError(f"{name}: expected an int >= {minimum}, got {value!r}")
 
 
 def _is_int(value: Any) -> bool:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from stlm_kernels import linear_sample
+
 from .config import BYTES, DOCUMENT_START
-from .sampling import check_sampling
 
 if TYPE_CHECKING:
     from .model import STLM
@@ -38,7 +39,7 @@ def generate(
     Args:
         prompt: bytes, or text to encode as UTF-8; may be empty.
         max_new_bytes: how many at most.
-        temperature, top_k, top_p: see `sampling.sample_ids`; special ids are never drawn.
+        temperature, top_k, top_p: see `stlm_kernels.linear_sample`; special ids are never drawn.
         seed: same seed, same bytes; None draws one from torch's generator.
         stop: end before the first of these; the result does not contain it.
 
@@ -123,7 +124,10 @@ class _Sampling:
     seed: int | None
 
     def __post_init__(self) -> None:
-        check_sampling(self.temperature, self.top_k, self.top_p)
+        # The op knows what is allowed. Asked here, it says so before the first byte is awaited.
+        nothing = torch.zeros(1, 1)
+        options = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+        linear_sample(nothing, nothing, seed=0, **options)  # type: ignore[arg-type]
 
     def at_step(self, step: int, base: int) -> dict[str, object]:
         # Spread over the int64 range, so that runs with neighbouring seeds share no noise.

@@ -15,13 +15,13 @@ from stlm_kernels import (
     byte_pool,
     find_patches,
     linear_cross_entropy,
+    linear_sample,
     segment_pool,
     unpool,
 )
 
 from .attention import Attention, document_starts
 from .norms import rms_norm
-from .sampling import sample_ids
 
 __all__ = [
     "Attention",
@@ -203,16 +203,20 @@ class TiedEmbedding(nn.Module):
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
-        seed: int | None = None,
+        seed: int | Tensor | None = None,
         valid_vocab: int | None = None,
     ) -> Tensor:
-        """Next ids from hidden states: (..., D) -> (...) int64. See `sampling.sample_ids`."""
-        return sample_ids(
-            self.logits(x, valid_vocab=valid_vocab),
+        """Next ids from hidden states: (..., D) -> (...) int64. See `stlm_kernels.linear_sample`."""
+        return linear_sample(
+            x,
+            self.weight,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
             seed=seed,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+            valid_vocab=self.vocab_size if valid_vocab is None else valid_vocab,
         )
 
 

@@ -16,7 +16,7 @@ from stlm_models import STLM
 from stlm_models.config import DOCUMENT_START
 from stlm_models.decoding import fit_context
 from stlm_models.generate import main
-from stlm_models.sampling import sample_ids
+from stlm_models.layers import TiedEmbedding
 
 
 @pytest.fixture(scope="module", name="model")
@@ -122,9 +122,9 @@ class TestGenerate:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({"temperature": -1.0}, "temperature: expected at least 0, got -1.0"),
-            ({"temperature": float("nan")}, "temperature: expected at least 0"),
-            ({"top_k": 0}, "top_k: expected None or at least 1, got 0"),
+            ({"temperature": -1.0}, "temperature: expected a finite number >= 0, got -1.0"),
+            ({"temperature": float("nan")}, "temperature: expected a finite number >= 0"),
+            ({"top_k": 0}, "top_k: expected an int >= 1, got 0"),
             ({"top_p": 0.0}, r"top_p: expected None or a number in \(0, 1\], got 0.0"),
             ({"max_new_bytes": -1}, "max_new_bytes: expected at least 0, got -1"),
             ({"stop": b""}, "stop: expected None, bytes or a list"),
@@ -187,6 +187,13 @@ class TestStream:
         text = model.generate(b"a", max_new_bytes=40, seed=2)
         pieces = model.stream(b"a", max_new_bytes=40, seed=2)
         assert "".join(pieces) == codecs.decode(text, "utf-8", "replace")
+
+
+def sample_ids(logits: Tensor, **options: Any) -> Tensor:
+    """Ids from hidden states that a table of unit vectors turns into these logits."""
+    head = TiedEmbedding(logits.shape[-1], logits.shape[-1])
+    head.weight.data = torch.eye(*head.weight.shape)
+    return head.sample(logits, **options)
 
 
 class TestSampling:

@@ -31,6 +31,13 @@ CASES = (
     case("bench", T=MILLION, how="starts", max=16, S=128, C=MILLION // 4, text="english"),
     case("bench_cpu", T=65_536, how="space", max=16, S=8, C=16_384, text="english"),
     case("bench_cpu", T=65_536, how="space", max=16, S=8, text="code"),
+    # Small and large calls have other configurations.
+    case("aot", T=4096, how="space", max=16, S=4, C=1024),
+    case("aot", T=MILLION, how="space", max=16, S=4, C=1024),
+    case("aot", T=MILLION, how="space", S=4, C=1024, ids="int64"),
+    case("aot", T=MILLION, how="fixed", size=6, S=4, C=1024),
+    case("aot", T=4096, how="starts", max=16, S=4, C=1024),
+    case("aot", T=MILLION, how="closes", S=4, C=1024),
 )
 
 
@@ -83,4 +90,10 @@ SPEC = OpSpec(
     cases=CASES,
     bytes_moved=bytes_moved,
     flops=flops,
+    kernels=(
+        "find_patches_blocks",
+        "find_patches_carry",
+        "find_patches_write",
+        "find_patches_finish",
+    ),
 )

@@ -1,4 +1,4 @@
-"""The public find_patches: contract, checks, dispatch."""
+"""The public find_patches: contract, checks, dispatch, the registered op."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ... import _checks
-from ..._dispatch import Impl, without_kernel
+from ... import _checks, _library
+from ..._dispatch import Impl, use_triton
 from . import torch_impl
+from .launch import unsupported_reasons
 
 RULES = ("space", "fixed")
 
@@ -67,7 +68,7 @@ def find_patches(
         capacity: at least 1: exactly this many slots, unused ones empty at the last offset, with
             static shapes and without a synchronisation. None: the exact number of patches, which
             costs one synchronisation and cannot be compiled with fullgraph.
-        impl: "auto" or "torch"; there is no kernel yet.
+        impl: "auto", "triton" or "torch".
 
     Returns:
         Patches(cu_patchlens, patch_ids, read_ids, n_patches, cu_seqlens). The last offset is
@@ -80,10 +81,11 @@ def find_patches(
             or option; on CPU in eager mode also document borders that do not start at 0, decrease,
             or end beyond T.
         IndexError: on CPU in eager mode, a negative id under rule "space".
-        NotImplementedError: impl="triton".
+        NotImplementedError: impl="triton" cannot run this call; the message lists why.
 
     Numerics:
-        Integers only. Borders of a prefix of the bytes are a prefix of the borders.
+        Integers only, equal on both paths. Borders of a prefix of the bytes are a prefix of the
+        borders.
 
     Source: the space rule is SpaceByte's (arXiv 2404.14408) with the border moved behind the byte
     that is already known; masks serve BLT (arXiv 2412.09871) and H-Net (arXiv 2507.07955).
@@ -93,7 +95,13 @@ def find_patches(
     for name, value in (("max_patch_len", max_patch_len), ("capacity", capacity)):
         if value is not None:
             _checks.require_int_at_least(name, value, 1)
-    without_kernel("find_patches", impl, byte_ids.device)
+    if use_triton(
+        "find_patches", impl, byte_ids.device, unsupported_reasons,
+        byte_ids=byte_ids, rule=rule, capacity=capacity,
+    ):  # fmt: skip
+        return _by_kernels(
+            byte_ids, rule, starts, closes, patch_size, max_patch_len, cu_seqlens, capacity
+        )
     return Patches(
         *torch_impl.find_patches(
             byte_ids, starts, closes, patch_size, max_patch_len, cu_seqlens, capacity
@@ -145,3 +153,49 @@ def _check_not_negative(byte_ids: Tensor) -> None:
         raise IndexError(
             f"byte_ids: expected values >= 0, got {int(byte_ids[position])} at position {position}"
         )
+
+
+def _by_kernels(
+    byte_ids: Tensor,
+    rule: str | None,
+    starts: Tensor | None,
+    closes: Tensor | None,
+    patch_size: int | None,
+    max_patch_len: int | None,
+    cu_seqlens: Tensor | None,
+    capacity: int | None,
+) -> Patches:
+    mask = closes if starts is None else starts
+    how = rule or ("closes" if starts is None else "starts")
+    # There are never more patches than bytes, so without a capacity only unused slots are cut off.
+    slots = max(1, byte_ids.shape[0]) if capacity is None else capacity
+    patches = Patches(*_FWD(byte_ids, mask, how, patch_size, max_patch_len, cu_seqlens, slots))
+    if capacity is not None:
+        return patches
+    exact = patches.cu_patchlens[: int(patches.n_patches) + 1].clone()
+    return patches._replace(cu_patchlens=exact)
+
+
+def _fwd_meta(
+    byte_ids: Tensor,
+    mask: Tensor | None,
+    how: str,
+    patch_size: int | None,
+    max_patch_len: int | None,
+    cu_seqlens: Tensor | None,
+    capacity: int,
+) -> tuple[Tensor, ...]:
+    total = byte_ids.shape[0]
+    borders = 2 if cu_seqlens is None else cu_seqlens.shape[0]
+    shapes = ((capacity + 1,), (total,), (total,), (), (borders,))
+    return tuple(byte_ids.new_empty(shape, dtype=torch.int32) for shape in shapes)
+
+
+_FWD = _library.register(
+    "find_patches_fwd(Tensor byte_ids, Tensor? mask, str how, SymInt? patch_size, "
+    "SymInt? max_patch_len, Tensor? cu_seqlens, SymInt capacity) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    launcher="find_patches:launch_fwd",
+    meta=_fwd_meta,
+    flops=lambda *_, **__: 0,
+)
