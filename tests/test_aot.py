@@ -21,7 +21,14 @@ from stlm_kernels.registry import OPS
 pytestmark = pytest.mark.lanes("aot")
 
 MMA_OPCODE = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
-SPILLS_ALLOWED: dict[tuple[str, int], str] = {}
+TUNED_FOR_90 = "the default tile is sized for sm_90; a smaller one forms the logits more often"
+SPILLS_ALLOWED: dict[tuple[str, int], str] = {
+    ("stlm_byte_pool_bwd", 100): "11 instructions, in fp32 alone, which no matrix unit serves",
+    ("stlm_linear_logprobs_fwd", 100): TUNED_FOR_90,
+    ("stlm_linear_logprobs_bwd_rows", 80): TUNED_FOR_90,
+    ("stlm_linear_logprobs_bwd_rows", 100): TUNED_FOR_90,
+    ("stlm_linear_logprobs_bwd_weight", 80): TUNED_FOR_90,
+}
 """(kernel, architecture) -> the written reason why its spills are accepted."""
 
 WITH_KERNELS = [pytest.param(spec, id=name) for name, spec in OPS.items() if spec.kernels]
