@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from conftest import Way
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stlm_kernels import Patches, explain, find_patches, segment_pool, unpool
+from stlm_kernels import Patches, _launch, explain, find_patches, segment_pool, unpool
 from stlm_kernels.ops.find_patches.reference import reference
 from stlm_kernels.testing import assert_causal
 
 WAYS_TO_CUT = ("space", "fixed", "starts", "closes")
+RESULT_LANES = pytest.mark.lanes("cpu", "interpret", "gpu")
 TEXT = b"ab  cd, e\xc3\xa9f!x"
+Cut = Callable[..., Patches]
 
 
 def ints(*values: int) -> Tensor:
@@ -37,11 +41,37 @@ def assert_equal(got: Patches, want: Patches) -> None:
         assert a.tolist() == b.tolist(), name
 
 
+def small_blocks(device: str) -> dict[str, dict[str, int]]:
+    """So that short texts take several blocks, and several rounds of the scan over them."""
+    bytes_, blocks = (16, 2) if device == "cpu" else (32, 32)  # a warp has 32 lanes
+    return {
+        "find_patches_write": {"BLOCK": bytes_, "num_warps": 1},
+        "find_patches_carry": {"BLOCK": blocks, "num_warps": 1},
+    }
+
+
+@pytest.fixture
+def cut(way: Way) -> Cut:
+    """find_patches on this way, kernels in small blocks; arguments and results on the CPU."""
+    if way.dtype != torch.float32:
+        pytest.skip("no floats here")
+
+    def call(byte_ids: Tensor, **options: Any) -> Patches:
+        given = {"byte_ids": byte_ids, **options}
+        moved = {k: v.to(way.device) if isinstance(v, Tensor) else v for k, v in given.items()}
+        with _launch.overriding(small_blocks(way.device)):
+            got = find_patches(**moved, impl=way.impl)
+        return Patches(*(x.cpu() for x in got))
+
+    return call
+
+
 # ---- by hand ----------------------------------------------------------------------------------
 
 
-def test_space_rule_closes_on_the_first_spacelike_byte_of_a_run() -> None:
-    got = find_patches(text_ids(), rule="space")
+@RESULT_LANES
+def test_space_rule_closes_on_the_first_spacelike_byte_of_a_run(cut: Cut) -> None:
+    got = cut(text_ids(), rule="space")
     # "ab ", " cd,", " e\xc3", "\xa9f!", "x": the lead byte of an accent closes, its tail does not.
     assert got.cu_patchlens.tolist() == [0, 3, 7, 10, 13, 14]
     assert got.patch_ids.tolist() == [0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4]
@@ -51,92 +81,115 @@ def test_space_rule_closes_on_the_first_spacelike_byte_of_a_run() -> None:
     assert got.cu_seqlens.tolist() == [0, 5]
 
 
-def test_space_rule_classifies_every_id() -> None:
+@RESULT_LANES
+def test_space_rule_classifies_every_id(way: Way) -> None:
     """After a letter, in a document of two bytes: only a byte that closes has a patch to read."""
-    pairs = torch.stack([torch.full((300,), ord("a")), torch.arange(300)], 1)
-    documents = torch.arange(0, 601, 2, dtype=torch.int32)
-    got = find_patches(pairs.flatten(), rule="space", cu_seqlens=documents)
+    others = torch.arange(301, device=way.device)
+    others[300] = 2**32 + ord("a")  # no letter, although its lower bits are one
+    pairs = torch.stack([torch.full_like(others, ord("a")), others], 1)
+    documents = torch.arange(0, 603, 2, dtype=torch.int32, device=way.device)
+    got = find_patches(pairs.flatten(), rule="space", cu_seqlens=documents, impl=way.impl)
     closing = (got.read_ids[1::2] >= 0).nonzero().flatten().tolist()
     letters = b"0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
-    assert closing == sorted(set(range(300)) - set(letters) - set(range(0x80, 0xC0)))
+    assert closing == sorted(set(range(301)) - set(letters) - set(range(0x80, 0xC0)))
 
 
-def test_a_document_that_begins_with_a_space_closes_there() -> None:
-    got = find_patches(text_ids(b"a  b"), rule="space", cu_seqlens=ints(0, 2, 4))
+@RESULT_LANES
+def test_a_document_that_begins_with_a_space_closes_there(cut: Cut) -> None:
+    got = cut(text_ids(b"a  b"), rule="space", cu_seqlens=ints(0, 2, 4))
     assert got.cu_patchlens.tolist() == [0, 2, 3, 4]
     assert got.read_ids.tolist() == [-1, 0, 1, 1]
 
 
-def test_starts_are_read_one_patch_back() -> None:
+@RESULT_LANES
+def test_starts_are_read_one_patch_back(cut: Cut) -> None:
     ids = text_ids(b"abcdefgh")
-    got = find_patches(ids, starts=mask(8, 3, 5))
+    got = cut(ids, starts=mask(8, 3, 5))
     assert got.cu_patchlens.tolist() == [0, 3, 5, 8]
     assert got.read_ids.tolist() == [-1, -1, -1, 0, 0, 1, 1, 1]
-    capped = find_patches(ids, starts=mask(8, 3, 5), max_patch_len=2)
+    capped = cut(ids, starts=mask(8, 3, 5), max_patch_len=2)
     assert capped.cu_patchlens.tolist() == [0, 2, 3, 5, 7, 8]
     # Reaching the limit is known at once; being followed by a start is not.
     assert capped.read_ids.tolist() == [-1, 0, 0, 1, 2, 2, 3, 3]
 
 
-def test_forced_closes_restart_at_natural_ones() -> None:
-    got = find_patches(text_ids(b"abcdefg"), closes=mask(7, 3), max_patch_len=3)
+@RESULT_LANES
+def test_forced_closes_restart_at_natural_ones(cut: Cut) -> None:
+    got = cut(text_ids(b"abcdefg"), closes=mask(7, 3), max_patch_len=3)
     assert got.cu_patchlens.tolist() == [0, 3, 4, 7]
     assert got.read_ids.tolist() == [-1, -1, 0, 1, 1, 1, 2]
-    got = find_patches(text_ids(b"abcdefghij"), rule="fixed", patch_size=5, max_patch_len=3)
+    got = cut(text_ids(b"abcdefghij"), rule="fixed", patch_size=5, max_patch_len=3)
     assert got.cu_patchlens.tolist() == [0, 3, 5, 8, 10]
 
 
-def test_fixed_counts_from_the_document() -> None:
-    got = find_patches(text_ids(b"abcdefgh"), rule="fixed", patch_size=3, cu_seqlens=ints(0, 4, 8))
+@RESULT_LANES
+def test_fixed_counts_from_the_document(cut: Cut) -> None:
+    got = cut(text_ids(b"abcdefgh"), rule="fixed", patch_size=3, cu_seqlens=ints(0, 4, 8))
     assert got.cu_patchlens.tolist() == [0, 3, 4, 7, 8]
     assert got.read_ids.tolist() == [-1, -1, 0, 0, -1, -1, 2, 2]
     assert got.cu_seqlens.tolist() == [0, 2, 4]
 
 
-def test_documents_may_be_empty_and_end_before_the_bytes() -> None:
-    got = find_patches(text_ids(b"abcdef"), closes=mask(6, 1), cu_seqlens=ints(0, 0, 3, 3, 4))
+@RESULT_LANES
+def test_documents_may_be_empty_and_end_before_the_bytes(cut: Cut) -> None:
+    got = cut(text_ids(b"abcdef"), closes=mask(6, 1), cu_seqlens=ints(0, 0, 3, 3, 4))
     assert got.cu_patchlens.tolist() == [0, 2, 3, 4]
     assert got.patch_ids.tolist() == [0, 0, 1, 2, -1, -1]
     assert got.read_ids.tolist() == [-1, 0, 0, -1, -1, -1]
     assert got.cu_seqlens.tolist() == [0, 0, 2, 2, 3]
-    nothing = find_patches(text_ids(b"abc"), closes=mask(3, 1), cu_seqlens=ints(0))
+    nothing = cut(text_ids(b"abc"), closes=mask(3, 1), cu_seqlens=ints(0))
     assert nothing.cu_patchlens.tolist() == [0]
     assert nothing.patch_ids.tolist() == [-1, -1, -1]
     assert nothing.cu_seqlens.tolist() == [0]
 
 
-def test_unused_slots_are_empty_at_the_last_offset() -> None:
-    got = find_patches(text_ids(b"abcd"), closes=mask(4, 1), cu_seqlens=ints(0, 3), capacity=5)
+@RESULT_LANES
+def test_unused_slots_are_empty_at_the_last_offset(cut: Cut) -> None:
+    got = cut(text_ids(b"abcd"), closes=mask(4, 1), cu_seqlens=ints(0, 3), capacity=5)
     assert got.cu_patchlens.tolist() == [0, 2, 3, 3, 3, 3]
     assert got.n_patches.item() == 2
     assert got.cu_seqlens.tolist() == [0, 2]
 
 
-def test_overflow_reads_the_last_slot_of_the_own_document() -> None:
+@RESULT_LANES
+def test_overflow_reads_the_last_slot_of_the_own_document(cut: Cut) -> None:
     options: dict[str, Any] = {"rule": "fixed", "patch_size": 2, "cu_seqlens": ints(0, 6, 10)}
-    got = find_patches(text_ids(b"abcdefghij"), **options, capacity=2)
+    got = cut(text_ids(b"abcdefghij"), **options, capacity=2)
     assert got.cu_patchlens.tolist() == [0, 2, 4]
     assert got.patch_ids.tolist() == [0, 0, 1, 1, *[-1] * 6]
     assert got.read_ids.tolist() == [-1, 0, 0, 1, 1, 1, -1, -1, -1, -1]
     assert got.n_patches.item() == 5
     assert got.cu_seqlens.tolist() == [0, 2, 2]
-    got = find_patches(text_ids(b"abcdefghij"), **options, capacity=4)
+    got = cut(text_ids(b"abcdefghij"), **options, capacity=4)
     assert got.cu_patchlens.tolist() == [0, 2, 4, 6, 8]
     assert got.read_ids.tolist() == [-1, 0, 0, 1, 1, 2, -1, 3, 3, 3]
     assert got.cu_seqlens.tolist() == [0, 3, 4]
 
 
+@RESULT_LANES
+def test_a_document_that_begins_where_slots_end_reads_nothing(cut: Cut) -> None:
+    options: dict[str, Any] = {"rule": "fixed", "patch_size": 2, "cu_seqlens": ints(0, 6, 8)}
+    got = cut(text_ids(b"abcdefgh"), **options, capacity=3)
+    assert got.cu_patchlens.tolist() == [0, 2, 4, 6]
+    assert got.patch_ids.tolist() == [0, 0, 1, 1, 2, 2, -1, -1]
+    assert got.read_ids.tolist() == [-1, 0, 0, 1, 1, 2, -1, -1]
+    assert got.n_patches.item() == 4
+    assert got.cu_seqlens.tolist() == [0, 3, 3]
+
+
+@RESULT_LANES
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
-def test_id_dtypes_agree(dtype: torch.dtype) -> None:
-    got = find_patches(text_ids().to(dtype), rule="space", max_patch_len=3)
-    assert_equal(got, find_patches(text_ids(), rule="space", max_patch_len=3))
+def test_id_dtypes_agree(cut: Cut, dtype: torch.dtype) -> None:
+    got = cut(text_ids().to(dtype), rule="space", max_patch_len=3)
+    assert_equal(got, cut(text_ids(), rule="space", max_patch_len=3))
 
 
+@RESULT_LANES
 @pytest.mark.parametrize("size", [2**31 - 1, 2**32 + 3, 2**40])
-def test_sizes_beyond_int32_are_never_reached(size: int) -> None:
-    unlimited = find_patches(text_ids(), rule="space")
-    assert_equal(find_patches(text_ids(), rule="space", max_patch_len=size), unlimited)
-    whole = find_patches(text_ids(), rule="fixed", patch_size=size)
+def test_sizes_beyond_int32_are_never_reached(cut: Cut, size: int) -> None:
+    unlimited = cut(text_ids(), rule="space")
+    assert_equal(cut(text_ids(), rule="space", max_patch_len=size), unlimited)
+    whole = cut(text_ids(), rule="fixed", patch_size=size)
     assert whole.cu_patchlens.tolist() == [0, len(TEXT)]
 
 
@@ -165,9 +218,44 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
     return call
 
 
+@RESULT_LANES
 @given(calls(), st.none() | st.integers(1, 30))
-def test_equals_the_oracle(call: dict[str, Any], capacity: int | None) -> None:
-    assert_equal(find_patches(**call, capacity=capacity), reference(**call, capacity=capacity))
+def test_equals_the_oracle(cut: Cut, call: dict[str, Any], capacity: int | None) -> None:
+    assert_equal(cut(**call, capacity=capacity), reference(**call, capacity=capacity))
+
+
+@RESULT_LANES
+@pytest.mark.parametrize("how", WAYS_TO_CUT)
+def test_longer_texts_equal_the_oracle(cut: Cut, how: str) -> None:
+    """A run over several rounds of the scan, documents in a block and over many, bytes of none."""
+    total, rng = 110, torch.Generator().manual_seed(0)
+    ids = torch.where(torch.rand(total, generator=rng) < 0.1, ord(" "), ord("a"))
+    ids[12:75] = ord("a")
+    call: dict[str, Any] = {"byte_ids": ids, "cu_seqlens": ints(0, 3, 3, 5, 80, 95, 102)}
+    call |= {how: ids < ord("a")} if how in ("starts", "closes") else {"rule": how}
+    call |= {"patch_size": 60} if how == "fixed" else {}
+    for limit, capacity in ((None, None), (1, 1), (3, 11), (20, 12), (20, 200)):
+        options = {"max_patch_len": limit, "capacity": capacity}
+        assert_equal(cut(**call, **options), reference(**call, **options))
+
+
+@pytest.mark.lanes("interpret", "gpu")
+@pytest.mark.parametrize("how", WAYS_TO_CUT)
+def test_default_configurations_agree_with_the_torch_path(way: Way, how: str) -> None:
+    """On a GPU over more blocks than one round of the scan takes."""
+    if way.impl != "triton" or way.dtype != torch.float32:
+        pytest.skip("the torch path is what is compared with")
+    on_cpu = way.device == "cpu"
+    for total in (1500,) if on_cpu else (60_000, 3_000_000):
+        ids = torch.randint(0, 256, (total,), generator=torch.Generator().manual_seed(0))
+        call: dict[str, Any] = {"byte_ids": ids.to(way.device, torch.uint8), "capacity": total // 7}
+        call["cu_seqlens"] = ints(0, 1, 200, 1100, total - 50).to(way.device)
+        marks = (ids % 9 == 0).to(way.device)
+        call |= {how: marks} if how in ("starts", "closes") else {"rule": how}
+        call |= {"patch_size": 600} if how == "fixed" else {}
+        for limit in (300,) if on_cpu else (None, 300, 11):
+            got = find_patches(**call, max_patch_len=limit, impl="triton")
+            assert_equal(got, find_patches(**call, max_patch_len=limit, impl="torch"))
 
 
 def cut_off(call: dict[str, Any], length: int) -> dict[str, Any]:
@@ -178,12 +266,13 @@ def cut_off(call: dict[str, Any], length: int) -> dict[str, Any]:
     return short
 
 
+@RESULT_LANES
 @given(calls())
-def test_prefixes_know_the_same(call: dict[str, Any]) -> None:
+def test_prefixes_know_the_same(cut: Cut, way: Way, call: dict[str, Any]) -> None:
     """Borders and reads of every prefix are those of the full run: nothing looks ahead."""
-    full = find_patches(**call)
-    for length in range(len(call["byte_ids"])):
-        got = find_patches(**cut_off(call, length))
+    full = cut(**call)
+    for length in range(0, len(call["byte_ids"]), 1 if way.impl == "torch" else 11):
+        got = cut(**cut_off(call, length))
         assert got.read_ids.tolist() == full.read_ids[:length].tolist()
         assert got.patch_ids.tolist() == full.patch_ids[:length].tolist()
         borders = [b for b in full.cu_patchlens.tolist() if b < length]
@@ -268,13 +357,18 @@ def test_synchronises_once_or_never(how: str, capacity: int | None, count: int) 
     assert seen.count == count
 
 
+@RESULT_LANES
 @pytest.mark.parametrize(
     "borders", [(0, 5, 3, 9), (2, 6), (0, 1000), (-7, 4), (0, -5, 20), (0, 14, 2)]
 )
-def test_unchecked_borders_stay_in_bounds(borders: tuple[int, ...]) -> None:
+def test_unchecked_borders_stay_in_bounds(way: Way, borders: tuple[int, ...]) -> None:
     """Compiled code does not look at values: results are then unspecified, but in range."""
+    if way.dtype != torch.float32:
+        pytest.skip("no floats here")
     compiled = torch.compile(find_patches, fullgraph=True, backend="eager", dynamic=False)
-    got = compiled(text_ids(), rule="space", cu_seqlens=ints(*borders), capacity=6)
+    ids, offsets = text_ids().to(way.device), ints(*borders).to(way.device)
+    with _launch.overriding(small_blocks(way.device)):
+        got = compiled(ids, rule="space", cu_seqlens=offsets, capacity=6, impl=way.impl)
     total = len(TEXT)
     assert 0 <= got.cu_patchlens.min() <= got.cu_patchlens.max() <= total
     assert (got.cu_patchlens.diff() >= 0).all()
@@ -332,7 +426,7 @@ def test_negative_ids() -> None:
     assert find_patches(ids, rule="fixed", patch_size=2).n_patches.item() == 2
 
 
-def test_there_is_no_kernel_yet() -> None:
-    with pytest.raises(NotImplementedError, match="no Triton kernel yet"):
+def test_who_takes_the_call() -> None:
+    with pytest.raises(NotImplementedError, match="the tensors are on cpu"):
         find_patches(IDS, rule="space", impl="triton")
-    assert "this op has no Triton kernel yet" in explain("find_patches", IDS, rule="space")
+    assert explain("find_patches", IDS, rule="space", impl="torch")[0].startswith("impl='torch'")

@@ -1,0 +1,37 @@
+"""What the find_patches kernels take, and the configuration each is launched with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..._launch import Config, config_for
+
+SMALL = 65_536
+"""Bytes up to which smaller blocks are needed to reach every SM."""
+
+
+def unsupported_reasons(**_: Any) -> list[str]:
+    """Why the kernels cannot take this call; they take every one."""
+    return []
+
+
+def write_config(how: str, total: int, device: torch.device) -> Config:
+    """Bytes of a program, in both passes over bytes: what one counts, the other one goes on from.
+
+    On sm_90 1024 bytes in 8 warps spill.
+    """
+    if total <= SMALL:
+        default = {"BLOCK": 256, "num_warps": 4}
+    else:
+        default = {"BLOCK": 512, "num_warps": 8}
+    size = "small" if total <= SMALL else "large"
+    return config_for("find_patches_write", f"{how}-{size}", default, device)
+
+
+def carry_config(blocks: int, device: torch.device) -> Config:
+    """Blocks that the one program of the scan takes at a time."""
+    few = blocks <= 256
+    default = {"BLOCK": 256 if few else 1024, "num_warps": 4}
+    return config_for("find_patches_carry", "few" if few else "many", default, device)
