@@ -206,7 +206,7 @@ class TiedEmbedding(nn.Module):
         seed: int | Tensor | None = None,
         valid_vocab: int | None = None,
     ) -> Tensor:
-        """Next ids from hidden states: (..., D) -> (...) int64. See `stlm_kernels.linear_sample`."""
+        """Next ids of x (..., D), (...) int64: see `stlm_kernels.linear_sample`."""
         return linear_sample(
             x,
             self.weight,

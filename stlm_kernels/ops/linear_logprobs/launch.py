@@ -68,7 +68,7 @@ def bwd_rows_config(width: int, valid: int, dtype: torch.dtype, device: torch.de
         "num_warps": 8,
     }
     if dtype == torch.float32:
-        default |= {"BLOCK_N": 16, "BLOCK_D": block_of(width, 32)}
+        default |= {"BLOCK_N": 16, "BLOCK_D": 16}
     return config_for("linear_logprobs_bwd_rows", _bucket(width, valid, dtype), default, device)
 
 
@@ -87,7 +87,7 @@ def bwd_weight_config(width: int, valid: int, dtype: torch.dtype, device: torch.
         "num_warps": 8,
     }
     if dtype == torch.float32:
-        default |= {"BLOCK_N": 32, "BLOCK_D": 32, "BLOCK_W": block_of(width, 64), "BLOCK_V": 64}
+        default |= {"BLOCK_N": 32, "BLOCK_D": 32, "BLOCK_W": block_of(width, 32), "BLOCK_V": 64}
     return config_for("linear_logprobs_bwd_weight", _bucket(width, valid, dtype), default, device)
 
 

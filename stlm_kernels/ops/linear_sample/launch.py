@@ -1,0 +1,53 @@
+"""What the linear_sample kernel takes, its configuration, and the constants of its noise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._launch import Config, block_of, config_for
+from ..linear_logprobs.launch import MAX_VOCAB, unsupported_reasons
+
+__all__ = ["declined_reasons", "fwd_config", "unsupported_reasons"]
+
+COLUMN_STEP = 0x9E3779B97F4A7C15 - 2**64
+"""An odd number (2^64 over the golden ratio) that spreads the bits of an id before the mixing."""
+ROW_STEP = 0xD1342543DE82EF95 - 2**64
+"""Another one, for the row."""
+MIX_FIRST, MIX_SECOND = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
+"""SplitMix64's multipliers, as int64 holds them."""
+
+TILE_BYTES = 32 * 1024
+"""Of the table at a time: a few stages of this fit every GPU's shared memory."""
+
+
+def declined_reasons(
+    *, linear_weight: Tensor, valid_vocab: int | None = None, **_: Any
+) -> list[str]:
+    """A large vocabulary is torch's case by design, which nobody needs to be warned of."""
+    valid = linear_weight.shape[0] if valid_vocab is None else valid_vocab
+    if valid <= MAX_VOCAB:
+        return []
+    return [f"impl='auto' leaves {valid} columns to torch's matrix products"]
+
+
+def fwd_config(
+    width: int, valid: int, stored: torch.dtype, dot: torch.dtype, device: torch.device
+) -> Config:
+    """Few rows to a program: decoding has 1 to 64 of them, and all wait for the slowest program.
+
+    One power-of-two block holds all columns, 258 in 512: what takes the time is a chain of 32
+    dependent sums over the columns, which a second, narrow block would double.
+    """
+    block_v = max(16, 1 << (valid - 1).bit_length())
+    default = {
+        "BLOCK_N": 16,
+        "BLOCK_D": block_of(width, min(128, TILE_BYTES // (block_v * stored.itemsize))),
+        "num_warps": 8 if block_v >= 256 else 4,
+    }
+    names = "-".join(dict.fromkeys(str(x).removeprefix("torch.") for x in (stored, dot)))
+    return config_for(
+        "linear_sample_fwd", f"D{block_of(width, 1024)}-V{block_v}-{names}", default, device
+    )

@@ -1,0 +1,156 @@
+"""The public linear_sample: contract, checks, dispatch and the registered op."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import _checks, _library
+from ..._dispatch import Impl, use_triton
+from ..linear_logprobs.op import check_projection
+from . import torch_impl
+from .launch import declined_reasons, unsupported_reasons
+
+LEAST = 1e-30
+"""Positive options below this mean the same as this, which float32 can hold."""
+
+
+class SampleOptions(NamedTuple):
+    """How ids follow from a row's products; everything a plain number.
+
+    softcap 0, top_k 0 and top_p 1 stand for none; temperature 0 for the largest logit.
+    """
+
+    softcap: float
+    logit_scale: float
+    valid_vocab: int
+    temperature: float
+    top_k: int
+    top_p: float
+
+
+def linear_sample(
+    input: Tensor,  # (..., D)
+    linear_weight: Tensor,  # (V, D)
+    *,
+    linear_bias: Tensor | None = None,  # (V,)
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | Tensor | None = None,  # or () int64
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    valid_vocab: int | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Draw the next id of each row from its logits, which are never written at V <= 512.
+
+    z = logit_scale * (input @ linear_weight.T + linear_bias), then softcap * tanh(z / softcap),
+    columns from valid_vocab on removed; then z / temperature, top_k, top_p, in this order; the id
+    is the argmax of z - log(E) over what is left, with E exponential noise (Gumbel-max). E is a
+    hash of (seed, row, id) alone, so that neither tiling nor other rows change a draw.
+
+    Args:
+        input: (..., D) float32, bfloat16 or float16; float64 on the torch path. Rows are counted
+            in order over the leading dimensions.
+        linear_weight: (V, D) in the input's dtype, or float32 beside a 16-bit input (rounded to
+            the input's dtype when loaded).
+        linear_bias: (V,) in the weight's or the input's dtype, or None.
+        temperature: >= 0; 0 takes the largest logit, ties to the lowest id.
+        top_k: keep the k largest, ties to the lowest id; more than V keeps all. None keeps all.
+        top_p: of those keep the smallest set of largest ones whose probabilities reach this, at
+            least one, ties to the lowest id; in (0, 1]. None keeps all.
+        seed: of the noise: an int that int64 holds, or a 0-d int64 tensor on the input's device,
+            which a captured graph reads anew each time. None draws one from torch's generator of
+            that device. Rows and ids of one call differ; the next call needs another seed.
+        softcap: > 0, or None.
+        logit_scale: a finite number.
+        valid_vocab: columns from here on do not exist (a padded table). None: V.
+        impl: "auto", "triton" or "torch".
+
+    Returns:
+        (...) int64 ids in [0, valid_vocab). Not differentiable.
+
+    Raises:
+        ValueError: a wrong type, dtype, shape, device or scalar.
+        NotImplementedError: impl="triton" cannot run this call; the message lists why.
+
+    Numerics:
+        Logits, probabilities and noise in float32 (float64 for float64 inputs) from float32
+        accumulators. E has 40 bits and its relative precision everywhere, so that frequencies
+        hold for large vocabularies too. The same ids for the same seed, inputs, implementation and
+        kind of device; implementations draw the same noise, but round logits of their own. A NaN
+        logit counts as -inf, a row without a logit above that gives id 0.
+
+    Source: the Gumbel-max trick (Gumbel, 1954); the hash mixes as SplitMix64 (Steele et al., 2014).
+    """
+    valid = check_projection(
+        input, linear_weight, linear_bias, softcap, logit_scale, valid_vocab
+    )  # fmt: skip
+    _check_sampling(temperature, top_k, top_p)
+    k = 0 if top_k is None or top_k >= valid else top_k
+    p = 1.0 if top_p is None else max(float(top_p), LEAST)
+    if temperature == 0:
+        options = SampleOptions(softcap or 0.0, float(logit_scale), valid, 0.0, 0, 1.0)
+    else:
+        heat = max(float(temperature), LEAST)
+        options = SampleOptions(softcap or 0.0, float(logit_scale), valid, heat, k, p)
+    seed = _seed_tensor(seed, input.device)
+    bias = None if linear_bias is None else linear_bias.detach()
+    rows, weight = input.detach().reshape(-1, input.shape[-1]), linear_weight.detach()
+    if use_triton(
+        "linear_sample",
+        impl,
+        input.device,
+        unsupported_reasons,
+        declined_reasons,
+        input=input,
+        linear_weight=linear_weight,
+        valid_vocab=valid,
+    ):
+        ids = _FWD(rows, weight, bias, seed, _checks.output_dtype(input), *options)
+    else:
+        ids = torch_impl.sample(rows, weight, bias, seed, options)
+    return ids.view(input.shape[:-1])
+
+
+def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    ok = math.isfinite(temperature) and temperature >= 0
+    _checks.require(ok, "temperature", "a finite number >= 0", temperature)
+    if top_k is not None:
+        _checks.require_int_at_least("top_k", top_k, 1)
+    if top_p is not None:
+        _checks.require(0 < top_p <= 1, "top_p", "None or a number in (0, 1]", top_p)
+
+
+def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    """The seed where the noise is made; nothing waits for the device."""
+    if isinstance(seed, Tensor):
+        _checks.require_tensor("seed", seed, (), (torch.int64,), device)
+        return seed
+    if seed is None:
+        return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
+    _checks.require_int("seed", seed)
+    _checks.require(-(2**63) <= seed < 2**63, "seed", "an int that int64 holds", seed)
+    return torch.full((), seed, dtype=torch.int64, device=device)
+
+
+def _meta(rows: Tensor, *_: Any) -> Tensor:
+    return rows.new_empty(rows.shape[0], dtype=torch.int64)
+
+
+def _flops(rows: Any, weight: Any, *_: Any, **__: Any) -> int:
+    return 2 * rows[0] * rows[1] * weight[0]
+
+
+_FWD = _library.register(
+    "linear_sample_fwd(Tensor rows, Tensor weight, Tensor? bias, Tensor seed, "
+    "ScalarType dot_dtype, float softcap, float logit_scale, SymInt valid_vocab, "
+    "float temperature, SymInt top_k, float top_p) -> Tensor",
+    launcher="linear_sample:launch_fwd",
+    meta=_meta,
+    flops=_flops,
+)

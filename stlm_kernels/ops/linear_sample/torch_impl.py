@@ -1,0 +1,113 @@
+"""Ids from logits in aten ops, in chunks of rows, so that no (N, V) tensor ever exists."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..linear_logprobs.torch_impl import widened
+from .launch import COLUMN_STEP, MIX_FIRST, MIX_SECOND, ROW_STEP
+
+if TYPE_CHECKING:
+    from .op import SampleOptions
+
+CHUNK_ELEMENTS = 1 << 20
+"""Logits drawn from at a time; each takes a few int64 of noise."""
+LEAST_ROWS = 16
+"""Rows below which the product would read the table for too little."""
+
+
+def sample(
+    rows: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    seed: Tensor,  # () int64
+    options: SampleOptions,
+) -> Tensor:
+    """(N,) int64."""
+    rows, weight, bias = widened(rows, weight, bias, options.valid_vocab)
+    step = max(LEAST_ROWS, CHUNK_ELEMENTS // options.valid_vocab)
+    # The operands are rounded; autocast would round the logits as well.
+    with torch.autocast(rows.device.type, enabled=False):
+        ids = [
+            _sample_chunk(part, weight, bias, seed, i * step, options)
+            for i, part in enumerate(rows.split(step))
+        ]
+    return torch.cat(ids)
+
+
+def _sample_chunk(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    seed: Tensor,
+    first_row: int,
+    options: SampleOptions,
+) -> Tensor:
+    z = F.linear(rows, weight, bias)
+    if options.logit_scale != 1.0:
+        z = z * options.logit_scale
+    if options.softcap:
+        z = options.softcap * torch.tanh(z / options.softcap)
+    z = torch.nan_to_num(z, nan=-torch.inf, neginf=-torch.inf)
+    if options.temperature == 0:
+        return z.argmax(1)
+    # Below the largest first: then no temperature is too small to divide by.
+    top = z.amax(1, keepdim=True).clamp_min(torch.finfo(z.dtype).min)
+    scores = (z - top) / options.temperature
+    scores = scores - noise(seed, first_row, z.shape, z.dtype).log_()
+    if options.top_k or options.top_p < 1:
+        scores = scores.masked_fill(~_kept(z, top, options), -torch.inf)
+    return scores.argmax(1)
+
+
+def _kept(
+    z: Tensor,  # (n, V)
+    top: Tensor,  # (n, 1)
+    options: SampleOptions,
+) -> Tensor:
+    """(n, V) bool: what top_k and then top_p keep."""
+    if options.top_k:
+        ranked = z.topk(options.top_k, dim=1).values
+    else:
+        ranked = z.sort(dim=1, descending=True).values
+    count = torch.full_like(top, ranked.shape[1], dtype=torch.int64)
+    if options.top_p < 1:
+        mass = ((ranked - top) / options.temperature).softmax(1).cumsum(1)
+        count = 1 + (mass[:, :-1] < options.top_p).sum(1, keepdim=True)
+    least = ranked.gather(1, count - 1)
+    above, ties = z > least, z == least
+    room = count - above.sum(1, keepdim=True)
+    return above | (ties & (ties.cumsum(1) <= room))
+
+
+def noise(
+    seed: Tensor,  # () int64
+    first_row: int,
+    shape: torch.Size,  # (n, V)
+    dtype: torch.dtype,
+) -> Tensor:
+    """(n, V) exponential noise, by seed, row and id alone."""
+    # Never an arange times a step: inductor makes a C++ loop of it, and a compiler that takes
+    # signed overflow for impossible drops the loop's end. It knows nothing of an xor with a hash.
+    row = torch.arange(first_row, first_row + shape[0], device=seed.device)
+    column = torch.arange(shape[1], device=seed.device)
+    state = _mixed((_mixed(seed) ^ row) * ROW_STEP)
+    bits = _mixed((state[:, None] ^ column) * COLUMN_STEP)
+    uniform = _shifted(bits, 24).to(dtype).mul_(2.0**-40).add_(2.0**-41)
+    return uniform.clamp_max_(1 - torch.finfo(dtype).eps / 2).neg_().log1p_().neg_()
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """SplitMix64's output function; products wrap as int64 ones do everywhere."""
+    x = (x ^ _shifted(x, 30)) * MIX_FIRST
+    x = (x ^ _shifted(x, 27)) * MIX_SECOND
+    return x ^ _shifted(x, 31)
+
+
+def _shifted(x: Tensor, by: int) -> Tensor:
+    """The bits of int64 moved right, zeros coming in."""
+    return (x >> by) & ((1 << (64 - by)) - 1)

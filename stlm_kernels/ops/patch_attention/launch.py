@@ -1,0 +1,55 @@
+"""What the patch_attention kernels take, and the configuration each is launched with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import _checks
+from ..._launch import Config, block_of, config_for
+
+LEAST_WIDTH, MOST_WIDTH = 16, 128
+
+
+def unsupported_reasons(*, q: Tensor, k: Tensor, **_: Any) -> list[str]:
+    """Why the kernels cannot take this call; empty if they can."""
+    reasons = []
+    if q.dtype not in _checks.KERNEL_FLOATS:
+        reasons.append(f"q is {q.dtype}; the kernels take float32, bfloat16 and float16")
+    heads, width = q.shape[1:]
+    if not LEAST_WIDTH <= width <= MOST_WIDTH or width % 8:
+        reasons.append(
+            f"heads are {width} wide; the kernels take multiples of 8 "
+            f"from {LEAST_WIDTH} to {MOST_WIDTH}"
+        )
+    if k.shape[1] < 1 or heads % k.shape[1]:
+        reasons.append(f"{heads} query heads do not share {k.shape[1]} key heads evenly")
+    return reasons
+
+
+def width_block(width: int) -> int:
+    """Heads of 48 stand in a block of 64 with its tail masked: memory, not the products, limits."""
+    return block_of(width, MOST_WIDTH)
+
+
+def rows_config(kernel: str, width: int, dtype: torch.dtype, device: torch.device) -> Config:
+    """`BLOCK` rows that a program owns, `INNER` rows of the other side that it takes at a time.
+
+    64 rows are the least a Hopper product takes; a narrow inner block wastes little on a tile that
+    overlaps its neighbours by a short patch. Products in fp32 run without tensor cores and hold
+    their operands in registers. Wide heads spill on 4 warps, or
+    with a second stage in flight (ahead-of-time lane, sm_90).
+    """
+    block = width_block(width)
+    default = {"BLOCK": 64, "INNER": 32, "num_warps": 4, "num_stages": 2}
+    if block == 128:
+        inner = 16 if kernel == "bwd_q" else 32
+        default |= {"INNER": inner, "num_warps": 8, "num_stages": 1}
+    if dtype == torch.float32:
+        default = {"BLOCK": 32, "INNER": 16, "num_warps": 8 if block >= 64 else 4, "num_stages": 1}
+        if block == 128 and kernel == "bwd_q":
+            default |= {"BLOCK": 16, "INNER": 32}
+    bucket = f"K{block}-{str(dtype).removeprefix('torch.')}"
+    return config_for(f"patch_attention_{kernel}", bucket, default, device)

@@ -1,0 +1,160 @@
+"""The public patch_attention: contract, checks, dispatch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import _checks, _library
+from ..._dispatch import Impl, use_triton
+from . import torch_impl
+from .launch import unsupported_reasons
+
+
+def patch_attention(
+    q: Tensor,  # (T, H, K)
+    k: Tensor,  # (T, H_kv, K)
+    v: Tensor,  # (T, H_kv, K)
+    cu_patchlens: Tensor,  # (P+1,) int32
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Softmax attention of every byte to the bytes of its own patch.
+
+    out[t, h] = sum over s of softmax_s(scale * q[t, h] . k[s, g]) v[s, g] with g = h // (H / H_kv)
+    and s running over the patch of t; causal: over the bytes of the patch up to t.
+
+    Args:
+        q: (T, H, K) float32, bfloat16 or float16; float64 on the torch path.
+        k: (T, H_kv, K) in q's dtype; H is a multiple of H_kv.
+        v: (T, H_kv, K) in q's dtype.
+        cu_patchlens: (P+1,) int32 patch borders in rows of q, from 0, non-decreasing, at most T.
+            Any number of patches of any length. Rows from the last border on belong to no patch:
+            they are never read, even when they hold NaN; their output and gradients are zero.
+        causal: a byte sees no later byte of its patch.
+        scale: of the products; a finite number. None: K ** -0.5.
+        impl: "auto", "triton" or "torch". The kernels take K from 16 to 128 in steps of 8.
+
+    Returns:
+        (T, H, K) in q's dtype, under autocast in the autocast dtype (float32 is then rounded when
+        loaded).
+
+    Raises:
+        ValueError: a wrong type, dtype, shape, device or scalar; on CPU in eager mode also offsets
+            that do not start at 0, decrease, or end beyond T.
+        NotImplementedError: impl="triton" cannot run this call; the message lists why.
+
+    Numerics:
+        Scores, softmax and sums in float32 (float64 for float64), each result rounded once; the
+        same inputs give the same bits. A NaN or an infinity stays in its own patch, forward and
+        backward, and with `causal` reaches no earlier byte's output. What sees it may be NaN as a
+        whole: an infinite value gives NaN, and a NaN in one column may show in all of them. The
+        torch path can be differentiated any number of times, the kernels once. It reads
+        cu_patchlens (on a GPU: one synchronisation), except under compile and torch.func, where
+        its work grows with T squared.
+
+    Source: the attention of bytes within their patch in MEGABYTE (arXiv 2305.07185) and in Super
+    Tiny Language Models (arXiv 2405.14159); tiles over the flat byte stream are this project's.
+    """
+    _checks.require_tensor("q", q, ("T", "H", "K"), _checks.FLOATS)
+    (total, heads, width), dtypes = q.shape, _checks.activation_dtypes(q)
+    _checks.require(heads >= 1 and width >= 1, "q", "H >= 1 and K >= 1", tuple(q.shape))
+    _checks.require_tensor("k", k, (total, "H_kv", width), dtypes, q.device)
+    divides = k.shape[1] >= 1 and heads % k.shape[1] == 0
+    _checks.require(divides, "k", f"heads that divide the {heads} of q", k.shape[1])
+    _checks.require_tensor("v", v, (total, k.shape[1], width), dtypes, q.device)
+    _checks.require_offsets("cu_patchlens", cu_patchlens, q.device)
+    _checks.require(isinstance(causal, bool), "causal", "a bool", repr(causal))
+    if scale is not None:
+        number = isinstance(scale, int | float) and math.isfinite(scale)
+        _checks.require(number, "scale", "None or a finite number", repr(scale))
+    if _checks.values_visible(cu_patchlens):
+        _checks.check_offset_values("cu_patchlens", cu_patchlens, total)
+    factor, out_dtype = width**-0.5 if scale is None else float(scale), _checks.output_dtype(q)
+    if use_triton(
+        "patch_attention", impl, q.device, unsupported_reasons,
+        q=q, k=k, v=v, cu_patchlens=cu_patchlens, causal=causal, scale=scale,
+    ):  # fmt: skip
+        return _PatchAttention.apply(q, k, v, cu_patchlens, causal, factor, out_dtype)[0]
+    return torch_impl.patch_attention(q, k, v, cu_patchlens, causal, factor, out_dtype)
+
+
+class _PatchAttention(torch.autograd.Function):
+    """Autograd over the registered ops; the scores are formed again in the backward."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_patchlens: Tensor,
+        causal: bool,
+        scale: float,
+        out_dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _FWD(q, k, v, cu_patchlens, causal, scale, out_dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        q, k, v, _, ctx.causal, ctx.scale, _ = inputs
+        out, lse, bounds = output
+        ctx.mark_non_differentiable(lse, bounds)
+        ctx.save_for_backward(q, k, v, out, lse, bounds)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        dq, dk, dv = _library.run_backward(
+            _BWD, "patch_attention", grads[0], *ctx.saved_tensors, ctx.causal, ctx.scale
+        )
+        return dq, dk, dv, None, None, None, None
+
+
+def _fwd_meta(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_patchlens: Tensor,
+    causal: bool,
+    scale: float,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    total, heads, _ = q.shape
+    lse = q.new_empty((heads, total), dtype=torch.float32)
+    return q.new_empty(q.shape, dtype=out_dtype), lse, q.new_empty((2, total), dtype=torch.int32)
+
+
+def _bwd_meta(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _fwd_flops(q: Any, k: Any, v: Any, cu_patchlens: Any, *_: Any, **__: Any) -> int:
+    """Two products, as of patches of equal length: shapes say no more."""
+    return 4 * q[1] * q[2] * q[0] * q[0] // max(1, cu_patchlens[0] - 1)
+
+
+def _bwd_flops(grad: Any, q: Any, *_: Any, **__: Any) -> int:
+    """Five products of a byte with itself: how many patches there were, no shape says here."""
+    return 10 * q[0] * q[1] * q[2]
+
+
+_FWD = _library.register(
+    "patch_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor cu_patchlens, bool causal, "
+    "float scale, ScalarType out_dtype) -> (Tensor, Tensor, Tensor)",
+    launcher="patch_attention:launch_fwd",
+    meta=_fwd_meta,
+    flops=_fwd_flops,
+)
+_BWD = _library.register(
+    "patch_attention_bwd(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    "Tensor bounds, bool causal, float scale) -> (Tensor, Tensor, Tensor)",
+    launcher="patch_attention:launch_bwd",
+    meta=_bwd_meta,
+    flops=_bwd_flops,
+)
