@@ -30,8 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import _launch
-from ..._dispatch import kernels_interpreted
-from ..._tiles import segment_bounds, segment_of
+from ..._tiles import dot_type, segment_bounds, segment_of
 from . import launch
 
 BOUNDS_BLOCK = 256
@@ -284,15 +283,6 @@ def _options(kernel: str, q: Tensor, k: Tensor, dtype: torch.dtype) -> dict[str,
         "H": heads,
         "GROUP": heads // k.shape[1],
         "K": width,
-        "DOT": _dot_type(dtype),
+        "DOT": dot_type(dtype),
         "WIDTH": launch.width_block(width),
     }
-
-
-def _dot_type(dtype: torch.dtype) -> tl.dtype:
-    """The products' operands; the interpreter computes bf16 wrongly."""
-    if kernels_interpreted() and dtype == torch.bfloat16:
-        return tl.float32
-    return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[
-        dtype
-    ]
