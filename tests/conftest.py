@@ -101,3 +101,9 @@ def lane_is_possible(request: pytest.FixtureRequest) -> None:
 @pytest.fixture
 def full(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.getoption("--full"))
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers() -> None:
+    """A test draws the same numbers alone and among others."""
+    torch.manual_seed(0)
