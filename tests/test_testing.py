@@ -62,6 +62,7 @@ def test_one_wrong_element_is_rejected(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_rare_row_is_judged_by_its_own_size(dtype: torch.dtype) -> None:
     want = torch.rand(40, 16, dtype=torch.float64) / 2 + 0.25
+    want[20:] /= 4
     want[:20] *= 2e5 if dtype == torch.float32 else 2000  # where the whole tensor's rule is blind
     want[39] = 0
     stock = want.to(dtype)
