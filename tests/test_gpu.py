@@ -1,5 +1,7 @@
 """What only a GPU can show, for every op with kernels: no synchronisation, graphs, huge tensors.
 
+The hundred repeats bit for bit are in `tests/test_ops.py`.
+
 Written where no GPU is; the bodies that can run on a CPU are rehearsed there.
 """
 
@@ -12,12 +14,10 @@ import pytest
 import torch
 from conftest import Way
 from op_helpers import (
-    assert_same,
     gradients,
     inputs_of,
     op_cases,
     results,
-    run,
     skip_unless_covered,
     upstream_of,
 )
@@ -121,18 +121,3 @@ def test_every_op_with_kernels_has_a_huge_case() -> None:
     for name, spec in OPS.items():
         if spec.kernels and name not in small:
             assert spec.tagged("huge"), name
-
-
-@ON_GPU
-@pytest.mark.parametrize(("spec", "case"), op_cases("smoke"))
-def test_hundred_repeats_with_other_work_between(spec: OpSpec, case: Case, way: Way) -> None:
-    """A race shows as bits that move while the device is busy with something else."""
-    skip_unless_kernel(spec, way)
-    inputs = inputs_of(spec, case, way)
-    first, first_grads = run(spec, spec.op, inputs, impl="triton")
-    noise = torch.randn(1 << 20, device="cuda")
-    for _ in range(100):
-        noise = noise.sin()
-        again, grads = run(spec, spec.op, inputs, impl="triton")
-        assert_same(first, again)
-        assert_same(first_grads, grads)

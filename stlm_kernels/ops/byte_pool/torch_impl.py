@@ -2,8 +2,9 @@
 
 Forward: EmbeddingBag in sum mode, then the mean's scale (its mean mode is slower on a CPU).
 Backward: EmbeddingBag with the roles swapped. Bytes are sorted by id, and the gradient rows of
-their patches are summed by runs of one id, which is four to six times as fast on a CPU as
-EmbeddingBag's own backward, and deterministic.
+their patches are summed by runs of one id, which on a CPU takes a third to a sixth of the time of
+EmbeddingBag's own backward at 65,536 bytes and three quarters at 8,192
+(`bench/results/check-cpu-2026-11-23.json`), and is deterministic.
 """
 
 from __future__ import annotations
