@@ -1,12 +1,17 @@
-"""What a run says about itself and about its results, as text: the header and one table per op."""
+"""What a run says about itself and about its results, as text: the header and one table per op.
+
+`python -m bench.report` writes `bench/RESULTS.md` from the JSON files under `bench/results/`.
+"""
 
 from __future__ import annotations
 
+import argparse
 import datetime
+import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +24,8 @@ from .timing import Ceilings
 
 Record = dict[str, Any]
 NAME_WIDTH = 38
+RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parent / "RESULTS.md"
 
 
 def machine(device: torch.device, commit: str | None = None) -> dict[str, Any]:
@@ -141,3 +148,71 @@ def _cell(record: Record | None, ours: Record | None) -> str:
 def _share(record: Record | None) -> str:
     share = None if record is None else record["extra_info"].get("roofline_share")
     return f"{'-' if share is None else f'{share:.0%}':>26}"
+
+
+# The page of committed results
+
+
+def page(folder: Path) -> str:
+    """Markdown of every JSON file of the folder, the newest first.
+
+    Raises:
+        ValueError: for a file that no command of this repository wrote.
+    """
+    sections = [_section(path) for path in folder.glob("*.json")]
+    sections.sort(reverse=True)  # each begins with its date
+    head = (
+        "# Results\n\nWritten by `python -m bench.report` from the files in `bench/results/`; "
+        "edit nothing here.\nNothing of this ran on a device that is not named with it."
+    )
+    return "\n\n".join([head, *(text for _, text in sections)]) + "\n"
+
+
+def _section(path: Path) -> tuple[str, str]:
+    """The date of a file and its part of the page."""
+    values = json.loads(path.read_text())
+    if "benchmarks" in values:
+        about, kind = values["machine_info"]["stlm"], "pytest bench/ --benchmark-only"
+        lines = "\n\n".join(tables(values["benchmarks"]))
+    elif "comparisons" in values:
+        about, kind = values["machine"], "python -m bench.check"
+        lines = "\n".join(_comparison_line(row) for row in values["comparisons"])
+    elif "command" in values:
+        about, kind = values, values["command"]
+        lines = "\n".join(f"{key}: {value}" for key, value in _plain_values(values))
+    else:
+        raise ValueError(f"{path}: expected a result of a command of this repository, got another")
+    facts = ", ".join(
+        f"{key} {about[key]}" for key in ("threads", "torch", "triton", "python") if key in about
+    )
+    head = f"## `{kind}`, {about['date']}\n\n{about['device']}; {facts}; commit {about['commit']}."
+    return about["date"], f"{head} Raw: [{path.name}](results/{path.name})\n\n```\n{lines}\n```"
+
+
+def _comparison_line(row: Record) -> str:
+    return (
+        f"{row['verdict']:>6}  {row['ratios'][-1]:5.2f}x  ours {row['ours_s'] * 1e6:9.0f} us,"
+        f" {row['peer']} {row['peer_s'] * 1e6:.0f} us  {row['op']} {row['case']} {row['direction']}"
+    )
+
+
+def _plain_values(values: Record) -> Iterator[tuple[str, object]]:
+    """What is a figure or a text in a result, however deep; not its series."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _plain_values(value)
+        elif not isinstance(value, list) and key not in ("device", "commit", "date", "command"):
+            yield key, value
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
+    parser.add_argument("--out", type=Path, default=PAGE, help="the page to write")
+    options = parser.parse_args(arguments)
+    options.out.write_text(page(options.results))
+    print(options.out)
+
+
+if __name__ == "__main__":
+    main()

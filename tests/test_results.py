@@ -1,0 +1,149 @@
+"""What is published: the page of results, the figures of the README, and what grew between runs."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import compare, report
+
+ROOT = Path(__file__).parent.parent
+RAW = re.compile(r"bench/results/[\w.-]+\.json")
+FIGURE = re.compile(
+    r"(?<![\w.])(\d[\d,]*(?:\.\d+)?)\s*"
+    r"(?:x\b|%|us\b|ms\b|[MG]iB\b|GB/s|TFLOP/s|bits per byte|bytes/s|times|held-out bytes)"
+)
+DECIMAL = re.compile(
+    r"(?<![\w.])(\d{1,3}\.\d{3,})(?!\w)"
+)  # as of bits per byte, named once a sentence
+
+
+# The page
+
+
+def test_the_page_is_what_the_files_say() -> None:
+    assert report.PAGE.read_text() == report.page(report.RESULTS), "run  python -m bench.report"
+
+
+def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.json").write_text(json.dumps({"fast": True}))
+    with pytest.raises(ValueError, match=r"notes\.json: expected a result of a command"):
+        report.page(tmp_path)
+
+
+# Figures of the README
+
+
+def paragraphs(text: str) -> list[str]:
+    """What stands between empty lines, code left out."""
+    return re.split(r"\n\s*\n", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+
+
+def numbers(values: Any) -> Iterator[float]:
+    if isinstance(values, dict | list):
+        for value in values.values() if isinstance(values, dict) else values:
+            yield from numbers(value)
+    elif isinstance(values, int | float):
+        yield float(values)
+    elif isinstance(values, str):
+        yield from map(float, re.findall(r"\d+(?:\.\d+)?", values))
+
+
+def unfounded(text: str, root: Path) -> list[str]:
+    """Figures of a text that no file named in their paragraph holds."""
+    found = []
+    for paragraph in paragraphs(text):
+        quoted = [*FIGURE.findall(paragraph), *DECIMAL.findall(RAW.sub("", paragraph))]
+        measured = [
+            x
+            for name in RAW.findall(paragraph)
+            for x in numbers(json.loads((root / name).read_text()))
+        ]
+        for figure in quoted:
+            digits = len(figure.partition(".")[2])
+            value = float(figure.replace(",", ""))
+            if not any(round(x, digits) == value for x in measured):
+                found.append(figure)
+    return found
+
+
+def test_every_figure_of_the_readme_is_in_a_file_that_it_names() -> None:
+    assert unfounded((ROOT / "README.md").read_text(), ROOT) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("2.50x faster, see bench/results/a.json", []),
+        ("peak 1,024 MiB, see bench/results/a.json", []),
+        ("2.51x faster, see bench/results/a.json", ["2.51"]),
+        ("2.50x faster.\n\nRaw data in bench/results/a.json", ["2.50"]),
+        ("takes 12 us", ["12"]),
+        ("models of 10M parameters, V = 257, 64 rows", []),
+    ],
+)
+def test_a_figure_without_a_run_is_found(tmp_path: Path, text: str, wrong: list[str]) -> None:
+    (tmp_path / "bench/results").mkdir(parents=True)
+    (tmp_path / "bench/results/a.json").write_text(json.dumps({"x": [2.4999], "mib": 1024}))
+    assert sorted(set(unfounded(text, tmp_path))) == wrong
+
+
+# What grew
+
+
+def run_file(path: Path, medians: dict[str, float], iqr: float = 1e-6, device: str = "A") -> Path:
+    records = [
+        {
+            "extra_info": {"op": "byte_pool", "case": "T9", "dtype": "float32", "pass": name,
+                           "entry": "torch", "ours": True},
+            "stats": {"median": median, "iqr": iqr},
+        }
+        for name, median in medians.items()
+    ]  # fmt: skip
+    results = {"machine_info": {"stlm": {"device": device}}, "benchmarks": records}
+    path.write_text(json.dumps(results))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("new", "iqr", "code"),
+    [
+        (1.04e-3, 1e-6, 0),  # below 5%
+        (1.06e-3, 1e-6, 1),
+        (1.06e-3, 3e-5, 0),  # within three spreads
+        (0.5e-3, 1e-6, 0),
+    ],
+)
+def test_growth_beyond_noise_fails(
+    tmp_path: Path, capsys: Any, new: float, iqr: float, code: int
+) -> None:
+    old = run_file(tmp_path / "old.json", {"fwd": 1e-3, "bwd": 1e-3})
+    after = run_file(tmp_path / "new.json", {"fwd": new, "bwd": 1e-3}, iqr)
+    assert compare.main([str(old), str(after)]) == code
+    assert ("GREW" in capsys.readouterr().out) == bool(code)
+
+
+def test_what_is_gone_fails(tmp_path: Path, capsys: Any) -> None:
+    old = run_file(tmp_path / "old.json", {"fwd": 1e-3, "bwd": 1e-3})
+    new = run_file(tmp_path / "new.json", {"fwd": 1e-3})
+    assert compare.main([str(old), str(new)]) == 1
+    assert "GONE  byte_pool T9 float32 bwd torch" in capsys.readouterr().out
+
+
+def test_files_that_cannot_be_compared(tmp_path: Path, capsys: Any) -> None:
+    old = run_file(tmp_path / "old.json", {"fwd": 1e-3})
+    other = run_file(tmp_path / "other.json", {"fwd": 1e-3}, device="B")
+    (tmp_path / "notes.json").write_text("{}")
+    for new, message in (
+        (other, "expected a file of A"),
+        (tmp_path / "notes.json", "expected JSON of"),
+        (tmp_path / "missing.json", "expected JSON of"),
+    ):
+        with pytest.raises(SystemExit):
+            compare.main([str(old), str(new)])
+        assert message in capsys.readouterr().err
