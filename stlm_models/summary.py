@@ -1,0 +1,135 @@
+"""`python -m stlm_models.summary`: parameters, work and memory of the presets, on real bytes.
+
+Work and memory of activations are counted, not estimated: one training step of each model runs here
+on a piece of the standard library's source.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from .config import DOCUMENT_START, PRESETS, ModelConfig, preset
+from .data import load_corpus
+from .model import STLM
+from .optim import Optimizers
+
+SAMPLE_BYTES = 1024
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a model is and needs, for one document of `n_bytes` ids in a training step.
+
+    Args:
+        parameters: how many, by part; a tied table counts once.
+        bytes_per_patch: of the sample.
+        forward_flops: of evaluation, a multiply and an add being two.
+        step_flops: of forward and backward.
+        activation_bytes: what the forward pass keeps for the backward pass, besides parameters.
+        state_bytes: parameters, their gradients, and the optimiser's state.
+    """
+
+    parameters: dict[str, int]
+    n_bytes: int
+    bytes_per_patch: float
+    forward_flops: int
+    step_flops: int
+    activation_bytes: int
+    state_bytes: int
+
+
+def summarise(config: ModelConfig, text: bytes) -> Summary:
+    """Build the model and train it for one step on `text`.
+
+    Raises:
+        ValueError: for an empty text.
+    """
+    if not text:
+        raise ValueError("text: expected at least one byte, got none")
+    model = STLM(config)
+    ids = torch.tensor([DOCUMENT_START, *text[:-1]], dtype=torch.int16)
+    targets = torch.tensor(list(text))
+    patches = model.patcher(ids)
+    kept = _Kept(model)
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        model(ids, targets)
+    with FlopCounterMode(display=False) as step:
+        with kept.counting():
+            loss_sum, n_valid = model(ids, targets)
+        (loss_sum / n_valid).backward()
+    optimizers = Optimizers(model, muon_lr=1e-9, adamw_lr=1e-9)
+    optimizers.step(1.0)
+    state = [*model.parameters(), *model.parameters(), *optimizers.state_tensors().values()]
+    return Summary(
+        parameters={
+            name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()
+        },
+        n_bytes=len(text),
+        bytes_per_patch=len(text) / int(patches.n_patches),
+        forward_flops=forward.get_total_flops(),
+        step_flops=step.get_total_flops(),
+        activation_bytes=kept.n_bytes,
+        state_bytes=sum(x.numel() * x.element_size() for x in state),
+    )
+
+
+class _Kept:
+    """Counts each storage once that autograd keeps, parameters left out."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.n_bytes = 0
+        self._seen = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self._alive: list[Tensor] = []  # an address must not be used twice while it is counted
+
+    def counting(self) -> torch.autograd.graph.saved_tensors_hooks:
+        return torch.autograd.graph.saved_tensors_hooks(self._note, lambda x: x)
+
+    def _note(self, x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in self._seen:
+            self._seen.add(storage.data_ptr())
+            self._alive.append(x.detach())
+            self.n_bytes += storage.nbytes()
+        return x
+
+
+def lines(name: str, found: Summary) -> list[str]:
+    """One preset as text."""
+    total, n = sum(found.parameters.values()), found.n_bytes
+    parts = ", ".join(f"{part} {count / total:.1%}" for part, count in found.parameters.items())
+    return [
+        f"{name}: {total:,} parameters ({parts})",
+        f"  {found.bytes_per_patch:.2f} bytes per patch; FLOPs per byte: forward"
+        f" {found.forward_flops / n / 1e6:.2f} M, training {found.step_flops / n / 1e6:.2f} M",
+        f"  training memory: weights, gradients, optimiser {found.state_bytes / MIB:,.0f} MiB,"
+        f" activations {found.activation_bytes / n / 1024:.1f} KiB per byte of a batch (fp32)",
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m stlm_models.summary",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("presets", nargs="*", metavar="preset", help="default: all of them")
+    names = parser.parse_args(arguments).presets or list(PRESETS)
+    try:
+        configs = {name: preset(name) for name in names}
+    except ValueError as error:
+        parser.error(str(error))
+    text = b"".join(load_corpus(None).held_out)[:SAMPLE_BYTES]
+    print(f"torch path on a CPU, on {len(text):,} bytes of the standard library's source")
+    for name, config in configs.items():
+        print("\n".join(lines(name, summarise(config, text))))
+
+
+if __name__ == "__main__":
+    main()
