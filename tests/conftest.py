@@ -52,6 +52,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     lane = config.getoption("--lane")
     config.addinivalue_line("markers", "lanes(*names): the lanes a test belongs to (default: cpu)")
+    config.addinivalue_line("markers", "one_dtype: float32 shows it; others only with --full")
     # Triton reads this when it decorates a kernel, so it must be set before any is imported.
     if lane == "interpret":
         os.environ["TRITON_INTERPRET"] = "1"
@@ -78,6 +79,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     lane = config.getoption("--lane")
+    every_dtype = lane == "gpu" or config.getoption("--full")
     kept, dropped = [], []
     for item in items:
         mark = item.get_closest_marker("lanes")
@@ -87,6 +89,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             wanted = bool(WAYS[lane])
         else:
             wanted = lane == "cpu"
+        if item.get_closest_marker("one_dtype") and not every_dtype:
+            wanted = wanted and item.callspec.params["way"].dtype == FP32  # type: ignore[attr-defined]
         (kept if wanted else dropped).append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=dropped)

@@ -28,6 +28,7 @@ from stlm_kernels._spec import Case, OpSpec
 from stlm_kernels.testing import GuardBand, assert_matches, poisoned_memory
 
 RESULT_LANES = pytest.mark.lanes("cpu", "interpret", "gpu")
+ONE_DTYPE = pytest.mark.one_dtype
 
 
 def assert_op_matches(spec: OpSpec, case: Case, way: Way) -> None:
@@ -82,6 +83,7 @@ def offset(x: Tensor) -> Tensor:
 
 
 @RESULT_LANES
+@ONE_DTYPE
 @pytest.mark.parametrize("layout", [strided, offset])
 @pytest.mark.parametrize(("spec", "case"), first_cases())
 def test_layouts_change_nothing(spec: OpSpec, case: Case, way: Way, layout: Any) -> None:
@@ -100,6 +102,7 @@ def test_layouts_change_nothing(spec: OpSpec, case: Case, way: Way, layout: Any)
 
 
 @RESULT_LANES
+@ONE_DTYPE
 @pytest.mark.parametrize(("spec", "case"), first_cases())
 def test_expanded_upstream(spec: OpSpec, case: Case, way: Way) -> None:
     """`sum().backward()` hands a gradient of stride 0 down."""
@@ -117,6 +120,7 @@ def test_expanded_upstream(spec: OpSpec, case: Case, way: Way) -> None:
 
 
 @RESULT_LANES
+@ONE_DTYPE
 @pytest.mark.parametrize(("spec", "case"), first_cases())
 def test_repeats_bit_for_bit(spec: OpSpec, case: Case, way: Way) -> None:
     skip_unless_covered(spec, way)
@@ -131,6 +135,7 @@ def test_repeats_bit_for_bit(spec: OpSpec, case: Case, way: Way) -> None:
 
 
 @RESULT_LANES
+@ONE_DTYPE
 @pytest.mark.parametrize(("spec", "case"), first_cases())
 def test_retained_graph_gives_the_same_gradient_twice(spec: OpSpec, case: Case, way: Way) -> None:
     skip_unless_covered(spec, way, grad=True)
@@ -146,6 +151,7 @@ def test_retained_graph_gives_the_same_gradient_twice(spec: OpSpec, case: Case, 
 
 
 @RESULT_LANES
+@ONE_DTYPE
 @pytest.mark.parametrize(("spec", "case"), op_cases("smoke"))
 def test_guard_bands(spec: OpSpec, case: Case, way: Way) -> None:
     """No input's neighbourhood is read (its NaN would show) or written."""
@@ -162,6 +168,7 @@ def test_guard_bands(spec: OpSpec, case: Case, way: Way) -> None:
 
 
 @RESULT_LANES
+@ONE_DTYPE
 @pytest.mark.parametrize(("spec", "case"), first_cases())
 def test_frozen_arguments(spec: OpSpec, case: Case, way: Way) -> None:
     """Each differentiable argument alone gets the gradient it gets among the others."""
@@ -259,6 +266,7 @@ def test_gradcheck_of_the_reference(spec: OpSpec, case: Case) -> None:
 
 
 @RESULT_LANES
+@ONE_DTYPE
 @pytest.mark.parametrize(("spec", "case"), first_cases())
 def test_double_backward(spec: OpSpec, case: Case, way: Way) -> None:
     """The kernels refuse a second derivative and name the way out."""

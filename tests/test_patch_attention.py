@@ -79,6 +79,7 @@ BORDERS = ints(0, 6, 6, 9, 16, 25, 40)
 
 
 @EVERY_LANE
+@pytest.mark.one_dtype
 @BOTH_MASKS
 @pytest.mark.parametrize(
     ("where", "poison"),
@@ -111,6 +112,7 @@ def test_nan_stays_in_its_own_patch(way: Way, where: str, poison: float, causal:
 
 
 @EVERY_LANE
+@pytest.mark.one_dtype
 @BOTH_MASKS
 def test_rows_of_no_patch_are_never_read(way: Way, causal: bool) -> None:
     borders = ints(0, 10, 10, 25)
