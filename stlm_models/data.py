@@ -162,16 +162,27 @@ class TrainingWindows:
     Args:
         documents: at least one window's worth of bytes.
         context: ids in a window.
-        rows: windows in a batch.
+        rows: windows in a batch, over all processes.
         seed: of the order and the offsets.
+        rank, world: this process reads its share of the rows, and all together what one would.
 
     Raises:
-        ValueError: where the documents are shorter than a window.
+        ValueError: where the documents are shorter than a window, or rows cannot be shared evenly.
     """
 
-    def __init__(self, documents: list[bytes], *, context: int, rows: int, seed: int) -> None:
-        if rows < 1:
-            raise ValueError(f"rows: expected at least 1, got {rows}")
+    def __init__(
+        self,
+        documents: list[bytes],
+        *,
+        context: int,
+        rows: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        if rows < 1 or rows % world:
+            expected = "at least 1" if world == 1 else f"a multiple of the {world} processes"
+            raise ValueError(f"rows: expected {expected}, got {rows}")
         n_bytes = sum(map(len, documents))
         if n_bytes < context:
             raise ValueError(
@@ -179,12 +190,13 @@ class TrainingWindows:
             )
         self.ids = document_stream(documents)
         self.context, self.rows, self.seed = context, rows, seed
+        self.own_rows = range(rank * rows // world, (rank + 1) * rows // world)
         # One id more than the window is its last target; the offset may use up to a window.
         self.n_windows = max(1, (len(self.ids) - 1) // context - 1)
 
     def batch(self, step: int) -> Batch:
-        """The windows of this step; id 256 is never a target, and begins a document."""
-        starts = [self._start(step * self.rows + row) for row in range(self.rows)]
+        """This process's windows of a step; id 256 is never a target, and begins a document."""
+        starts = [self._start(step * self.rows + row) for row in self.own_rows]
         index = np.asarray(starts)[:, None] + np.arange(self.context + 1)
         windows = self.ids[index]
         inputs, targets = windows[:, :-1].reshape(-1), windows[:, 1:].reshape(-1).astype(np.int64)

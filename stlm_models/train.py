@@ -2,6 +2,7 @@
 
 Without --data the corpus is the interpreter's own standard library. The run folder gets
 checkpoints, metrics.jsonl, loss.png and result.json; Ctrl-C saves, --resume goes on.
+`torchrun --nproc-per-node N -m stlm_models.train ...` trains in N processes.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from .checkpoint import latest_checkpoint, load_checkpoint, require_extra
 from .config import preset
 from .data import Corpus, load_corpus
 from .evaluate import bits_per_byte
+from .parallel import Ranks
 from .progress import Metrics, ProgressLine, draw_loss_curve, replace_file
 from .trainer import StepResult, Trainer, TrainOptions, fastest_precision
 
@@ -119,19 +121,23 @@ def judge(trainer: Trainer) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train as the command line says; 1 and one line on stderr for bad input."""
     parsed = _parser().parse_args(arguments)
+    ranks = Ranks.join()
     try:
         require_extra(EXTRA)
-        trainer, run = _prepare(parsed)
-        run.mkdir(parents=True, exist_ok=True)
+        trainer, run = _prepare(parsed, ranks)
+        if ranks.is_first:
+            run.mkdir(parents=True, exist_ok=True)
     except (ValueError, ImportError, OSError) as error:
         return _fail(error)
     try:
-        return _train(trainer, run, parsed)
+        return _train(trainer, run, parsed) if ranks.is_first else _follow(trainer)
     except OSError as error:
         return _fail(error)
     except KeyboardInterrupt:
         print("stopped; what was saved stays", file=sys.stderr)
         return INTERRUPTED
+    finally:
+        ranks.leave()
 
 
 def _fail(error: Exception) -> int:
@@ -139,23 +145,28 @@ def _fail(error: Exception) -> int:
     return 1
 
 
-def _prepare(arguments: argparse.Namespace) -> tuple[Trainer, Path]:
+def _prepare(arguments: argparse.Namespace, ranks: Ranks) -> tuple[Trainer, Path]:
     """Everything that can be wrong with the input is found here, before a file is written."""
     run = arguments.out
     if run is None:
         run = Path("runs") / time.strftime(f"{arguments.preset or 'demo'}-%Y%m%d-%H%M%S")
     if arguments.resume:
-        trainer = _resumed(arguments, run)
+        trainer = _resumed(arguments, run, ranks)
     else:
         if latest_checkpoint(run) is not None:
             raise ValueError(f"out: expected a folder without a run, got {run}; add --resume")
         config = preset(arguments.preset or "demo")
-        options = _options(arguments, {"precision": arguments.precision or fastest_precision()})
-        trainer = Trainer(config, _corpus(arguments), options)
+        precision = arguments.precision or ("fp32" if _any_prefers_fp32(ranks) else "bf16")
+        options = _options(arguments, {"precision": precision})
+        trainer = Trainer(config, _corpus(arguments, ranks), options, ranks)
     return trainer, run
 
 
-def _resumed(arguments: argparse.Namespace, run: Path) -> Trainer:
+def _any_prefers_fp32(ranks: Ranks) -> bool:
+    return ranks.agree(0.0, fastest_precision() == "fp32")[1]
+
+
+def _resumed(arguments: argparse.Namespace, run: Path, ranks: Ranks) -> Trainer:
     checkpoint = load_checkpoint(run)
     if arguments.preset is not None and preset(arguments.preset) != checkpoint.config:
         different = [
@@ -178,7 +189,7 @@ def _resumed(arguments: argparse.Namespace, run: Path) -> Trainer:
         given = getattr(arguments, name)
         if given is not None and given != saved[name]:
             raise ValueError(f"{name}: expected {saved[name]} as the run began with, got {given}")
-    return Trainer.resume(checkpoint, _corpus(arguments), _options(arguments, saved))
+    return Trainer.resume(checkpoint, _corpus(arguments, ranks), _options(arguments, saved), ranks)
 
 
 def _options(arguments: argparse.Namespace, base: dict[str, Any]) -> TrainOptions:
@@ -193,9 +204,10 @@ def _options(arguments: argparse.Namespace, base: dict[str, Any]) -> TrainOption
     return TrainOptions(**{**base, **given})
 
 
-def _corpus(arguments: argparse.Namespace) -> Corpus:
+def _corpus(arguments: argparse.Namespace, ranks: Ranks) -> Corpus:
     corpus = load_corpus(arguments.data)
-    print(f"corpus: {corpus.name}", *corpus.describe(), sep="\n", file=sys.stderr)
+    if ranks.is_first:
+        print(f"corpus: {corpus.name}", *corpus.describe(), sep="\n", file=sys.stderr)
     return corpus
 
 
@@ -222,6 +234,13 @@ def _train(trainer: Trainer, run: Path, arguments: argparse.Namespace) -> int:
     )
     print(f"sample:\n{sample(trainer, FINAL_SAMPLE_BYTES)}")
     return 0
+
+
+def _follow(trainer: Trainer) -> int:
+    """The same steps in another process, which neither reports nor saves."""
+    with _Interrupt() as interrupt:
+        trainer.run(should_stop=interrupt.requested)
+    return 0  # the first process says how it ended: a failure here would end that one early
 
 
 class _Interrupt:

@@ -16,7 +16,9 @@ from .config import ModelConfig
 from .data import Corpus, TrainingWindows, sha256_of
 from .model import STLM
 from .optim import Optimizers, lr_scale
+from .parallel import Ranks, mean_loss
 
+ALONE = Ranks()
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -27,7 +29,7 @@ class TrainOptions:
     Args:
         minutes: of training, over all resumed parts together.
         steps: optimiser steps.
-        rows: windows of `context` bytes in a step.
+        rows: windows of `context` bytes in a step, over all processes.
         seed: of the initial parameters and the order of the windows.
         muon_lr, adamw_lr: peak learning rates.
         precision: "bf16" computes under autocast; parameters are fp32 either way.
@@ -61,7 +63,7 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Mean nats per valid byte of a step, and the bytes it read."""
+    """Mean nats per valid byte of a step, and the bytes it read, over all processes."""
 
     loss: float
     n_bytes: int
@@ -74,22 +76,31 @@ class Trainer:
         config: the model's shape.
         corpus: of which the `train` split is used.
         options: see `TrainOptions`.
+        ranks: the processes that train together, each with the same other arguments.
 
     Raises:
-        ValueError: where the corpus is shorter than a window.
+        ValueError: where the corpus is shorter than a window, or rows cannot be shared evenly.
     """
 
-    def __init__(self, config: ModelConfig, corpus: Corpus, options: TrainOptions) -> None:
+    def __init__(
+        self, config: ModelConfig, corpus: Corpus, options: TrainOptions, ranks: Ranks = ALONE
+    ) -> None:
         self.windows = TrainingWindows(
-            corpus.train, context=config.context, rows=options.rows, seed=options.seed
+            corpus.train,
+            context=config.context,
+            rows=options.rows,
+            seed=options.seed,
+            rank=ranks.rank,
+            world=ranks.world,
         )
-        self.config, self.corpus, self.options = config, corpus, options
+        self.config, self.corpus, self.options, self.ranks = config, corpus, options, ranks
         self.step, self.seconds = 0, 0.0
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = ranks.device
         with torch.random.fork_rng():
             torch.manual_seed(options.seed)
             self.model = STLM(config)
         self.model.to(self.device)
+        self.wrapped = ranks.wrap(self.model)
         self.optimizers = Optimizers(self.model, muon_lr=options.muon_lr, adamw_lr=options.adamw_lr)
 
     @property
@@ -105,14 +116,14 @@ class Trainer:
         batch = self.windows.batch(self.step).to(self.device)
         self.model.train()
         with self.autocast():
-            loss_sum, n_valid = self.model(
+            loss_sum, n_valid = self.wrapped(
                 batch.byte_ids, batch.targets, cu_seqlens=batch.cu_seqlens
             )
-        loss = loss_sum / n_valid.clamp(min=1)
+        loss, mean = mean_loss(loss_sum, n_valid)
         loss.backward()
         self.optimizers.step(lr_scale(self.progress))
         self.step += 1
-        return StepResult(loss.item(), batch.n_bytes)
+        return StepResult(mean.item(), batch.n_bytes * self.ranks.world)
 
     def run(
         self,
@@ -127,11 +138,12 @@ class Trainer:
             True where the budget is used.
         """
         started = time.monotonic() - self.seconds
-        while self.progress < 1 and not should_stop():
+        self.seconds, stop = self.ranks.agree(self.seconds, should_stop())
+        while self.progress < 1 and not stop:
             result = self.train_step()
             self.seconds = time.monotonic() - started
             report(result)
-            self.seconds = time.monotonic() - started
+            self.seconds, stop = self.ranks.agree(time.monotonic() - started, should_stop())
         return self.progress >= 1
 
     def autocast(self) -> torch.autocast:
@@ -154,7 +166,9 @@ class Trainer:
         )
 
     @classmethod
-    def resume(cls, checkpoint: Checkpoint, corpus: Corpus, options: TrainOptions) -> Trainer:
+    def resume(
+        cls, checkpoint: Checkpoint, corpus: Corpus, options: TrainOptions, ranks: Ranks = ALONE
+    ) -> Trainer:
         """A trainer that goes on where the checkpoint was written.
 
         Raises:
@@ -166,7 +180,7 @@ class Trainer:
                 f"data: expected the bytes that the run began with, sha256 {state['train_sha256']},"
                 f" got {sha256_of(corpus.train)}"
             )
-        trainer = cls(checkpoint.config, corpus, options)
+        trainer = cls(checkpoint.config, corpus, options, ranks)
         load_tensors(trainer.model, checkpoint.model)
         trainer.optimizers.load_state_tensors(checkpoint.optimizer)
         trainer.step, trainer.seconds = int(state["step"]), float(state["seconds"])

@@ -66,6 +66,7 @@ def test_values_and_gradients(spec: OpSpec, case: Case, way: Way) -> None:
 
 
 @pytest.mark.lanes("cpu", "gpu")
+@ONE_DTYPE
 @pytest.mark.parametrize(("spec", "case"), op_cases("long"))
 def test_long_cases(spec: OpSpec, case: Case, way: Way) -> None:
     skip_unless_covered(spec, way)
