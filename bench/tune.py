@@ -1,21 +1,23 @@
 """`python -m bench.tune [op...] --minutes 4`: find launch configs on this GPU, write them as data.
 
-Every config of a kernel's declared space is held to the same tolerance as a test before it is
-timed; one whose result is wrong, or that does not compile or fit, is refused. What is found goes
-into `stlm_kernels/tuned/<device>.json`, to be reviewed and committed; kernels and buckets that were
-not swept keep their entries, so a second run goes on where the first one ended.
+From a kernel's default config the sweep goes downhill, one value at a time. Each config is compiled
+ahead on all cores, where one that spills or does not fit is dropped, and held to the same tolerance
+as a test before it is timed; one whose result is wrong is refused. What is found goes into
+`stlm_kernels/tuned/<device>.json`, to be reviewed and committed; kernels and buckets that were not
+swept keep their entries, so a second run goes on where the first one ended.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import itertools
 import json
-import random
+import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,30 +28,18 @@ import torch
 from stlm_kernels import _launch
 from stlm_kernels._launch import Config
 from stlm_kernels._spec import Case, OpSpec
+from stlm_kernels.inspect import inspect_op
 from stlm_kernels.registry import OPS
 
 from . import report
 from .timing import Gpu, timed_rounds
 from .work import CaseData, Job, heads_of, our_entries, passes_of, task_of
 
-SPACES: dict[str, dict[str, tuple[int, ...]]] = {
-    "byte_pool_fwd": {
-        "BLOCK_P": (8, 16, 32, 64),
-        "BLOCK_D": (64, 128, 256),
-        "PATCHES": (32, 64, 128, 256),
-        "num_warps": (2, 4, 8),
-    },
-    "byte_pool_bwd": {
-        "BLOCK_V": (64, 128, 256),
-        "BLOCK_P": (32, 64, 128),
-        "BLOCK_D": (64, 128, 256),
-        "PROGRAMS": (132, 264, 528),
-        "num_warps": (4, 8),
-    },
-}
-"""The values tried of each key of a kernel's config; a kernel without a space keeps its default."""
+LEAST, MOST = {"num_stages": 1}, {"num_warps": 16, "num_stages": 6}
+"""Bounds of a config's values where they are not simply 1 and none."""
 
 Measure = Callable[[OpSpec, Case, str, CaseData], float]
+Usable = Callable[["Target", Sequence[Config]], list[Config]]
 
 
 @dataclass(frozen=True)
@@ -81,52 +71,124 @@ def lookups(spec: OpSpec, run: Callable[[], Any]) -> list[tuple[str, str, Config
 def targets(
     spec: OpSpec, direction: str, case: Case, run: Callable[[], Any], known: set[str]
 ) -> Iterator[Target]:
-    """What this case reaches in this pass that has a space and was not met before."""
+    """What this case reaches in this pass that was not met before."""
     for kernel, bucket, default in lookups(spec, run):
         key = f"{kernel}/{bucket}"
-        if kernel in SPACES and key not in known:
+        if key not in known:
             known.add(key)
             yield Target(spec, case, direction, kernel, bucket, default)
 
 
-def configs_of(kernel: str, default: Config) -> Iterator[Config]:
-    """The default first; the others in a fixed random order, so that a cut sweep is a fair one."""
-    yield default
-    space = SPACES[kernel]
-    values = list(itertools.product(*space.values()))
-    random.Random(0).shuffle(values)
-    for combination in values:
-        config = default | dict(zip(space, combination, strict=True))
-        if config != default:
-            yield config
+def neighbours(config: Config) -> Iterator[Config]:
+    """One value changed at a time: the number of stages by one, all others by a factor of two."""
+    for key, value in config.items():
+        steps = (value - 1, value + 1) if key == "num_stages" else (value // 2, value * 2)
+        for step in steps:
+            if LEAST.get(key, 1) <= step <= MOST.get(key, step):
+                yield config | {key: step}
 
 
 def sweep(
-    target: Target, data: CaseData, measure: Measure, deadline: float
+    target: Target, data: CaseData, measure: Measure, usable: Usable, deadline: float
 ) -> dict[str, Any] | None:
-    """The fastest right config found before `deadline`; None if none was right."""
-    best: dict[str, Any] | None = None
-    tried = refused = 0
-    default_us = None
-    for config in configs_of(target.kernel, target.default):
-        if tried and time.monotonic() > deadline:
-            break
-        tried += 1
-        try:
-            with _launch.overriding({target.kernel: config}):
-                us = measure(target.spec, target.case, target.direction, data) * 1e6
-        except Exception as error:  # whatever a compiler, a launch or a wrong result raises
-            refused += 1
-            print(f"  refused {config}: {str(error).splitlines()[0] if str(error) else error!r}")
-            continue
-        default_us = us if config == target.default else default_us
-        if best is None or us < best["us"]:
-            best = {"config": config, "us": round(us, 3)}
-            print(f"  {us:9.1f} us  {config}", flush=True)
-    if best is None:
+    """The fastest right config met on the way down from the default before `deadline`.
+
+    From the best config so far all neighbours are tried, until none is faster. None where not even
+    the default was right.
+    """
+    times: dict[tuple[int, ...], float | None] = {}
+
+    def time_of(config: Config) -> float | None:
+        key = tuple(config.values())
+        if key not in times:
+            times[key] = _measured(target, config, data, measure)
+        return times[key]
+
+    best, best_us = target.default, time_of(target.default)
+    if best_us is None:
         return None
-    rounded = None if default_us is None else round(default_us, 3)
-    return best | {"default_us": rounded, "tried": tried, "refused": refused}
+    moved = True
+    while moved:
+        moved = False
+        fresh = [c for c in neighbours(best) if tuple(c.values()) not in times]
+        for config in usable(target, fresh):
+            if time.monotonic() > deadline:
+                break
+            us = time_of(config)
+            if us is not None and us < best_us:
+                best, best_us, moved = config, us, True
+    return {
+        "config": best,
+        "us": round(best_us, 3),
+        "default_us": round(times[tuple(target.default.values())] or 0.0, 3),
+        "tried": len(times),
+        "refused": sum(us is None for us in times.values()),
+    }
+
+
+def _measured(target: Target, config: Config, data: CaseData, measure: Measure) -> float | None:
+    """Microseconds, or None for a config whose result is wrong or that does not run."""
+    try:
+        with _launch.overriding({target.kernel: config}):
+            us = measure(target.spec, target.case, target.direction, data) * 1e6
+    except Exception as error:  # whatever a compiler, a launch or a wrong result raises
+        print(f"  refused {config}: {_first_line(error)}", flush=True)
+        return None
+    print(f"  {us:9.1f} us  {config}", flush=True)
+    return us
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), repr(error))
+
+
+class Compilers:
+    """Processes that compile configs for a GPU, into the cache that the launch will read.
+
+    Args:
+        arch: compute capability without the dot, e.g. 90.
+        dtype: of the float inputs.
+        processes: None is one for each core but one.
+    """
+
+    def __init__(self, arch: int, dtype: torch.dtype, processes: int | None = None) -> None:
+        self.arch, self.dtype = arch, dtype
+        # Forked processes would share the parent's CUDA context, which does not survive that.
+        self.pool = ProcessPoolExecutor(
+            processes or max(1, (os.cpu_count() or 1) - 1),
+            mp_context=multiprocessing.get_context("spawn"),
+        )
+
+    def usable(self, target: Target, configs: Sequence[Config]) -> list[Config]:
+        """Those that compile, fit, and do not spill."""
+        place = (target.spec.name, target.case.name, target.kernel)
+        jobs = [self.pool.submit(_objection, *place, c, self.arch, self.dtype) for c in configs]
+        objections = [job.result() for job in jobs]
+        for config, objection in zip(configs, objections, strict=True):
+            if objection:
+                print(f"  dropped {config}: {objection}", flush=True)
+        return [c for c, objection in zip(configs, objections, strict=True) if not objection]
+
+
+def _objection(
+    op: str, case_name: str, kernel: str, config: Config, arch: int, dtype: torch.dtype
+) -> str:
+    """Why a config is not worth a launch; empty if it is."""
+    torch.set_num_threads(1)
+    spec = OPS[op]
+    case = next(case for case in spec.cases if case.name == case_name)
+    try:
+        with _launch.overriding({kernel: config}):
+            reports = inspect_op(spec, case, arch, dtype)
+    except Exception as error:  # whatever a compiler raises
+        return _first_line(error)
+    for found in reports:
+        if found.kernel == f"stlm_{kernel}":
+            if found.spill_instructions:
+                return f"{found.spill_instructions} spills"
+            if found.occupancy <= 0:
+                return f"{found.shared_bytes} bytes of shared memory"
+    return ""
 
 
 def measured_on(gpu: Gpu) -> Measure:
@@ -151,6 +213,7 @@ def tune(
     dtype: torch.dtype,
     device: torch.device,
     measure: Measure,
+    usable: Usable,
     minutes: float,
 ) -> dict[str, Any]:
     """Entries of the config file by "<kernel>/<bucket>", within a time budget shared evenly."""
@@ -168,7 +231,7 @@ def tune(
         share = (end - now) / (len(found) - k)
         print(f"{target.kernel}/{target.bucket} on {target.case.name}, {share:.0f} s", flush=True)
         data = CaseData(target.spec, target.case, dtype, device)
-        entry = sweep(target, data, measure, now + share)
+        entry = sweep(target, data, measure, usable, now + share)
         if entry is not None:
             entries[f"{target.kernel}/{target.bucket}"] = entry
     return entries
@@ -220,7 +283,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     about = report.machine(gpu.device, options.commit)
     specs = [spec for name, spec in OPS.items() if spec.kernels and name in (options.ops or OPS)]
     dtype = getattr(torch, options.dtype)
-    entries = tune(specs, "bench", dtype, gpu.device, measured_on(gpu), options.minutes)
+    major, minor = torch.cuda.get_device_capability(gpu.device)
+    usable = Compilers(10 * major + minor, dtype).usable
+    entries = tune(specs, "bench", dtype, gpu.device, measured_on(gpu), usable, options.minutes)
     path = _launch.device_file(about["device"])
     path = path if options.out is None else options.out / path.name
     write(path, about, entries)

@@ -16,13 +16,11 @@ from typing import Any
 import pytest
 import torch
 
-from bench import check, plot, report, timing, tune
+from bench import check, plot, report, timing
 from bench.peers import PEERS, Entry
 from bench.session import Session
 from bench.timing import Cpu, EventTimer, Gpu
 from bench.work import CaseData, Job, Task, entries_of, jobs, left_out, task_of
-from stlm_kernels import _launch
-from stlm_kernels.ops.byte_pool import launch as byte_pool_launch
 from stlm_kernels.registry import OPS
 
 ROOT = Path(__file__).parent.parent
@@ -346,67 +344,3 @@ def test_plot_draws_one_picture_for_each_op(tmp_path: Path) -> None:
     path.write_text(json.dumps({"machine_info": machine, "benchmarks": RECORDS}))
     assert plot.plot_file(path, tmp_path) == [tmp_path / "run-byte_pool.png"]
     assert (tmp_path / "run-byte_pool.png").stat().st_size > 1000
-
-
-# Tuning
-
-
-def test_tuning_keeps_the_fastest_right_config(monkeypatch: pytest.MonkeyPatch) -> None:
-    space = {"BLOCK_P": (8, 16, 32), "num_warps": (4,)}
-    monkeypatch.setitem(tune.SPACES, "byte_pool_fwd", space)
-    default = {"BLOCK_P": 16, "num_warps": 4}
-    target = tune.Target(SPEC, CASE, "no-grad", "byte_pool_fwd", "D64-float32", default)
-    data = CaseData(SPEC, CASE, torch.float32, CPU)
-
-    def measure(*_: Any) -> float:
-        config = _launch.config_for("byte_pool_fwd", "D64-float32", default, CPU)
-        if config["BLOCK_P"] == 8:
-            raise AssertionError("out: RMS error")  # the fastest of the three, and wrong
-        return {16: 5e-6, 32: 3e-6}[config["BLOCK_P"]]
-
-    found = tune.sweep(target, data, measure, time.monotonic() + 60)
-    assert found == {
-        "config": {"BLOCK_P": 32, "num_warps": 4},
-        "us": 3.0,
-        "default_us": 5.0,
-        "tried": 3,
-        "refused": 1,
-    }
-    in_no_time = tune.sweep(target, data, measure, time.monotonic() - 1)
-    assert in_no_time is not None
-    assert in_no_time["config"] == default
-
-
-def test_tuning_learns_buckets_from_the_launcher() -> None:
-    def run() -> None:
-        byte_pool_launch.fwd_config(768, torch.bfloat16, CPU)
-
-    known: set[str] = set()
-    (target,) = tune.targets(SPEC, "no-grad", CASE, run, known)
-    assert target.kernel == "byte_pool_fwd"
-    assert target.default.keys() == tune.SPACES["byte_pool_fwd"].keys()
-    assert list(tune.targets(SPEC, "no-grad", CASE, run, known)) == []
-
-
-def test_tuned_file_is_merged_and_read_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_launch, "_TUNED", tmp_path)
-    path = _launch.device_file("Some GPU")
-    about = report.machine(CPU, commit="abc123")
-    tune.write(path, about, {"a/x": {"config": {"n": 1}, "us": 2.0}})
-    tune.write(path, about, {"b/y": {"config": {"n": 2}, "us": 1.0}})
-    _launch._tuned_table.cache_clear()
-    assert _launch._tuned_table("Some GPU").keys() == {"a/x", "b/y"}
-    assert json.loads(path.read_text())["commit"] == "abc123"
-    assert [x.name for x in tmp_path.iterdir()] == [path.name]
-
-
-def test_tuning_needs_a_device(capsys: pytest.CaptureFixture[str]) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is one")
-    with pytest.raises(SystemExit, match="2"):
-        tune.main(["byte_pool"])
-    assert "needs a CUDA device" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="2"):
-        tune.main(["no_such_op"])

@@ -1,0 +1,150 @@
+"""Tuning: downhill from the default, never by a wrong or a spilling config, and kept as data."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import report, tune
+from bench.work import CaseData
+from stlm_kernels import _launch
+from stlm_kernels._launch import Config
+from stlm_kernels.ops.byte_pool import launch as byte_pool_launch
+from stlm_kernels.registry import OPS
+
+SPEC = OPS["byte_pool"]
+CASE = SPEC.tagged("smoke")[0]
+CPU = torch.device("cpu")
+DEFAULT = {"BLOCK_P": 16, "num_warps": 4}
+TARGET = tune.Target(SPEC, CASE, "no-grad", "byte_pool_fwd", "D64-float32", DEFAULT)
+Timing = Callable[[Config], float]
+
+
+def all_usable(target: tune.Target, configs: Sequence[Config]) -> list[Config]:
+    return list(configs)
+
+
+def swept(
+    timing: Timing, usable: tune.Usable = all_usable, seconds: float = 60
+) -> dict[str, Any] | None:
+    """A sweep where the time of a config is given, not measured."""
+
+    def measure(*_: Any) -> float:
+        return timing(_launch.config_for("byte_pool_fwd", "D64-float32", DEFAULT, CPU))
+
+    data = CaseData(SPEC, CASE, torch.float32, CPU)
+    return tune.sweep(TARGET, data, measure, usable, time.monotonic() + seconds)
+
+
+def distance_from_64_and_2(config: Config) -> float:
+    steps = abs(config["BLOCK_P"].bit_length() - 7) + abs(config["num_warps"].bit_length() - 2)
+    return 1e-6 * (3 + steps)
+
+
+def test_a_sweep_goes_downhill_to_the_best() -> None:
+    found = swept(distance_from_64_and_2)
+    assert found is not None
+    assert found["config"] == {"BLOCK_P": 64, "num_warps": 2}
+    assert (found["us"], found["default_us"]) == (3.0, 6.0)
+    assert found["tried"] < 20
+    assert found["refused"] == 0
+
+
+def test_a_wrong_config_is_never_chosen() -> None:
+    def timing(config: Config) -> float:
+        if config["BLOCK_P"] == 32:
+            raise AssertionError("out: RMS error")  # the fastest, and wrong
+        return {16: 5e-6, 8: 4e-6}.get(config["BLOCK_P"], 9e-6)
+
+    found = swept(timing)
+    assert found is not None
+    assert found["config"]["BLOCK_P"] == 8
+    assert found["refused"] >= 1
+
+
+def test_no_time_leaves_the_default_and_a_wrong_default_nothing() -> None:
+    found = swept(distance_from_64_and_2, seconds=-1)
+    assert found is not None
+    assert found["config"] == DEFAULT
+
+    def wrong(config: Config) -> float:
+        raise AssertionError("out: RMS error")
+
+    assert swept(wrong) is None
+
+
+def test_what_is_not_usable_is_not_timed() -> None:
+    def few(target: tune.Target, configs: Sequence[Config]) -> list[Config]:
+        return [config for config in configs if config["num_warps"] == 4]
+
+    seen: list[Config] = []
+
+    def timing(config: Config) -> float:
+        seen.append(config)
+        return distance_from_64_and_2(config)
+
+    found = swept(timing, few)
+    assert found is not None
+    assert found["config"] == {"BLOCK_P": 64, "num_warps": 4}
+    assert {config["num_warps"] for config in seen} == {4}
+
+
+def test_neighbours_change_one_value_within_bounds() -> None:
+    config = {"BLOCK_N": 1, "num_warps": 16, "num_stages": 1}
+    assert list(tune.neighbours(config)) == [
+        config | {"BLOCK_N": 2},
+        config | {"num_warps": 8},
+        config | {"num_stages": 2},
+    ]
+
+
+@pytest.mark.lanes("aot")
+def test_compilers_drop_what_spills_or_does_not_compile() -> None:
+    case = SPEC.tagged("aot")[0]
+    default = byte_pool_launch.bwd_config(case["D"], torch.bfloat16, CPU)
+    target = tune.Target(SPEC, case, "bwd", "byte_pool_bwd", "any", default)
+    large = default | {"BLOCK_V": 256, "BLOCK_P": 64, "BLOCK_D": 256, "num_warps": 4}
+    odd = default | {"BLOCK_P": 24}  # no power of two
+    usable = tune.Compilers(90, torch.bfloat16, processes=1).usable
+    assert usable(target, [default, large, odd]) == [default]
+
+
+def test_tuning_learns_buckets_from_the_launcher() -> None:
+    def run() -> None:
+        byte_pool_launch.fwd_config(768, torch.bfloat16, CPU)
+
+    known: set[str] = set()
+    (target,) = tune.targets(SPEC, "no-grad", CASE, run, known)
+    assert target.kernel == "byte_pool_fwd"
+    assert "BLOCK_P" in target.default
+    assert list(tune.targets(SPEC, "no-grad", CASE, run, known)) == []
+
+
+def test_tuned_file_is_merged_and_read_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_launch, "_TUNED", tmp_path)
+    path = _launch.device_file("Some GPU")
+    about = report.machine(CPU, commit="abc123")
+    tune.write(path, about, {"a/x": {"config": {"n": 1}, "us": 2.0}})
+    tune.write(path, about, {"b/y": {"config": {"n": 2}, "us": 1.0}})
+    _launch._tuned_table.cache_clear()
+    assert _launch._tuned_table("Some GPU").keys() == {"a/x", "b/y"}
+    assert json.loads(path.read_text())["commit"] == "abc123"
+    assert [x.name for x in tmp_path.iterdir()] == [path.name]
+
+
+def test_tuning_needs_a_device(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(SystemExit, match="2"):
+        tune.main(["byte_pool"])
+    assert "needs a CUDA device" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        tune.main(["no_such_op"])
