@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import sysconfig
 from pathlib import Path
 
@@ -11,6 +12,21 @@ import torch
 from torch import Tensor
 
 TEXTS = ("english", "code", "uniform", "equal")
+MOST_DRAWN = 4_194_301
+"""A prime, so that no wrap of an index, by a power of two, meets the same values again."""
+
+
+def normal(*shape: int, rng: torch.Generator, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Standard normal values, drawn on the CPU, so that every device sees the same.
+
+    Beyond four million they repeat: to draw billions takes minutes of a GPU's time.
+    """
+    count = math.prod(shape)
+    values = torch.randn(min(count, MOST_DRAWN), generator=rng, dtype=torch.float64)
+    values = values.to(device, dtype)
+    if count > MOST_DRAWN:
+        values = values.repeat(-(-count // MOST_DRAWN))[:count]
+    return values.view(shape)
 
 
 @functools.cache

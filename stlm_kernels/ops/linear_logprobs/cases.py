@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..._inputs import normal
 from ..._spec import Case, Inputs, OpSpec, case
 from .op import linear_logprobs
 from .reference import reference, yardstick
@@ -44,7 +45,7 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int)
     target = torch.randint(0, valid, (rows,), generator=rng)
     # A weight's own signs over its width give a logit of about 0.8 x 8, beside noise of size 1.
     peak = torch.where(torch.rand(rows, 1, generator=rng) < 0.5, 8.0 / width, 0.0)
-    noise = torch.randn(rows, width, generator=rng) / width**0.5
+    noise = normal(rows, width, rng=rng, dtype=weight.dtype, device=weight.device) / width**0.5
     hidden = noise + peak * weight[target].sign()
     if "ignored" in case.sizes:
         target[torch.rand(rows, generator=rng) < case["ignored"]] = -100

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from ..._inputs import patch_borders
+from ..._inputs import normal, patch_borders
 from ..._spec import Case, Inputs, OpSpec, case
 from .op import patch_attention
 from .reference import reference, yardstick
-
-MILLION = 1 << 20
 
 CASES = (
     case("smoke", T=72, P=11, H=2, KV=2, K=16, borders="ragged"),
@@ -47,9 +45,8 @@ CASES = (
 def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
     """Arguments of patch_attention; on the CPU first, so that every device sees the same values."""
     rng = torch.Generator().manual_seed(seed)
-    make = torch.float64 if case["T"] < MILLION else torch.float32
     inputs: Inputs = {
-        name: torch.randn(case["T"], heads, case["K"], generator=rng, dtype=make).to(device, dtype)
+        name: normal(case["T"], heads, case["K"], rng=rng, dtype=dtype, device=device)
         for name, heads in (("q", case["H"]), ("k", case["KV"]), ("v", case["KV"]))
     }
     borders = patch_borders(case["borders"], case["T"], case["P"], rng)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..._inputs import patch_borders
+from ..._inputs import normal, patch_borders
 from ..._spec import Case, Inputs, OpSpec, case
 from .op import MODES, segment_pool
 from .reference import reference, yardstick
@@ -35,10 +35,10 @@ CASES = (
 def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
     """Arguments of segment_pool; on the CPU first, so that every device sees the same values."""
     rng = torch.Generator().manual_seed(seed)
-    x = torch.randn(case["T"], case["D"], generator=rng, dtype=torch.float64)
+    x = normal(case["T"], case["D"], rng=rng, dtype=dtype, device=device)
     borders = patch_borders(case["borders"], case["T"], case["P"], rng)
     return {
-        "x": x.to(device, dtype),
+        "x": x,
         "cu_patchlens": borders.to(device),
         "mode": case["mode"],
     }

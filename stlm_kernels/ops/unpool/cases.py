@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from ..._inputs import patch_borders
+from ..._inputs import normal, patch_borders
 from ..._spec import Case, Inputs, OpSpec, case
 from .op import unpool
 from .reference import reference, yardstick
@@ -45,18 +47,15 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int)
     total, patches, width = case["T"], case["P"], case["D"]
     borders = patch_borders(case["borders"], total, patches, rng)
     read_ids = _read_ids(borders, total, case["S"], rng)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=rng, dtype=torch.float64).to(device, dtype)
-
+    draw = functools.partial(normal, rng=rng, dtype=dtype, device=device)
     inputs: Inputs = {
-        "patch_states": normal(patches, width),
+        "patch_states": draw(patches, width),
         "read_ids": read_ids.to(device, getattr(torch, case.get("ids", "int32"))),
     }
     if "null" in case["plus"]:
-        inputs["null_state"] = normal(width)
+        inputs["null_state"] = draw(width)
     if "residual" in case["plus"]:
-        inputs["residual"] = normal(total, width)
+        inputs["residual"] = draw(total, width)
     return inputs
 
 
