@@ -6,6 +6,9 @@ import dataclasses
 import errno
 import os
 import random
+import shutil
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +121,41 @@ def test_whenever_a_save_fails_a_whole_checkpoint_loads(
     assert (True, False) in outcomes
     assert (False, True) in outcomes
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [f"step-{step:08d}"]
+
+
+def save_until_killed(run: Path, model: STLM) -> None:
+    """In a process of its own, which only a signal ends."""
+    try:
+        for step in range(1, 1_000_000):
+            save_checkpoint(run, checkpoint_at(step, model))
+    finally:
+        os._exit(1)
+
+
+def test_kill_minus_nine_at_any_moment(tmp_path: Path, full: bool) -> None:
+    """The last complete checkpoint loads, and it is never older than the one before the kill."""
+    randomly, model = random.Random(1), scrambled()
+    for _ in range(50 if full else 5):
+        child = os.fork()
+        if child == 0:
+            save_until_killed(tmp_path, model)
+        while latest_checkpoint(tmp_path) is None:
+            time.sleep(0.001)
+        before = newest_step(tmp_path)
+        time.sleep(randomly.uniform(0, 0.05))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        found = load_checkpoint(tmp_path)
+        assert found.state["step"] >= before
+        assert (found.optimizer["muon.x.momentum_buffer"] == found.state["step"]).all()
+        assert found.model.keys() == model.state_dict().keys()
+        shutil.rmtree(tmp_path / "checkpoints")
+
+
+def newest_step(run: Path) -> int:
+    """Of a folder that is being written to."""
+    folder = latest_checkpoint(run)
+    return 0 if folder is None else int(folder.name.rpartition("-")[2])
 
 
 FILES = ("model.safetensors", "optimizer.safetensors", "config.json", "state.json", "manifest.json")
