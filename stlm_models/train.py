@@ -21,6 +21,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from .checkpoint import latest_checkpoint, load_checkpoint, require_extra
 from .config import preset
 from .data import Corpus, load_corpus
@@ -47,7 +50,7 @@ class Reporter:
         self.line = ProgressLine()
         self.metrics = Metrics(run, trainer.step)
         self._last_sample = self._last_save = self._last_record = trainer.seconds
-        self._losses: list[float] = []
+        self._losses: list[Tensor] = []
         self._n_bytes = 0
 
     def __call__(self, result: StepResult) -> None:
@@ -71,7 +74,7 @@ class Reporter:
 
     def _record(self) -> None:
         trainer = self.trainer
-        loss = sum(self._losses) / len(self._losses)
+        loss = float(torch.stack(self._losses).mean())
         rate = self._n_bytes / max(1e-9, trainer.seconds - self._last_record)
         record = {
             "step": trainer.step,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .checkpoint import Checkpoint, load_tensors, save_checkpoint
 from .config import ModelConfig
@@ -65,7 +66,7 @@ class TrainOptions:
 class StepResult:
     """Mean nats per valid byte of a step, and the bytes it read, over all processes."""
 
-    loss: float
+    loss: Tensor  # 0-d, on the device: who reads its value waits for the step
     n_bytes: int
 
 
@@ -123,7 +124,7 @@ class Trainer:
         loss.backward()
         self.optimizers.step(lr_scale(self.progress))
         self.step += 1
-        return StepResult(mean.item(), batch.n_bytes * self.ranks.world)
+        return StepResult(mean, batch.n_bytes * self.ranks.world)
 
     def run(
         self,

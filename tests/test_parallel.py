@@ -64,7 +64,7 @@ def trained(ranks: Ranks) -> tuple[Trainer, list[float]]:
     corpus = Corpus("words", [WORDS], [])
     trainer = Trainer(TINY, corpus, TrainOptions(steps=2, rows=2), ranks)
     losses: list[float] = []
-    trainer.run(lambda result: losses.append(result.loss))
+    trainer.run(lambda result: losses.append(float(result.loss)))
     return trainer, losses
 
 

@@ -125,7 +125,7 @@ class TestRun:
         corpus = Corpus("words", [WORDS], [WORDS[:200]])
         trainer = Trainer(SMALL, corpus, TrainOptions(steps=60, rows=4))
         losses: list[float] = []
-        assert trainer.run(lambda result: losses.append(result.loss))
+        assert trainer.run(lambda result: losses.append(float(result.loss)))
         assert losses[0] == pytest.approx(5.55, abs=0.2)
         assert losses[-1] < 1.5
 
@@ -145,14 +145,14 @@ class TestResume:
         options = TrainOptions(steps=12, rows=2)
         whole = Trainer(SMALL, corpus, options)
         losses: list[float] = []
-        whole.run(lambda result: losses.append(result.loss))
+        whole.run(lambda result: losses.append(float(result.loss)))
 
         first = Trainer(SMALL, corpus, options)
         assert not first.run(should_stop=lambda: first.step == 5)
         first.save(tmp_path)
         second = Trainer.resume(load_checkpoint(tmp_path), corpus, options)
         again: list[float] = []
-        assert second.run(lambda result: again.append(result.loss))
+        assert second.run(lambda result: again.append(float(result.loss)))
         assert again == losses[5:]
         for ours, theirs in zip(
             second.model.state_dict().values(), whole.model.state_dict().values(), strict=True
