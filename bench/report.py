@@ -177,6 +177,11 @@ def _section(path: Path) -> tuple[str, str]:
     elif "comparisons" in values:
         about, kind = values["machine"], "python -m bench.check"
         lines = "\n".join(_comparison_line(row) for row in values["comparisons"])
+    elif "steps" in values:
+        about, kind = values["machine"], f"python -m bench.step {' '.join(values['steps'])}"
+        lines = "\n".join(
+            _part_line(name, x) for name in values["steps"] for x in values["steps"][name]
+        )
     elif "command" in values:
         about, kind = values, values["command"]
         lines = "\n".join(f"{key}: {value}" for key, value in _plain_values(values))
@@ -194,6 +199,11 @@ def _comparison_line(row: Record) -> str:
         f"{row['verdict']:>6}  {row['ratios'][-1]:5.2f}x  ours {row['ours_s'] * 1e6:9.0f} us,"
         f" {row['peer']} {row['peer_s'] * 1e6:.0f} us  {row['op']} {row['case']} {row['direction']}"
     )
+
+
+def _part_line(preset: str, part: Record) -> str:
+    ms, work = part["seconds"] * 1e3, part["flops"] / 1e9
+    return f"{preset} {part['name']:<12} {ms:9.2f} ms {work:9.2f} GFLOP"
 
 
 def _plain_values(values: Record) -> Iterator[tuple[str, object]]:

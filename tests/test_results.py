@@ -30,6 +30,17 @@ def test_the_page_is_what_the_files_say() -> None:
     assert report.PAGE.read_text() == report.page(report.RESULTS), "run  python -m bench.report"
 
 
+def test_every_kind_of_file_has_its_lines(tmp_path: Path) -> None:
+    machine = {"device": "A", "date": "2026-01-02", "commit": "abc", "threads": 1}
+    part = {"name": "core", "seconds": 0.25, "flops": 3_000_000_000}
+    steps = {"machine": machine, "steps": {"demo": [part]}}
+    (tmp_path / "step.json").write_text(json.dumps(steps))
+    text = report.page(tmp_path)
+    assert "## `python -m bench.step demo`, 2026-01-02" in text
+    assert "demo core" in text
+    assert "250.00 ms" in text
+
+
 def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.json").write_text(json.dumps({"fast": True}))
     with pytest.raises(ValueError, match=r"notes\.json: expected a result of a command"):

@@ -1,0 +1,198 @@
+"""`python -m bench.step [preset ...]`: where the time of a training step goes, part by part.
+
+Each part of the model is run again alone, forward and backward, on what it got in a real step;
+parts and whole steps take turns. What the parts do not add up to is the rest: gathers, sums,
+launches, the work between them. Beside each stands the time of its products at full rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from stlm_models.config import preset
+from stlm_models.data import load_corpus
+from stlm_models.trainer import PRECISIONS, Trainer, TrainOptions, fastest_precision
+
+from . import report
+from .timing import Cpu, Gpu, Timer
+
+REST, WHOLE = "rest", "whole step"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a step: seconds, and what its products would take at the rate of large ones."""
+
+    name: str
+    seconds: float
+    flops: int
+    floor_seconds: float | None
+
+
+def budget(trainer: Trainer, timer: Timer, rounds: int, matmul_rate: float) -> list[Part]:
+    """The parts of one training step of `trainer`, the rest, and the whole."""
+    trainer.train_step()  # gradients and optimiser states exist from here on
+    works = _works(trainer)
+    flops = {name: _flops(work) for name, work in works.items()}
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(rounds):
+        for name, work in works.items():
+            begin = timer()
+            work()
+            times[name].append(timer() - begin)
+    medians = {name: statistics.median(x) for name, x in times.items()}
+    alone = sum(seconds for name, seconds in medians.items() if name != WHOLE)
+    parts = [
+        Part(name, medians[name], flops[name], flops[name] / matmul_rate)
+        for name in works
+        if name != WHOLE
+    ]
+    rest = Part(REST, medians[WHOLE] - alone, 0, None)
+    return [*parts, rest, Part(WHOLE, medians[WHOLE], flops[WHOLE], flops[WHOLE] / matmul_rate)]
+
+
+def _works(trainer: Trainer) -> dict[str, Callable[[], None]]:
+    """What to time, by name: the model's parts in their order, loss, optimiser, whole step."""
+    model = trainer.model
+    children = {name: child for name, child in model.named_children() if name != "embedding"}
+    layers = {
+        name: list(child) if isinstance(child, nn.ModuleList) else [child]
+        for name, child in children.items()
+    }
+    calls: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+    last: list[Tensor] = []
+    with _noting(calls, [layer for group in layers.values() for layer in group]):
+        batch = trainer.windows.batch(0).to(trainer.device)
+        with trainer.autocast(), torch.no_grad():
+            last.append(model.hidden(batch.byte_ids, cu_seqlens=batch.cu_seqlens))
+
+    def run_layers(group: list[nn.Module]) -> None:
+        for layer in group:
+            args, kwargs = calls[layer]
+            with trainer.autocast():
+                out = layer(*args, **kwargs)
+            _backward(out)
+
+    def loss() -> None:
+        with trainer.autocast():
+            out, _ = model.embedding.loss(last[0].requires_grad_(), batch.targets)
+        out.backward()
+
+    works: dict[str, Callable[[], None]] = {}
+    for name, group in layers.items():
+        called = [layer for layer in group if layer in calls]
+        if called:
+            works[name] = lambda called=called: run_layers(called)  # type: ignore[misc]
+    works["loss"] = loss
+    works["optimiser"] = lambda: _optimise(trainer)
+    works[WHOLE] = lambda: _discard(trainer.train_step())
+    return works
+
+
+class _noting:
+    """Notes the arguments of each module's call, detached, and asking for gradients."""
+
+    def __init__(self, calls: dict[nn.Module, Any], modules: Sequence[nn.Module]) -> None:
+        self._calls = calls
+        self._hooks = [
+            module.register_forward_pre_hook(self._note, with_kwargs=True) for module in modules
+        ]
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *exception: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def leaf(x: Any) -> Any:
+            floating = isinstance(x, Tensor) and x.is_floating_point()
+            return x.detach().clone().requires_grad_() if floating else x
+
+        self._calls[module] = (
+            tuple(leaf(x) for x in args),
+            {name: leaf(x) for name, x in kwargs.items()},
+        )
+
+
+def _backward(out: Any) -> None:
+    if isinstance(out, Tensor) and out.requires_grad:
+        out.backward(torch.ones_like(out))
+
+
+def _optimise(trainer: Trainer) -> None:
+    """Move nothing: the next round shall find the same model."""
+    for parameter in trainer.model.parameters():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    trainer.optimizers.step(0.0)
+
+
+def _discard(_: object) -> None: ...
+
+
+def _flops(work: Callable[[], None]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def table(name: str, parts: Sequence[Part]) -> str:
+    """One line for each part: ms, share of the step, GFLOP, and time over floor."""
+    whole = parts[-1].seconds
+    lines = [f"{name}: ms, share of the step, GFLOP, times its products' floor"]
+    for part in parts:
+        over = f"{part.seconds / part.floor_seconds:6.1f}x" if part.floor_seconds else f"{'-':>7}"
+        lines.append(
+            f"  {part.name:<12} {part.seconds * 1e3:9.2f} {part.seconds / whole:6.1%}"
+            f" {part.flops / 1e9:9.2f} {over}"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.step",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("presets", nargs="*", default=["demo"], metavar="preset")
+    parser.add_argument("--rows", type=int, default=8, help="windows of one context in a step")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--precision", choices=sorted(PRECISIONS), help="default: the faster one")
+    parser.add_argument("--json", type=Path, help="where the result goes (default: out/bench/)")
+    parser.add_argument("--commit", help="what to record as the commit, where git is not there")
+    options = parser.parse_args(arguments)
+    machine = Gpu() if torch.cuda.is_available() else Cpu()
+    about, ceilings = report.machine(machine.device, options.commit), machine.ceilings()
+    print(report.header(about, ceilings))
+    corpus, results = load_corpus(None), {}
+    precision = options.precision or fastest_precision()
+    for name in options.presets:
+        # The rates never change here: a budget of many steps keeps the schedule at its peak.
+        settings = TrainOptions(steps=1 << 30, rows=options.rows, precision=precision)
+        trainer = Trainer(preset(name), corpus, settings)
+        parts = budget(trainer, machine.timer(), options.rounds, ceilings.matmul_flops_per_s)
+        print(table(f"{name}, {options.rows} windows, {precision}", parts), flush=True)
+        results[name] = [asdict(part) for part in parts]
+    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
+    path = options.json or Path("out/bench") / f"step-{stamp}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = {"machine": about, "rows": options.rows, "precision": precision, "steps": results}
+    path.write_text(json.dumps(values, indent=1))
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

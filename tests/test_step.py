@@ -1,0 +1,58 @@
+"""The step budget: every part is found, alone, and the table adds up."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_models import TINY
+
+import stlm_models.config
+from bench import step, timing
+from stlm_models.data import Corpus
+from stlm_models.trainer import Trainer, TrainOptions
+
+CORPUS = Corpus("words", [b"the cat sat on the mat, and the dog sat by the door. " * 100], [])
+PARTS = {"patcher", "ngrams", "to_core", "core", "from_core", "unpooling", "decoder", "to_output"}
+
+
+def test_parts_add_up_to_the_step() -> None:
+    trainer = Trainer(TINY, CORPUS, TrainOptions(steps=1 << 30, rows=2))
+    ticks = itertools.count()
+    parts = step.budget(trainer, lambda: float(next(ticks)), rounds=3, matmul_rate=1e6)
+    by_name = {part.name: part for part in parts}
+    assert by_name.keys() == {*PARTS, "loss", "optimiser", step.REST, step.WHOLE}
+    whole = by_name[step.WHOLE]
+    assert sum(part.seconds for part in parts[:-1]) == pytest.approx(whole.seconds)
+    assert sum(part.flops for part in parts[:-1]) == pytest.approx(whole.flops, rel=0.05)
+    assert whole.floor_seconds == whole.flops / 1e6
+    # forward, and twice that backward, of each byte-rate matrix at each of the 2 windows' bytes
+    bytes_read = 2 * TINY.context
+    matrices = sum(p.numel() for p in trainer.model.decoder.parameters() if p.dim() == 2)
+    assert by_name["decoder"].flops >= 6 * matrices * bytes_read
+
+
+def test_measuring_leaves_the_model_as_it_was() -> None:
+    """Parts run with rate zero, or every round would time another model."""
+    trainer = Trainer(TINY, CORPUS, TrainOptions(steps=1 << 30, rows=2))
+    works = step._works(trainer)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    for name, work in works.items():
+        if name != step.WHOLE:
+            work()
+    assert all(map(torch.equal, before, trainer.model.parameters()))
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setitem(stlm_models.config.PRESETS, "demo", TINY)
+    monkeypatch.setattr(step, "load_corpus", lambda paths: CORPUS)
+    monkeypatch.setattr(timing.Cpu, "ceilings", lambda self: timing.Ceilings(1e9, 1e9))
+    path = tmp_path / "step.json"
+    step.main(["demo", "--rows", "1", "--rounds", "1", "--json", str(path), "--precision", "fp32"])
+    assert "whole step" in capsys.readouterr().out
+    names = {part["name"] for part in json.loads(path.read_text())["steps"]["demo"]}
+    assert names >= PARTS
