@@ -98,7 +98,7 @@ def _check(
             _checks.check_offset_values("cu_seqlens", cu_seqlens, byte_ids.shape[0])
             ids = byte_ids[: int(cu_seqlens[-1])]
         _checks.check_id_values("byte_ids", ids, 0, 2**63)
-    return tables, ns
+    return tables, tuple(map(int, ns))  # a traced length becomes a constant
 
 
 class _NgramEmbedding(torch.autograd.Function):
@@ -139,7 +139,7 @@ class _NgramEmbedding(torch.autograd.Function):
 
 
 _FWD = _library.register(
-    "ngram_embedding_fwd(Tensor byte_ids, Tensor[] tables, Tensor? cu_seqlens, SymInt[] ns, "
+    "ngram_embedding_fwd(Tensor byte_ids, Tensor[] tables, Tensor? cu_seqlens, int[] ns, "
     "ScalarType out_dtype) -> Tensor",
     launcher="ngram_embedding:launch_fwd",
     meta=lambda byte_ids, tables, cu_seqlens, ns, out_dtype: tables[0].new_empty(
@@ -149,8 +149,8 @@ _FWD = _library.register(
 )
 _library.register_vmap_loop(_FWD)
 _BWD = _library.register(
-    "ngram_embedding_bwd(Tensor grad, Tensor byte_ids, Tensor? cu_seqlens, SymInt n, "
-    "SymInt longest, SymInt rows, ScalarType dtype) -> Tensor",
+    "ngram_embedding_bwd(Tensor grad, Tensor byte_ids, Tensor? cu_seqlens, int n, "
+    "int longest, SymInt rows, ScalarType dtype) -> Tensor",
     launcher="ngram_embedding:launch_bwd",
     meta=lambda grad, byte_ids, cu_seqlens, n, longest, rows, dtype: grad.new_empty(
         (rows, grad.shape[1]), dtype=dtype

@@ -87,7 +87,7 @@ def _table_rows(
         value = torch.add(_earlier(ids, offsets, back), value, alpha=HASH_BASE)
         if back + 1 in ns:
             values[back + 1] = value
-    rows = [_floor_mod(values[n], len(table)) for table, n in zip(tables, ns, strict=True)]
+    rows = [_floor_mod(values[n], int(table.shape[0])) for table, n in zip(tables, ns, strict=True)]
     return torch.stack(rows) if len(rows) > 1 else rows[0][None]
 
 

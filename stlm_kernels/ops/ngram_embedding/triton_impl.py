@@ -1,23 +1,25 @@
 """ngram_embedding in Triton: hashes in registers, then gathers; runs of sorted hashes backward.
 
-h_n(t) = h_{n-1}(t) * base + id[t - n + 1] in wrapping int64, so the tables in order of their n share
-one walk back over the bytes, and the row is h_n floor-mod M_n.
+h_n(t) = h_{n-1}(t) * base + id[t - n + 1] in wrapping int64, so all tables, in order of their n,
+share one walk back over the bytes. The row is h_n floor-mod M_n.
 
 Forward. A program owns BLOCK_T bytes x BLOCK_D columns: it walks back as far as the longest n-gram,
 adds one gathered row of each table in fp32 and writes once; the hashes never reach memory. Floor:
-T + 2 T D bytes (bf16) and each table row once where the tables stay in the L2: at 1M bytes, D = 32,
-4096 rows 68 MB = 16 us at 4.3 TB/s; six tables of 50,000 x 128 (77 MB, beyond the L2) pay up to
-2 T D more for each. Adds: T x D a table.
+T + 2 T D bytes (bf16), and each table row once where the tables stay in the L2: at 1M bytes, D = 32,
+4096 rows, 68 MB = 16 us at 4.3 TB/s. Six tables of 50,000 x 128 (77 MB) do not stay there, and pay
+up to 2 T D more for each. Adds: T x D for each table.
 
-Backward, one table at a time. dE[r] = sum of dY[t] over h(t) = r. The tables are too tall for a
-count matrix and hot rows forbid one program a row, so: keys = h(t), or M for bytes that are left
-out; torch's stable sort brings each row's bytes together, in order; `bwd_heads` sums of each CHUNK
-sorted bytes the leading run; and `bwd` owns the rows: it adds the bytes of its run up to the first
-border of a chunk, then the heads. Every gradient row is read once, by one of the two, and no program
-adds more than CHUNK rows and T / CHUNK heads, whatever is frequent. Where a row has few bytes, a tile
-holds several rows. The order is fixed by T and M alone: deterministic, no atomics.
-Floor: T + 2 T D + 2 M D bytes; the sort reads and writes 10 to 12 bytes a byte and digit of the key,
-so 16-bit keys serve tables below 32,768 rows; the heads cost T / CHUNK rows of fp32.
+Backward, one table at a time: dE[r] = sum of dY[t] over h(t) = r. The tables are too tall for a
+count matrix, and frequent n-grams forbid a program for each row alone. So `keys` are h(t), or M for
+bytes that are left out; torch's stable sort brings the bytes of a row together, in order;
+`bwd_heads` sums of each CHUNK sorted bytes the run that lies at its start; and `bwd` owns the rows:
+it adds a row's bytes up to the first border of a chunk, then the heads of the chunks that its run
+reaches. One of the two reads each gradient row, once, and none adds more than CHUNK rows and
+T / CHUNK heads to a table row, whatever is frequent. Where rows have few bytes, a tile holds several.
+The order follows from the keys and sizes: deterministic, no atomics, no synchronisation.
+Floor: T + 2 T D + 2 M D bytes: 16 us at 1M bytes and D = 32 with 4096 rows. The sort comes on top:
+it moves its 10 or 12 bytes of key and position twice for every 8 bits of the key, which is why
+tables below 32,768 rows have 16-bit keys. The heads cost 8 D T / CHUNK bytes.
 """
 
 from __future__ import annotations
