@@ -98,7 +98,7 @@ def _check(
             _checks.check_offset_values("cu_seqlens", cu_seqlens, byte_ids.shape[0])
             ids = byte_ids[: int(cu_seqlens[-1])]
         _checks.check_id_values("byte_ids", ids, 0, 2**63)
-    return tables, tuple(map(int, ns))  # a traced length becomes a constant
+    return tables, ns
 
 
 class _NgramEmbedding(torch.autograd.Function):

@@ -82,12 +82,13 @@ def _table_rows(
     offsets: Tensor | None,
 ) -> Tensor:  # (tables, T)
     """The row that each byte reads in each table."""
-    value, values = ids, {1: ids}
-    for back in range(1, max(ns)):
-        value = torch.add(_earlier(ids, offsets, back), value, alpha=HASH_BASE)
-        if back + 1 in ns:
-            values[back + 1] = value
-    rows = [_floor_mod(values[n], int(table.shape[0])) for table, n in zip(tables, ns, strict=True)]
+    value, rows = ids, [ids] * len(ns)
+    for back in range(max(ns)):
+        if back:
+            value = torch.add(_earlier(ids, offsets, back), value, alpha=HASH_BASE)
+        for i, n in enumerate(ns):
+            if n == back + 1:
+                rows[i] = _floor_mod(value, tables[i].shape[0])
     return torch.stack(rows) if len(rows) > 1 else rows[0][None]
 
 

@@ -5,9 +5,9 @@ share one walk back over the bytes. The row is h_n floor-mod M_n.
 
 Forward. A program owns BLOCK_T bytes x BLOCK_D columns: it walks back as far as the longest n-gram,
 adds one gathered row of each table in fp32 and writes once; the hashes never reach memory. Floor:
-T + 2 T D bytes (bf16), and each table row once where the tables stay in the L2: at 1M bytes, D = 32,
-4096 rows, 68 MB = 16 us at 4.3 TB/s. Six tables of 50,000 x 128 (77 MB) do not stay there, and pay
-up to 2 T D more for each. Adds: T x D for each table.
+T + 2 T D bytes (bf16), and each table row once where the tables stay in the L2: at 1M bytes, 32
+columns and 4096 rows 68 MB = 16 us at 4.3 TB/s. Six tables of 50,000 x 128 (77 MB) do not stay
+there, and pay up to 2 T D more for each. Adds: T x D for each table.
 
 Backward, one table at a time: dE[r] = sum of dY[t] over h(t) = r. The tables are too tall for a
 count matrix, and frequent n-grams forbid a program for each row alone. So `keys` are h(t), or M for
@@ -15,8 +15,8 @@ bytes that are left out; torch's stable sort brings the bytes of a row together,
 `bwd_heads` sums of each CHUNK sorted bytes the run that lies at its start; and `bwd` owns the rows:
 it adds a row's bytes up to the first border of a chunk, then the heads of the chunks that its run
 reaches. One of the two reads each gradient row, once, and none adds more than CHUNK rows and
-T / CHUNK heads to a table row, whatever is frequent. Where rows have few bytes, a tile holds several.
-The order follows from the keys and sizes: deterministic, no atomics, no synchronisation.
+T / CHUNK heads to a table row, whatever is frequent. Where rows have few bytes, a tile takes more
+rows. The order follows from the keys and sizes: deterministic, no atomics, no synchronisation.
 Floor: T + 2 T D + 2 M D bytes: 16 us at 1M bytes and D = 32 with 4096 rows. The sort comes on top:
 it moves its 10 or 12 bytes of key and position twice for every 8 bits of the key, which is why
 tables below 32,768 rows have 16-bit keys. The heads cost 8 D T / CHUNK bytes.

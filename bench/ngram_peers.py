@@ -1,0 +1,49 @@
+"""Stock compositions of hashed n-gram embeddings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stlm_kernels._spec import Inputs
+
+from .entry import Entry, compiled
+
+BASE = 1_000_000_007
+
+
+def _with_places(inputs: Inputs) -> Inputs:
+    """int64 ids, and the place of each byte in its document: all bytes are in one."""
+    ids = inputs["byte_ids"].long()
+    borders = inputs["cu_seqlens"].long()
+    starts = torch.repeat_interleave(borders[:-1], borders.diff())
+    places = torch.arange(ids.shape[0], device=ids.device) - starts
+    others = {name: x for name, x in inputs.items() if name != "cu_seqlens"}
+    return others | {"byte_ids": ids, "places": places}
+
+
+def _sum_of_embeddings(
+    byte_ids: Tensor, ns: tuple[int, ...], places: Tensor, **tables: Any
+) -> Tensor:
+    shifted = [byte_ids] + [
+        F.pad(byte_ids, (back, 0))[:-back].masked_fill(places < back, 0)
+        for back in range(1, max(ns))
+    ]
+    rows = []
+    for i, n in enumerate(ns):
+        table, value = tables[f"table{i}"], shifted[0]
+        for earlier in shifted[1:n]:
+            value = value * BASE + earlier
+        rows.append(F.embedding(value.remainder(table.shape[0]), table))
+    out = rows[0]
+    for row in rows[1:]:
+        out = out + row
+    return out
+
+
+_EMBEDDINGS = Entry("shifts + F.embedding", _sum_of_embeddings, _with_places)
+
+PEERS: dict[str, tuple[Entry, ...]] = {"ngram_embedding": (_EMBEDDINGS, compiled(_EMBEDDINGS))}
