@@ -1,9 +1,9 @@
 """ngram_embedding in aten ops: the CPU path, and every case that the kernels do not take.
 
 The hash of n bytes is one step on from that of n - 1: h_n(t) = h_{n-1}(t) * base + id[t - n + 1].
-Forward: index_select, several tables in pieces of rows that stay in the cache. Backward: index_add
-of float32 rows, in order, which on a CPU is as fast as summing sorted runs and several times as
-fast as F.embedding's own backward; on a GPU index_put, which sorts and needs no atomics.
+Forward: one index_select for each table. Backward: index_add of float32 rows, in order, which on a
+CPU is about as fast as summing sorted runs and faster than F.embedding's own backward, and needs no
+sort; on a GPU index_put, which sorts and needs no atomics.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from torch import Tensor
 from ... import _checks
 from .launch import HASH_BASE
 
-PIECE = 2048
-
 
 def ngram_embedding(
     byte_ids: Tensor,  # (T,)
@@ -32,60 +30,52 @@ def ngram_embedding(
     total = byte_ids.shape[0]
     visible = (byte_ids,) if cu_seqlens is None else (byte_ids, cu_seqlens)
     if _checks.values_visible(*visible):
-        starts, last = None, total
-        if cu_seqlens is not None:
-            last = int(cu_seqlens[-1])
-            starts = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff(), output_size=last)
-        rows = _table_rows(byte_ids[:last].long(), tables, ns, _offsets(starts, last))
+        last = total if cu_seqlens is None else int(cu_seqlens[-1])
+        ids = byte_ids[:last].long()
+        rows = _table_rows(ids, tables, ns, _begins(cu_seqlens, max(ns)))
         out = _look_up(rows, tables, out_dtype)
         return out if last == total else F.pad(out, (0, 0, 0, total - last))
-    starts, live = _clamped_starts(byte_ids, cu_seqlens)
-    ids, offsets = byte_ids.long(), _offsets(starts, total)
+    ids, live = byte_ids.long(), torch.ones_like(byte_ids, dtype=torch.bool)
+    if cu_seqlens is not None:
+        cu_seqlens = _checks.clamped_bounds(cu_seqlens, total)
+        positions = torch.arange(total, device=byte_ids.device)
+        live = (positions >= cu_seqlens[0]) & (positions < cu_seqlens[-1])
+    begins = _begins(cu_seqlens, max(ns))
     lowest = ids
     for back in range(1, max(ns)):
-        lowest = torch.minimum(lowest, _earlier(ids, offsets, back))
-    out = _look_up(_table_rows(ids, tables, ns, offsets), tables, out_dtype)
+        lowest = torch.minimum(lowest, _earlier(ids, begins, back))
+    out = _look_up(_table_rows(ids, tables, ns, begins), tables, out_dtype)
     filling = torch.where(live & (lowest < 0), float("nan"), 0.0).to(out_dtype)
     return torch.where((live & (lowest >= 0))[:, None], out, filling[:, None])
 
 
-def _clamped_starts(byte_ids: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor | None, Tensor]:
-    """Values nobody has looked at: where each byte's document starts, and whether it has one."""
-    total = byte_ids.shape[0]
+def _begins(cu_seqlens: Tensor | None, longest: int) -> Tensor | None:
+    """(longest - 1, S) positions: row k holds the k-th byte of each document, were it so long."""
     if cu_seqlens is None:
-        return None, torch.ones_like(byte_ids, dtype=torch.bool)
-    # Bytes of no document lie in a segment before or after all others.
-    borders = F.pad(F.pad(cu_seqlens, (0, 1), value=2**31 - 1), (1, 0))
-    borders = _checks.clamped_bounds(borders, total)
-    starts = torch.repeat_interleave(borders[:-1], borders.diff(), output_size=total)
-    positions = torch.arange(total, device=byte_ids.device)
-    return starts, (positions >= borders[1]) & (positions < borders[-2])
-
-
-def _offsets(starts: Tensor | None, total: int) -> Tensor | None:
-    """(total,) place of each byte in its document; None for a single document."""
-    if starts is None:
         return None
-    return torch.arange(total, device=starts.device, dtype=torch.int32) - starts
+    steps = torch.arange(longest - 1, device=cu_seqlens.device)
+    return steps[:, None] + cu_seqlens[:-1]
 
 
-def _earlier(ids: Tensor, offsets: Tensor | None, back: int) -> Tensor:
+def _earlier(ids: Tensor, begins: Tensor | None, back: int) -> Tensor:
     """The id `back` bytes before each byte, 0 before its document."""
-    earlier = F.pad(ids, (back, 0))[: ids.shape[0]]
-    return earlier if offsets is None else earlier.masked_fill(offsets < back, 0)
+    total, earlier = ids.shape[0], F.pad(ids, (back, 0))
+    if begins is not None:  # what lies beyond the end falls on a position that is cut off
+        earlier = earlier.index_fill(0, begins[:back].flatten().clamp(max=total), 0)
+    return earlier[:total]
 
 
 def _table_rows(
     ids: Tensor,  # (T,) int64
     tables: Sequence[Tensor],
     ns: Sequence[int],
-    offsets: Tensor | None,
+    begins: Tensor | None,
 ) -> Tensor:  # (tables, T)
     """The row that each byte reads in each table."""
     value, rows = ids, [ids] * len(ns)
     for back in range(max(ns)):
         if back:
-            value = torch.add(_earlier(ids, offsets, back), value, alpha=HASH_BASE)
+            value = torch.add(_earlier(ids, begins, back), value, alpha=HASH_BASE)
         for i, n in enumerate(ns):
             if n == back + 1:
                 rows[i] = _floor_mod(value, tables[i].shape[0])
@@ -106,21 +96,14 @@ def _look_up(rows: Tensor, tables: Sequence[Tensor], out_dtype: torch.dtype) -> 
 
 
 def _read(rows: Tensor, tables: Sequence[Tensor], out_dtype: torch.dtype) -> Tensor:
+    out = tables[0].index_select(0, rows[0]).to(out_dtype)
     if len(tables) == 1:
-        return tables[0].index_select(0, rows[0]).to(out_dtype)
-    if torch.compiler.is_compiling() or _checks.inside_torch_func():
-        return _sum_of_rows(rows, tables, out_dtype)
-    out = torch.empty((rows.shape[1], tables[0].shape[1]), dtype=out_dtype, device=tables[0].device)
-    for piece, place in zip(rows.split(PIECE, 1), out.split(PIECE), strict=True):
-        place.copy_(_sum_of_rows(piece, tables, out_dtype))
-    return out
-
-
-def _sum_of_rows(rows: Tensor, tables: Sequence[Tensor], out_dtype: torch.dtype) -> Tensor:
-    wide = torch.promote_types(out_dtype, torch.float32)
-    out = tables[0].index_select(0, rows[0]).to(out_dtype).to(wide)
+        return out
+    out = out.to(torch.promote_types(out_dtype, torch.float32))
     for table, indices in zip(tables[1:], rows[1:], strict=True):
-        out = out + table.index_select(0, indices).to(out_dtype)
+        row = table.index_select(0, indices).to(out_dtype)
+        # vmap refuses to add what is batched in place
+        out = out + row if _checks.inside_torch_func() else out.add_(row)
     return out.to(out_dtype)
 
 
