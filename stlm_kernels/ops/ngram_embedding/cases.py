@@ -25,7 +25,7 @@ CASES = (
     case("edge", T=9, D=8, tables=((3, 16),), S=0, ids="int32", borders="even"),
     case("edge", T=17, D=8, tables=((2, 16),), S=3, borders="hollow"),
     case("edge", T=0, D=8, tables=((2, 16),), S=0),
-    case("long", T=10_003, D=32, tables=((2, 100), (3, 20_000)), S=4, borders="tail"),
+    case("long", T=5003, D=32, tables=((2, 100), (3, 20_000)), S=4, borders="tail"),
     case("aot", T=4096, D=32, tables=((2, 4096),), S=4, borders="ragged"),
     case("aot", T=4096, D=512, tables=BLT[:3], S=0),
     case("huge", T=3 * MILLION, D=768, tables=((2, 8192),), S=128, borders="even", text="english"),

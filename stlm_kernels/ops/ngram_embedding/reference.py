@@ -25,20 +25,20 @@ def reference(
     ns: Sequence[int],
     cu_seqlens: Tensor | None = None,  # (S+1,)
 ) -> Tensor:
-    """(T, D) fp64, one byte after the other."""
+    """(T, D) fp64, one hash after the other."""
     total, width = byte_ids.shape[0], tables[0].shape[1]
     borders = [0, total] if cu_seqlens is None else cu_seqlens.tolist()
-    rows = [tables[0][:0]]
-    for start, end in pairwise(borders):
-        document = byte_ids[start:end].tolist()
-        for t in range(end - start):
-            row = tables[0].new_zeros(width)
-            for table, n in zip(tables, ns, strict=True):
-                padded = [0] * n + document[: t + 1]
-                row = row + table[hash_by_formula(padded[-n:], len(table))]
-            rows.append(row[None])
-    rows.append(tables[0].new_zeros(total - borders[-1], width))
-    return torch.cat(rows)
+    documents = [byte_ids[start:end].tolist() for start, end in pairwise(borders)]
+    out = tables[0].new_zeros(borders[-1], width)
+    for table, n in zip(tables, ns, strict=True):
+        padded = [[0] * n + document for document in documents]
+        rows = [
+            hash_by_formula(ids[t + 1 : t + 1 + n], len(table))
+            for ids in padded
+            for t in range(len(ids) - n)
+        ]
+        out = out + table[torch.tensor(rows, dtype=torch.long)]
+    return torch.cat([out, out.new_zeros(total - borders[-1], width)])
 
 
 def yardstick(
