@@ -16,17 +16,21 @@ BASE = 1_000_000_007
 
 
 def _with_places(inputs: Inputs) -> Inputs:
-    """int64 ids, and the place of each byte in its document: all bytes are in one."""
+    """int64 ids of the documents, the place of each in its own, and how many bytes have none."""
     ids = inputs["byte_ids"].long()
-    borders = inputs["cu_seqlens"].long()
+    borders = inputs.get("cu_seqlens", torch.tensor([0, ids.shape[0]])).to(ids)
     starts = torch.repeat_interleave(borders[:-1], borders.diff())
-    places = torch.arange(ids.shape[0], device=ids.device) - starts
+    last = starts.shape[0]
     others = {name: x for name, x in inputs.items() if name != "cu_seqlens"}
-    return others | {"byte_ids": ids, "places": places}
+    return others | {
+        "byte_ids": ids[:last],
+        "places": torch.arange(last, device=ids.device) - starts,
+        "homeless": ids.shape[0] - last,
+    }
 
 
 def _sum_of_embeddings(
-    byte_ids: Tensor, ns: tuple[int, ...], places: Tensor, **tables: Any
+    byte_ids: Tensor, ns: tuple[int, ...], places: Tensor, homeless: int, **tables: Any
 ) -> Tensor:
     shifted = [byte_ids] + [
         F.pad(byte_ids, (back, 0))[:-back].masked_fill(places < back, 0)
@@ -41,7 +45,7 @@ def _sum_of_embeddings(
     out = rows[0]
     for row in rows[1:]:
         out = out + row
-    return out
+    return F.pad(out, (0, 0, 0, homeless)) if homeless else out
 
 
 _EMBEDDINGS = Entry("shifts + F.embedding", _sum_of_embeddings, _with_places)
