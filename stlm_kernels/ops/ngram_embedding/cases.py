@@ -19,15 +19,14 @@ BLT = tuple((n, 50_000) for n in range(3, 9))
 
 CASES = (
     case("smoke", T=90, D=20, tables=((2, 64), (3, 61)), S=3, borders="tail"),
-    case("smoke", T=300, D=32, tables=((1, 7),), S=0, ids="int16"),
+    case("edge", T=300, D=32, tables=((1, 7),), S=0, ids="int16"),
     case("edge", T=40, D=100, tables=((8, 37), (4, 1), (5, 30)), S=4, borders="ragged"),
     case("edge", T=30, D=1, tables=((2, 16),), S=30, borders="even", ids="int64"),
     case("edge", T=9, D=8, tables=((3, 16),), S=0, ids="int32", borders="even"),
     case("edge", T=17, D=8, tables=((2, 16),), S=3, borders="hollow"),
     case("edge", T=0, D=8, tables=((2, 16),), S=0),
     case("long", T=5003, D=32, tables=((2, 100), (3, 20_000)), S=4, borders="tail"),
-    case("aot", T=4096, D=32, tables=((2, 4096),), S=4, borders="ragged"),
-    case("aot", T=4096, D=512, tables=BLT[:3], S=0),
+    case("aot", T=4096, D=128, tables=((2, 4096), (3, 4096)), S=4, borders="ragged"),
     case("huge", T=3 * MILLION, D=768, tables=((2, 8192),), S=128, borders="even", text="english"),
     *(
         case("bench", T=MILLION, D=width, tables=tables, S=128, borders="even", text=text)
