@@ -9,6 +9,7 @@ from .ops.find_patches import Patches, find_patches
 from .ops.linear_cross_entropy import linear_cross_entropy
 from .ops.linear_logprobs import linear_logprobs
 from .ops.linear_sample import linear_sample
+from .ops.ngram_embedding import ngram_embedding
 from .ops.patch_attention import patch_attention
 from .ops.segment_pool import segment_pool
 from .ops.unpool import unpool
@@ -21,6 +22,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_logprobs",
     "linear_sample",
+    "ngram_embedding",
     "patch_attention",
     "segment_pool",
     "unpool",

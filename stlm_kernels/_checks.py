@@ -124,7 +124,7 @@ def check_id_values(name: str, ids: Tensor, low: int, high: int) -> None:
     if int(smallest) >= low and int(largest) < high:
         return
     wide = ids.long().flatten()
-    position = int(((wide < low) | (wide >= high)).nonzero()[0])
+    position = int(((wide < low) | (wide > high - 1)).nonzero()[0])
     raise IndexError(
         f"{name}: expected values in [{low}, {high - 1}], got {int(wide[position])} "
         f"at position {position}"

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.flop_counter import register_flop_formula
 
 from ._dispatch import kernels_interpreted
@@ -65,6 +66,29 @@ def register(
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
     register_flop_formula(overload.overloadpacket)(flops)
     return overload
+
+
+def register_vmap_loop(op: Any) -> None:
+    """Let vmap call a registered op once for each element, as it does by itself without Tensor[].
+
+    Args:
+        op: what `register` returned, with one Tensor as its result.
+    """
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+        flat, spec = tree_flatten(args)
+        dims = tree_flatten(in_dims, is_leaf=lambda dim: dim is None)[0]
+
+        def call(index: int) -> Any:
+            picked = (
+                x if dim is None else x.select(dim, index)
+                for x, dim in zip(flat, dims, strict=True)
+            )
+            return op(*tree_unflatten(picked, spec))
+
+        return torch.stack([call(index) for index in range(info.batch_size)]), 0
+
+    torch.library.register_vmap(op, rule, lib=_library)
 
 
 class _FirstOrderOnly(torch.autograd.Function):

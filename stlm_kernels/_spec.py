@@ -62,6 +62,9 @@ class OpSpec:
         kernels: names of the Triton kernels, without the `stlm_` prefix; empty: torch path only.
         registered: the op is `torch.ops.stlm.<registered>_fwd`; empty: by its own name.
         mma_kernels: those that must run on the tensor cores for 16-bit inputs.
+        arguments: (inputs) -> keyword arguments of the public op, where it takes sequences of
+            tensors: `inputs` holds each tensor under its own name, and `op`, `reference` and
+            `yardstick` above take them so.
     """
 
     name: str
@@ -78,6 +81,7 @@ class OpSpec:
     kernels: tuple[str, ...] = ()
     registered: str = ""
     mma_kernels: tuple[str, ...] = ()
+    arguments: Callable[[Inputs], Inputs] = dict
 
     @property
     def library_name(self) -> str:

@@ -45,7 +45,7 @@ def describe_ops() -> list[str]:
     lines = []
     for name, spec in OPS.items():
         inputs = spec.make_inputs(spec.tagged("smoke")[0], torch.bfloat16, device, 0)
-        reasons = explain(name, **inputs)
+        reasons = explain(name, **spec.arguments(inputs))
         lines.append(f"  {name}: {'torch: ' + '; '.join(reasons) if reasons else 'triton'}")
     return lines
 

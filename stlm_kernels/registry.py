@@ -8,6 +8,7 @@ from .ops.find_patches import cases as find_patches
 from .ops.linear_cross_entropy import cases as linear_cross_entropy
 from .ops.linear_logprobs import cases as linear_logprobs
 from .ops.linear_sample import cases as linear_sample
+from .ops.ngram_embedding import cases as ngram_embedding
 from .ops.patch_attention import cases as patch_attention
 from .ops.segment_pool import cases as segment_pool
 from .ops.unpool import cases as unpool
@@ -23,5 +24,6 @@ OPS: dict[str, OpSpec] = {
         linear_cross_entropy.SPEC,
         linear_sample.SPEC,
         patch_attention.SPEC,
+        ngram_embedding.SPEC,
     )
 }

@@ -16,11 +16,12 @@ from stlm_kernels import (
     find_patches,
     linear_cross_entropy,
     linear_sample,
+    ngram_embedding,
     segment_pool,
     unpool,
 )
 
-from .attention import Attention, document_starts
+from .attention import Attention
 from .norms import rms_norm
 
 __all__ = [
@@ -32,8 +33,6 @@ __all__ = [
     "TiedEmbedding",
     "TransformerBlock",
 ]
-
-HASH_BASE = 1_000_000_007
 
 
 class BytePatcher(nn.Module):
@@ -243,39 +242,8 @@ class NgramPooling(nn.Module):
         self, byte_ids: Tensor, patches: Patches, cu_seqlens: Tensor, *, mode: str = "mean"
     ) -> Tensor:
         """byte_ids (T,), cu_seqlens (S+1,) in bytes -> (P, out_dim)."""
-        pooled = [
-            byte_pool(
-                ngram_hashes(byte_ids, size, len(table), cu_seqlens),
-                table,
-                patches.cu_patchlens,
-                mode=mode,
-            )
-            for size, table in zip(self.sizes, self.tables, strict=True)
-        ]
-        return self.projection(torch.stack(pooled).sum(0) if len(pooled) > 1 else pooled[0])
-
-
-def ngram_hashes(byte_ids: Tensor, size: int, buckets: int, cu_seqlens: Tensor) -> Tensor:
-    """The rolling hash of the last `size` ids at each byte, (T,) int64 in [0, buckets).
-
-    floor-mod by buckets of the int64-wrapped sum over j < size of id[t-size+1+j] * 1,000,000,007^j,
-    ids before the document counting as 0.
-    """
-    length = byte_ids.shape[0]
-    ids = byte_ids.long()
-    offset_in_document = torch.arange(length, device=ids.device)
-    offset_in_document = offset_in_document - document_starts(cu_seqlens, length)
-    total = torch.zeros_like(ids)
-    for j in range(size):
-        back = size - 1 - j
-        earlier = F.pad(ids, (back, 0))[:length].masked_fill(offset_in_document < back, 0)
-        total = total + earlier * _wrapped(HASH_BASE**j)
-    return total.remainder(buckets)
-
-
-def _wrapped(value: int) -> int:
-    """The int64 that `value` overflows to."""
-    return (value + 2**63) % 2**64 - 2**63
+        rows = ngram_embedding(byte_ids, list(self.tables), ns=self.sizes, cu_seqlens=cu_seqlens)
+        return self.projection(segment_pool(rows, patches.cu_patchlens, mode=mode))
 
 
 def dense_cu_seqlens(byte_ids: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:

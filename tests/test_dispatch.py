@@ -259,7 +259,7 @@ def test_explain_agrees_with_every_op(name: str) -> None:
     """No reason against impl="triton": the call runs. A reason: the call is refused with it."""
     spec = OPS[name]
     inputs = spec.make_inputs(spec.tagged("smoke")[0], torch.float32, CPU, 0)
-    reasons = explain(getattr(stlm_kernels, name), **inputs, impl="triton")
+    reasons = explain(getattr(stlm_kernels, name), **spec.arguments(inputs), impl="triton")
     if not spec.kernels:
         assert _dispatch.NO_KERNEL in reasons
     if not reasons:

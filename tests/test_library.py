@@ -13,6 +13,7 @@ from conftest import Way
 from op_helpers import first_cases, inputs_of, map_tensors, op_cases, run, skip_unless_covered
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -48,7 +49,7 @@ def test_opcheck(spec: OpSpec, case: Case, way: Way) -> None:
         run(spec, spec.op, inputs_of(spec, case, way), impl="triton")
     assert len(calls.seen) >= (2 if spec.grad_args else 1)
     for op, args in calls.seen:
-        detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
+        detached = tree_map_only(Tensor, Tensor.detach, args)
         torch.library.opcheck(op, detached)
 
 

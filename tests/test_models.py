@@ -8,13 +8,12 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stlm_kernels import find_patches
+from stlm_kernels import byte_pool, find_patches, ngram_embedding
 from stlm_models import (
     PRESETS,
     STLM,
@@ -27,7 +26,7 @@ from stlm_models import (
     bits_per_byte,
 )
 from stlm_models.config import DOCUMENT_START, config_from_dict, preset
-from stlm_models.layers import NgramPooling, ngram_hashes
+from stlm_models.layers import NgramPooling
 from stlm_models.norms import HeadNorm
 
 TINY = ModelConfig(
@@ -453,30 +452,35 @@ class TestModules:
         torch.testing.assert_close(loss_sum, F.cross_entropy(expected, target, reduction="sum"))
         assert n_valid.item() == 3
 
-    def test_ngram_hashes_by_the_formula(self) -> None:
-        ids, cu_seqlens = packed([TEXT, b"z", TEXT[::-1]])
-        for size, buckets in ((1, 61), (2, 4096), (3, 61), (8, 1009)):
-            hashes = ngram_hashes(ids, size, buckets, cu_seqlens)
-            for s in range(3):
-                start, end = int(cu_seqlens[s]), int(cu_seqlens[s + 1])
-                for t in range(start, end):
-                    total = 0
-                    for j in range(size):
-                        at = t - size + 1 + j
-                        total += (int(ids[at]) if at >= start else 0) * 1_000_000_007**j
-                    wrapped = np.array(total % 2**64, np.uint64).astype(np.int64)
-                    assert int(hashes[t]) == int(wrapped) % buckets
-
     def test_ngrams_are_pooled_before_they_are_projected(self) -> None:
         layer = NgramPooling((2, 3), 61, 4, 8)
         ids, cu_seqlens = packed([TEXT, b"z"])
         patches = BytePatcher("space", max_patch_len=5)(ids, cu_seqlens)
-        rows = sum(
-            table[ngram_hashes(ids, size, 61, cu_seqlens)]
-            for size, table in zip((2, 3), layer.tables, strict=True)
-        )
+        rows = ngram_embedding(ids, list(layer.tables), ns=(2, 3), cu_seqlens=cu_seqlens)
         expected = BytePooling("mean")(layer.projection(rows), patches)
         torch.testing.assert_close(layer(ids, patches, cu_seqlens), expected)
+
+    @pytest.mark.parametrize("mode", ["mean", "sum"])
+    def test_ngrams_equal_a_byte_pool_over_their_hashes(self, mode: str) -> None:
+        """The other composition: the (T, dim) rows never exist, but each hash does."""
+        layer = NgramPooling((2, 3), 61, 4, 8)
+        ids, cu_seqlens = packed([TEXT, b"z"])
+        patches = BytePatcher("space", max_patch_len=5)(ids, cu_seqlens)
+        rows = torch.arange(61.0)[:, None]
+        pooled = sum(
+            byte_pool(
+                ngram_embedding(ids, [rows], ns=(n,), cu_seqlens=cu_seqlens).flatten().int(),
+                table,
+                patches.cu_patchlens,
+                mode=mode,
+            )
+            for n, table in zip((2, 3), layer.tables, strict=True)
+        )
+        leaves = list(layer.parameters())
+        got, expected = layer(ids, patches, cu_seqlens, mode=mode), layer.projection(pooled)
+        torch.testing.assert_close(got, expected)
+        grads = [torch.autograd.grad(x.square().sum(), leaves) for x in (got, expected)]
+        torch.testing.assert_close(*grads)
 
 
 class TestBitsPerByte:

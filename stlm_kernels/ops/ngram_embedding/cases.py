@@ -1,0 +1,110 @@
+"""Shapes, inputs, bytes and FLOPs of ngram_embedding for tests, benchmarks and tuning."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._inputs import patch_borders, random_ids, text_bytes
+from ..._spec import Case, Inputs, OpSpec, case
+from .op import ngram_embedding
+from .reference import reference, yardstick
+
+MILLION = 1 << 20
+BLT = tuple((n, 50_000) for n in range(3, 9))
+
+CASES = (
+    case("smoke", T=90, D=20, tables=((2, 64), (3, 61)), S=3, borders="tail"),
+    case("edge", T=300, D=32, tables=((1, 7),), S=0, ids="int16"),
+    case("edge", T=40, D=100, tables=((8, 37), (4, 1), (5, 30)), S=4, borders="ragged"),
+    case("edge", T=30, D=1, tables=((2, 16),), S=30, borders="even", ids="int64"),
+    case("edge", T=9, D=8, tables=((3, 16),), S=0, ids="int32", borders="even"),
+    case("edge", T=17, D=8, tables=((2, 16),), S=3, borders="hollow"),
+    case("edge", T=0, D=8, tables=((2, 16),), S=0),
+    case("long", T=5003, D=32, tables=((2, 100), (3, 20_000)), S=4, borders="tail"),
+    case("aot", T=4096, D=128, tables=((2, 4096), (3, 4096)), S=4, borders="ragged"),
+    case("huge", T=3 * MILLION, D=768, tables=((2, 8192),), S=128, borders="even", text="english"),
+    *(
+        case("bench", T=MILLION, D=width, tables=tables, S=128, borders="even", text=text)
+        for width, tables in ((32, ((2, 4096),)), (128, BLT), (512, ((3, 500_000),)))
+        for text in ("english", "equal")
+    ),
+    *(
+        case("bench_cpu", T=total, D=width, tables=tables, S=8, borders="even", text="english")
+        for total, width, tables in (
+            (65_536, 32, ((2, 4096),)),
+            (8192, 64, ((3, 4096), (4, 5000), (5, 5000))),
+        )
+    ),
+)
+
+
+def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
+    """Arguments of ngram_embedding, its tables by name; on the CPU first, the same everywhere."""
+    rng = torch.Generator().manual_seed(seed)
+    total = case["T"]
+    id_dtype = getattr(torch, case.get("ids", "uint8"))
+    if "text" in case.sizes:
+        ids = text_bytes(case["text"], total, rng).to(id_dtype)
+    else:
+        # Few different ids, so that n-grams recur.
+        ids = random_ids(total, 6, id_dtype, rng)
+    inputs: Inputs = {"byte_ids": ids.to(device), "ns": tuple(n for n, _ in case["tables"])}
+    for i, (_, rows) in enumerate(case["tables"]):
+        inputs[f"table{i}"] = torch.randn(rows, case["D"], generator=rng).to(device, dtype)
+    if case["S"]:
+        inputs["cu_seqlens"] = patch_borders(case["borders"], total, case["S"], rng).to(device)
+    return inputs
+
+
+def arguments(inputs: Inputs) -> Inputs:
+    """The tables as the sequence that the op takes: tests and benchmarks know tensors by name."""
+    names = sorted(name for name in inputs if name.startswith("table"))
+    others = {name: value for name, value in inputs.items() if name not in names}
+    return others | {"tables": [inputs[name] for name in names]}
+
+
+def _by_name(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(function)
+    def call(**inputs: Any) -> Tensor:
+        return function(**arguments(inputs))
+
+    return call
+
+
+def bytes_moved(case: Case, dtype: torch.dtype, direction: str) -> int:
+    """The ids, one (T, D) and the tables once each, those no larger than what is read of them."""
+    total, width, size = case["T"], case["D"], dtype.itemsize
+    tables = sum(rows if direction != "fwd" else min(rows, total) for _, rows in case["tables"])
+    return total + size * width * (total + tables)
+
+
+def flops(case: Case, direction: str) -> int:
+    """One addition for each byte, table and column."""
+    return case["T"] * case["D"] * len(case["tables"])
+
+
+SPEC = OpSpec(
+    name="ngram_embedding",
+    op=_by_name(ngram_embedding),
+    reference=_by_name(reference),
+    yardstick=_by_name(yardstick),
+    make_inputs=make_inputs,
+    cases=CASES,
+    bytes_moved=bytes_moved,
+    flops=flops,
+    grad_args=tuple(f"table{i}" for i in range(6)),
+    row_args=tuple(f"table{i}" for i in range(6)),
+    exact=lambda case: frozenset({"out"} if len(case["tables"]) == 1 else ()),
+    kernels=(
+        "ngram_embedding_fwd",
+        "ngram_embedding_keys",
+        "ngram_embedding_bwd_heads",
+        "ngram_embedding_bwd",
+    ),
+    arguments=arguments,
+)

@@ -1,0 +1,62 @@
+"""What the ngram_embedding kernels take, and the configuration each is launched with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import _checks
+from ..._launch import Config, block_of, ceil_div, config_for
+
+HASH_BASE = 1_000_000_007
+"""Of the rolling hash; both implementations read it here."""
+
+CHUNK = 256
+"""Sorted bytes whose leading run is summed ahead, so that no program walks a frequent n-gram."""
+
+
+def unsupported_reasons(*, tables: Sequence[Tensor], **_: Any) -> list[str]:
+    """Why the kernels cannot take this call; empty if they can."""
+    reasons = []
+    if tables[0].dtype not in _checks.KERNEL_FLOATS:
+        reasons.append(
+            f"tables are {tables[0].dtype}; the kernels take float32, bfloat16 and float16"
+        )
+    longest = max(len(table) for table in tables)
+    if longest >= 2**31:
+        reasons.append(f"a table has {longest} rows; the kernels take fewer than 2^31")
+    return reasons
+
+
+def fwd_config(width: int, dtype: torch.dtype, device: torch.device) -> Config:
+    """32 sums a thread; narrow tables take more bytes at a time."""
+    block_d = block_of(width, 128)
+    default = {"BLOCK_T": 4096 // block_d, "BLOCK_D": block_d, "num_warps": 4}
+    return config_for("ngram_embedding_fwd", _bucket(width, dtype), default, device)
+
+
+def bwd_config(
+    total: int, rows: int, width: int, dtype: torch.dtype, device: torch.device
+) -> Config:
+    """A tile has room for about one average run of each of its rows."""
+    block_d = block_of(width, 128)
+    default = {"SLOTS": 2048 // block_d, "BLOCK_D": block_d, "num_warps": 4}
+    config = config_for("ngram_embedding_bwd", _bucket(width, dtype), default, device)
+    slots = config.pop("SLOTS")
+    average = 1 << (ceil_div(total, rows) - 1).bit_length()
+    block_k = min(slots, max(4, average))
+    return config | {"BLOCK_P": slots // block_k, "BLOCK_K": block_k}
+
+
+def bwd_heads_config(width: int, dtype: torch.dtype, device: torch.device) -> Config:
+    """One run at a time, as much of it as a tile holds."""
+    block_d = block_of(width, 128)
+    default = {"BLOCK_K": 4096 // block_d, "BLOCK_D": block_d, "num_warps": 4}
+    return config_for("ngram_embedding_bwd_heads", _bucket(width, dtype), default, device)
+
+
+def _bucket(width: int, dtype: torch.dtype) -> str:
+    return f"D{block_of(width, 1024)}-{str(dtype).removeprefix('torch.')}"

@@ -1,0 +1,159 @@
+"""The public ngram_embedding: contract, checks, dispatch, and the registered op beneath it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import _checks, _library
+from ..._dispatch import Impl, use_triton
+from . import torch_impl
+from .launch import unsupported_reasons
+
+
+def ngram_embedding(
+    byte_ids: Tensor,  # (T,) uint8|int16|int32|int64
+    tables: Sequence[Tensor],  # (M_i, D) each
+    *,
+    ns: Sequence[int],
+    cu_seqlens: Tensor | None = None,  # (S+1,) int32
+    impl: Impl = "auto",
+) -> Tensor:
+    """Embed the n-grams that end at each byte by hashing, and add up those of all lengths.
+
+    out[t] = sum over i of tables[i][hash_i(t)], where hash_i(t) is the floor-mod by M_i of the
+    int64-wrapped sum over j < n_i of byte_ids[t - n_i + 1 + j] * 1,000,000,007^j. Ids before the
+    document's first byte count as 0. The hash is BLT's, bit for bit, but never reads across
+    documents.
+
+    Args:
+        byte_ids: (T,) uint8, int16, int32 or int64, at least 0; there is no largest id.
+        tables: one (M_i, D) tensor for each length, all of one width, device and dtype: float32,
+            bfloat16 or float16; float64 on the torch path.
+        ns: the lengths n_i, ints >= 1, in the order of the tables. A length may occur twice.
+        cu_seqlens: (S+1,) int32 document borders in bytes, from 0, non-decreasing, at most T.
+            Bytes from the last border on belong to no document: their rows are zeros and reach no
+            gradient, and their ids may be anything. None: one document.
+        impl: "auto", "triton" or "torch".
+
+    Returns:
+        (T, D) in the tables' dtype, under autocast in the autocast dtype (float32 tables are then
+        rounded when loaded).
+
+    Raises:
+        ValueError: a wrong type, dtype, shape or device, or no table; on CPU in eager mode also
+            offsets that do not start at 0, decrease, or end beyond T.
+        IndexError: on CPU in eager mode, a negative id in a document.
+        NotImplementedError: impl="triton" cannot run this call; the message lists why.
+
+    Numerics:
+        Accumulates in float32 (float64 for float64 tables), in a fixed order, and rounds once: the
+        same inputs give the same bits, gradients included; one table's row is copied. NaN in an
+        upstream row reaches only the table rows that were read there. Where values are not
+        checked, a negative id makes every row NaN whose longest n-gram holds it, and leaves those
+        rows out of the gradients. The kernels have no double backward; the torch path has.
+
+    Source: the hash n-gram embeddings of BLT, arXiv 2412.09871.
+    """
+    tables, ns = _check(byte_ids, tables, ns, cu_seqlens)
+    out_dtype = _checks.output_dtype(tables[0])
+    if use_triton(
+        "ngram_embedding", impl, byte_ids.device, unsupported_reasons,
+        byte_ids=byte_ids, tables=tables, ns=ns, cu_seqlens=cu_seqlens,
+    ):  # fmt: skip
+        return _NgramEmbedding.apply(byte_ids, cu_seqlens, ns, out_dtype, *tables)
+    return torch_impl.ngram_embedding(byte_ids, tables, ns, cu_seqlens, out_dtype)
+
+
+def _check(
+    byte_ids: Tensor, tables: Sequence[Tensor], ns: Sequence[int], cu_seqlens: Tensor | None
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    _checks.require_ids("byte_ids", byte_ids)
+    several = not isinstance(tables, Tensor) and hasattr(tables, "__iter__")
+    _checks.require(several, "tables", "a sequence of Tensors", type(tables).__name__)
+    _checks.require(hasattr(ns, "__iter__"), "ns", "a sequence of ints", type(ns).__name__)
+    tables, ns = tuple(tables), tuple(ns)
+    _checks.require(len(tables) >= 1, "tables", "at least 1 table", "none")
+    _checks.require(len(ns) == len(tables), "ns", f"{len(tables)} lengths, one a table", len(ns))
+    for i, n in enumerate(ns):
+        _checks.require_int_at_least(f"ns[{i}]", n, 1)
+    shape: tuple[int | str, int | str] = ("M", "D")
+    dtypes: tuple[torch.dtype, ...] = _checks.FLOATS
+    for i, table in enumerate(tables):
+        name = f"tables[{i}]"
+        _checks.require_tensor(name, table, shape, dtypes, byte_ids.device)
+        filled = table.shape[0] >= 1 and table.shape[1] >= 1
+        _checks.require(filled, name, "M >= 1 and D >= 1", tuple(table.shape))
+        shape, dtypes = ("M", table.shape[1]), (table.dtype,)
+    visible = [byte_ids]
+    if cu_seqlens is not None:
+        _checks.require_offsets("cu_seqlens", cu_seqlens, byte_ids.device)
+        visible.append(cu_seqlens)
+    if _checks.values_visible(*visible):
+        ids = byte_ids
+        if cu_seqlens is not None:
+            _checks.check_offset_values("cu_seqlens", cu_seqlens, byte_ids.shape[0])
+            ids = byte_ids[: int(cu_seqlens[-1])]
+        _checks.check_id_values("byte_ids", ids, 0, 2**63)
+    return tables, ns
+
+
+class _NgramEmbedding(torch.autograd.Function):
+    """Autograd over the registered ops."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        byte_ids: Tensor,
+        cu_seqlens: Tensor | None,
+        ns: tuple[int, ...],
+        out_dtype: torch.dtype,
+        *tables: Tensor,
+    ) -> Tensor:
+        return _FWD(byte_ids, list(tables), cu_seqlens, list(ns), out_dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        byte_ids, cu_seqlens, ctx.ns, _, *tables = inputs
+        ctx.save_for_backward(byte_ids, cu_seqlens)
+        ctx.tables = [(table.shape[0], table.dtype) for table in tables]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        byte_ids, cu_seqlens = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[4:]
+        dtables = [
+            _library.run_backward(
+                _BWD, "ngram_embedding", grads[0], byte_ids, cu_seqlens, n, max(ctx.ns), rows,
+                dtype,
+            )
+            if want
+            else None
+            for want, n, (rows, dtype) in zip(wanted, ctx.ns, ctx.tables, strict=True)
+        ]  # fmt: skip
+        return None, None, None, None, *dtables
+
+
+_FWD = _library.register(
+    "ngram_embedding_fwd(Tensor byte_ids, Tensor[] tables, Tensor? cu_seqlens, int[] ns, "
+    "ScalarType out_dtype) -> Tensor",
+    launcher="ngram_embedding:launch_fwd",
+    meta=lambda byte_ids, tables, cu_seqlens, ns, out_dtype: tables[0].new_empty(
+        (byte_ids.shape[0], tables[0].shape[1]), dtype=out_dtype
+    ),
+    flops=lambda byte_ids, tables, *_, **__: byte_ids[0] * tables[0][1] * len(tables),
+)
+_library.register_vmap_loop(_FWD)
+_BWD = _library.register(
+    "ngram_embedding_bwd(Tensor grad, Tensor byte_ids, Tensor? cu_seqlens, int n, "
+    "int longest, SymInt rows, ScalarType dtype) -> Tensor",
+    launcher="ngram_embedding:launch_bwd",
+    meta=lambda grad, byte_ids, cu_seqlens, n, longest, rows, dtype: grad.new_empty(
+        (rows, grad.shape[1]), dtype=dtype
+    ),
+    flops=lambda grad, *_, **__: grad[0] * grad[1],
+)

@@ -1,0 +1,68 @@
+"""ngram_embedding for judging the others: an fp64 oracle that loops, and stock torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BASE = 1_000_000_007
+
+
+def hash_by_formula(last_ids: Sequence[int], rows: int) -> int:
+    """The table row of an n-gram, in whole numbers without bounds that are wrapped at the end."""
+    total = sum(byte * BASE**j for j, byte in enumerate(last_ids))
+    return ((total + 2**63) % 2**64 - 2**63) % rows
+
+
+def reference(
+    byte_ids: Tensor,  # (T,)
+    tables: Sequence[Tensor],  # (M_i, D) fp64
+    *,
+    ns: Sequence[int],
+    cu_seqlens: Tensor | None = None,  # (S+1,)
+) -> Tensor:
+    """(T, D) fp64, one hash after the other."""
+    total, width = byte_ids.shape[0], tables[0].shape[1]
+    borders = [0, total] if cu_seqlens is None else cu_seqlens.tolist()
+    documents = [byte_ids[start:end].tolist() for start, end in pairwise(borders)]
+    out = tables[0].new_zeros(borders[-1], width)
+    for table, n in zip(tables, ns, strict=True):
+        padded = [[0] * n + document for document in documents]
+        rows = [
+            hash_by_formula(ids[t + 1 : t + 1 + n], len(table))
+            for ids in padded
+            for t in range(len(ids) - n)
+        ]
+        out = out + table[torch.tensor(rows, dtype=torch.long)]
+    return torch.cat([out, out.new_zeros(total - borders[-1], width)])
+
+
+def yardstick(
+    byte_ids: Tensor,
+    tables: Sequence[Tensor],
+    *,
+    ns: Sequence[int],
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """What a careful user writes in stock torch: float32 inside, the tables' dtype outside."""
+    wide = torch.promote_types(tables[0].dtype, torch.float32)
+    borders = [0, byte_ids.shape[0]] if cu_seqlens is None else cu_seqlens.tolist()
+    documents = [byte_ids[start:end].long() for start, end in pairwise(borders)]
+    out = sum(
+        F.embedding(torch.cat([_hashes(ids, n, len(table)) for ids in documents]), table.to(wide))
+        for table, n in zip(tables, ns, strict=True)
+    )
+    assert isinstance(out, Tensor)
+    return F.pad(out, (0, 0, 0, byte_ids.shape[0] - borders[-1])).to(tables[0].dtype)
+
+
+def _hashes(ids: Tensor, n: int, rows: int) -> Tensor:
+    """Shifted ids times the wrapped powers of the base, the way BLT writes it."""
+    padded = F.pad(ids, (n - 1, 0))
+    powers = [(BASE**j + 2**63) % 2**64 - 2**63 for j in range(n)]
+    terms = [padded[j : j + ids.shape[0]] * power for j, power in enumerate(powers)]
+    return torch.stack(terms).sum(0).remainder(rows)

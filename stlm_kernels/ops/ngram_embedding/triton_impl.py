@@ -1,0 +1,260 @@
+"""ngram_embedding in Triton: hashes in registers, then gathers; runs of sorted hashes backward.
+
+h_n(t) = h_{n-1}(t) * base + id[t - n + 1] in wrapping int64, so all tables, in order of their n,
+share one walk back over the bytes. The row is h_n floor-mod M_n.
+
+Forward. A program owns BLOCK_T bytes x BLOCK_D columns: it walks back as far as the longest n-gram,
+adds one gathered row of each table in fp32 and writes once; the hashes never reach memory. Floor:
+T + 2 T D bytes (bf16), and each table row once where the tables stay in the L2: at 1M bytes, 32
+columns and 4096 rows 68 MB = 16 us at 4.3 TB/s. Six tables of 50,000 x 128 (77 MB) do not stay
+there, and pay up to 2 T D more for each. Adds: T x D for each table.
+
+Backward, one table at a time: dE[r] = sum of dY[t] over h(t) = r. The tables are too tall for a
+count matrix, and frequent n-grams forbid a program for each row alone. So `keys` are h(t), or M for
+bytes that are left out; torch's stable sort brings the bytes of a row together, in order;
+`bwd_heads` sums of each CHUNK sorted bytes the run that lies at its start; and `bwd` owns the rows:
+it adds a row's bytes up to the first border of a chunk, then the heads of the chunks that its run
+reaches. One of the two reads each gradient row, once, and none adds more than CHUNK rows and
+T / CHUNK heads to a table row, whatever is frequent. Where rows have few bytes, a tile takes more
+rows. The order follows from the keys and sizes: deterministic, no atomics, no synchronisation.
+Floor: T + 2 T D + 2 M D bytes: 16 us at 1M bytes and D = 32 with 4096 rows. The sort comes on top:
+it moves its 10 or 12 bytes of key and position twice for every 8 bits of the key, which is why
+tables below 32,768 rows have 16-bit keys. The heads cost 8 D T / CHUNK bytes.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ... import _launch
+from ..._tiles import segment_of
+from . import launch
+from .launch import CHUNK
+
+BASE = tl.constexpr(launch.HASH_BASE)
+KEY_BLOCK = 512
+
+
+@triton.jit
+def _documents(cu_ptr, rows, n_documents, steps, total, HAS_DOCUMENTS: tl.constexpr):
+    """First byte of each byte's document, and whether it has one."""
+    start = tl.zeros(rows.shape, tl.int64)
+    live = rows < total
+    if HAS_DOCUMENTS:
+        document = segment_of(cu_ptr, rows, n_documents, steps)
+        live = live & (document >= 0) & (document < n_documents)
+        start = tl.load(cu_ptr + document, mask=live, other=0).to(tl.int64)
+        start = tl.maximum(start, 0)
+    return start, live
+
+
+@triton.jit
+def _extend(ids_ptr, rows, start, live, hashes, lowest, first, last):
+    """From the hashes of `first` bytes to those of `last`, and the lowest id that they hold."""
+    for back in range(first, last):
+        inside = live & (rows - back >= start)
+        ids = tl.load(ids_ptr + rows - back, mask=inside, other=0).to(tl.int64)
+        hashes = hashes * BASE + ids
+        lowest = tl.minimum(lowest, ids)
+    return hashes, lowest
+
+
+@triton.jit
+def _floor_mod(hashes, M: tl.constexpr):
+    rest = hashes % M
+    return tl.where(rest < 0, rest + M, rest)
+
+
+@triton.jit(do_not_specialize=["total", "n_documents", "steps", "chunks"])
+def stlm_ngram_embedding_fwd(
+    ids_ptr, tables, cu_ptr, out_ptr,
+    total, n_documents, steps, chunks,
+    NS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """NS: the lengths in rising order, with a 0 before them."""
+    program = tl.program_id(0).to(tl.int64)
+    columns = (program // chunks) * BLOCK_D + tl.arange(0, BLOCK_D)
+    rows = (program % chunks) * BLOCK_T + tl.arange(0, BLOCK_T)
+    start, live = _documents(cu_ptr, rows, n_documents, steps, total, HAS_DOCUMENTS)
+    hashes = tl.zeros((BLOCK_T,), tl.int64)
+    lowest = tl.zeros((BLOCK_T,), tl.int64)
+    stored = out_ptr.dtype.element_ty
+    acc = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    for i in tl.static_range(len(ROWS)):
+        hashes, lowest = _extend(ids_ptr, rows, start, live, hashes, lowest, NS[i], NS[i + 1])
+        source = tables[i] + _floor_mod(hashes, ROWS[i])[:, None] * D + columns[None, :]
+        row = tl.load(source, mask=live[:, None] & (columns < D)[None, :], other=0.0)
+        acc += row.to(stored).to(tl.float32)  # under autocast the tables are wider than the result
+    acc = tl.where((lowest < 0)[:, None], float("nan"), acc)
+    mask = (rows < total)[:, None] & (columns < D)[None, :]
+    tl.store(out_ptr + rows[:, None] * D + columns[None, :], acc.to(stored), mask=mask)
+
+
+@triton.jit(do_not_specialize=["total", "n_documents", "steps", "n", "longest"])
+def stlm_ngram_embedding_keys(
+    ids_ptr, cu_ptr, keys_ptr,
+    total, n_documents, steps, n, longest,
+    ROWS: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The table row of each byte; ROWS for bytes that the gradient leaves out."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    start, live = _documents(cu_ptr, rows, n_documents, steps, total, HAS_DOCUMENTS)
+    hashes = tl.zeros((BLOCK,), tl.int64)
+    lowest = tl.zeros((BLOCK,), tl.int64)
+    hashes, lowest = _extend(ids_ptr, rows, start, live, hashes, lowest, 0, n)
+    _, lowest = _extend(ids_ptr, rows, start, live, hashes, lowest, n, longest)
+    keys = tl.where(live & (lowest >= 0), _floor_mod(hashes, ROWS), ROWS)
+    tl.store(keys_ptr + rows, keys.to(keys_ptr.dtype.element_ty), mask=rows < total)
+
+
+@triton.jit
+def _sum_runs(
+    x_ptr, order_ptr, start, end, columns,
+    D: tl.constexpr, IS_ORDERED: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_P, BLOCK_D) fp32 sums of rows start[p] to end[p] of x, BLOCK_K of each at a time."""
+    acc = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
+    for first in range(0, tl.max(end - start).to(tl.int32), BLOCK_K):
+        rows = start[:, None] + first + tl.arange(0, BLOCK_K)[None, :]
+        inside = rows < end[:, None]
+        if IS_ORDERED:
+            rows = tl.load(order_ptr + rows, mask=inside, other=0).to(tl.int64)
+        source = x_ptr + rows[:, :, None] * D + columns[None, None, :]
+        x = tl.load(source, mask=inside[:, :, None] & (columns < D)[None, None, :], other=0.0)
+        acc += tl.sum(x.to(tl.float32), 1)
+    return acc
+
+
+@triton.jit(do_not_specialize=["n_rows", "chunks"])
+def stlm_ngram_embedding_bwd_heads(
+    grad_ptr, keys_ptr, order_ptr, runs_ptr, heads_ptr,
+    n_rows, chunks,
+    D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """heads[c]: the part of the run that lies at the start of chunk c."""
+    program = tl.program_id(0).to(tl.int64)
+    columns = (program // chunks) * BLOCK_D + tl.arange(0, BLOCK_D)
+    chunk = program % chunks + tl.zeros((1,), tl.int64)
+    key = tl.load(keys_ptr + chunk * CHUNK).to(tl.int64)
+    end = tl.load(runs_ptr + key + 1, mask=key < n_rows, other=0).to(tl.int64)
+    end = tl.minimum(end, (chunk + 1) * CHUNK)
+    acc = _sum_runs(grad_ptr, order_ptr, chunk * CHUNK, end, columns, D, True, 1, BLOCK_K, BLOCK_D)
+    place = heads_ptr + chunk[:, None] * D + columns[None, :]
+    tl.store(place, acc, mask=(columns < D)[None, :])
+
+
+@triton.jit(do_not_specialize=["n_rows", "blocks"])
+def stlm_ngram_embedding_bwd(
+    grad_ptr, order_ptr, runs_ptr, heads_ptr, out_ptr,
+    n_rows, blocks,
+    D: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    columns = (program // blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
+    rows = (program % blocks) * BLOCK_P + tl.arange(0, BLOCK_P)
+    own = rows < n_rows
+    start = tl.load(runs_ptr + rows, mask=own, other=0).to(tl.int64)
+    end = tl.load(runs_ptr + rows + 1, mask=own, other=0).to(tl.int64)
+    first_head = tl.cdiv(start, CHUNK)
+    before_heads = tl.minimum(end, first_head * CHUNK)
+    acc = _sum_runs(
+        grad_ptr, order_ptr, start, before_heads, columns, D, True, BLOCK_P, BLOCK_K, BLOCK_D
+    )
+    acc += _sum_runs(
+        heads_ptr, order_ptr, first_head, tl.cdiv(end, CHUNK), columns, D, False,
+        BLOCK_P, BLOCK_K, BLOCK_D,
+    )  # fmt: skip
+    mask = own[:, None] & (columns < D)[None, :]
+    place = out_ptr + rows[:, None] * D + columns[None, :]
+    tl.store(place, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def launch_fwd(
+    byte_ids: Tensor,  # (T,)
+    tables: list[Tensor],  # (M_i, D)
+    cu_seqlens: Tensor | None,  # (S+1,) int32
+    ns: list[int],
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """(T, D) in `out_dtype`."""
+    total, width = byte_ids.shape[0], tables[0].shape[1]
+    out = torch.empty((total, width), dtype=out_dtype, device=byte_ids.device)
+    config = launch.fwd_config(width, out_dtype, out.device)
+    by_length = sorted(range(len(ns)), key=lambda i: ns[i])
+    chunks = _launch.ceil_div(total, config["BLOCK_T"])
+    ids = byte_ids.contiguous()
+    cu, documents, steps = _documents_of(ids, cu_seqlens)
+    _launch.launch(
+        stlm_ngram_embedding_fwd, chunks * _launch.ceil_div(width, config["BLOCK_D"]),
+        ids, tuple(tables[i].contiguous() for i in by_length), cu, out,
+        total, documents, steps, chunks,
+        NS=(0, *sorted(ns)), ROWS=tuple(len(tables[i]) for i in by_length),
+        D=width, HAS_DOCUMENTS=cu_seqlens is not None, device=out.device, **config,
+    )  # fmt: skip
+    return out
+
+
+def launch_bwd(
+    grad: Tensor,  # (T, D)
+    byte_ids: Tensor,  # (T,)
+    cu_seqlens: Tensor | None,  # (S+1,) int32
+    n: int,
+    longest: int,
+    rows: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """(rows, D) gradient of the table of n-grams, in a call whose longest n is `longest`."""
+    (total, width), device = grad.shape, grad.device
+    grad = grad.contiguous()
+    keys, order = torch.sort(_keys(byte_ids, cu_seqlens, n, longest, rows), stable=True)
+    every = torch.arange(rows + 1, device=device, dtype=keys.dtype)
+    runs = torch.searchsorted(keys, every, out_int32=True)
+
+    chunks = _launch.ceil_div(total, CHUNK)
+    heads = torch.empty((chunks, width), dtype=torch.float32, device=device)
+    config = launch.bwd_heads_config(width, grad.dtype, device)
+    _launch.launch(
+        stlm_ngram_embedding_bwd_heads, chunks * _launch.ceil_div(width, config["BLOCK_D"]),
+        grad, keys, order, runs, heads, rows, chunks,
+        D=width, CHUNK=CHUNK, device=device, **config,
+    )  # fmt: skip
+
+    out = torch.empty((rows, width), dtype=dtype, device=device)
+    config = launch.bwd_config(total, rows, width, grad.dtype, device)
+    blocks = _launch.ceil_div(rows, config["BLOCK_P"])
+    _launch.launch(
+        stlm_ngram_embedding_bwd, blocks * _launch.ceil_div(width, config["BLOCK_D"]),
+        grad, order, runs, heads, out, rows, blocks,
+        D=width, CHUNK=CHUNK, device=device, **config,
+    )  # fmt: skip
+    return out
+
+
+def _keys(
+    byte_ids: Tensor, cu_seqlens: Tensor | None, n: int, longest: int, rows: int
+) -> Tensor:  # (T,)
+    """What the backward sorts by, as narrow as it may be: a radix sort takes time by the bit."""
+    ids, total = byte_ids.contiguous(), byte_ids.shape[0]
+    keys = torch.empty(total, dtype=torch.int16 if rows < 2**15 else torch.int32, device=ids.device)
+    cu, documents, steps = _documents_of(ids, cu_seqlens)
+    _launch.launch(
+        stlm_ngram_embedding_keys, _launch.ceil_div(total, KEY_BLOCK),
+        ids, cu, keys, total, documents, steps, n, longest,
+        ROWS=rows, HAS_DOCUMENTS=cu_seqlens is not None,
+        BLOCK=KEY_BLOCK, num_warps=4, device=ids.device,
+    )  # fmt: skip
+    return keys
+
+
+def _documents_of(ids: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, int, int]:
+    """Borders (any tensor where there are none), documents, and the steps of a bisection."""
+    if cu_seqlens is None:
+        return ids, 1, 0
+    documents = cu_seqlens.shape[0] - 1
+    return cu_seqlens.contiguous(), documents, documents.bit_length()
