@@ -19,7 +19,7 @@ from ... import _checks
 from ..._rounding import rounded
 from ..unpool.torch_impl import unpool
 
-CHUNK = 16
+CHUNK = 8
 
 
 def ema_unpool(
@@ -98,11 +98,11 @@ def _scan(x: Tensor, decay: Tensor, reverse: bool, isolate: bool) -> Tensor:
         decay = torch.cat([decay, decay.new_zeros(missing)])
     decay = decay.view(-1, CHUNK)
     y = _steps(x.view(-1, CHUNK, width), decay, reverse, isolate)
-    reach = decay.flip(1).cumprod(1).flip(1) if reverse else decay.cumprod(1)
+    reach = _reach(decay.flip(1), isolate).flip(1) if reverse else _reach(decay, isolate)
     end = 0 if reverse else CHUNK - 1
     ends = _scan(y[:, end], reach[:, end], reverse, isolate)
-    handed = _times(reach[:, :, None], _shifted(ends, reverse)[:, None], isolate)
-    return (y + handed).view(-1, width)[:count]
+    y = _plus(y, reach[:, :, None], _shifted(ends, reverse)[:, None], isolate)
+    return y.view(-1, width)[:count]
 
 
 def _steps(x: Tensor, decay: Tensor, reverse: bool, isolate: bool) -> Tensor:
@@ -110,9 +110,16 @@ def _steps(x: Tensor, decay: Tensor, reverse: bool, isolate: bool) -> Tensor:
     rows, factors = list(x.unbind(1)), decay[:, :, None].unbind(1)
     order = range(len(rows))
     for before, here in pairwise(order[::-1] if reverse else order):
-        rows[here] = rows[here] + _times(factors[here], rows[before], isolate)
+        rows[here] = _plus(rows[here], factors[here], rows[before], isolate)
     return torch.stack(rows, 1) if rows else x
 
 
-def _times(decay: Tensor, y: Tensor, isolate: bool) -> Tensor:
-    return torch.where(decay == 0, 0, decay * y) if isolate else decay * y
+def _reach(decay: Tensor, isolate: bool) -> Tensor:
+    """(chunks, CHUNK): what each place keeps of what came before its chunk."""
+    reach = decay.cumprod(1)
+    return torch.where((decay == 0).cumsum(1) > 0, 0, reach) if isolate else reach
+
+
+def _plus(x: Tensor, decay: Tensor, y: Tensor, isolate: bool) -> Tensor:
+    """x + decay * y."""
+    return x + torch.where(decay == 0, 0, decay * y) if isolate else torch.addcmul(x, decay, y)

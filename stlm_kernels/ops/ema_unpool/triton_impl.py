@@ -74,8 +74,10 @@ def _walk_tile(
         js = behind - STEP * index
         live = (js >= 0) & (js < n_patches)
         newer = js + STEP + SHIFT
-        links_newer = _decay(gate_ptr, links_ptr, newer, live & (index > 0))
-        reach = weight * tl.cumprod(tl.where(index > 0, links_newer, 1.0), 0)
+        decay = _decay(gate_ptr, links_ptr, newer, live & (index > 0))
+        decay = tl.where(index > 0, decay, 1.0)
+        cut = tl.cumsum((decay == 0).to(tl.int32), 0) > 0  # NaN behind it must not count
+        reach = tl.where(cut, 0.0, weight * tl.cumprod(decay, 0))
         link = tl.load(links_ptr + js, mask=live, other=OUTSIDE)
         live = live & (link != OUTSIDE) & (reach != 0)
         x = tl.load(
