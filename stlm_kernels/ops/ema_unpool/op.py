@@ -63,7 +63,7 @@ def ema_unpool(
         look back. Where values are not checked, gates outside [0, 1] follow the formula, and a row
         whose id is out of range is NaN and reaches no gradient but its residual's. Gradients are
         sums in a fixed order. The torch path can be differentiated any number of times, the
-        kernels once; under torch.compile it is traced anew when P outgrows a power of its chunk.
+        kernels once; under torch.compile it is traced anew when P outgrows a power of 8.
 
     Source: the smoothing and upsampling of H-Net's dechunking layer (arXiv 2507.07955), read
     through `read_ids`, which is this project's; its gates are clamped to [1e-4, 1 - 1e-4] there,

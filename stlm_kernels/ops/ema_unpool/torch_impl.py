@@ -90,18 +90,17 @@ def _shifted(x: Tensor, reverse: bool) -> Tensor:
 def _scan(x: Tensor, decay: Tensor, reverse: bool, isolate: bool) -> Tensor:
     """`isolate`: a decay of 0 keeps even NaN from passing, which costs a pass of its own."""
     count, width = x.shape
-    if count <= CHUNK:
-        return _steps(x[None], decay[None], reverse, isolate)[0]
-    if count % CHUNK:
-        missing = CHUNK - count % CHUNK
-        x = torch.cat([x, x.new_zeros(missing, width)])
-        decay = torch.cat([decay, decay.new_zeros(missing)])
-    decay = decay.view(-1, CHUNK)
-    y = _steps(x.view(-1, CHUNK, width), decay, reverse, isolate)
-    reach = _reach(decay.flip(1), isolate).flip(1) if reverse else _reach(decay, isolate)
-    end = 0 if reverse else CHUNK - 1
-    ends = _scan(y[:, end], reach[:, end], reverse, isolate)
-    y = _plus(y, reach[:, :, None], _shifted(ends, reverse)[:, None], isolate)
+    chunks = (count + CHUNK - 1) // CHUNK
+    if torch.compiler.is_compiling() or count % CHUNK:  # compiled, one graph for both
+        x = torch.cat([x, x.new_zeros(CHUNK, width)])[: chunks * CHUNK]
+        decay = torch.cat([decay, decay.new_zeros(CHUNK)])[: chunks * CHUNK]
+    decay = decay.view(chunks, CHUNK)
+    y = _steps(x.view(chunks, CHUNK, width), decay, reverse, isolate)
+    if count > CHUNK:
+        reach = _reach(decay.flip(1), isolate).flip(1) if reverse else _reach(decay, isolate)
+        end = 0 if reverse else CHUNK - 1
+        ends = _scan(y[:, end], reach[:, end], reverse, isolate)
+        y = _plus(y, reach[:, :, None], _shifted(ends, reverse)[:, None], isolate)
     return y.view(-1, width)[:count]
 
 
@@ -111,7 +110,7 @@ def _steps(x: Tensor, decay: Tensor, reverse: bool, isolate: bool) -> Tensor:
     order = range(len(rows))
     for before, here in pairwise(order[::-1] if reverse else order):
         rows[here] = _plus(rows[here], factors[here], rows[before], isolate)
-    return torch.stack(rows, 1) if rows else x
+    return torch.stack(rows, 1)
 
 
 def _reach(decay: Tensor, isolate: bool) -> Tensor:
