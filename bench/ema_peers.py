@@ -42,7 +42,8 @@ def _loop(
     residual: Tensor | None = None,
 ) -> Tensor:
     nothing = torch.zeros_like(patch_states[0])
-    smoothed, last = [], -1
+    smoothed: list[Tensor] = []
+    last = -1
     gates = (gate * live).unbind()
     for state, weight, here in zip(patch_states, gates, document.tolist(), strict=True):
         smoothed.append(torch.lerp(smoothed[-1] if here == last else nothing, state, weight))
