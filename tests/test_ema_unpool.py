@@ -88,12 +88,11 @@ def test_nan_stays_with_what_depends_on_it(way: Way) -> None:
     states, gate, documents = placed(way, torch.ones(50), torch.full((50,), 0.5), ints(0, 20, 45))
     wanted = torch.ones(50, dtype=torch.bool)
     gate[30] = 1.0  # forgets what was before it, be it NaN
+    states[45:], gate[45:] = NAN, NAN  # unused slots
     wanted[24:30] = False
     for poisoned in (states, gate):
         clean = poisoned[24].clone()
         poisoned[24] = NAN
-        if poisoned is states:
-            states[45:] = NAN  # unused slots
         out = rows_of_one_column(way, states, gate, cu_seqlens=documents)
         assert torch.equal(out.isfinite(), wanted)
         assert not out[45:].any()
@@ -106,6 +105,7 @@ def test_nan_upstream_reaches_no_later_patch_and_no_other_document(way: Way) -> 
         way, torch.ones(50, 2), torch.full((50,), 0.5), ints(0, 20, 45)
     )
     gate[30] = 1.0
+    states[45:], gate[45:] = NAN, NAN
     states.requires_grad_(), gate.requires_grad_()
     reads = torch.arange(-5, 45, device=way.device).clamp(min=-1)
     out = ema_unpool(states, gate, reads, cu_seqlens=documents, impl=way.impl)

@@ -33,7 +33,7 @@ CASES = (
         for width in (768, 128)
         for plus in ("nothing", "residual")
     ),
-    case("bench_cpu", T=256, P=42, D=128, S=2, borders="even", gates="router", plus="residual"),
+    case("bench", T=256, P=42, D=128, S=2, borders="even", gates="router", plus="residual"),
     *(
         case("bench_cpu", T=32_768, P=5461, D=128, S=8, borders="ragged", gates="router",
              plus=plus)
