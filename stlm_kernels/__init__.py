@@ -5,6 +5,7 @@ Importing this package needs neither a GPU nor triton.
 
 from ._dispatch import explain
 from .ops.byte_pool import byte_pool
+from .ops.ema_unpool import ema_unpool
 from .ops.find_patches import Patches, find_patches
 from .ops.linear_cross_entropy import linear_cross_entropy
 from .ops.linear_logprobs import linear_logprobs
@@ -17,6 +18,7 @@ from .ops.unpool import unpool
 __all__ = [
     "Patches",
     "byte_pool",
+    "ema_unpool",
     "explain",
     "find_patches",
     "linear_cross_entropy",

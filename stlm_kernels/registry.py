@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ._spec import OpSpec
 from .ops.byte_pool import cases as byte_pool
+from .ops.ema_unpool import cases as ema_unpool
 from .ops.find_patches import cases as find_patches
 from .ops.linear_cross_entropy import cases as linear_cross_entropy
 from .ops.linear_logprobs import cases as linear_logprobs
@@ -20,6 +21,7 @@ OPS: dict[str, OpSpec] = {
         segment_pool.SPEC,
         find_patches.SPEC,
         unpool.SPEC,
+        ema_unpool.SPEC,
         linear_logprobs.SPEC,
         linear_cross_entropy.SPEC,
         linear_sample.SPEC,

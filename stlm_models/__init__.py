@@ -4,6 +4,7 @@ from .config import DOCUMENT_START, PRESETS, ModelConfig
 from .evaluate import bits_per_byte
 from .layers import Attention, BytePatcher, BytePooling, ByteUnpooling, TiedEmbedding
 from .model import STLM
+from .router import Router, Routing
 
 __all__ = [
     "DOCUMENT_START",
@@ -14,6 +15,8 @@ __all__ = [
     "BytePooling",
     "ByteUnpooling",
     "ModelConfig",
+    "Router",
+    "Routing",
     "TiedEmbedding",
     "bits_per_byte",
 ]

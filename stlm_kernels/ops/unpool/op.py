@@ -70,8 +70,7 @@ def unpool(
         shape = (read_ids.shape[0], width)
         _checks.require_tensor("residual", residual, shape, dtypes, device)
     if _checks.values_visible(read_ids):
-        _checks.check_id_values("read_ids", read_ids, -1, patch_states.shape[0])
-        _check_one_run_each(read_ids)
+        check_read_id_values(read_ids, patch_states.shape[0])
     out_dtype = _checks.output_dtype(patch_states)
     if use_triton(
         "unpool", impl, device, unsupported_reasons,
@@ -81,7 +80,9 @@ def unpool(
     return torch_impl.unpool(patch_states, read_ids, null_state, residual, out_dtype)
 
 
-def _check_one_run_each(read_ids: Tensor) -> None:
+def check_read_id_values(read_ids: Tensor, n_patches: int) -> None:
+    """IndexError for an id outside [-1, n_patches), ValueError for one with two runs of rows."""
+    _checks.check_id_values("read_ids", read_ids, -1, n_patches)
     ids = read_ids.numpy()  # a view; several times cheaper than torch on small integers
     begins = np.flatnonzero(np.concatenate([ids[:1] >= 0, ids[1:] != ids[:-1]]))
     begins = begins[ids[begins] >= 0]

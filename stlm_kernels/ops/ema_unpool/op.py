@@ -1,0 +1,171 @@
+"""The public ema_unpool: contract, checks, dispatch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import _checks, _library
+from ..._dispatch import Impl, use_triton
+from ..unpool.op import check_read_id_values
+from . import torch_impl
+from .launch import unsupported_reasons
+
+
+def ema_unpool(
+    patch_states: Tensor,  # (P, D)
+    gate: Tensor,  # (P,)
+    read_ids: Tensor,  # (T,) int32
+    *,
+    cu_seqlens: Tensor | None = None,  # (S+1,) int32
+    residual: Tensor | None = None,  # (T, D)
+    impl: Impl = "auto",
+) -> Tensor:
+    """Smooth the patch states along each document, then give each byte the one it may read.
+
+    z[j] = gate[j] * patch_states[j] + (1 - gate[j]) * z[j - 1], z = 0 before a document;
+    out[t] = (z[read_ids[t]] if read_ids[t] >= 0 else 0) + residual[t].
+
+    A patch with gate 0, as an empty one has, hands the state on; one with gate 1 starts afresh.
+
+    Args:
+        patch_states: (P, D) float32, bfloat16 or float16; float64 on the torch path.
+        gate: (P,) in [0, 1], in patch_states' dtype or float32. It is never rounded, autocast or
+            not.
+        read_ids: (T,) integers in [-1, P), each id >= 0 in one contiguous run of rows, as
+            `find_patches` makes them; -1: no patch can be read yet. Patches that were pooled from
+            nothing but their first byte may be read through `Patches.patch_ids` as well.
+        cu_seqlens: (S+1,) int32 document borders counted in patches, as `Patches.cu_seqlens`.
+            Patches from cu_seqlens[-1] on belong to no document: z is 0 there, their states and
+            gates are never read and get zero gradient. None: one document.
+        residual: (T, D) in patch_states' dtype. None: nothing is added.
+        impl: "auto", "triton" or "torch".
+
+    Returns:
+        (T, D) in patch_states' dtype, under autocast in the autocast dtype (float32 states and
+        residuals are then rounded when loaded).
+
+    Raises:
+        ValueError: a wrong type, dtype, shape or device; on CPU in eager mode also a gate outside
+            [0, 1] (NaN passes), offsets that are not prefix sums within P, or an id >= 0 with more
+            than one run.
+        IndexError: on CPU in eager mode, an id outside [-1, P).
+        NotImplementedError: impl="triton" cannot run this call; the message lists why.
+
+    Numerics:
+        In float32 (float64 for float64), rounded once at the end; z is never stored in 16 bits.
+        The kernels look back until what lies farther weighs less than 2^-30, or to the document's
+        start: 30 patches at gate 1/2, as many as the document has where gates are tiny (then
+        correct, but slow: the work grows with the look-back). A gate of 1 forgets even NaN;
+        otherwise NaN reaches later patches of its document only, and the kernels' as far as they
+        look back. Where values are not checked, gates outside [0, 1] follow the formula, and a row
+        whose id is out of range is NaN and reaches no gradient but its residual's. Gradients are
+        sums in a fixed order. The torch path can be differentiated any number of times, the
+        kernels once; under torch.compile it is traced anew when P outgrows a power of 8.
+
+    Source: the smoothing and upsampling of H-Net's dechunking layer (arXiv 2507.07955), read
+    through `read_ids`, which is this project's; its gates are clamped to [1e-4, 1 - 1e-4] there,
+    and as given here.
+    """
+    _check_arguments(patch_states, gate, read_ids, cu_seqlens, residual)
+    out_dtype = _checks.output_dtype(patch_states)
+    if use_triton(
+        "ema_unpool", impl, patch_states.device, unsupported_reasons,
+        patch_states=patch_states, gate=gate, read_ids=read_ids, cu_seqlens=cu_seqlens,
+        residual=residual,
+    ):  # fmt: skip
+        return _EmaUnpool.apply(patch_states, gate, read_ids, cu_seqlens, residual, out_dtype)
+    return torch_impl.ema_unpool(patch_states, gate, read_ids, cu_seqlens, residual, out_dtype)
+
+
+def _check_arguments(
+    patch_states: Tensor,
+    gate: Tensor,
+    read_ids: Tensor,
+    cu_seqlens: Tensor | None,
+    residual: Tensor | None,
+) -> None:
+    _checks.require_tensor("patch_states", patch_states, ("P", "D"), _checks.FLOATS)
+    (patches, width), device = patch_states.shape, patch_states.device
+    _checks.require(width >= 1, "patch_states", "D >= 1", tuple(patch_states.shape))
+    dtypes = _checks.activation_dtypes(patch_states)
+    gate_dtypes = dtypes if torch.float32 in dtypes else (*dtypes, torch.float32)
+    _checks.require_tensor("gate", gate, (patches,), gate_dtypes, device)
+    _checks.require_ids("read_ids", read_ids, device)
+    if cu_seqlens is not None:
+        _checks.require_offsets("cu_seqlens", cu_seqlens, device)
+    if residual is not None:
+        shape = (read_ids.shape[0], width)
+        _checks.require_tensor("residual", residual, shape, dtypes, device)
+    if _checks.values_visible(read_ids):
+        check_read_id_values(read_ids, patches)
+    if cu_seqlens is not None and _checks.values_visible(cu_seqlens):
+        _checks.check_offset_values("cu_seqlens", cu_seqlens, patches)
+    if _checks.values_visible(gate):
+        _check_gate_values(gate, cu_seqlens)
+
+
+def _check_gate_values(gate: Tensor, cu_seqlens: Tensor | None) -> None:
+    gate = gate.detach()
+    if cu_seqlens is not None and _checks.values_visible(cu_seqlens):
+        gate = gate[: int(cu_seqlens[-1])]
+    outside = (gate < 0) | (gate > 1)
+    if outside.any():
+        position = int(outside.nonzero()[0])
+        raise ValueError(
+            f"gate: expected values in [0, 1], got {float(gate[position])} at position {position}"
+        )
+
+
+class _EmaUnpool(torch.autograd.Function):
+    """Autograd over the registered ops."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        patch_states: Tensor,
+        gate: Tensor,
+        read_ids: Tensor,
+        cu_seqlens: Tensor | None,
+        residual: Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        return _FWD(patch_states, gate, read_ids, cu_seqlens, residual, out_dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        patch_states, gate, read_ids, cu_seqlens, residual, _ = inputs
+        ctx.save_for_backward(patch_states, gate, read_ids, cu_seqlens)
+        ctx.residual_dtype = None if residual is None else residual.dtype
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,), dstates, dgate = grads, None, None
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+            dstates, dgate = _library.run_backward(_BWD, "ema_unpool", grad, *ctx.saved_tensors)
+        dresidual = grad.to(ctx.residual_dtype) if ctx.needs_input_grad[4] else None
+        return dstates, dgate, None, None, dresidual, None
+
+
+_FWD = _library.register(
+    "ema_unpool_fwd(Tensor patch_states, Tensor gate, Tensor read_ids, Tensor? cu_seqlens, "
+    "Tensor? residual, ScalarType out_dtype) -> Tensor",
+    launcher="ema_unpool:launch_fwd",
+    meta=lambda states, gate, read_ids, cu_seqlens, residual, out_dtype: states.new_empty(
+        (read_ids.shape[0], states.shape[1]), dtype=out_dtype
+    ),
+    flops=lambda states, gate, ids, *_, **__: (3 * states[0] + ids[0]) * states[1],
+)
+_BWD = _library.register(
+    "ema_unpool_bwd(Tensor grad, Tensor patch_states, Tensor gate, Tensor read_ids, "
+    "Tensor? cu_seqlens) -> (Tensor, Tensor)",
+    launcher="ema_unpool:launch_bwd",
+    meta=lambda grad, states, gate, *_: (
+        states.new_empty(states.shape),
+        gate.new_empty(gate.shape),
+    ),
+    flops=lambda grad, states, *_, **__: (grad[0] + 9 * states[0]) * states[1],
+)

@@ -1,0 +1,141 @@
+"""Learned patch borders, as H-Net has them (arXiv 2507.07955), and borders from given scores.
+
+A `Router` in a model of your own, x being the (T, D) states of a causal encoder:
+
+    routing = router(x, cu_seqlens)
+    patches = find_patches(byte_ids, starts=routing.starts, cu_seqlens=cu_seqlens)
+    first = segment_pool(x, patches.cu_patchlens, mode="first")
+    states = core(first, patches.cu_seqlens)
+    gate = router.gate(routing, patches)
+    smooth = ema_unpool(states, gate, patches.patch_ids, cu_seqlens=patches.cu_seqlens)
+    out = x + smooth * routing.confidence[:, None]
+    loss = loss + 0.03 * router.ratio_loss(routing, cu_seqlens)
+
+The leak rule: what may be read through `patch_ids` is a patch's first state alone, which knows no
+byte after the one that begins the patch. Any other pooling sees the whole patch, and a mask of
+starts tells only at the next patch's first byte that it has ended: read it through `read_ids`.
+
+Scores need no router. Where score[t] is known from bytes <= t, such as the entropy that a small
+model gives the byte after t, a threshold on it ends a patch after byte t, and the patch may be
+read at once, whatever the pooling:
+
+    patches = find_patches(byte_ids, closes=score > threshold, cu_seqlens=cu_seqlens)
+    pooled = segment_pool(x, patches.cu_patchlens, mode="mean")
+    out = unpool(pooled, patches.read_ids, residual=x)
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from stlm_kernels import Patches, segment_pool
+
+from .attention import document_starts
+from .layers import dense_cu_seqlens
+from .norms import rms_norm
+
+
+class Routing(NamedTuple):
+    """What a router decided for each byte; bytes that belong to no document begin nothing."""
+
+    probs: Tensor
+    """(T,) float32 (float64 for float64): p, how much the byte differs from the one before it."""
+    starts: Tensor
+    """(T,) bool: the byte begins a patch; for `find_patches(starts=...)`."""
+    confidence: Tensor
+    """(T,) ones, in probs' dtype, whose gradient is that of p at a start and of 1 - p elsewhere."""
+
+
+class Router(nn.Module):
+    """Begin a patch where the state of a byte turns away from that of the byte before it.
+
+    p[t] = (1 - cos(W_q x[t], W_k x[t-1])) / 2, and 1 at a document's first byte; a patch begins
+    where p[t] >= 1/2. Nothing of it looks ahead: with a causal x it is causal. Both projections
+    begin as the identity, so that equal neighbours begin no patch.
+
+    Args:
+        dim: width D of the states.
+        target_length: N > 1, the mean number of bytes of a patch that `ratio_loss` asks for.
+    """
+
+    def __init__(self, dim: int, *, target_length: float = 6.0) -> None:
+        super().__init__()
+        if dim < 1:
+            raise ValueError(f"dim: expected at least 1, got {dim}")
+        if not target_length > 1:
+            raise ValueError(f"target_length: expected more than 1, got {target_length}")
+        self.target_length = target_length
+        self.query = nn.Linear(dim, dim, bias=False)
+        self.key = nn.Linear(dim, dim, bias=False)
+        nn.init.eye_(self.query.weight)
+        nn.init.eye_(self.key.weight)
+
+    def forward(
+        self,
+        x: Tensor,  # (T, D) or (B, T, D)
+        cu_seqlens: Tensor | None = None,  # (S+1,) int32
+    ) -> Routing:
+        """The routing of packed states, or of dense ones, each row a document, as if packed.
+
+        A state of zeros points nowhere: its cosine is 0, and p = 1/2 begins a patch.
+
+        Raises:
+            ValueError: dense x with cu_seqlens, or x of another width.
+        """
+        if x.shape[-1] != self.query.in_features or x.dim() not in (2, 3):
+            expected = f"shape (T, {self.query.in_features}) or (B, T, {self.query.in_features})"
+            raise ValueError(f"x: expected {expected}, got {tuple(x.shape)}")
+        if x.dim() == 3:
+            cu_seqlens = dense_cu_seqlens(x[..., 0], cu_seqlens)
+            x = x.flatten(0, 1)
+        first, inside = _places(x, cu_seqlens)
+        if cu_seqlens is not None:
+            x = torch.where(inside[:, None], x, 0)
+        query, key = _direction(self.query(x)), _direction(self.key(x))
+        before = torch.where(first[:, None], 0, torch.cat([key[-1:], key[:-1]]))
+        cosine = (query * before).mean(-1)
+        probs = ((1 - cosine) / 2).clamp(0, 1)  # rounding may leave the range
+        probs = torch.where(inside, torch.where(first, 1, probs), 0)
+        starts = inside & (probs >= 0.5)
+        chosen = torch.where(starts, probs, 1 - probs)
+        return Routing(probs, starts, chosen + (1 - chosen).detach())
+
+    def gate(self, routing: Routing, patches: Patches) -> Tensor:
+        """(P,) the gate of each patch for `ema_unpool`: p of its first byte, 0 if it is empty."""
+        with torch.autocast(routing.probs.device.type, enabled=False):
+            probs = routing.probs[:, None]
+            return segment_pool(probs, patches.cu_patchlens, mode="first")[:, 0]
+
+    def ratio_loss(
+        self,
+        routing: Routing,
+        cu_seqlens: Tensor | None = None,  # (S+1,) int32, packed states' own
+    ) -> Tensor:
+        """N / (N - 1) * ((N - 1) F G + (1 - F) (1 - G)), 0-d; H-Net weighs it with 0.03.
+
+        F is the fraction of bytes that begin a patch, G the mean of p, N the target length. It is
+        1 where F = G = 1 / N. The gradient goes through G alone, up or down as F says.
+        """
+        length = self.target_length
+        total = max(routing.probs.shape[0], 1)
+        count = total if cu_seqlens is None else cu_seqlens[-1].clamp(min=1)
+        fraction, mean = routing.starts.sum() / count, routing.probs.sum() / count
+        kept, dropped = (length - 1) * fraction * mean, (1 - fraction) * (1 - mean)
+        return length / (length - 1) * (kept + dropped)
+
+
+def _direction(x: Tensor) -> Tensor:
+    """x in float32 or wider with a mean square of 1, so that a mean of products is a cosine."""
+    return rms_norm(x.to(torch.promote_types(x.dtype, torch.float32)))
+
+
+def _places(x: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(T,) bool each: the byte is the first of its document; it belongs to one."""
+    places = torch.arange(x.shape[0], device=x.device)
+    if cu_seqlens is None:
+        return places == 0, places >= 0
+    inside = places < cu_seqlens[-1]
+    return inside & (places == document_starts(cu_seqlens, x.shape[0])), inside
