@@ -12,11 +12,11 @@ from .reference import reference, yardstick
 MILLION = 1 << 20
 
 CASES = (
-    case("smoke", T=72, P=11, H=2, KV=2, K=16, query="shared", borders="ragged"),
-    case("smoke", T=75, P=9, H=4, KV=2, K=8, query="own", borders="tail"),
-    case("edge", T=90, P=30, H=3, KV=3, K=24, query="shared", borders="tail", scale=0.5),
-    case("edge", T=100, P=1, H=3, KV=1, K=32, query="shared", borders="even"),
-    case("edge", T=60, P=60, H=6, KV=2, K=40, query="own", borders="ragged", scale=-0.7),
+    case("smoke", T=40, P=7, H=2, KV=2, K=16, query="shared", borders="ragged"),
+    case("smoke", T=40, P=6, H=4, KV=2, K=8, query="own", borders="tail"),
+    case("edge", T=48, P=14, H=3, KV=3, K=24, query="shared", borders="tail", scale=0.5),
+    case("edge", T=90, P=1, H=3, KV=1, K=32, query="shared", borders="even"),
+    case("edge", T=24, P=30, H=6, KV=2, K=40, query="own", borders="ragged", scale=-0.7),
     case("edge", T=36, P=3, H=2, KV=1, K=128, query="own", borders="even"),
     case("edge", T=0, P=3, H=2, KV=1, K=16, query="own", borders="even"),
     case("edge", T=30, P=5, H=1, KV=1, K=16, query="shared", borders="hollow"),
