@@ -62,10 +62,9 @@ def _pool(query: Tensor, key: Tensor, value: Tensor, patches: _Patches, scale: f
     """(P, H, K) in float32 or better."""
     kv_heads = key.shape[1]
     query = query.unflatten(-2, (kv_heads, query.shape[-2] // kv_heads)) * scale
-    if query.ndim == 3:
-        scores = torch.einsum("tgk,gjk->tgj", key, query)
-    else:
-        scores = (_spread(query, patches) * key[:, :, None]).sum(-1)
+    own = query if query.ndim == 3 else _spread(query, patches)
+    # Not a matrix product: its gradient of a shared query would be one long sum, in one go.
+    scores = (own * key[:, :, None]).sum(-1)
     weighted = _softmax(scores, patches)[..., None] * value[:, :, None]
     return _sum(weighted.flatten(1, 2), patches)
 
@@ -73,12 +72,19 @@ def _pool(query: Tensor, key: Tensor, value: Tensor, patches: _Patches, scale: f
 def _softmax(scores: Tensor, patches: _Patches) -> Tensor:
     """Of (T, ...), over the rows of each patch."""
     with torch.no_grad():
-        index = patches.of_row.view(-1, *[1] * (scores.ndim - 1)).expand(scores.shape)
-        top = scores.new_zeros(patches.borders.shape[0] - 1, *scores.shape[1:])
-        top = top.scatter_reduce(0, index, scores, "amax", include_self=False)
-        top = top.index_select(0, patches.of_row)
+        top = _largest(scores, patches).index_select(0, patches.of_row)
     weights = (scores - top).exp()
     return weights / _spread(_sum(weights, patches), patches)
+
+
+def _largest(x: Tensor, patches: _Patches) -> Tensor:
+    """(T, ...) -> (P, ...)."""
+    if not _is_traced():
+        borders = patches.borders.long()
+        return torch.segment_reduce(x, "max", offsets=borders, unsafe=True)
+    index = patches.of_row.view(-1, *[1] * (x.ndim - 1)).expand(x.shape)
+    largest = x.new_zeros(patches.borders.shape[0] - 1, *x.shape[1:])
+    return largest.scatter_reduce(0, index, x, "amax", include_self=False)
 
 
 def _sum(x: Tensor, patches: _Patches) -> Tensor:
