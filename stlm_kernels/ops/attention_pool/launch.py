@@ -11,7 +11,7 @@ from ... import _checks
 from ..._launch import Config, config_for
 
 LEAST_WIDTH, MOST_WIDTH = 8, 128
-MOST_QUERIES = 4096
+MOST_QUERIES = 2048
 """Elements of the queries that share a key head: what one program holds of each patch."""
 
 
@@ -27,7 +27,7 @@ def unsupported_reasons(*, query: Tensor, key: Tensor, **_: Any) -> list[str]:
             f"from {LEAST_WIDTH} to {MOST_WIDTH}"
         )
     group = query.shape[-2] // kv_heads
-    if _power(group) * _power(width) > MOST_QUERIES:
+    if power_above(group) * power_above(width) > MOST_QUERIES:
         reasons.append(
             f"{group} queries of width {width} share a key head; the kernels take {MOST_QUERIES} "
             "elements, each number rounded up to a power of two"
@@ -36,26 +36,21 @@ def unsupported_reasons(*, query: Tensor, key: Tensor, **_: Any) -> list[str]:
 
 
 def pool_config(
-    kernel: str, shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device
+    kernel: str, heads: int, kv_heads: int, width: int, dtype: torch.dtype, device: torch.device
 ) -> Config:
-    """`ROWS` rows of key at a time, `BLOCK_H` key heads of each.
+    """`ROWS` rows of key at a time, `BLOCK_H` key heads of each; the backward's most `PROGRAMS`.
 
-    One warp, so that no sum over the bytes of a patch crosses warps: whole rows of 128 elements are
-    read in full lines, and 16 of them in flight are enough.
-
-    Args:
-        kernel: "fwd" or "bwd".
-        shape: (T, P, H, H_kv, K).
+    Few warps, so that sums over the bytes of a patch stay within one: 128 neighbouring elements are
+    read in full lines, and 16 such rows in flight on each of many small programs fill the memory.
     """
-    _, _, heads, kv_heads, width = shape
-    group, block = _power(heads // kv_heads), _power(width)
+    group, block = power_above(heads // kv_heads), power_above(width)
     lanes = group * block
-    side_by_side = min(_power(kv_heads), max(1, 128 // lanes))
-    budget = 2048 if kernel == "fwd" else 1024
+    side_by_side = min(power_above(kv_heads), max(1, 128 // lanes))
+    elements = 2048 if kernel == "fwd" else 1024
     default = {
-        "ROWS": max(1, budget // (side_by_side * lanes)),
+        "ROWS": max(1, elements // (side_by_side * lanes)),
         "BLOCK_H": side_by_side,
-        "num_warps": max(1, lanes // 1024),
+        "num_warps": max(1, lanes // 512),
     }
     if kernel == "bwd":
         default["PROGRAMS"] = 4096
@@ -64,20 +59,15 @@ def pool_config(
 
 
 def tile_shape(rows: int, total: int, patches: int) -> tuple[int, int]:
-    """(patches, bytes of each) that make a tile of `rows`: as many bytes as patches have on
-    average, so that most patches are over in one or two steps."""
-    slots = min(rows, _power(max(1, total // max(1, patches))))
+    """(patches, bytes of each) that make a tile of `rows`.
+
+    As many bytes as patches have on average, so that most patches are over in a step or two; but
+    at least 4: what a program carries along grows with its patches, and spills.
+    """
+    slots = min(rows, max(4, power_above(max(1, total // max(1, patches)))))
     return rows // slots, slots
 
 
-def width_block(width: int) -> int:
-    return _power(width)
-
-
-def group_block(heads: int, kv_heads: int) -> int:
-    return _power(heads // kv_heads)
-
-
-def _power(n: int) -> int:
-    """The power of two at or above n."""
+def power_above(n: int) -> int:
+    """The least power of two that is not below n."""
     return 1 << (n - 1).bit_length()

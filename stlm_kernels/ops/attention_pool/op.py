@@ -89,7 +89,7 @@ def _check_query(query: Tensor, key: Tensor, patches: int) -> None:
         raise ValueError(f"query: expected shape {shapes}, got {tuple(query.shape)}")
     dtypes = _checks.activation_dtypes(key)
     if query.ndim == 2:
-        dtypes = (*dtypes, *_checks.weight_dtypes(key.dtype)[len(dtypes) :])
+        dtypes = (*dtypes, *_checks.weight_dtypes(key.dtype)[1:])
     shape = ("H", width) if query.ndim == 2 else (patches, "H", width)
     _checks.require_tensor("query", query, shape, dtypes, key.device)
     heads, kv_heads = query.shape[-2], key.shape[1]

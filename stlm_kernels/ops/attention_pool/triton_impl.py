@@ -33,17 +33,12 @@ from . import launch
 
 LOG2_E = 1.4426950408889634
 RUNS_ADDED_AT_ONCE = 64
-ZEROED_ROWS = 16
 
 
 @triton.jit
 def _heads(tile, KV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr,
            BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
-    """Of the key heads of a tile: key head, query head and column in their axes, and which exist.
-
-    Returns:
-        offsets into a row of key, into a row of query, and of a row of lse, each with its mask.
-    """
+    """Offsets of a tile of heads into a row of key, of query and of lse, each with its mask."""
     kv = (tile * BLOCK_H + tl.arange(0, BLOCK_H))[None, None, :, None, None]
     member = tl.arange(0, BLOCK_G)[None, None, None, :, None]
     d = tl.arange(0, WIDTH)[None, None, None, None, :]
@@ -286,8 +281,7 @@ def _options(
 ) -> tuple[dict[str, Any], int, int]:
     """Constants of a launch, tiles of heads, programs; `dtype` is what operands are rounded to."""
     (heads, width), (total, kv_heads, _) = query.shape[-2:], key.shape
-    shape = (total, patches, heads, kv_heads, width)
-    config = dict(launch.pool_config(kernel, shape, query.dtype, key.device))
+    config = dict(launch.pool_config(kernel, heads, kv_heads, width, key.dtype, key.device))
     programs = config.pop("PROGRAMS", 0)
     block_p, block_s = launch.tile_shape(config.pop("ROWS"), total, patches)
     constants = {
@@ -297,7 +291,7 @@ def _options(
         "DOT": dot_type(dtype),
         "BLOCK_P": block_p,
         "BLOCK_S": block_s,
-        "BLOCK_G": launch.group_block(heads, kv_heads),
-        "WIDTH": launch.width_block(width),
+        "BLOCK_G": launch.power_above(heads // kv_heads),
+        "WIDTH": launch.power_above(width),
     }
     return config | constants, _launch.ceil_div(kv_heads, config["BLOCK_H"]), programs
