@@ -41,14 +41,13 @@ def pool_config(
     """`ROWS` rows of key at a time, `BLOCK_H` key heads of each; the backward's most `PROGRAMS`.
 
     Few warps, so that sums over the bytes of a patch stay within one: 128 neighbouring elements are
-    read in full lines, and 16 such rows in flight on each of many small programs fill the memory.
+    read in full lines, and 8 such rows in flight in each of many small programs occupy the memory.
     """
     group, block = power_above(heads // kv_heads), power_above(width)
     lanes = group * block
     side_by_side = min(power_above(kv_heads), max(1, 128 // lanes))
-    elements = 2048 if kernel == "fwd" else 1024
     default = {
-        "ROWS": max(1, elements // (side_by_side * lanes)),
+        "ROWS": max(1, 1024 // (side_by_side * lanes)),
         "BLOCK_H": side_by_side,
         "num_warps": max(1, lanes // 512),
     }
@@ -62,7 +61,7 @@ def tile_shape(rows: int, total: int, patches: int) -> tuple[int, int]:
     """(patches, bytes of each) that make a tile of `rows`.
 
     As many bytes as patches have on average, so that most patches are over in a step or two; but
-    at least 4: what a program carries along grows with its patches, and spills.
+    at least 4: what a program carries along grows with its patches, and would spill.
     """
     slots = min(rows, max(4, power_above(max(1, total // max(1, patches)))))
     return rows // slots, slots
