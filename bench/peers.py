@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stlm_kernels._spec import Case, Inputs
 
-from . import ema_peers, head_peers, ngram_peers
+from . import ema_peers, head_peers, ngram_peers, pool_peers
 from .blt_patches import by_comparison, by_search, patches_by_document
 from .entry import Entry, compiled
 
@@ -238,4 +238,5 @@ PEERS: dict[str, tuple[Entry, ...]] = {
     **ema_peers.PEERS,
     **head_peers.PEERS,
     **ngram_peers.PEERS,
+    **pool_peers.PEERS,
 }

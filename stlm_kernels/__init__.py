@@ -4,6 +4,7 @@ Importing this package needs neither a GPU nor triton.
 """
 
 from ._dispatch import explain
+from .ops.attention_pool import attention_pool
 from .ops.byte_pool import byte_pool
 from .ops.ema_unpool import ema_unpool
 from .ops.find_patches import Patches, find_patches
@@ -17,6 +18,7 @@ from .ops.unpool import unpool
 
 __all__ = [
     "Patches",
+    "attention_pool",
     "byte_pool",
     "ema_unpool",
     "explain",

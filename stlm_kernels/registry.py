@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ._spec import OpSpec
+from .ops.attention_pool import cases as attention_pool
 from .ops.byte_pool import cases as byte_pool
 from .ops.ema_unpool import cases as ema_unpool
 from .ops.find_patches import cases as find_patches
@@ -19,6 +20,7 @@ OPS: dict[str, OpSpec] = {
     for spec in (
         byte_pool.SPEC,
         segment_pool.SPEC,
+        attention_pool.SPEC,
         find_patches.SPEC,
         unpool.SPEC,
         ema_unpool.SPEC,

@@ -18,11 +18,11 @@ from stlm_kernels import (
     linear_sample,
     ngram_embedding,
     segment_pool,
-    unpool,
 )
 
 from .attention import Attention
 from .norms import rms_norm
+from .pooling import BytePooling, ByteUnpooling
 
 __all__ = [
     "Attention",
@@ -75,61 +75,6 @@ class BytePatcher(nn.Module):
             cu_seqlens=cu_seqlens,
             capacity=self.capacity,
         )
-
-
-class BytePooling(nn.Module):
-    """Pool hidden states of bytes into one state per patch.
-
-    Read the result through `Patches.read_ids`, as `ByteUnpooling` does: every mode but "first"
-    looks at bytes of its patch that lie ahead of a position inside it.
-
-    Args:
-        mode: "mean", "sum", "max", "first" or "last".
-        dim, heads: belong to attention pooling, which is not built yet, and must be None.
-    """
-
-    MODES = ("mean", "sum", "max", "first", "last")
-
-    def __init__(self, mode: str, *, dim: int | None = None, heads: int | None = None) -> None:
-        super().__init__()
-        if mode not in self.MODES:
-            raise ValueError(f"mode: expected one of {self.MODES}, got {mode!r}")
-        for name, value in (("dim", dim), ("heads", heads)):
-            if value is not None:
-                raise ValueError(f'{name}: expected None with mode "{mode}", got {value!r}')
-        self.mode = mode
-
-    def forward(self, x: Tensor, patches: Patches) -> Tensor:
-        """x (T, D) or (B, T, D) -> (P, D)."""
-        return segment_pool(x.reshape(-1, x.shape[-1]), patches.cu_patchlens, mode=self.mode)
-
-
-class ByteUnpooling(nn.Module):
-    """Give each byte the state of the last patch that is complete at it (`Patches.read_ids`).
-
-    Args:
-        dim: width of the states.
-        null_state: learn what bytes read before the first patch of their document is complete;
-            otherwise they read zeros.
-    """
-
-    def __init__(self, dim: int, *, null_state: bool = True) -> None:
-        super().__init__()
-        self.null_state = nn.Parameter(torch.zeros(dim)) if null_state else None
-
-    def forward(
-        self,
-        patch_states: Tensor,  # (P, D)
-        patches: Patches,
-        residual: Tensor | None = None,  # (T, D) or (B, T, D)
-    ) -> Tensor:
-        """(T, D), in the shape of the residual where there is one.
-
-        The residual must come from a causal encoder: what it knows of later bytes would leak.
-        """
-        flat = None if residual is None else residual.reshape(-1, residual.shape[-1])
-        out = unpool(patch_states, patches.read_ids, null_state=self.null_state, residual=flat)
-        return out if residual is None else out.view(residual.shape)
 
 
 class TiedEmbedding(nn.Module):

@@ -22,6 +22,7 @@ from .layers import (
     dense_cu_seqlens,
 )
 from .norms import rms_norm
+from .pooling import reads_ahead
 
 IGNORED = -100
 """The target of a position that counts for nothing."""
@@ -246,13 +247,12 @@ def check_patches(patches: Patches, cu_seqlens: Tensor, length: int) -> None:
         raise ValueError(f"patches.cu_seqlens: expected {tuple(cu_seqlens.shape)}, got {got}")
     if patches.read_ids.device.type != "cpu":
         return
-    positions = (patches.read_ids >= 0).nonzero().flatten()
-    read = patches.read_ids[positions].long()
-    ends = patches.cu_patchlens[read + 1]
-    foreign = patches.cu_patchlens[read] < document_starts(cu_seqlens, length)[positions]
-    wrong = ((ends > positions + 1) | foreign).nonzero().flatten()
+    read = patches.read_ids.long()
+    foreign = patches.cu_patchlens[read.clamp(min=0)] < document_starts(cu_seqlens, length)
+    wrong = (reads_ahead(patches) | (foreign & (read >= 0))).nonzero().flatten()
     if wrong.numel():
-        at, patch = int(positions[wrong[0]]), int(read[wrong[0]])
+        at = int(wrong[0])
+        patch = int(read[at])
         start, end = int(patches.cu_patchlens[patch]), int(patches.cu_patchlens[patch + 1])
         raise ValueError(
             "patches.read_ids: expected only patches of the own document that are complete at the"

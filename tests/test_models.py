@@ -429,11 +429,48 @@ class TestModules:
         torch.testing.assert_close(out, before[:, read] + x)
         assert ByteUnpooling(8, null_state=False)(pooled, patches)[0].abs().sum() == 0
 
-    def test_pooling_refuses_what_it_would_drop(self) -> None:
-        with pytest.raises(ValueError, match="mode: expected one of"):
-            BytePooling("attention")
-        with pytest.raises(ValueError, match='heads: expected None with mode "max", got 4'):
-            BytePooling("max", heads=4)
+    @pytest.mark.parametrize(
+        ("mode", "options", "message"),
+        [
+            ("median", {}, "mode: expected one of"),
+            ("max", {"heads": 4}, 'heads: expected None with mode "max", got 4'),
+            ("mean", {"dim": 8}, 'dim: expected None with mode "mean", got 8'),
+            ("attention", {"heads": 2}, 'dim: expected an int of .* mode "attention", got None'),
+            ("attention", {"dim": 8}, 'heads: expected an int of .* mode "attention", got None'),
+            ("attention", {"dim": 8, "heads": 0}, "heads: expected an int of at least 1 .*got 0"),
+            ("attention", {"dim": 8, "heads": 3}, "heads: expected a divisor of dim = 8, got 3"),
+        ],
+    )
+    def test_pooling_refuses_what_it_would_drop(
+        self, mode: str, options: dict[str, int], message: str
+    ) -> None:
+        with pytest.raises(ValueError, match=message):
+            BytePooling(mode, **options)
+
+    def test_attention_pooling_of_dense_states(self) -> None:
+        ids = torch.tensor(list(TEXT[:40])).view(2, 20)
+        patches = BytePatcher("fixed", patch_size=4)(ids)
+        x = torch.randn(2, 20, 12, requires_grad=True)
+        pooling = BytePooling("attention", dim=12, heads=3)
+        key, value = pooling.key_value(x).view(10, 4, 2, 3, 4).unbind(2)
+        weights = ((key * pooling.query).sum(-1) / 2).softmax(1)
+        want = pooling.output((weights[..., None] * value).sum(1).flatten(1))
+        got = pooling(x, patches)
+        torch.testing.assert_close(got, want)
+        got.square().sum().backward()
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in pooling.parameters())
+
+    def test_unpooling_refuses_to_read_an_open_patch(self) -> None:
+        patches = BytePatcher("space")(torch.tensor(list(b"one two three")))
+        states = torch.randn(len(patches.cu_patchlens) - 1, 8)
+        message = "got byte 0 reading patch 0, which ends with byte 3: it would see bytes that"
+        with pytest.raises(ValueError, match=message):
+            ByteUnpooling(8)(states, patches._replace(read_ids=patches.patch_ids))
+        one_early = torch.cat([patches.read_ids[1:], patches.read_ids[-1:]])
+        with pytest.raises(ValueError, match="got byte 2 reading patch 0"):
+            ByteUnpooling(8)(states, patches._replace(read_ids=one_early))
+        with pytest.raises(IndexError, match="read_ids"):
+            ByteUnpooling(8)(states, patches._replace(read_ids=patches.read_ids + 1000))
 
     def test_tied_embedding(self) -> None:
         table = TiedEmbedding(257, 8, pad_to=64, logit_scale=0.5, softcap=3.0)

@@ -1,0 +1,167 @@
+"""The public attention_pool: contract, checks, dispatch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import _checks, _library
+from ..._dispatch import Impl, use_triton
+from . import torch_impl
+from .launch import unsupported_reasons
+
+
+def attention_pool(
+    query: Tensor,  # (H, K) or (P, H, K)
+    key: Tensor,  # (T, H_kv, K)
+    value: Tensor,  # (T, H_kv, K)
+    cu_patchlens: Tensor,  # (P+1,) int32
+    *,
+    scale: float | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Pool the bytes of each patch by attention: one query per patch and head.
+
+    out[p, h] = sum over t of softmax_t(scale * query[p, h] . key[t, g]) value[t, g] with
+    g = h // (H / H_kv) and t running over the bytes of patch p.
+
+    Args:
+        query: (H, K), the same for every patch, or (P, H, K). In key's dtype; the shared one may
+            be float32 beside a 16-bit key and is then rounded when loaded.
+        key: (T, H_kv, K) float32, bfloat16 or float16; float64 on the torch path. H is a multiple
+            of H_kv.
+        value: (T, H_kv, K) in key's dtype.
+        cu_patchlens: (P+1,) int32 patch borders in rows of key, from 0, non-decreasing, at most T.
+            Any number of patches of any length. Rows from the last border on belong to no patch:
+            they are never read, even when they hold NaN, and their gradients are zero.
+        scale: of the products; a finite number. None: K ** -0.5.
+        impl: "auto", "triton" or "torch". The kernels take K from 8 to 128 in steps of 8.
+
+    Returns:
+        (P, H, K) in key's dtype, under autocast in the autocast dtype (float32 is then rounded when
+        loaded). Empty patches give zeros and take no gradient.
+
+    Raises:
+        ValueError: a wrong type, dtype, shape, device or scalar; on CPU in eager mode also offsets
+            that do not start at 0, decrease, or end beyond T.
+        NotImplementedError: impl="triton" cannot run this call; the message lists why.
+
+    Numerics:
+        Scores, softmax and sums in float32 (float64 for float64), each result rounded once; the
+        same inputs give the same bits. A NaN or an infinity in key or value stays in its own patch,
+        forward and backward, where it may make the whole patch NaN. A shared query's gradient is
+        added up over all patches in a fixed order. The torch path can be differentiated any number
+        of times, the kernels once.
+
+    Source: attention pooling of a patch's bytes in BLT's encoder (arXiv 2412.09871) and of a word's
+    in HAT (arXiv 2501.10322).
+    """
+    _checks.require_tensor("key", key, ("T", "H_kv", "K"), _checks.FLOATS)
+    total, kv_heads, width = key.shape
+    _checks.require(kv_heads >= 1 and width >= 1, "key", "H_kv >= 1 and K >= 1", tuple(key.shape))
+    dtypes = _checks.activation_dtypes(key)
+    _checks.require_tensor("value", value, (total, kv_heads, width), dtypes, key.device)
+    _checks.require_offsets("cu_patchlens", cu_patchlens, key.device)
+    _check_query(query, key, cu_patchlens.shape[0] - 1)
+    if scale is not None:
+        number = isinstance(scale, int | float) and math.isfinite(scale)
+        _checks.require(number, "scale", "None or a finite number", repr(scale))
+    if _checks.values_visible(cu_patchlens):
+        _checks.check_offset_values("cu_patchlens", cu_patchlens, total)
+    factor, out_dtype = width**-0.5 if scale is None else float(scale), _checks.output_dtype(key)
+    if use_triton(
+        "attention_pool", impl, key.device, unsupported_reasons,
+        query=query, key=key, value=value, cu_patchlens=cu_patchlens, scale=scale,
+    ):  # fmt: skip
+        return _AttentionPool.apply(query, key, value, cu_patchlens, factor, out_dtype)[0]
+    return torch_impl.attention_pool(query, key, value, cu_patchlens, factor, out_dtype)
+
+
+def _check_query(query: Tensor, key: Tensor, patches: int) -> None:
+    """A query shared by all patches is a weight, one of each patch an activation."""
+    _checks.require(isinstance(query, Tensor), "query", "a Tensor", type(query).__name__)
+    width = key.shape[2]
+    if query.ndim not in (2, 3):
+        shapes = f"(H, {width}) or ({patches}, H, {width})"
+        raise ValueError(f"query: expected shape {shapes}, got {tuple(query.shape)}")
+    dtypes = _checks.activation_dtypes(key)
+    if query.ndim == 2:
+        dtypes = (*dtypes, *_checks.weight_dtypes(key.dtype)[1:])
+    shape = ("H", width) if query.ndim == 2 else (patches, "H", width)
+    _checks.require_tensor("query", query, shape, dtypes, key.device)
+    heads, kv_heads = query.shape[-2], key.shape[1]
+    divides = heads >= 1 and heads % kv_heads == 0
+    _checks.require(divides, "query", f"a multiple of key's {kv_heads} heads", heads)
+
+
+class _AttentionPool(torch.autograd.Function):
+    """Autograd over the registered ops; the weights are formed again in the backward."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cu_patchlens: Tensor,
+        scale: float,
+        out_dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        return _FWD(query, key, value, cu_patchlens, scale, out_dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        query, key, value, cu_patchlens, ctx.scale, _ = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(query, key, value, cu_patchlens, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        dquery, dkey, dvalue = _library.run_backward(
+            _BWD, "attention_pool", grads[0], *ctx.saved_tensors, ctx.scale
+        )
+        return dquery, dkey, dvalue, None, None, None
+
+
+def _fwd_meta(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_patchlens: Tensor,
+    scale: float,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    patches, (heads, width) = cu_patchlens.shape[0] - 1, query.shape[-2:]
+    lse = key.new_empty((patches, heads), dtype=torch.float32)
+    return key.new_empty((patches, heads, width), dtype=out_dtype), lse
+
+
+def _bwd_meta(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any
+) -> tuple[Tensor, ...]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _products(query: Any, key: Any) -> int:
+    """FLOPs of one product of every byte with a query, or of its weight with a value."""
+    return 2 * key[0] * query[-2] * query[-1]
+
+
+_FWD = _library.register(
+    "attention_pool_fwd(Tensor query, Tensor key, Tensor value, Tensor cu_patchlens, float scale, "
+    "ScalarType out_dtype) -> (Tensor, Tensor)",
+    launcher="attention_pool:launch_fwd",
+    meta=_fwd_meta,
+    flops=lambda query, key, *_, **__: 2 * _products(query, key),
+)
+_BWD = _library.register(
+    "attention_pool_bwd(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor cu_patchlens, "
+    "Tensor lse, float scale) -> (Tensor, Tensor, Tensor)",
+    launcher="attention_pool:launch_bwd",
+    meta=_bwd_meta,
+    flops=lambda grad, query, key, *_, **__: 5 * _products(query, key),
+)

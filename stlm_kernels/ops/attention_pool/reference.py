@@ -1,0 +1,55 @@
+"""attention_pool for judging the others: an fp64 oracle that loops, and stock torch."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def reference(
+    query: Tensor,  # (H, K) or (P, H, K) fp64
+    key: Tensor,  # (T, H_kv, K) fp64
+    value: Tensor,  # (T, H_kv, K) fp64
+    cu_patchlens: Tensor,  # (P+1,)
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    """(P, H, K) fp64, one patch after the other."""
+    heads, width = query.shape[-2:]
+    group = heads // key.shape[1]
+    rows = [query.new_zeros(0, heads, width)]
+    for patch, (start, end) in enumerate(pairwise(cu_patchlens.tolist())):
+        own = query if query.ndim == 2 else query[patch]
+        k, v = (x[start:end].repeat_interleave(group, 1) for x in (key, value))
+        scores = torch.einsum("hd,thd->ht", own, k) * (width**-0.5 if scale is None else scale)
+        weights = scores.softmax(1) if end > start else scores
+        rows.append(torch.einsum("ht,thd->hd", weights, v)[None])
+    return torch.cat(rows)
+
+
+def yardstick(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_patchlens: Tensor,
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    """What a careful user writes in stock torch: SDPA over patches of one length at a time."""
+    wide = torch.promote_types(key.dtype, torch.float32)
+    starts, lengths = cu_patchlens[:-1].long(), cu_patchlens.diff().long()
+    rounded = query.to(key.dtype).to(wide)
+    queries = rounded.expand(lengths.shape[0], *query.shape[-2:])
+    out = torch.zeros_like(queries)
+    for length in lengths[lengths > 0].unique().tolist():
+        here = (lengths == length).nonzero().flatten()
+        rows = starts[here][:, None] + torch.arange(length, device=key.device)
+        k, v = (x.to(wide)[rows].transpose(1, 2) for x in (key, value))
+        part = F.scaled_dot_product_attention(
+            queries[here][:, :, None], k, v, scale=scale, enable_gqa=True
+        )
+        out = out.index_copy(0, here, part[:, :, 0])
+    return out.to(key.dtype)
