@@ -5,6 +5,7 @@ Importing this package needs neither a GPU nor triton.
 
 from ._dispatch import explain
 from .ops.byte_pool import byte_pool
+from .ops.decode_attention import decode_attention
 from .ops.find_patches import Patches, find_patches
 from .ops.linear_cross_entropy import linear_cross_entropy
 from .ops.linear_logprobs import linear_logprobs
@@ -16,6 +17,7 @@ from .ops.unpool import unpool
 __all__ = [
     "Patches",
     "byte_pool",
+    "decode_attention",
     "explain",
     "find_patches",
     "linear_cross_entropy",
