@@ -32,7 +32,7 @@ CASES = (
     case("bench", B=64, C=2048, H=16, KV=4, K=64, lens="full"),
     case("bench", B=64, C=8192, H=16, KV=4, K=64, lens="full"),
     case("bench", B=64, C=8192, H=16, KV=4, K=64, lens="ragged"),
-    case("bench_cpu", B=1, C=2048, H=16, KV=4, K=64, lens="full"),
+    case("bench_cpu", B=1, C=4096, H=16, KV=4, K=64, lens="full"),
     case("bench_cpu", B=8, C=1024, H=16, KV=4, K=32, lens="ragged"),
 )
 

@@ -48,22 +48,22 @@ def _by_length(
     scale: float,
     softcap: float,
 ) -> Tensor:
-    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    first = 0
+    parts, first = [], 0
     for end, run in groupby(cache_lens.tolist()):
         rows = slice(first, first + len(list(run)))
         first = rows.stop
-        if end == 0:
-            continue
         seen = slice(max(0, end - window), end)
         k, v = (x[rows, seen].transpose(1, 2) for x in (k_cache, v_cache))
         queries = _grouped(q[rows], k.shape[1])
-        if softcap:
-            part = _products(queries, k, v, None, scale, softcap)
+        if end == 0:
+            parts.append(torch.zeros_like(queries))
+        elif softcap:
+            parts.append(_products(queries, k, v, None, scale, softcap))
         else:
-            part = F.scaled_dot_product_attention(queries, k, v, scale=scale)
-        out[rows] = part.flatten(1, 2)
-    return out
+            parts.append(F.scaled_dot_product_attention(queries, k, v, scale=scale))
+    if not parts:
+        return torch.empty_like(q)
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1, 2)
 
 
 def _masked(
