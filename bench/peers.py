@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stlm_kernels._spec import Case, Inputs
 
-from . import decode_peers, head_peers
+from . import decode_peers, head_peers, rope_peers
 from .blt_patches import by_comparison, by_search, patches_by_document
 from .entry import Entry, compiled
 
@@ -237,4 +237,5 @@ PEERS: dict[str, tuple[Entry, ...]] = {
     ),
     **head_peers.PEERS,
     **decode_peers.PEERS,
+    **rope_peers.PEERS,
 }

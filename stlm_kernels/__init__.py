@@ -11,6 +11,7 @@ from .ops.linear_cross_entropy import linear_cross_entropy
 from .ops.linear_logprobs import linear_logprobs
 from .ops.linear_sample import linear_sample
 from .ops.patch_attention import patch_attention
+from .ops.qk_norm_rope import qk_norm_rope
 from .ops.segment_pool import segment_pool
 from .ops.unpool import unpool
 
@@ -24,6 +25,7 @@ __all__ = [
     "linear_logprobs",
     "linear_sample",
     "patch_attention",
+    "qk_norm_rope",
     "segment_pool",
     "unpool",
 ]

@@ -10,6 +10,7 @@ from .ops.linear_cross_entropy import cases as linear_cross_entropy
 from .ops.linear_logprobs import cases as linear_logprobs
 from .ops.linear_sample import cases as linear_sample
 from .ops.patch_attention import cases as patch_attention
+from .ops.qk_norm_rope import cases as qk_norm_rope
 from .ops.segment_pool import cases as segment_pool
 from .ops.unpool import cases as unpool
 
@@ -25,5 +26,6 @@ OPS: dict[str, OpSpec] = {
         linear_sample.SPEC,
         patch_attention.SPEC,
         decode_attention.SPEC,
+        qk_norm_rope.SPEC,
     )
 }
