@@ -22,7 +22,7 @@ EVERY_LANE = pytest.mark.lanes("cpu", "interpret", "gpu")
 NAMES = ("q", "k", "q_weight", "k_weight")
 SMALL = {
     f"qk_norm_rope_{kernel}": {"BLOCK": block, "num_warps": 4}
-    for kernel, block in (("fwd", 8), ("bwd", 4))
+    for kernel, block in (("fwd", 16), ("bwd", 8))
 }
 
 
@@ -106,7 +106,7 @@ def test_the_norm_by_hand(way: Way) -> None:
 
 
 @EVERY_LANE
-@settings(max_examples=5)
+@settings(max_examples=4)
 @given(
     lead=st.sampled_from([(7,), (2, 5), (3, 1)]),
     heads=st.sampled_from([(3, 1), (2, 2)]),
@@ -190,8 +190,15 @@ def test_a_bad_position_is_loud_where_nobody_looks(way: Way) -> None:
     call: dict[str, Any] = example(6, heads=2, kv_heads=1, width=16, way=way)
     given = torch.tensor([0, 6, 2, -1, 2**31 - 1, 5], dtype=torch.int32, device=way.device)
     bad = torch.tensor([False, True, False, True, True, False])
-    compiled = torch.compile(qk_norm_rope, fullgraph=True, backend="aot_eager")
-    got = with_gradients(call | {"positions": given}, compiled, impl=way.impl)
+    tables = {name: call[name] for name in ("cos", "sin")}
+
+    def turned(*leaves: Tensor) -> Any:
+        named = dict(zip(NAMES, leaves, strict=True))
+        return qk_norm_rope(**named, **tables, positions=given, impl=way.impl)
+
+    out, pull = torch.func.vjp(turned, *(call[name].detach() for name in NAMES))
+    grads = pull(tuple(map(torch.ones_like, out)))
+    got = {"out_q": out[0], "out_k": out[1], **dict(zip(NAMES, grads, strict=True))}
     for name in ("out_q", "out_k", "q", "k"):
         rows = got[name].isnan().flatten(1)
         assert torch.equal(rows.any(1).cpu(), bad), name

@@ -11,8 +11,8 @@ from .reference import reference, yardstick
 MILLION = 1 << 20
 
 CASES = (
-    case("smoke", B=2, T=37, H=4, KV=2, K=32, norm="qk"),
-    case("smoke", T=41, H=2, KV=1, K=16, norm="qk", positions="packed", pairs="interleaved"),
+    case("smoke", B=2, T=15, H=4, KV=2, K=32, norm="qk"),
+    case("smoke", T=23, H=2, KV=1, K=16, norm="qk", positions="packed", pairs="interleaved"),
     case("edge", B=3, T=9, H=3, KV=1, K=48, norm="q", positions="packed"),
     case("edge", B=2, T=11, H=1, KV=1, K=24, norm="k", positions="dense", pairs="interleaved"),
     case("edge", T=30, H=2, KV=2, K=2, norm="none"),

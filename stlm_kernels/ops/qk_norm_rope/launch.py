@@ -13,8 +13,8 @@ from ..._launch import Config, block_of, config_for
 MOST_WIDTH = 256
 PROGRAMS = 528
 """Of the backward: four for each SM of an H100, each with sums of the weights' gradients."""
-TILE = {"fwd": 4096, "bwd": 2048}
-"""Elements that a program takes at a time; the backward holds three tiles and the sums."""
+TILE_BYTES = {"fwd": 8192, "bwd": 4096}
+"""Of q or k that a program takes at a time; the backward holds three such tiles and the sums."""
 
 
 def unsupported_reasons(*, q: Tensor, **_: Any) -> list[str]:
@@ -34,6 +34,6 @@ def width_block(width: int) -> int:
 def rows_config(kernel: str, width: int, dtype: torch.dtype, device: torch.device) -> Config:
     """`BLOCK` heads of tokens, one after the other in memory, that a program takes at a time."""
     block = width_block(width)
-    default = {"BLOCK": TILE[kernel] // block, "num_warps": 4}
+    default = {"BLOCK": TILE_BYTES[kernel] // (block * dtype.itemsize), "num_warps": 4}
     bucket = f"K{block}-{str(dtype).removeprefix('torch.')}"
     return config_for(f"qk_norm_rope_{kernel}", bucket, default, device)

@@ -21,8 +21,8 @@ def reference(
 ) -> tuple[Tensor, Tensor]:
     """Each pair a + ib times cos + i sin, one position after the other."""
     length, half = q.shape[-3], q.shape[-1] // 2
-    where = torch.arange(length) if positions is None else positions
-    where = where.expand(q.shape[:-2]).flatten().tolist()
+    own = torch.arange(length) if positions is None else positions
+    where = own.expand(q.shape[:-2]).flatten().tolist()
     first = torch.arange(half) * (2 if interleaved else 1)
     second = first + (1 if interleaved else half)
 

@@ -24,14 +24,14 @@ def qk_norm_rope(
     """Both in `out_dtype`; row n stands at positions[n % period], without positions at that."""
     wide = torch.promote_types(out_dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):
-        tables = [_rows_of(x.to(wide), positions, period) for x in (cos, sin)]
+        cos, sin = (_rows_of(x.to(wide), positions, period) for x in (cos, sin))
         heads = []
         for x, weight in ((q, q_weight), (k, k_weight)):
             x = rounded(x, out_dtype, wide).unflatten(0, (-1, max(1, period)))
             if weight is not None:
                 scale = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
                 x = x * scale * weight.to(wide)
-            heads.append(_turned(x, *tables, interleaved).flatten(0, 1).to(out_dtype))
+            heads.append(_turned(x, cos, sin, interleaved).flatten(0, 1).to(out_dtype))
     return heads[0], heads[1]
 
 
