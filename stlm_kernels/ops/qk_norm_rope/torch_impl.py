@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..._rounding import rounded
@@ -29,8 +30,7 @@ def qk_norm_rope(
         for x, weight in ((q, q_weight), (k, k_weight)):
             x = rounded(x, out_dtype, wide).unflatten(0, (-1, max(1, period)))
             if weight is not None:
-                scale = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
-                x = x * scale * weight.to(wide)
+                x = F.rms_norm(x, x.shape[-1:], weight.to(wide), eps)
             heads.append(_turned(x, cos, sin, interleaved).flatten(0, 1).to(out_dtype))
     return heads[0], heads[1]
 
