@@ -6,6 +6,7 @@ Importing this package needs neither a GPU nor triton.
 from ._dispatch import explain
 from .ops.attention_pool import attention_pool
 from .ops.byte_pool import byte_pool
+from .ops.decode_attention import decode_attention
 from .ops.ema_unpool import ema_unpool
 from .ops.find_patches import Patches, find_patches
 from .ops.linear_cross_entropy import linear_cross_entropy
@@ -13,6 +14,7 @@ from .ops.linear_logprobs import linear_logprobs
 from .ops.linear_sample import linear_sample
 from .ops.ngram_embedding import ngram_embedding
 from .ops.patch_attention import patch_attention
+from .ops.qk_norm_rope import qk_norm_rope
 from .ops.segment_pool import segment_pool
 from .ops.unpool import unpool
 
@@ -20,6 +22,7 @@ __all__ = [
     "Patches",
     "attention_pool",
     "byte_pool",
+    "decode_attention",
     "ema_unpool",
     "explain",
     "find_patches",
@@ -28,6 +31,7 @@ __all__ = [
     "linear_sample",
     "ngram_embedding",
     "patch_attention",
+    "qk_norm_rope",
     "segment_pool",
     "unpool",
 ]

@@ -56,6 +56,7 @@ class OpSpec:
         cases: shapes to test and time.
         grad_args: differentiable arguments, in signature order.
         row_args: tables whose gradient is also judged row by row.
+        fp32_args: float arguments that are never rounded, so stay fp32 beside 16-bit ones.
         exact: the outputs and gradients that must equal the oracle bit for bit, by case.
         bytes_moved: (case, dtype, pass) -> bytes that any implementation must move.
         flops: (case, pass) -> FLOPs that the op needs.
@@ -77,6 +78,7 @@ class OpSpec:
     flops: Callable[[Case, str], int]
     grad_args: tuple[str, ...] = ()
     row_args: tuple[str, ...] = ()
+    fp32_args: tuple[str, ...] = ()
     exact: Callable[[Case], frozenset[str]] = lambda case: frozenset()
     kernels: tuple[str, ...] = ()
     registered: str = ""

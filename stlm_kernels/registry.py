@@ -5,6 +5,7 @@ from __future__ import annotations
 from ._spec import OpSpec
 from .ops.attention_pool import cases as attention_pool
 from .ops.byte_pool import cases as byte_pool
+from .ops.decode_attention import cases as decode_attention
 from .ops.ema_unpool import cases as ema_unpool
 from .ops.find_patches import cases as find_patches
 from .ops.linear_cross_entropy import cases as linear_cross_entropy
@@ -12,6 +13,7 @@ from .ops.linear_logprobs import cases as linear_logprobs
 from .ops.linear_sample import cases as linear_sample
 from .ops.ngram_embedding import cases as ngram_embedding
 from .ops.patch_attention import cases as patch_attention
+from .ops.qk_norm_rope import cases as qk_norm_rope
 from .ops.segment_pool import cases as segment_pool
 from .ops.unpool import cases as unpool
 
@@ -29,5 +31,7 @@ OPS: dict[str, OpSpec] = {
         linear_sample.SPEC,
         patch_attention.SPEC,
         ngram_embedding.SPEC,
+        decode_attention.SPEC,
+        qk_norm_rope.SPEC,
     )
 }

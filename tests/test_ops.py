@@ -218,9 +218,7 @@ def test_autocast(spec: OpSpec, case: Case, way: Way) -> None:
     inputs = inputs_of(spec, case, way)
     stored = {
         name: value.detach().to(narrow)
-        if isinstance(value, Tensor)
-        and value.is_floating_point()
-        and not name.endswith(("bias", "gate"))
+        if isinstance(value, Tensor) and value.is_floating_point() and name not in spec.fp32_args
         else value
         for name, value in inputs.items()
     }

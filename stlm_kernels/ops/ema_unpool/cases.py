@@ -117,6 +117,7 @@ SPEC = OpSpec(
     cases=CASES,
     bytes_moved=bytes_moved,
     flops=flops,
+    fp32_args=("gate",),
     grad_args=("patch_states", "gate", "residual"),
     kernels=(
         "ema_unpool_links", "ema_unpool_fwd", "unpool_runs", "segment_sum", "ema_unpool_bwd",

@@ -88,6 +88,7 @@ SPEC = OpSpec(
     cases=CASES,
     bytes_moved=bytes_moved,
     flops=flops,
+    fp32_args=("linear_bias",),
     grad_args=GRAD_ARGS,
     row_args=("linear_weight",),
     kernels=KERNELS,

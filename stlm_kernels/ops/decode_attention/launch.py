@@ -1,0 +1,56 @@
+"""What the decode_attention kernels take, and the configuration each is launched with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._launch import Config, block_of, config_for
+from ..._launch import splits as cut
+from ..patch_attention import launch as patch_attention
+
+PROGRAMS = 264
+"""Two for each SM of an H100: a short cache is cut until so many work on it."""
+MOST_SPLITS = 64
+"""The combining kernel holds the results of all splits of a head at once."""
+MOST_HEADS = 64
+"""Query heads of one key head that a program takes."""
+TILE_BYTES = 8 * 1024
+"""Of a cache at a time: three stages of both caches leave room for four programs on an SM."""
+
+width_block = patch_attention.width_block
+
+
+def unsupported_reasons(*, q: Tensor, k_cache: Tensor, **_: Any) -> list[str]:
+    """Why the kernels cannot take this call; empty if they can. As of patch_attention's heads."""
+    return patch_attention.unsupported_reasons(q=q, k=k_cache.transpose(1, 2))
+
+
+def heads_block(group: int) -> int:
+    """Query heads side by side: the rows of the products, of which there are at least 16."""
+    return block_of(group, MOST_HEADS)
+
+
+def fwd_config(width: int, stored: torch.dtype, dot: torch.dtype, device: torch.device) -> Config:
+    """`BLOCK` entries of the cache that a program takes at a time."""
+    block = width_block(width)
+    default = {
+        "BLOCK": block_of(TILE_BYTES // (block * stored.itemsize), 128),
+        "num_warps": 4,
+        "num_stages": 3,
+    }
+    names = "-".join(dict.fromkeys(str(x).removeprefix("torch.") for x in (stored, dot)))
+    return config_for("decode_attention_fwd", f"K{block}-{names}", default, device)
+
+
+def split_count(span: int, tiles: int, block: int) -> int:
+    """Into how many parts a cache is cut: by shapes alone, so that a captured graph stays valid.
+
+    Args:
+        span: most entries that a query may see.
+        tiles: programs for one part of every cache.
+        block: entries that a program takes at a time.
+    """
+    return cut(span, tiles, min(PROGRAMS, tiles * MOST_SPLITS), block)[0]

@@ -1,0 +1,130 @@
+"""The public decode_attention: contract, checks, dispatch and the registered op."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import _checks, _library
+from ..._dispatch import Impl, use_triton
+from . import torch_impl
+from .launch import unsupported_reasons
+
+
+def decode_attention(
+    q: Tensor,  # (B, H, K)
+    k_cache: Tensor,  # (B, C, H_kv, K)
+    v_cache: Tensor,  # (B, C, H_kv, K)
+    cache_lens: Tensor,  # (B,) int32
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Attention of the newest position of each sequence to the entries of its cache.
+
+    out[b, h] = sum over s of softmax_s(z[s]) v_cache[b, s, g] with g = h // (H / H_kv),
+    z[s] = scale * q[b, h] . k_cache[b, s, g], then softcap * tanh(z / softcap), and s running over
+    the last `window` of the first cache_lens[b] entries.
+
+    Args:
+        q: (B, H, K) float32, bfloat16 or float16; float64 on the torch path.
+        k_cache: (B, C, H_kv, K) in q's dtype; H is a multiple of H_kv. Read where it lies, whatever
+            its strides, as long as the last is 1: a view of a larger buffer is not copied.
+        v_cache: (B, C, H_kv, K) in q's dtype, likewise.
+        cache_lens: (B,) int32 entries in use, the newest position included, whose key and value
+            must be written already. 0 gives zeros. Entries beyond it, and those before the window,
+            are never read, even when they hold NaN.
+        window: >= 1, the newest position included. None: all entries.
+        scale: of the products; a finite number. None: K ** -0.5.
+        softcap: > 0, or None.
+        impl: "auto", "triton" or "torch". The kernels take K from 16 to 128 in steps of 8.
+
+    Returns:
+        (B, H, K) in q's dtype, under autocast in the autocast dtype (float32 is then rounded when
+        loaded). Not differentiable: it never requires a gradient, whatever the inputs do; train
+        with `F.scaled_dot_product_attention`.
+
+    Raises:
+        ValueError: a wrong type, dtype, shape, device or scalar.
+        IndexError: on CPU in eager mode, a length outside [0, C]. Elsewhere lengths are clamped.
+        NotImplementedError: impl="triton" cannot run this call; the message lists why.
+
+    Numerics:
+        Scores, softmax and sums in float32 (float64 for float64), each result rounded once; the
+        same inputs give the same bits. A NaN that is seen makes NaN in what sees it; an infinity
+        may. Launches depend on shapes and options alone and nothing waits for the device, so a
+        captured CUDA graph can be replayed with other lengths. Where lengths may not be read (a
+        GPU, compile), the torch path passes over all C entries and copies both caches.
+
+    Source: the split over the cache is flash-decoding's (Dao et al., 2023); parts of equal length
+    for each sequence by its own length, combined in order, are this project's.
+    """
+    _checks.require_tensor("q", q, ("B", "H", "K"), _checks.FLOATS)
+    (batch, heads, width), dtypes = q.shape, _checks.activation_dtypes(q)
+    _checks.require(heads >= 1 and width >= 1, "q", "H >= 1 and K >= 1", tuple(q.shape))
+    _checks.require_tensor("k_cache", k_cache, (batch, "C", "H_kv", width), dtypes, q.device)
+    capacity, kv_heads = k_cache.shape[1:3]
+    divides = kv_heads >= 1 and heads % kv_heads == 0
+    _checks.require(divides, "k_cache", f"heads that divide the {heads} of q", kv_heads)
+    _checks.require_tensor("v_cache", v_cache, tuple(k_cache.shape), dtypes, q.device)
+    _checks.require_tensor("cache_lens", cache_lens, (batch,), (torch.int32,), q.device)
+    _check_options(window, scale, softcap)
+    if _checks.values_visible(cache_lens):
+        _checks.check_id_values("cache_lens", cache_lens, 0, capacity + 1)
+    out_dtype = _checks.output_dtype(q)
+    arguments = (
+        q.detach(), k_cache.detach(), v_cache.detach(), cache_lens,
+        capacity if window is None else min(window, capacity),
+        width**-0.5 if scale is None else float(scale), float(softcap or 0.0), out_dtype,
+    )  # fmt: skip
+    if use_triton(
+        "decode_attention", impl, q.device, unsupported_reasons,
+        q=q, k_cache=k_cache, v_cache=v_cache, cache_lens=cache_lens,
+        window=window, scale=scale, softcap=softcap,
+    ):  # fmt: skip
+        return _FWD(*arguments)
+    return torch_impl.decode_attention(*arguments)
+
+
+def _check_options(window: int | None, scale: float | None, softcap: float | None) -> None:
+    if window is not None:
+        _checks.require_int_at_least("window", window, 1)
+    for name, value, floor in (("scale", scale, -math.inf), ("softcap", softcap, 0.0)):
+        if value is not None:
+            number = isinstance(value, int | float) and floor < value < math.inf
+            expected = "None or a finite number" + (" > 0" if floor == 0 else "")
+            _checks.require(number, name, expected, repr(value))
+
+
+def _meta(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_lens: Tensor,
+    window: int,
+    scale: float,
+    softcap: float,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return q.new_empty(q.shape, dtype=out_dtype)
+
+
+def _flops(
+    q: Any, k_cache: Any, v_cache: Any, cache_lens: Any, window: int, *_: Any, **__: Any
+) -> int:
+    """Two products over as many entries as a query may see."""
+    return 4 * q[0] * q[1] * q[2] * window
+
+
+_FWD = _library.register(
+    "decode_attention_fwd(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_lens, "
+    "SymInt window, float scale, float softcap, ScalarType out_dtype) -> Tensor",
+    launcher="decode_attention:launch_fwd",
+    meta=_meta,
+    flops=_flops,
+)

@@ -1,0 +1,39 @@
+"""What the qk_norm_rope kernels take, and the configuration each is launched with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import _checks
+from ..._launch import Config, block_of, config_for
+
+MOST_WIDTH = 256
+PROGRAMS = 528
+"""Of the backward: four for each SM of an H100, each with sums of the weights' gradients."""
+TILE_BYTES = {"fwd": 8192, "bwd": 4096}
+"""Of q or k that a program takes at a time; the backward holds three such tiles and the sums."""
+
+
+def unsupported_reasons(*, q: Tensor, **_: Any) -> list[str]:
+    """Why the kernels cannot take this call; empty if they can."""
+    reasons = []
+    if q.dtype not in _checks.KERNEL_FLOATS:
+        reasons.append(f"q is {q.dtype}; the kernels take float32, bfloat16 and float16")
+    if q.shape[-1] > MOST_WIDTH:
+        reasons.append(f"heads are {q.shape[-1]} wide; the kernels take up to {MOST_WIDTH}")
+    return reasons
+
+
+def width_block(width: int) -> int:
+    return block_of(width, MOST_WIDTH)
+
+
+def rows_config(kernel: str, width: int, dtype: torch.dtype, device: torch.device) -> Config:
+    """`BLOCK` heads of tokens, one after the other in memory, that a program takes at a time."""
+    block = width_block(width)
+    default = {"BLOCK": TILE_BYTES[kernel] // (block * dtype.itemsize), "num_warps": 4}
+    bucket = f"K{block}-{str(dtype).removeprefix('torch.')}"
+    return config_for(f"qk_norm_rope_{kernel}", bucket, default, device)

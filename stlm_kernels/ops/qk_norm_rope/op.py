@@ -1,0 +1,212 @@
+"""The public qk_norm_rope: contract, checks, dispatch and the registered ops."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import _checks, _library
+from ..._dispatch import Impl, use_triton
+from . import torch_impl
+from .launch import unsupported_reasons
+
+
+def qk_norm_rope(
+    q: Tensor,  # (B, T, H, K) or (T, H, K)
+    k: Tensor,  # (B, T, H_kv, K) or (T, H_kv, K)
+    cos: Tensor,  # (n_positions, K/2)
+    sin: Tensor,  # (n_positions, K/2)
+    *,
+    q_weight: Tensor | None = None,  # (K,)
+    k_weight: Tensor | None = None,  # (K,)
+    eps: float = 1e-6,
+    positions: Tensor | None = None,  # (B, T) or (T,)
+    interleaved: bool = False,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]:
+    """RMS norm of each head of q and k, then rotary positions, both in one pass over memory.
+
+    y = x / sqrt(mean(x^2) + eps) * weight where a weight is given, else x; then each pair (a, b) of
+    y becomes (a cos - b sin, a sin + b cos) with cos and sin of the row's position.
+
+    Args:
+        q: (B, T, H, K) or packed (T, H, K), K even; float32, bfloat16 or float16; float64 on the
+            torch path. A slice of a packed projection is read where it lies.
+        k: (B, T, H_kv, K) or (T, H_kv, K) in q's dtype.
+        cos: (n_positions, K/2) in q's dtype or float32, which is never rounded. Column i belongs
+            to pair i. No gradient: a table that requires one is refused in grad mode.
+        sin: likewise.
+        q_weight: (K,) of the norm of q, in q's dtype, or float32 beside a 16-bit q (never rounded).
+            None: no norm.
+        k_weight: likewise of k.
+        eps: a finite number >= 0.
+        positions: (T,) or, with dense q, (B, T) integers in [0, n_positions). None: 0 to T-1, in
+            each row of a batch.
+        interleaved: pairs are (2i, 2i + 1) instead of (i, i + K/2).
+        impl: "auto", "triton" or "torch". The kernels take K up to 256.
+
+    Returns:
+        (q, k) in their shapes, new and contiguous, in q's dtype, under autocast in the autocast
+        dtype (a float32 q or k is then rounded when loaded).
+
+    Raises:
+        ValueError: a wrong type, dtype, shape, device or scalar, n_positions < T without positions,
+            or a table that requires a gradient.
+        IndexError: on CPU in eager mode, a position outside [0, n_positions).
+        NotImplementedError: impl="triton" cannot run this call; the message lists why.
+
+    Numerics:
+        Everything in float32 (float64 for float64), rounded once. The norm is formed again in the
+        backward; the weights' gradients are summed in a fixed order: same inputs, same bits. Where
+        values are not checked, a position out of range makes its rows of q and k, their gradients
+        and the weights' gradients NaN. The torch path can be differentiated any number of times,
+        the kernels once.
+
+    Source: rotary positions of RoFormer (arXiv 2104.09864), the norm of queries and keys of Henry
+    et al. (arXiv 2010.04245) as an RMS norm; the single pass is this project's.
+    """
+    _check_heads(q, k)
+    _check_tables(q, cos, sin)
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        if weight is not None:
+            dtypes = _checks.weight_dtypes(q.dtype)
+            _checks.require_tensor(name, weight, (q.shape[-1],), dtypes, q.device)
+    number = isinstance(eps, int | float) and math.isfinite(eps) and eps >= 0
+    _checks.require(number, "eps", "a finite number >= 0", repr(eps))
+    _checks.require(isinstance(interleaved, bool), "interleaved", "a bool", repr(interleaved))
+    length, n_positions = q.shape[-3], cos.shape[0]
+    if positions is None:
+        enough = n_positions >= length
+        _checks.require(enough, "cos", f"at least T = {length} positions", n_positions)
+    else:
+        _check_positions(positions, q, n_positions)
+        positions = positions.flatten()
+        length = positions.shape[0]
+    out_dtype = _checks.output_dtype(q)
+    arguments = (
+        q.flatten(0, -3), k.flatten(0, -3), cos, sin, q_weight, k_weight, positions, length,
+        float(eps), interleaved, out_dtype,
+    )  # fmt: skip
+    if use_triton(
+        "qk_norm_rope", impl, q.device, unsupported_reasons,
+        q=q, k=k, cos=cos, sin=sin, q_weight=q_weight, k_weight=k_weight, eps=eps,
+        positions=positions, interleaved=interleaved,
+    ):  # fmt: skip
+        turned = _QKNormRope.apply(*arguments)
+    else:
+        turned = torch_impl.qk_norm_rope(*arguments)
+    return turned[0].view(q.shape), turned[1].view(k.shape)
+
+
+def _check_heads(q: Tensor, k: Tensor) -> None:
+    dense = isinstance(q, Tensor) and q.ndim == 4
+    shape = ("B", "T", "H", "K") if dense else ("T", "H", "K")
+    _checks.require_tensor("q", q, shape, _checks.FLOATS)
+    heads, width = q.shape[-2:]
+    ok = heads >= 1 and width >= 2 and width % 2 == 0
+    _checks.require(ok, "q", "H >= 1 and an even K >= 2", tuple(q.shape))
+    dtypes = _checks.activation_dtypes(q)
+    _checks.require_tensor("k", k, (*q.shape[:-2], "H_kv", width), dtypes, q.device)
+    _checks.require(k.shape[-2] >= 1, "k", "H_kv >= 1", tuple(k.shape))
+
+
+def _check_tables(q: Tensor, cos: Tensor, sin: Tensor) -> None:
+    dtypes = tuple(dict.fromkeys((q.dtype, torch.float32)))
+    _checks.require_tensor("cos", cos, ("n_positions", q.shape[-1] // 2), dtypes, q.device)
+    _checks.require_tensor("sin", sin, tuple(cos.shape), dtypes, q.device)
+    for name, table in (("cos", cos), ("sin", sin)):
+        fixed = not (table.requires_grad and torch.is_grad_enabled())
+        _checks.require(fixed, name, "a table without gradient", "one that requires it")
+
+
+def _check_positions(positions: Tensor, q: Tensor, n_positions: int) -> None:
+    by_row = q.ndim == 4 and isinstance(positions, Tensor) and positions.ndim == 2
+    shape = tuple(q.shape[:2]) if by_row else (q.shape[-3],)
+    _checks.require_tensor("positions", positions, shape, _checks.ID_DTYPES, q.device)
+    if _checks.values_visible(positions):
+        _checks.check_id_values("positions", positions, 0, n_positions)
+
+
+class _QKNormRope(torch.autograd.Function):
+    """Autograd over the registered ops; the backward forms the norms again."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        q: Tensor,
+        k: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
+        positions: Tensor | None,
+        period: int,
+        eps: float,
+        interleaved: bool,
+        out_dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        return _FWD(
+            q, k, cos, sin, q_weight, k_weight, positions, period, eps, interleaved, out_dtype
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs[:7])
+        ctx.options = inputs[7:10]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        dq, dk, *dweights = _library.run_backward(
+            _BWD, "qk_norm_rope", *grads, *saved, *ctx.options
+        )
+        given = (
+            None if weight is None else dweight
+            for weight, dweight in zip(saved[4:6], dweights, strict=True)
+        )
+        return dq, dk, None, None, *given, None, None, None, None, None
+
+
+def _fwd_meta(q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape, dtype=rest[-1]), k.new_empty(k.shape, dtype=rest[-1])
+
+
+def _bwd_meta(
+    grad_q: Tensor,
+    grad_k: Tensor,
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    *_: Any,
+) -> tuple[Tensor, ...]:
+    weights = (q.new_empty(0) if w is None else w.new_empty(w.shape) for w in (q_weight, k_weight))
+    return q.new_empty(q.shape), k.new_empty(k.shape), *weights
+
+
+def _elements(q: Any, k: Any) -> int:
+    return q[0] * q[2] * (q[1] + k[1])
+
+
+_FWD = _library.register(
+    "qk_norm_rope_fwd(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? q_weight, "
+    "Tensor? k_weight, Tensor? positions, SymInt period, float eps, bool interleaved, "
+    "ScalarType out_dtype) -> (Tensor, Tensor)",
+    launcher="qk_norm_rope:launch_fwd",
+    meta=_fwd_meta,
+    flops=lambda q, k, *_, **__: 7 * _elements(q, k),
+)
+_BWD = _library.register(
+    "qk_norm_rope_bwd(Tensor grad_q, Tensor grad_k, Tensor q, Tensor k, Tensor cos, Tensor sin, "
+    "Tensor? q_weight, Tensor? k_weight, Tensor? positions, SymInt period, float eps, "
+    "bool interleaved) -> (Tensor, Tensor, Tensor, Tensor)",
+    launcher="qk_norm_rope:launch_bwd",
+    meta=_bwd_meta,
+    flops=lambda grad_q, grad_k, q, k, *_, **__: 14 * _elements(q, k),
+)
