@@ -49,6 +49,7 @@ SPEC = OpSpec(
     cases=CASES,
     bytes_moved=rows.bytes_moved,
     flops=rows.flops,
+    fp32_args=("linear_bias",),
     grad_args=rows.GRAD_ARGS,
     row_args=("linear_weight",),
     kernels=rows.KERNELS,

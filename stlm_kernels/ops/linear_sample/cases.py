@@ -80,6 +80,7 @@ SPEC = OpSpec(
     cases=CASES,
     bytes_moved=bytes_moved,
     flops=flops,
+    fp32_args=("linear_bias",),
     kernels=("linear_sample_fwd",),
     mma_kernels=("linear_sample_fwd",),
 )
