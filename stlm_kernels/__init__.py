@@ -7,6 +7,7 @@ from ._dispatch import explain
 from .ops.byte_pool import byte_pool
 from .ops.find_patches import Patches, find_patches
 from .ops.linear_cross_entropy import linear_cross_entropy
+from .ops.linear_kl_div import linear_kl_div
 from .ops.linear_logprobs import linear_logprobs
 from .ops.linear_sample import linear_sample
 from .ops.patch_attention import patch_attention
@@ -19,6 +20,7 @@ __all__ = [
     "explain",
     "find_patches",
     "linear_cross_entropy",
+    "linear_kl_div",
     "linear_logprobs",
     "linear_sample",
     "patch_attention",

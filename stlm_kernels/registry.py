@@ -6,6 +6,7 @@ from ._spec import OpSpec
 from .ops.byte_pool import cases as byte_pool
 from .ops.find_patches import cases as find_patches
 from .ops.linear_cross_entropy import cases as linear_cross_entropy
+from .ops.linear_kl_div import cases as linear_kl_div
 from .ops.linear_logprobs import cases as linear_logprobs
 from .ops.linear_sample import cases as linear_sample
 from .ops.patch_attention import cases as patch_attention
@@ -22,6 +23,7 @@ OPS: dict[str, OpSpec] = {
         linear_logprobs.SPEC,
         linear_cross_entropy.SPEC,
         linear_sample.SPEC,
+        linear_kl_div.SPEC,
         patch_attention.SPEC,
     )
 }

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from conftest import Way
 from hypothesis import given
 from hypothesis import strategies as st
+from op_helpers import LargestTensor
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from stlm_kernels import linear_cross_entropy
 
@@ -119,21 +119,6 @@ def test_any_shape(
     want = torch.autograd.grad(stock, (hidden, weight))
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-
-class LargestTensor(TorchDispatchMode):
-    """The most elements that any result of an aten op has."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(x, Tensor):
-                self.elements = max(self.elements, x.numel())
-        return out
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

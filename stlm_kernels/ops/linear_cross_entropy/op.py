@@ -10,6 +10,7 @@ from torch import Tensor
 from ... import _checks
 from ..._dispatch import Impl, use_triton
 from ..linear_logprobs.op import RowOptions, check, row_losses
+from ..linear_logprobs.torch_impl import TARGETS
 from . import torch_impl
 from .launch import unsupported_reasons
 
@@ -99,14 +100,16 @@ def linear_cross_entropy(
         )
         return loss if reduction == "none" else _reduced(loss.sum(), target, reduction, options)
     rows, targets = input.reshape(-1, input.shape[-1]), target.reshape(-1)
-    total = torch_impl.summed_loss(rows, linear_weight, targets, linear_bias, options)
+    total = torch_impl.summed_loss(TARGETS, options, rows, linear_weight, linear_bias, targets)
     return _reduced(total, target, reduction, options)
 
 
 def _reduced(total: Tensor, target: Tensor, reduction: str, options: RowOptions) -> Tensor:
-    """The mean of a sum of row losses; over no row NaN, with gradients of exactly 0."""
     if reduction == "sum":
         return total
-    count = (target.long() != options.ignore_index).sum()
-    mean = total / count.clamp(min=1)
-    return torch.where(count > 0, mean, float("nan"))
+    return mean_of_counted(total, (target.long() != options.ignore_index).sum())
+
+
+def mean_of_counted(total: Tensor, count: Tensor) -> Tensor:
+    """The mean of a sum of row losses; over no row NaN, with gradients of exactly 0."""
+    return torch.where(count > 0, total / count.clamp(min=1), float("nan"))

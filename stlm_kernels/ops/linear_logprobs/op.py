@@ -166,7 +166,9 @@ def row_losses(
             rows, linear_weight, targets, linear_bias, dot_dtype, *options
         )
     else:
-        loss, lse = torch_impl.row_losses(rows, linear_weight, targets, linear_bias, options)
+        loss, lse = torch_impl.row_losses(
+            torch_impl.TARGETS, options, rows, linear_weight, linear_bias, targets
+        )
     return loss.view(target.shape), lse.view(target.shape)
 
 
