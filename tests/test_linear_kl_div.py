@@ -86,6 +86,20 @@ def test_no_row_counted() -> None:
             assert (grad == 0).all()
 
 
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_second_derivatives(reduction: str) -> None:
+    hidden, weight, teacher = (x.detach().double() for x in example(6, 4, 9))
+    mask = torch.arange(6) != 2
+
+    def loss(h: Tensor, w: Tensor) -> Tensor:
+        options: dict[str, Any] = {"reduction": reduction, "temperature": 2.0, "softcap": 3.0}
+        return linear_kl_div(h, w, teacher, mask=mask, **options)
+
+    leaves = (hidden.requires_grad_(), weight.requires_grad_())
+    assert torch.autograd.gradcheck(loss, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(loss, leaves, fast_mode=True)
+
+
 def test_the_teacher_takes_no_gradient() -> None:
     hidden, weight, teacher = example(6, 8, 20)
     teacher.requires_grad_()

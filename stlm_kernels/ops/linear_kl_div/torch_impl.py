@@ -22,11 +22,11 @@ class Chunk(NamedTuple):
     """What a chunk of rows gives on the way to its losses."""
 
     inputs: Tensor  # (n, D) rows, zero where masked: a NaN there must not spread
-    logits: Tensor  # (n, V) of the student after scale and cap
+    logits: Tensor | None  # (n, V) of the student after scale and cap; only a cap asks for them
     logq: Tensor  # (n, V) of the student at the temperature
     p: Tensor  # (n, V) of the teacher at the temperature
     loss: Tensor  # (n,)
-    lse: Tensor  # (n,) of nothing: what the chunked functions give out beside a loss
+    lse: Tensor  # () zero: what the chunked functions give out beside a loss
 
 
 def _form(
@@ -40,13 +40,17 @@ def _form(
     """Divergences of some rows, from ops that torch differentiates any number of times."""
     inputs, given = counted_rows(rows, kept), counted_rows(teacher, kept).to(rows.dtype)
     logits = form_logits(inputs, weight, bias, options)
-    logq = (logits / options.temperature).log_softmax(1)
+    logq = _log_softmax(logits, options.temperature)
     # A column that the teacher rules out has no mass: 0 x log 0 is 0.
-    logp = (given / options.temperature).log_softmax(1).clamp_min(torch.finfo(rows.dtype).min)
+    logp = _log_softmax(given, options.temperature).clamp_min(torch.finfo(rows.dtype).min)
     p = logp.exp()
-    divergence = (p * (logp - logq)).sum(1) * options.temperature**2
+    divergence = torch.linalg.vecdot(p, logp - logq) * options.temperature**2
     loss = torch.where(kept, divergence, 0)
-    return Chunk(inputs, logits, logq, p, loss, torch.zeros_like(loss))
+    return Chunk(inputs, logits if options.softcap else None, logq, p, loss, loss.new_zeros(()))
+
+
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    return (logits if temperature == 1.0 else logits / temperature).log_softmax(1)
 
 
 def _dlogits(

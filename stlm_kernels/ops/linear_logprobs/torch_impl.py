@@ -98,9 +98,9 @@ def form_logits(inputs: Tensor, weight: Tensor, bias: Tensor | None, options: An
     return logits
 
 
-def through_cap_and_scale(grad: Tensor, logits: Tensor, options: Any) -> Tensor:
+def through_cap_and_scale(grad: Tensor, logits: Tensor | None, options: Any) -> Tensor:
     """The gradient of the logits, overwritten with that of the products beneath them."""
-    if options.softcap:
+    if logits is not None and options.softcap:
         grad.mul_(1 - (logits / options.softcap).square())
     return grad.mul_(options.logit_scale) if options.logit_scale != 1.0 else grad
 
@@ -234,11 +234,19 @@ def recorded_backward(
     *per_row: Tensor,
 ) -> list[Tensor | None]:
     """The gradients through autograd, for somebody who differentiates them again."""
-    outputs = plain_losses(objective, options, rows, weight, bias, *per_row)[: len(grads)]
+    outputs = plain_losses(objective, options, rows, weight, bias, *per_row)
+    # An objective without a log-sum-exp gives out zeros that depend on nothing.
+    heads = [(x, grad) for x, grad in zip(outputs, grads, strict=False) if x.requires_grad]
     operands = zip((rows, weight, bias), wants, strict=True)
     leaves = [x for x, wanted in operands if wanted and x is not None]
     found = iter(
-        torch.autograd.grad(outputs, leaves, grads, create_graph=True, materialize_grads=True)
+        torch.autograd.grad(
+            [x for x, _ in heads],
+            leaves,
+            [grad for _, grad in heads],
+            create_graph=True,
+            materialize_grads=True,
+        )
     )
     return [next(found) if wanted else None for wanted in wants]
 
