@@ -46,6 +46,7 @@ SPACES: dict[str, dict[str, tuple[int, ...]]] = {
         "PROGRAMS": (132, 264, 528),
         "num_warps": (4, 8),
     },
+    "linear_logprobs_chunk": {"BLOCK": (1024, 2048, 4096, 8192), "num_warps": (4, 8, 16)},
 }
 """The values tried of each key of a kernel's config; a kernel without a space keeps its default."""
 

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ... import _checks
 from ..._dispatch import Impl, use_triton
+from ..linear_logprobs import chunked_op
+from ..linear_logprobs.launch import fits_on_chip
 from ..linear_logprobs.op import RowOptions, check, row_losses
 from ..linear_logprobs.torch_impl import TARGETS
 from . import torch_impl
@@ -93,14 +95,18 @@ def linear_cross_entropy(
         target=target,
         valid_vocab=valid_vocab,
     )
-    if on_kernels or reduction == "none":
+    on_chip = fits_on_chip(options.valid_vocab)
+    if reduction == "none" or (on_kernels and (on_chip or _checks.inside_torch_func())):
         path: Impl = "triton" if on_kernels else "torch"
         loss, _ = row_losses(
             "linear_cross_entropy", input, linear_weight, target, linear_bias, options, path
         )
         return loss if reduction == "none" else _reduced(loss.sum(), target, reduction, options)
     rows, targets = input.reshape(-1, input.shape[-1]), target.reshape(-1)
-    total = torch_impl.summed_loss(TARGETS, options, rows, linear_weight, linear_bias, targets)
+    if on_kernels:
+        total = chunked_op.summed_loss(rows, linear_weight, targets, linear_bias, options)
+    else:
+        total = torch_impl.summed_loss(TARGETS, options, rows, linear_weight, linear_bias, targets)
     return _reduced(total, target, reduction, options)
 
 
