@@ -58,13 +58,7 @@ class _SummedLoss(torch.autograd.Function):
         wants = tuple(recorded and x is not None and x.requires_grad for x in leaves)
         grads, total = Gradients(rows, weight, bias, wants), rows.new_zeros(())
         for part in chunks_of(rows.shape[0], options.valid_vocab):
-            mine = [x[part] for x in per_row]
-            chunk = objective.form(rows[part], weight, bias, options, *mine)
-            total += chunk.loss.sum()
-            if any(wants):
-                ones = torch.ones_like(chunk.loss)
-                grad = objective.dlogits(chunk, ones, None, options, *mine)
-                grads.add(part, chunk.inputs, grad, weight)
+            total += grads.add_chunk(objective, options, part, *leaves, *per_row).sum()
         ctx.objective, ctx.options, ctx.wants = objective, options, wants
         ctx.save_for_backward(*leaves, *per_row, grads.rows, grads.weight, grads.bias)
         return total

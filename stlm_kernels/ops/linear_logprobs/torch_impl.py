@@ -39,7 +39,7 @@ class Chunk(NamedTuple):
     """What a chunk of rows gives on the way to its losses."""
 
     inputs: Tensor  # (n, D) rows, zero where ignored: a NaN there must not spread
-    logits: Tensor  # (n, V) after scale and cap
+    logits: Tensor | None  # (n, V) after scale and cap; only a cap asks for them again
     logp: Tensor  # (n, V) log-softmax
     loss: Tensor  # (n,)
     lse: Tensor  # (n,)
@@ -129,7 +129,8 @@ def _form(
     if options.z_loss:
         loss = loss + options.z_loss * lse.square()
     loss = torch.where(kept, loss.masked_fill(bad, float("nan")), 0)
-    return Chunk(inputs, logits, logp, loss, torch.where(kept, lse, 0))
+    lse = torch.where(kept, lse, 0)
+    return Chunk(inputs, logits if options.softcap else None, logp, loss, lse)
 
 
 def _safe_targets(targets: Tensor, kept: Tensor, valid: int) -> tuple[Tensor, Tensor]:
@@ -176,7 +177,32 @@ class Gradients:
         self.weight = torch.zeros_like(weight) if wants[1] else None
         self.bias = torch.zeros_like(bias) if wants[2] and bias is not None else None
 
-    def add(self, part: slice, inputs: Tensor, grad: Tensor, weight: Tensor) -> None:
+    def add_chunk(
+        self,
+        objective: Objective,
+        options: Any,
+        part: slice,
+        rows: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *per_row: Tensor,
+        upstream: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Add what the rows of `part` give, and return their losses; upstream None: their sum.
+
+        A function of its own, so that nothing of a chunk outlives it into the next one.
+        """
+        mine = [x[part] for x in per_row]
+        chunk = objective.form(rows[part], weight, bias, options, *mine)
+        if self.rows is not None or self.weight is not None or self.bias is not None:
+            dloss, dlse = torch.ones_like(chunk.loss), None
+            if upstream is not None:
+                dloss, dlse = upstream[0][part], upstream[1][part]
+            grad = objective.dlogits(chunk, dloss, dlse, options, *mine)
+            self._add(part, chunk.inputs, grad, weight)
+        return chunk.loss
+
+    def _add(self, part: slice, inputs: Tensor, grad: Tensor, weight: Tensor) -> None:
         """What the (n, V) gradient of a chunk's products means for each."""
         if self.rows is not None:
             torch.mm(grad, weight, out=self.rows[part])
@@ -206,8 +232,10 @@ class _RowLosses(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         loss, lse = rows.new_zeros(rows.shape[0]), rows.new_zeros(rows.shape[0])
         for part in chunks_of(rows.shape[0], options.valid_vocab):
-            chunk = objective.form(rows[part], weight, bias, options, *(x[part] for x in per_row))
-            loss[part], lse[part] = chunk.loss, chunk.lse
+            mine = (x[part] for x in per_row)
+            loss[part], lse[part] = plain_losses(
+                objective, options, rows[part], weight, bias, *mine
+            )
         return loss, lse
 
     @staticmethod
@@ -262,9 +290,7 @@ def _backward(
     *per_row: Tensor,
 ) -> list[Tensor | None]:
     total = Gradients(rows, weight, bias, wants)
+    upstream = (grads[0], grads[1])
     for part in chunks_of(rows.shape[0], options.valid_vocab):
-        mine = [x[part] for x in per_row]
-        chunk = objective.form(rows[part], weight, bias, options, *mine)
-        grad = objective.dlogits(chunk, grads[0][part], grads[1][part], options, *mine)
-        total.add(part, chunk.inputs, grad, weight)
+        total.add_chunk(objective, options, part, rows, weight, bias, *per_row, upstream=upstream)
     return [total.rows, total.weight, total.bias]
