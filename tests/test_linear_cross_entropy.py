@@ -133,6 +133,32 @@ def test_the_logits_never_exist(reduction: str, rows: int, vocab: int) -> None:
     assert largest.elements < rows * vocab / 2
 
 
+@EVERY_LANE
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_ignored_rows_count_as_little_when_compiled(way: Way, reduction: str) -> None:
+    """A peer that counts rows by reading them back gives a wrong mean here, silently."""
+    if way.dtype != torch.float32:
+        pytest.skip("one dtype shows what tracing does")
+    hidden, weight, target = example(12, 8, 20, way)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(h: Tensor, w: Tensor, t: Tensor) -> Tensor:
+        return linear_cross_entropy(h, w, t, reduction=reduction, impl=way.impl)
+
+    torch._dynamo.reset()
+    for ignored in (3, 7):  # the count is no constant of the graph
+        target[:ignored] = -100
+        eager = linear_cross_entropy(hidden, weight, target, reduction=reduction, impl=way.impl)
+        traced = compiled(hidden, weight, target)
+        torch.testing.assert_close(traced, eager)
+        want = torch.autograd.grad(eager.sum(), (hidden, weight))
+        got = torch.autograd.grad(traced.sum(), (hidden, weight), retain_graph=True)
+        again = torch.autograd.grad(traced.sum(), (hidden, weight))
+        for a, b, c in zip(got, again, want, strict=True):
+            assert torch.equal(a, b)
+            torch.testing.assert_close(a, c)
+
+
 def test_evaluation_forms_no_gradient() -> None:
     way = Way("torch", "cpu", torch.float32)
     hidden, weight, target = example(100, 16, 50, way)

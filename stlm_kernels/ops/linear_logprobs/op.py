@@ -74,7 +74,9 @@ def linear_logprobs(
         Logits, lse and log-probabilities come from float32 accumulators, never from rounded
         logits. Fixed order: the same inputs give the same bits. Where values are not checked, a
         bad target makes its log-probability, its row of the input's gradient and the weight's
-        gradient NaN.
+        gradient NaN. Above 512 columns torch multiplies: 16-bit operands into float32, float32
+        ones as torch's own TF32 setting says; gradients of logits are rounded to the operands'
+        dtype before the products of the backward.
 
     Source: the recomputing backward is the usual one of fused losses; the single-tile vocabulary
     and its kernels are this project's.
