@@ -105,6 +105,9 @@ def test_the_teacher_takes_no_gradient() -> None:
     teacher.requires_grad_()
     linear_kl_div(hidden, weight, teacher).backward()
     assert teacher.grad is None
+    h, w = hidden.detach(), weight.detach()
+    grad = torch.func.grad(lambda t: linear_kl_div(h, w, t))(teacher.detach())
+    assert (grad == 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
