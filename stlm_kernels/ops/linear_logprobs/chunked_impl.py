@@ -37,6 +37,10 @@ from .triton_impl import (
 )
 
 
+SLICE = 16_384
+"""Rows of the weight's gradient that a product is added to at a time."""
+
+
 @triton.jit(do_not_specialize=["n_rows", "ignore_index", "dloss_stride", "dlse_stride"])
 def stlm_linear_logprobs_chunk(
     z_ptr, grad_ptr, bias_ptr, target_ptr, dloss_ptr, dlse_ptr, unit_ptr, loss_ptr, lse_ptr,
@@ -182,10 +186,12 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, likewise."""
-    if a.dtype != total.dtype and a.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
+    if a.dtype == total.dtype or not a.is_cuda:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
+        return
+    # Not every torch adds 16-bit products to an fp32 matrix; slices keep the sum's temporary small.
+    for into, rows in zip(total.split(SLICE), a.split(SLICE), strict=True):
+        into += torch.mm(rows, b, out_dtype=total.dtype)
 
 
 def _ones(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
