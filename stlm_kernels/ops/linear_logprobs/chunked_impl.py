@@ -36,7 +36,6 @@ from .triton_impl import (
     _statistics,
 )
 
-
 SLICE = 16_384
 """Rows of the weight's gradient that a product is added to at a time."""
 
