@@ -50,6 +50,15 @@ def _linear_log_softmax(**inputs: Any) -> tuple[Tensor, Tensor]:
     return z.log_softmax(-1).gather(-1, target)[..., 0], z.logsumexp(-1)
 
 
+def _linear_kl_div(**inputs: Any) -> Tensor:
+    temperature, teacher = inputs["temperature"], inputs["teacher_logits"].float()
+    logq = (_logits(inputs) / temperature).log_softmax(-1)
+    logp = (teacher / temperature).log_softmax(-1)
+    loss = F.kl_div(logq, logp, reduction="batchmean", log_target=True)
+    return loss * temperature**2
+
+
+_LINEAR_KL = Entry("F.linear + F.kl_div", _linear_kl_div, unsupported=_plain_head)
 _LINEAR_CE = Entry("F.linear + F.cross_entropy", _linear_cross_entropy, unsupported=_plain_head)
 _LINEAR_LOGP = Entry("F.linear + log_softmax", _linear_log_softmax, unsupported=_plain_head)
 
@@ -64,4 +73,5 @@ PEERS: dict[str, tuple[Entry, ...]] = {
         ),
         compiled(_LINEAR_CE),
     ),
+    "linear_kl_div": (_LINEAR_KL, compiled(_LINEAR_KL)),
 }

@@ -10,6 +10,7 @@ from .ops.decode_attention import decode_attention
 from .ops.ema_unpool import ema_unpool
 from .ops.find_patches import Patches, find_patches
 from .ops.linear_cross_entropy import linear_cross_entropy
+from .ops.linear_kl_div import linear_kl_div
 from .ops.linear_logprobs import linear_logprobs
 from .ops.linear_sample import linear_sample
 from .ops.ngram_embedding import ngram_embedding
@@ -27,6 +28,7 @@ __all__ = [
     "explain",
     "find_patches",
     "linear_cross_entropy",
+    "linear_kl_div",
     "linear_logprobs",
     "linear_sample",
     "ngram_embedding",

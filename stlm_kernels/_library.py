@@ -35,18 +35,19 @@ def register(
 
     Args:
         schema: torch schema text, e.g. "byte_pool_fwd(Tensor ids, ...) -> Tensor".
-        launcher: "<op>:<function>" in `ops/<op>/triton_impl.py`, imported at the first call, so
-            that importing the package never imports triton.
+        launcher: "<op>:<function>" in `ops/<op>/triton_impl.py`, or "<op>.<file>:<function>";
+            imported at the first call, so that importing the package never imports triton.
         meta: shapes and dtypes of the results from those of the arguments.
         flops: the FLOP formula; called with shapes in place of tensors.
     """
     name = schema.split("(", 1)[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    op_folder, function = launcher.split(":")
+    place, function = launcher.split(":")
+    folder, _, file = place.partition(".")
 
     @functools.cache
     def resolve() -> Callable[..., Any]:
-        module = importlib.import_module(f"{__package__}.ops.{op_folder}.triton_impl")
+        module = importlib.import_module(f"{__package__}.ops.{folder}.{file or 'triton_impl'}")
         return getattr(module, function)
 
     def on_cuda(*args: Any) -> Any:

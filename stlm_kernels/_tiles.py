@@ -140,6 +140,13 @@ def logits_tile(
         h_mask = (d < D)[:, None] & live[None, :]
         h = tl.load(h_ptr + rows[None, :] * D + d[:, None], mask=h_mask, other=0.0)
         acc = tl.dot(w.to(DOT), h.to(DOT), acc, input_precision="ieee")
+    return finished_logits(acc, bias_ptr, columns, valid, scale, cap, HAS_BIAS)
+
+
+@triton.jit
+def finished_logits(acc, bias_ptr, columns, valid, scale, cap, HAS_BIAS: tl.constexpr):
+    """(columns, rows) products with bias, scale and cap; columns that do not exist are -inf."""
+    in_vocab = columns < valid
     if HAS_BIAS:
         acc += tl.load(bias_ptr + columns, mask=in_vocab, other=0.0).to(tl.float32)[:, None]
     z = acc * scale

@@ -9,6 +9,7 @@ from .ops.decode_attention import cases as decode_attention
 from .ops.ema_unpool import cases as ema_unpool
 from .ops.find_patches import cases as find_patches
 from .ops.linear_cross_entropy import cases as linear_cross_entropy
+from .ops.linear_kl_div import cases as linear_kl_div
 from .ops.linear_logprobs import cases as linear_logprobs
 from .ops.linear_sample import cases as linear_sample
 from .ops.ngram_embedding import cases as ngram_embedding
@@ -29,6 +30,7 @@ OPS: dict[str, OpSpec] = {
         linear_logprobs.SPEC,
         linear_cross_entropy.SPEC,
         linear_sample.SPEC,
+        linear_kl_div.SPEC,
         patch_attention.SPEC,
         ngram_embedding.SPEC,
         decode_attention.SPEC,

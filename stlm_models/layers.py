@@ -85,6 +85,9 @@ class TiedEmbedding(nn.Module):
         dim: width D.
         pad_to: the table has a multiple of this many rows.
         logit_scale, softcap: z = logit_scale * x W^T, then softcap * tanh(z / softcap).
+
+    Under FSDP2 the table belongs to the root's group: `fully_shard` the blocks, then the model that
+    holds the table and calls `embed` and `loss` in its own forward. A sharded table raises.
     """
 
     def __init__(
@@ -104,17 +107,27 @@ class TiedEmbedding(nn.Module):
         self.vocab_size, self.logit_scale, self.softcap = vocab_size, logit_scale, softcap
         self.weight = nn.Parameter(torch.randn(rows, dim) * dim**-0.5)
 
+    def _table(self) -> Tensor:
+        """The table, whole; one shard of it would give wrong losses or none."""
+        if hasattr(self.weight, "placements"):
+            raise ValueError(
+                "weight: expected the whole table, got a DTensor; under FSDP2 keep it in the "
+                "root's group (fully_shard the blocks, then the model that holds it) and call "
+                "its methods in the model's forward"
+            )
+        return self.weight
+
     def embed(self, byte_ids: Tensor) -> Tensor:
         """byte_ids (...) -> (..., D)."""
-        return F.embedding(byte_ids.int(), self.weight)
+        return F.embedding(byte_ids.int(), self._table())
 
     def pool(self, byte_ids: Tensor, patches: Patches, *, mode: str = "mean") -> Tensor:
         """The pooled embeddings of each patch, (P, D); the (T, D) embeddings never exist."""
-        return byte_pool(byte_ids.flatten(), self.weight, patches.cu_patchlens, mode=mode)
+        return byte_pool(byte_ids.flatten(), self._table(), patches.cu_patchlens, mode=mode)
 
     def logits(self, x: Tensor, *, valid_vocab: int | None = None) -> Tensor:
         """x (..., D) -> (..., V) fp32, V = valid_vocab or vocab_size."""
-        weight = self.weight[: self.vocab_size if valid_vocab is None else valid_vocab]
+        weight = self._table()[: self.vocab_size if valid_vocab is None else valid_vocab]
         # The loss is a small difference of large logits: bf16 ones would cost it 1e-2.
         with torch.autocast(x.device.type, enabled=False):
             logits = self.logit_scale * F.linear(x.float(), weight.float())
@@ -130,7 +143,7 @@ class TiedEmbedding(nn.Module):
         """
         loss_sum = linear_cross_entropy(
             x,
-            self.weight,
+            self._table(),
             targets,
             reduction="sum",
             ignore_index=ignore_index,
@@ -153,7 +166,7 @@ class TiedEmbedding(nn.Module):
         """Next ids of x (..., D), (...) int64: see `stlm_kernels.linear_sample`."""
         return linear_sample(
             x,
-            self.weight,
+            self._table(),
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import Way
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stlm_kernels._spec import Case, Inputs, OpSpec
 from stlm_kernels.registry import OPS
@@ -122,3 +123,18 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     assert a.keys() == b.keys()
     for name, x in a.items():
         torch.testing.assert_close(x, b[name], rtol=0, atol=0, equal_nan=True)
+
+
+class LargestTensor(TorchDispatchMode):
+    """The most elements that any result of an aten op has, views left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(x, Tensor) and not func.is_view:
+                self.elements = max(self.elements, x.numel())
+        return out

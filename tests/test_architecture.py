@@ -15,6 +15,8 @@ PACKAGES = ("stlm_kernels", "stlm_models")
 SOURCES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 OP_FILES = ("__init__", "op", "torch_impl", "reference", "cases")
 KERNEL_FILES = ("triton_impl", "launch")
+SECOND_FAMILY = ("chunked_op", "chunked_impl")
+"""Registered ops and kernels of an op that large shapes take, where one file would hold two."""
 MAX_KERNEL_LINES, MAX_KERNEL_PARAMETERS, MAX_KERNEL_FLAGS = 80, 20, 3
 
 
@@ -54,6 +56,8 @@ def test_import_direction(path: Path) -> None:
     forbidden = {
         "torch_impl": ("triton", "triton_impl", "reference", "cases"),
         "triton_impl": ("torch_impl", "reference", "cases"),
+        "chunked_impl": ("torch_impl", "reference", "cases"),
+        "chunked_op": ("triton", "triton_impl", "chunked_impl", "reference", "cases"),
         "reference": ("triton", "triton_impl", "torch_impl", "launch", "_checks"),
         "launch": ("triton", "triton_impl", "torch_impl", "reference", "cases"),
         "op": ("triton", "triton_impl", "reference", "cases"),
@@ -80,7 +84,7 @@ def test_every_op_has_the_same_files(folder: Path) -> None:
     stems = {path.stem for path in folder.glob("*.py")}
     assert stems >= set(OP_FILES)
     assert "triton_impl" not in stems or "launch" in stems
-    assert stems <= {*OP_FILES, *KERNEL_FILES}
+    assert stems <= {*OP_FILES, *KERNEL_FILES, *SECOND_FAMILY}
     assert (ROOT / f"tests/test_{folder.name}.py").exists()
 
 

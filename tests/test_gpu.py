@@ -47,7 +47,7 @@ def synchronisation_is_an_error() -> Any:
 
 
 @ON_GPU
-@pytest.mark.parametrize(("spec", "case"), op_cases("smoke"))
+@pytest.mark.parametrize(("spec", "case"), op_cases("smoke", "gpu"))
 def test_no_synchronisation(spec: OpSpec, case: Case, way: Way) -> None:
     skip_unless_kernel(spec, way)
     if case.get("capacity", 0) is None:
@@ -62,7 +62,7 @@ def test_no_synchronisation(spec: OpSpec, case: Case, way: Way) -> None:
 
 
 @ON_GPU
-@pytest.mark.parametrize(("spec", "case"), op_cases("smoke"))
+@pytest.mark.parametrize(("spec", "case"), op_cases("smoke", "gpu"))
 def test_graph_replay_with_changed_contents(spec: OpSpec, case: Case, way: Way) -> None:
     skip_unless_kernel(spec, way)
     static, other = inputs_of(spec, case, way), inputs_of(spec, case, way, seed=7)

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from conftest import Way
 from hypothesis import given
 from hypothesis import strategies as st
+from op_helpers import LargestTensor
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from stlm_kernels import linear_cross_entropy
 
@@ -121,21 +121,6 @@ def test_any_shape(
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-class LargestTensor(TorchDispatchMode):
-    """The most elements that any result of an aten op has."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(x, Tensor):
-                self.elements = max(self.elements, x.numel())
-        return out
-
-
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize(("rows", "vocab"), [(20_000, 257), (700, 8000)])
 def test_the_logits_never_exist(reduction: str, rows: int, vocab: int) -> None:
@@ -146,6 +131,32 @@ def test_the_logits_never_exist(reduction: str, rows: int, vocab: int) -> None:
         linear_cross_entropy(hidden, weight, target, reduction=reduction).sum().backward()
     assert largest.elements <= max(1 << 20, 256 * vocab)
     assert largest.elements < rows * vocab / 2
+
+
+@EVERY_LANE
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_ignored_rows_count_as_little_when_compiled(way: Way, reduction: str) -> None:
+    """A peer that counts rows by reading them back gives a wrong mean here, silently."""
+    if way.dtype != torch.float32:
+        pytest.skip("one dtype shows what tracing does")
+    hidden, weight, target = example(12, 8, 20, way)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(h: Tensor, w: Tensor, t: Tensor) -> Tensor:
+        return linear_cross_entropy(h, w, t, reduction=reduction, impl=way.impl)
+
+    torch._dynamo.reset()
+    for ignored in (3, 7):  # the count is no constant of the graph
+        target[:ignored] = -100
+        eager = linear_cross_entropy(hidden, weight, target, reduction=reduction, impl=way.impl)
+        traced = compiled(hidden, weight, target)
+        torch.testing.assert_close(traced, eager)
+        want = torch.autograd.grad(eager.sum(), (hidden, weight))
+        got = torch.autograd.grad(traced.sum(), (hidden, weight), retain_graph=True)
+        again = torch.autograd.grad(traced.sum(), (hidden, weight))
+        for a, b, c in zip(got, again, want, strict=True):
+            assert torch.equal(a, b)
+            torch.testing.assert_close(a, c)
 
 
 def test_evaluation_forms_no_gradient() -> None:

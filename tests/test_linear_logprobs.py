@@ -195,10 +195,3 @@ GOOD: dict[str, Any] = {
 def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         linear_logprobs(**(GOOD | change))
-
-
-@pytest.mark.lanes("interpret", "gpu")
-def test_a_large_vocabulary_is_refused_with_its_reason(way: Way) -> None:
-    hidden, weight, target = example(4, 8, 600, way)
-    with pytest.raises(NotImplementedError, match=r"600 columns .* \(at most 512\)"):
-        linear_logprobs(hidden, weight, target, impl="triton")

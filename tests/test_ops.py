@@ -209,7 +209,10 @@ def test_compile_fullgraph(spec: OpSpec, case: Case, way: Way) -> None:
 @RESULT_LANES
 @pytest.mark.parametrize(("spec", "case"), op_cases("smoke"))
 def test_autocast(spec: OpSpec, case: Case, way: Way) -> None:
-    """fp32 arguments are rounded when loaded: results as of 16-bit ones, gradients in fp32."""
+    """fp32 arguments are rounded when loaded: results as of 16-bit ones, gradients in fp32.
+
+    Biases are not, nor is what another model gave.
+    """
     skip_unless_covered(spec, way, grad=True)
     if way.dtype != torch.float32:
         pytest.skip("autocast is about fp32 arguments")

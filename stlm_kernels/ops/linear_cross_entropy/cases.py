@@ -20,11 +20,20 @@ CASES = (
     case("edge", N=12, D=16, V=300, reduction="sum", ignored=1.0),
     case("edge", N=0, D=16, V=260, reduction="none"),
     case("edge", N=36, D=40, V=264, reduction="none", dense=1, smoothing=0.2),
+    case("edge", "gpu", N=20, D=31, V=1000, reduction="mean", ignored=0.2, bias=1, smoothing=0.1),
+    case("edge", N=12, D=16, V=520, reduction="sum", valid=515, cap=5.0, scale=0.5, ids="int16"),
+    case("edge", N=12, D=16, V=515, reduction="none", dense=1, smoothing=0.2, z=0.1),
+    case("edge", N=12, D=16, V=600, reduction="mean", ignored=1.0),
+    case("edge", N=0, D=16, V=600, reduction="sum"),
     case("aot", N=512, D=128, V=256, reduction="mean"),
+    case("aot", N=16, D=32, V=50_257, reduction="mean", bias=1),
     *(
         case("bench", N=n, D=d, V=v, reduction="mean")
         for n, d, v in ((65_536, 128, 256), (98_304, 128, 258), (65_536, 512, 256))
     ),
+    case("bench", N=65_536, D=768, V=50_257, reduction="mean"),
+    case("bench", N=12_288, D=512, V=50_257, reduction="mean"),
+    case("bench", N=12_288, D=512, V=50_257, reduction="none"),
     case("bench_cpu", N=8192, D=128, V=257, reduction="mean"),
     case("bench_cpu", N=4096, D=512, V=256, reduction="mean"),
     case("bench_cpu", N=512, D=256, V=8192, reduction="mean"),
@@ -54,5 +63,5 @@ SPEC = OpSpec(
     row_args=("linear_weight",),
     kernels=rows.KERNELS,
     registered="linear_logprobs",
-    mma_kernels=rows.KERNELS,
+    mma_kernels=rows.MMA_KERNELS,
 )

@@ -9,7 +9,10 @@ from torch import Tensor
 
 from ... import _checks
 from ..._dispatch import Impl, use_triton
+from ..linear_logprobs import chunked_op
+from ..linear_logprobs.launch import fits_on_chip
 from ..linear_logprobs.op import RowOptions, check, row_losses
+from ..linear_logprobs.torch_impl import TARGETS
 from . import torch_impl
 from .launch import unsupported_reasons
 
@@ -66,9 +69,11 @@ def linear_cross_entropy(
         NotImplementedError: impl="triton" cannot run this call; the message lists why.
 
     Numerics:
-        As `linear_logprobs`. On the torch path "mean" and "sum" form their gradients in the
-        forward, chunk by chunk, and scale them by the upstream gradient in the backward; extra
-        memory does not grow with the number of rows.
+        As `linear_logprobs`. On the torch path, and on the kernels above 512 columns, "mean" and
+        "sum" form their gradients in the forward, chunk by chunk, and scale them by the upstream
+        gradient in the backward, out of place. Extra memory does not grow with the number of
+        rows: on the kernels above 512 columns 256 MB of logits, and the weight in the input's dtype
+        and its gradient in float32.
 
     Source: signature of PyTorch 2.13; z-loss from PaLM, arXiv 2204.02311.
     """
@@ -92,21 +97,27 @@ def linear_cross_entropy(
         target=target,
         valid_vocab=valid_vocab,
     )
-    if on_kernels or reduction == "none":
+    on_chip = fits_on_chip(options.valid_vocab)
+    if reduction == "none" or (on_kernels and (on_chip or _checks.inside_torch_func())):
         path: Impl = "triton" if on_kernels else "torch"
         loss, _ = row_losses(
             "linear_cross_entropy", input, linear_weight, target, linear_bias, options, path
         )
         return loss if reduction == "none" else _reduced(loss.sum(), target, reduction, options)
     rows, targets = input.reshape(-1, input.shape[-1]), target.reshape(-1)
-    total = torch_impl.summed_loss(rows, linear_weight, targets, linear_bias, options)
+    if on_kernels:
+        total = chunked_op.summed_loss(rows, linear_weight, targets, linear_bias, options)
+    else:
+        total = torch_impl.summed_loss(TARGETS, options, rows, linear_weight, linear_bias, targets)
     return _reduced(total, target, reduction, options)
 
 
 def _reduced(total: Tensor, target: Tensor, reduction: str, options: RowOptions) -> Tensor:
-    """The mean of a sum of row losses; over no row NaN, with gradients of exactly 0."""
     if reduction == "sum":
         return total
-    count = (target.long() != options.ignore_index).sum()
-    mean = total / count.clamp(min=1)
-    return torch.where(count > 0, mean, float("nan"))
+    return mean_of_counted(total, (target.long() != options.ignore_index).sum())
+
+
+def mean_of_counted(total: Tensor, count: Tensor) -> Tensor:
+    """The mean of a sum of row losses; over no row NaN, with gradients of exactly 0."""
+    return torch.where(count > 0, total / count.clamp(min=1), float("nan"))

@@ -34,7 +34,7 @@ def reference(
         counted += 1
         z = reference_logits(row, linear_weight, linear_bias, softcap, logit_scale, valid_vocab)
         lse = z.exp().sum().log()
-        smooth = sum((lse - logit for logit in z), row.new_zeros(())) / len(z)
+        smooth = (lse - z).mean()
         hard = lse - z[int(wanted)]
         losses.append((1 - label_smoothing) * hard + label_smoothing * smooth + z_loss * lse**2)
     if reduction == "none":

@@ -22,7 +22,10 @@ EDGE_CASES = (
     case("edge", N=12, D=16, V=300, ignored=1.0, bias=1),
     case("edge", N=0, D=16, V=260),
     case("edge", N=36, D=40, V=264, dense=1, scale=2.0),
+    case("edge", "gpu", N=14, D=24, V=515, ids="int32", ignored=0.2, bias=1, cap=5.0, scale=0.5),
+    case("edge", N=0, D=16, V=1000),
     case("aot", N=512, D=128, V=256),
+    case("aot", N=16, D=32, V=50_257),
     case("aot", N=512, D=512, V=258, ignored=0.1, bias=1),
 )
 
@@ -31,6 +34,7 @@ CASES = (
     case("huge", N=17_000_000, D=128, V=256),
     *(case("bench", N=n, D=d, V=v) for n, d, v in ((65_536, 128, 256), (98_304, 128, 258))),
     case("bench", N=65_536, D=512, V=256),
+    case("bench", N=12_288, D=512, V=50_257),
     case("bench_cpu", N=8192, D=128, V=257),
 )
 
@@ -77,7 +81,8 @@ def flops(case: Case, direction: str) -> int:
 
 
 GRAD_ARGS = ("input", "linear_weight", "linear_bias")
-KERNELS = ("linear_logprobs_fwd", "linear_logprobs_bwd_rows", "linear_logprobs_bwd_weight")
+MMA_KERNELS = ("linear_logprobs_fwd", "linear_logprobs_bwd_rows", "linear_logprobs_bwd_weight")
+KERNELS = (*MMA_KERNELS, "linear_logprobs_chunk")
 
 SPEC = OpSpec(
     name="linear_logprobs",
@@ -92,5 +97,5 @@ SPEC = OpSpec(
     grad_args=GRAD_ARGS,
     row_args=("linear_weight",),
     kernels=KERNELS,
-    mma_kernels=KERNELS,
+    mma_kernels=MMA_KERNELS,
 )

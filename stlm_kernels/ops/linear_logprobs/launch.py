@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 from ... import _checks
-from ..._launch import Config, block_of, config_for
+from ..._launch import Config, block_of, ceil_div, config_for
 
 MAX_VOCAB = 512
 """Up to here a row of logits fits on the chip."""
+
+SCRATCH_BYTES = 256 << 20
+"""Of fp32 logits at a time above MAX_VOCAB; the gradient's fp32 table comes on top."""
 
 PROGRAMS = 132
 """Runs of rows that the weight gradient is summed in: one for each SM of an H100."""
@@ -20,18 +23,35 @@ PROGRAMS = 132
 def unsupported_reasons(
     *,
     input: Tensor,
-    linear_weight: Tensor,
-    valid_vocab: int | None = None,
     **_: Any,
 ) -> list[str]:
     """Why the kernels cannot take this call; empty if they can."""
     reasons = []
     if input.dtype not in _checks.KERNEL_FLOATS:
         reasons.append(f"input is {input.dtype}; the kernels take float32, bfloat16 and float16")
-    valid = linear_weight.shape[0] if valid_vocab is None else valid_vocab
-    if valid > MAX_VOCAB:
-        reasons.append(f"{valid} columns of logits do not fit on the chip (at most {MAX_VOCAB})")
     return reasons
+
+
+def fits_on_chip(valid: int) -> bool:
+    """Whether the single-tile kernels run; beyond, chunks of logits go through memory."""
+    return valid <= MAX_VOCAB
+
+
+def pitch_of(valid: int) -> int:
+    """Columns from one row of a chunk to the next: aligned, whatever the vocabulary."""
+    return ceil_div(valid, 128) * 128
+
+
+def chunk_rows(valid: int) -> int:
+    """Rows whose logits fit the scratch; whole tiles of the matrix products."""
+    return max(128, SCRATCH_BYTES // (4 * pitch_of(valid)) // 128 * 128)
+
+
+def chunk_config(valid: int, dtype: torch.dtype, device: torch.device) -> Config:
+    """A row's program keeps a block of logits in registers and walks the row twice."""
+    default = {"BLOCK": block_of(valid, 2048), "num_warps": 8}
+    bucket = f"V{block_of(valid, 1 << 18)}-{str(dtype).removeprefix('torch.')}"
+    return config_for("linear_logprobs_chunk", bucket, default, device)
 
 
 def vocab_blocks(valid: int) -> tuple[int, int]:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ... import _checks, _library
 from ..._dispatch import Impl, use_triton
-from . import torch_impl
-from .launch import unsupported_reasons
+from . import chunked_op, torch_impl
+from .launch import fits_on_chip, unsupported_reasons
 
 IGNORE_NOTHING = -(2**63)
 """Stands for ignore_index=None below the public functions: no sane target is this."""
@@ -47,7 +47,7 @@ def linear_logprobs(
 
     z = logit_scale * (input @ linear_weight.T + linear_bias), then softcap * tanh(z / softcap);
     lse = logsumexp(z[:valid_vocab]), logprob = z[target] - lse. At a vocabulary of up to 512 the
-    kernels keep the logits on the chip; nothing of size N x V is written.
+    kernels keep the logits on the chip; above, they exist for a chunk of rows at a time.
 
     Args:
         input: (..., D) float32, bfloat16 or float16; float64 on the torch path.
@@ -74,7 +74,9 @@ def linear_logprobs(
         Logits, lse and log-probabilities come from float32 accumulators, never from rounded
         logits. Fixed order: the same inputs give the same bits. Where values are not checked, a
         bad target makes its log-probability, its row of the input's gradient and the weight's
-        gradient NaN.
+        gradient NaN. Above 512 columns torch multiplies: 16-bit operands into float32, float32
+        ones as torch's own TF32 setting says; gradients of logits are rounded to the operands'
+        dtype before the products of the backward.
 
     Source: the recomputing backward is the usual one of fused losses; the single-tile vocabulary
     and its kernels are this project's.
@@ -161,13 +163,22 @@ def row_losses(
         target=target,
         valid_vocab=options.valid_vocab,
     ):
-        dot_dtype = _checks.output_dtype(input)
-        loss, lse, *_ = _RowLosses.apply(
-            rows, linear_weight, targets, linear_bias, dot_dtype, *options
-        )
+        on_chip = fits_on_chip(options.valid_vocab)
+        losses = _single_tile_losses if on_chip else chunked_op.row_losses
+        loss, lse = losses(rows, linear_weight, targets, linear_bias, options)
     else:
-        loss, lse = torch_impl.row_losses(rows, linear_weight, targets, linear_bias, options)
+        loss, lse = torch_impl.row_losses(
+            torch_impl.TARGETS, options, rows, linear_weight, linear_bias, targets
+        )
     return loss.view(target.shape), lse.view(target.shape)
+
+
+def _single_tile_losses(
+    rows: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, options: RowOptions
+) -> tuple[Tensor, Tensor]:
+    dot_dtype = _checks.output_dtype(rows)
+    loss, lse, *_ = _RowLosses.apply(rows, weight, targets, bias, dot_dtype, *options)
+    return loss, lse
 
 
 class _RowLosses(torch.autograd.Function):

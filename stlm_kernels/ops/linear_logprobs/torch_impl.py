@@ -1,7 +1,12 @@
-"""Row losses in aten ops, in chunks of rows, so that no (N, V) tensor ever exists."""
+"""Row losses in aten ops, in chunks of rows, so that no (N, V) tensor ever exists.
+
+Chunks and their autograd are one thing, the formula of a loss another: `Objective` holds the
+latter, so that other losses of a projection stand on the same functions.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -20,19 +25,41 @@ LEAST_ROWS = 256
 """Rows below which the matrix products of a large vocabulary lose their efficiency."""
 
 
+class Objective(NamedTuple):
+    """How losses follow from rows, and the gradient of the logits from those of the losses.
+
+    `per_row` stands for the tensors with an entry for each row, which take no gradient.
+    """
+
+    form: Callable[..., Any]  # (rows, weight, bias, options, *per_row) -> chunk
+    dlogits: Callable[..., Tensor]  # (chunk, dloss, dlse, options, *per_row) -> (n, V)
+
+
+class Chunk(NamedTuple):
+    """What a chunk of rows gives on the way to its losses."""
+
+    inputs: Tensor  # (n, D) rows, zero where ignored: a NaN there must not spread
+    logits: Tensor | None  # (n, V) after scale and cap; only a cap asks for them again
+    logp: Tensor  # (n, V) log-softmax
+    loss: Tensor  # (n,)
+    lse: Tensor  # (n,)
+
+
 def row_losses(
+    objective: Objective,
+    options: Any,
     rows: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
-    targets: Tensor,  # (N,)
     bias: Tensor | None,  # (V,)
-    options: RowOptions,
+    *per_row: Tensor,  # (N, ...)
 ) -> tuple[Tensor, Tensor]:
     """(loss, lse), each (N,) in fp32 (fp64 for fp64 rows)."""
     rows, weight, bias = widened(rows, weight, bias, options.valid_vocab)
-    compute = plain_row_losses if _checks.inside_torch_func() else _RowLosses.apply
     # The operands are rounded; autocast would round the logits as well.
     with torch.autocast(rows.device.type, enabled=False):
-        return compute(rows, weight, targets, bias, options)
+        if _checks.inside_torch_func():
+            return plain_losses(objective, options, rows, weight, bias, *per_row)
+        return _RowLosses.apply(objective, options, rows, weight, bias, *per_row)
 
 
 def widened(
@@ -48,29 +75,51 @@ def widened(
     return rows, weight, None if bias is None else bias[:valid].to(wide)
 
 
-class Chunk(NamedTuple):
-    """What a chunk of rows gives on the way to its losses."""
+def plain_losses(
+    objective: Objective,
+    options: Any,
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *per_row: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """(loss, lse) of all rows at once, for those who differentiate twice or transform."""
+    chunk = objective.form(rows, weight, bias, options, *per_row)
+    return chunk.loss, chunk.lse
 
-    inputs: Tensor  # (n, D) rows, zero where ignored: a NaN there must not spread
-    logits: Tensor  # (n, V) after scale and cap
-    logp: Tensor  # (n, V) log-softmax
-    loss: Tensor  # (n,)
-    lse: Tensor  # (n,)
 
-
-def form_chunk(
-    rows: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, options: RowOptions
-) -> Chunk:
-    """Logits and losses of some rows, from ops that torch differentiates any number of times."""
-    kept = targets.long() != options.ignore_index
-    index, bad = _safe_targets(targets, kept, options.valid_vocab)
-    every_row_counts = _checks.values_visible(targets) and bool(kept.all())
-    inputs = rows if every_row_counts else torch.where(kept[:, None], rows, 0)
+def form_logits(inputs: Tensor, weight: Tensor, bias: Tensor | None, options: Any) -> Tensor:
+    """(n, V) logits after scale and cap."""
     logits = F.linear(inputs, weight, bias)
     if options.logit_scale != 1.0:
         logits = logits * options.logit_scale
     if options.softcap:
         logits = options.softcap * torch.tanh(logits / options.softcap)
+    return logits
+
+
+def through_cap_and_scale(grad: Tensor, logits: Tensor | None, options: Any) -> Tensor:
+    """The gradient of the logits, overwritten with that of the products beneath them."""
+    if logits is not None and options.softcap:
+        grad.mul_(1 - (logits / options.softcap).square())
+    return grad.mul_(options.logit_scale) if options.logit_scale != 1.0 else grad
+
+
+def counted_rows(rows: Tensor, kept: Tensor) -> Tensor:
+    """Rows with zeros where they do not count; the same tensor where all are seen to count."""
+    if _checks.values_visible(kept) and bool(kept.all()):
+        return rows
+    return torch.where(kept[:, None], rows, 0)
+
+
+def _form(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, options: RowOptions, targets: Tensor
+) -> Chunk:
+    """Logits and losses of some rows, from ops that torch differentiates any number of times."""
+    kept = targets.long() != options.ignore_index
+    index, bad = _safe_targets(targets, kept, options.valid_vocab)
+    inputs = counted_rows(rows, kept)
+    logits = form_logits(inputs, weight, bias, options)
     logp = logits.log_softmax(1)
     logprob = logp.gather(1, index)[:, 0]
     lse = logits.gather(1, index)[:, 0] - logprob
@@ -80,15 +129,8 @@ def form_chunk(
     if options.z_loss:
         loss = loss + options.z_loss * lse.square()
     loss = torch.where(kept, loss.masked_fill(bad, float("nan")), 0)
-    return Chunk(inputs, logits, logp, loss, torch.where(kept, lse, 0))
-
-
-def plain_row_losses(
-    rows: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, options: RowOptions
-) -> tuple[Tensor, Tensor]:
-    """(loss, lse) of all rows at once, for those who differentiate twice or transform."""
-    chunk = form_chunk(rows, weight, targets, bias, options)
-    return chunk.loss, chunk.lse
+    lse = torch.where(kept, lse, 0)
+    return Chunk(inputs, logits if options.softcap else None, logp, loss, lse)
 
 
 def _safe_targets(targets: Tensor, kept: Tensor, valid: int) -> tuple[Tensor, Tensor]:
@@ -98,16 +140,12 @@ def _safe_targets(targets: Tensor, kept: Tensor, valid: int) -> tuple[Tensor, Te
     return torch.where(kept & ~bad, wide, 0)[:, None], bad
 
 
-def chunk_rows(vocab: int) -> int:
-    return max(LEAST_ROWS, CHUNK_ELEMENTS // vocab)
-
-
-def dlogits(
+def _dlogits(
     chunk: Chunk,  # its logp is overwritten with the result
-    targets: Tensor,  # (n,)
     dloss: Tensor,  # (n,)
     dlse: Tensor | None,  # (n,)
     options: RowOptions,
+    targets: Tensor,  # (n,)
 ) -> Tensor:
     """(n, V) gradient of the products before scale and cap."""
     kept = targets.long() != options.ignore_index
@@ -122,26 +160,62 @@ def dlogits(
     if options.label_smoothing:
         grad.sub_(dloss * (options.label_smoothing / options.valid_vocab))
     grad.scatter_add_(1, index, dloss * (options.label_smoothing - 1))
-    if options.softcap:
-        grad.mul_(1 - (chunk.logits / options.softcap).square())
-    return grad.mul_(options.logit_scale) if options.logit_scale != 1.0 else grad
+    return through_cap_and_scale(grad, chunk.logits, options)
 
 
-def add_gradients(
-    chunk: Chunk,
-    grad: Tensor,  # (n, V)
-    weight: Tensor,
-    drows: Tensor | None,  # (n, D), written
-    dweight: Tensor | None,  # (V, D), added to
-    dbias: Tensor | None,  # (V,), added to
-) -> None:
-    """What a chunk's gradient of the logits means for rows, weight and bias."""
-    if drows is not None:
-        torch.mm(grad, weight, out=drows)
-    if dweight is not None:
-        dweight.addmm_(grad.t(), chunk.inputs)
-    if dbias is not None:
-        dbias += grad.sum(0)
+TARGETS = Objective(_form, _dlogits)
+"""Cross entropy with targets."""
+
+
+class Gradients:
+    """Of rows, weight and bias, added up chunk by chunk; None where nobody wants one."""
+
+    def __init__(
+        self, rows: Tensor, weight: Tensor, bias: Tensor | None, wants: tuple[bool, ...]
+    ) -> None:
+        self.rows = torch.empty_like(rows) if wants[0] else None
+        self.weight = torch.zeros_like(weight) if wants[1] else None
+        self.bias = torch.zeros_like(bias) if wants[2] and bias is not None else None
+
+    def add_chunk(
+        self,
+        objective: Objective,
+        options: Any,
+        part: slice,
+        rows: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *per_row: Tensor,
+        upstream: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Add what the rows of `part` give, and return their losses; upstream None: their sum.
+
+        A function of its own, so that nothing of a chunk outlives it into the next one.
+        """
+        mine = [x[part] for x in per_row]
+        chunk = objective.form(rows[part], weight, bias, options, *mine)
+        if self.rows is not None or self.weight is not None or self.bias is not None:
+            dloss, dlse = torch.ones_like(chunk.loss), None
+            if upstream is not None:
+                dloss, dlse = upstream[0][part], upstream[1][part]
+            grad = objective.dlogits(chunk, dloss, dlse, options, *mine)
+            self._add(part, chunk.inputs, grad, weight)
+        return chunk.loss
+
+    def _add(self, part: slice, inputs: Tensor, grad: Tensor, weight: Tensor) -> None:
+        """What the (n, V) gradient of a chunk's products means for each."""
+        if self.rows is not None:
+            torch.mm(grad, weight, out=self.rows[part])
+        if self.weight is not None:
+            self.weight.addmm_(grad.t(), inputs)
+        if self.bias is not None:
+            self.bias += grad.sum(0)
+
+
+def chunks_of(count: int, vocab: int) -> list[slice]:
+    """The runs of rows whose logits exist at a time."""
+    step = max(LEAST_ROWS, CHUNK_ELEMENTS // vocab)
+    return [slice(first, min(first + step, count)) for first in range(0, count, step)]
 
 
 class _RowLosses(torch.autograd.Function):
@@ -149,65 +223,74 @@ class _RowLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        rows: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, options: RowOptions
+        objective: Objective,
+        options: Any,
+        rows: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *per_row: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        step = chunk_rows(options.valid_vocab)
-        parts = [
-            plain_row_losses(part, weight, target, bias, options)
-            for part, target in zip(rows.split(step), targets.split(step), strict=True)
-        ]
-        loss, lse = zip(*parts, strict=True)
-        return torch.cat(loss), torch.cat(lse)
+        loss, lse = rows.new_zeros(rows.shape[0]), rows.new_zeros(rows.shape[0])
+        for part in chunks_of(rows.shape[0], options.valid_vocab):
+            mine = (x[part] for x in per_row)
+            loss[part], lse[part] = plain_losses(
+                objective, options, rows[part], weight, bias, *mine
+            )
+        return loss, lse
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        rows, weight, targets, bias, ctx.options = inputs
-        ctx.save_for_backward(rows, weight, targets, bias)
+        ctx.objective, ctx.options, *tensors = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, targets, bias = ctx.saved_tensors
-        wants = tuple(ctx.needs_input_grad[i] for i in (0, 1, 3))
-        derive = _recorded_backward if torch.is_grad_enabled() else _backward
-        drows, dweight, dbias = derive(grads, rows, weight, targets, bias, wants, ctx.options)
-        return drows, dweight, None, dbias, None
+        wants = tuple(ctx.needs_input_grad[2:5])
+        derive = recorded_backward if torch.is_grad_enabled() else _backward
+        found = derive(ctx.objective, ctx.options, wants, grads, *ctx.saved_tensors)
+        return None, None, *found, *[None] * (len(ctx.saved_tensors) - 3)
 
 
-def _recorded_backward(
-    grads: tuple[Tensor, ...],
+def recorded_backward(
+    objective: Objective,
+    options: Any,
+    wants: tuple[bool, ...],
+    grads: tuple[Tensor, ...],  # of the losses, and of the lse if it was given out
     rows: Tensor,
     weight: Tensor,
-    targets: Tensor,
     bias: Tensor | None,
-    wants: tuple[bool, bool, bool],
-    options: RowOptions,
+    *per_row: Tensor,
 ) -> list[Tensor | None]:
     """The gradients through autograd, for somebody who differentiates them again."""
-    outputs = plain_row_losses(rows, weight, targets, bias, options)
+    outputs = plain_losses(objective, options, rows, weight, bias, *per_row)
+    # An objective without a log-sum-exp gives out zeros that depend on nothing.
+    heads = [(x, grad) for x, grad in zip(outputs, grads, strict=False) if x.requires_grad]
     operands = zip((rows, weight, bias), wants, strict=True)
     leaves = [x for x, wanted in operands if wanted and x is not None]
     found = iter(
-        torch.autograd.grad(outputs, leaves, grads, create_graph=True, materialize_grads=True)
+        torch.autograd.grad(
+            [x for x, _ in heads],
+            leaves,
+            [grad for _, grad in heads],
+            create_graph=True,
+            materialize_grads=True,
+        )
     )
     return [next(found) if wanted else None for wanted in wants]
 
 
 def _backward(
+    objective: Objective,
+    options: Any,
+    wants: tuple[bool, ...],
     grads: tuple[Tensor, ...],
     rows: Tensor,
     weight: Tensor,
-    targets: Tensor,
     bias: Tensor | None,
-    wants: tuple[bool, bool, bool],
-    options: RowOptions,
+    *per_row: Tensor,
 ) -> list[Tensor | None]:
-    drows = torch.empty_like(rows) if wants[0] else None
-    dweight = torch.zeros_like(weight) if wants[1] else None
-    dbias = torch.zeros_like(bias) if wants[2] and bias is not None else None
-    step = chunk_rows(options.valid_vocab)
-    for first in range(0, rows.shape[0], step):
-        part = slice(first, first + step)
-        chunk = form_chunk(rows[part], weight, targets[part], bias, options)
-        grad = dlogits(chunk, targets[part], grads[0][part], grads[1][part], options)
-        add_gradients(chunk, grad, weight, None if drows is None else drows[part], dweight, dbias)
-    return [drows, dweight, dbias]
+    total = Gradients(rows, weight, bias, wants)
+    upstream = (grads[0], grads[1])
+    for part in chunks_of(rows.shape[0], options.valid_vocab):
+        total.add_chunk(objective, options, part, rows, weight, bias, *per_row, upstream=upstream)
+    return [total.rows, total.weight, total.bias]

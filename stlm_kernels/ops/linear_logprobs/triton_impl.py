@@ -28,15 +28,37 @@ from ... import _launch
 from ..._tiles import dot_type, logits_tile, sum_splits
 from . import launch
 
+LEAST = tl.constexpr(torch.finfo(torch.float32).min)
+
 
 @triton.jit
 def _statistics(z, columns, targets, valid):
     """Of each row: largest logit, sum of exponentials below it, picked logit, sum of logits."""
-    top = tl.max(z, 0)
+    top = tl.maximum(tl.max(z, 0), LEAST)  # a bias of -inf may rule a whole tile out
     total = tl.sum(tl.exp(z - top[None, :]), 0)
     picked = tl.sum(tl.where(columns[:, None] == targets[None, :], z, 0.0), 0)
     plain = tl.sum(tl.where((columns < valid)[:, None], z, 0.0), 0)
     return top, total, picked, plain
+
+
+@triton.jit
+def _merged(top, total, picked, plain, tile_top, tile_total, tile_picked, tile_plain):
+    """The statistics of two tiles together."""
+    both = tl.maximum(top, tile_top)
+    total = total * tl.exp(top - both) + tile_total * tl.exp(tile_top - both)
+    return both, total, picked + tile_picked, plain + tile_plain
+
+
+@triton.jit
+def _loss_of(top, total, picked, plain, bad, valid, smoothing, z_loss):
+    """Loss, log-sum-exp, and the latter's part above the largest logit."""
+    log_total = tl.log(total)
+    lse = top + log_total
+    # Differences from the largest logit first: a confident row's loss keeps its digits.
+    loss = log_total + (1.0 - smoothing) * (top - picked)
+    # A bias may rule columns out: their logits of -inf count only where they are smoothed over.
+    loss += tl.where(smoothing > 0, smoothing * (top - plain / valid), 0.0)
+    return tl.where(bad, float("nan"), loss + z_loss * lse * lse), lse, log_total
 
 
 @triton.jit
@@ -69,14 +91,10 @@ def stlm_linear_logprobs_fwd(
             D, DOT, HAS_BIAS, BLOCK_D,
         )  # fmt: skip
         tail_top, tail_total, tail_picked, tail_plain = _statistics(z, columns, targets, valid)
-        both = tl.maximum(top, tail_top)
-        total = total * tl.exp(top - both) + tail_total * tl.exp(tail_top - both)
-        top, picked, plain = both, picked + tail_picked, plain + tail_plain
-    log_total = tl.log(total)
-    lse = top + log_total
-    # Differences from the largest logit first: a confident row's loss keeps its digits.
-    loss = log_total + (1.0 - smoothing) * (top - picked) + smoothing * (top - plain / valid)
-    loss = tl.where(bad, float("nan"), loss + z_loss * lse * lse)
+        top, total, picked, plain = _merged(
+            top, total, picked, plain, tail_top, tail_total, tail_picked, tail_plain
+        )
+    loss, lse, log_total = _loss_of(top, total, picked, plain, bad, valid, smoothing, z_loss)
     tl.store(loss_ptr + rows, tl.where(live, loss, 0.0), mask=rows < n_rows)
     tl.store(lse_ptr + rows, tl.where(live, lse, 0.0), mask=rows < n_rows)
     tl.store(top_ptr + rows, tl.where(live, top, 0.0), mask=rows < n_rows)
@@ -93,12 +111,19 @@ def _upstream(
     # Ignored rows: no exponential, so no overflow.
     top = tl.load(top_ptr + rows, mask=live, other=float("inf"))
     log_total = tl.load(log_total_ptr + rows, mask=live, other=0.0)
-    dloss = tl.load(dloss_ptr + rows * dloss_stride, mask=live, other=0.0) / unit
-    dloss = tl.where(bad, float("nan"), dloss)
-    lse = tl.where(live, top + log_total, 0.0)
-    slope = dloss * (1.0 + 2.0 * z_loss * lse)
-    slope += tl.load(dlse_ptr + rows, mask=live, other=0.0) / unit
+    dloss, slope = _slopes(
+        dloss_ptr + rows * dloss_stride, dlse_ptr + rows, unit, live, bad, top + log_total, z_loss
+    )
     return targets, live, top, log_total, dloss, slope
+
+
+@triton.jit
+def _slopes(dloss_ptrs, dlse_ptrs, unit, live, bad, lse, z_loss):
+    """Upstream gradients of the losses, and what multiplies the probabilities."""
+    dloss = tl.load(dloss_ptrs, mask=live, other=0.0) / unit
+    dloss = tl.where(bad, float("nan"), dloss)
+    slope = dloss * (1.0 + 2.0 * z_loss * tl.where(live, lse, 0.0))
+    return dloss, slope + tl.load(dlse_ptrs, mask=live, other=0.0) / unit
 
 
 @triton.jit

@@ -1,0 +1,103 @@
+"""The public linear_kl_div: contract, checks and the chunked torch path, which is all there is."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import _checks
+from ..._dispatch import Impl, without_kernel
+from ..linear_cross_entropy.op import REDUCTIONS, mean_of_counted
+from ..linear_cross_entropy.torch_impl import summed_loss
+from ..linear_logprobs.op import check_projection
+from ..linear_logprobs.torch_impl import row_losses
+from .torch_impl import DIVERGENCE
+
+
+class DistillOptions(NamedTuple):
+    """How a row's divergence follows from its logits; softcap 0 stands for none."""
+
+    temperature: float
+    softcap: float
+    logit_scale: float
+    valid_vocab: int
+
+
+def linear_kl_div(
+    input: Tensor,  # (..., D)
+    linear_weight: Tensor,  # (V, D)
+    teacher_logits: Tensor,  # (..., valid_vocab)
+    *,
+    linear_bias: Tensor | None = None,  # (V,)
+    temperature: float = 1.0,
+    mask: Tensor | None = None,  # (...) bool
+    reduction: str = "mean",
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    valid_vocab: int | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """temperature^2 x KL(teacher || student) of rows, without the student's logits.
+
+    z = logit_scale * (input @ linear_weight.T + linear_bias), then softcap * tanh(z / softcap),
+    columns from valid_vocab on removed; p = softmax(teacher_logits / temperature) and
+    q = softmax(z / temperature). A row's loss is temperature^2 * sum(p * (log p - log q)), whose
+    gradient keeps its size at every temperature.
+
+    Args:
+        input: (..., D) float32, bfloat16, float16 or float64.
+        linear_weight: (V, D) in the input's dtype, or float32 beside a 16-bit input (rounded to
+            the input's dtype when loaded).
+        teacher_logits: (..., valid_vocab), taken as given: neither scaled nor capped; float32,
+            bfloat16 or float16 (float64 beside float64 inputs), not rounded under autocast. -inf
+            rules a column out. Takes no gradient.
+        linear_bias: (V,) in the weight's or the input's dtype, or None.
+        temperature: > 0.
+        mask: (...) bool, True where a row counts; None counts all. Rows that do not count give 0
+            and reach no gradient, even where input or teacher are NaN.
+        reduction: "mean" over the rows that count, "sum", or "none".
+        softcap: > 0, or None.
+        logit_scale: a finite number.
+        valid_vocab: columns from here on do not exist (a padded table). None: V.
+        impl: "auto" or "torch"; there is no kernel.
+
+    Returns:
+        A scalar, or (...) for "none", float32 (float64 for float64 inputs). A mean over no row is
+        NaN with gradients of exactly 0; a sum of nothing is 0.
+
+    Raises:
+        ValueError: a wrong type, dtype, shape, device or scalar.
+        NotImplementedError: impl="triton".
+
+    Numerics:
+        Products, log-softmax and differences in float32. "mean" and "sum" form their gradients in
+        the forward, chunk by chunk of rows; "none" forms the student's logits again in the
+        backward. Extra memory does not grow with the number of rows.
+
+    Source: distillation at a temperature, arXiv 1503.02531.
+    """
+    valid = check_projection(
+        input, linear_weight, linear_bias, softcap, logit_scale, valid_vocab
+    )  # fmt: skip
+    leading, device = tuple(input.shape[:-1]), input.device
+    floats = (torch.float64,) if input.dtype == torch.float64 else _checks.KERNEL_FLOATS
+    _checks.require_tensor("teacher_logits", teacher_logits, (*leading, valid), floats, device)
+    if mask is None:
+        mask = torch.ones(leading, dtype=torch.bool, device=device)
+    _checks.require_tensor("mask", mask, leading, (torch.bool,), device)
+    _checks.require_choice("reduction", reduction, REDUCTIONS)
+    ok = math.isfinite(temperature) and temperature > 0
+    _checks.require(ok, "temperature", "a finite number > 0", temperature)
+    without_kernel("linear_kl_div", impl, device)
+
+    options = DistillOptions(float(temperature), softcap or 0.0, float(logit_scale), valid)
+    rows, kept = input.reshape(-1, input.shape[-1]), mask.reshape(-1)
+    teacher = teacher_logits.detach().reshape(-1, valid)
+    if reduction == "none":
+        loss, _ = row_losses(DIVERGENCE, options, rows, linear_weight, linear_bias, teacher, kept)
+        return loss.view(leading)
+    total = summed_loss(DIVERGENCE, options, rows, linear_weight, linear_bias, teacher, kept)
+    return total if reduction == "sum" else mean_of_counted(total, kept.sum())

@@ -1,0 +1,71 @@
+"""Divergence of rows of logits from a teacher's, in aten ops: an objective of the row losses."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..linear_logprobs.torch_impl import (
+    Objective,
+    counted_rows,
+    form_logits,
+    through_cap_and_scale,
+)
+
+if TYPE_CHECKING:
+    from .op import DistillOptions
+
+
+class Chunk(NamedTuple):
+    """What a chunk of rows gives on the way to its losses."""
+
+    inputs: Tensor  # (n, D) rows, zero where masked: a NaN there must not spread
+    logits: Tensor | None  # (n, V) of the student after scale and cap; only a cap asks for them
+    logq: Tensor  # (n, V) of the student at the temperature
+    p: Tensor  # (n, V) of the teacher at the temperature
+    loss: Tensor  # (n,)
+    lse: Tensor  # () zero: what the chunked functions give out beside a loss
+
+
+def _form(
+    rows: Tensor,  # (n, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    options: DistillOptions,
+    teacher: Tensor,  # (n, V)
+    kept: Tensor,  # (n,) bool
+) -> Chunk:
+    """Divergences of some rows, from ops that torch differentiates any number of times."""
+    inputs, given = counted_rows(rows, kept), counted_rows(teacher, kept).to(rows.dtype)
+    logits = form_logits(inputs, weight, bias, options)
+    logq = _log_softmax(logits, options.temperature)
+    # A column that the teacher rules out has no mass: 0 x log 0 is 0.
+    logp = _log_softmax(given, options.temperature).clamp_min(torch.finfo(rows.dtype).min)
+    p = logp.exp()
+    divergence = torch.linalg.vecdot(p, logp - logq) * options.temperature**2
+    loss = torch.where(kept, divergence, 0)
+    return Chunk(inputs, logits if options.softcap else None, logq, p, loss, loss.new_zeros(()))
+
+
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    return (logits if temperature == 1.0 else logits / temperature).log_softmax(1)
+
+
+def _dlogits(
+    chunk: Chunk,  # its logq is overwritten with the result
+    dloss: Tensor,  # (n,)
+    dlse: Tensor | None,
+    options: DistillOptions,
+    teacher: Tensor,
+    kept: Tensor,  # (n,) bool
+) -> Tensor:
+    """(n, V) gradient of the products before scale and cap."""
+    slope = torch.where(kept, dloss, 0) * options.temperature
+    grad = chunk.logq.exp_().sub_(chunk.p).mul_(slope[:, None])
+    return through_cap_and_scale(grad, chunk.logits, options)
+
+
+DIVERGENCE = Objective(_form, _dlogits)
+"""KL(teacher || student) x temperature^2."""
