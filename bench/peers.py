@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stlm_kernels._spec import Case, Inputs
 
-from . import head_peers
+from . import attention_peers, head_peers
 from .blt_patches import by_comparison, by_search, patches_by_document
 from .entry import Entry, compiled
 
@@ -236,4 +236,5 @@ PEERS: dict[str, tuple[Entry, ...]] = {
         Entry("searchsorted by document", patches_by_document(by_search)),
     ),
     **head_peers.PEERS,
+    **attention_peers.PEERS,
 }

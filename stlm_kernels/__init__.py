@@ -4,6 +4,7 @@ Importing this package needs neither a GPU nor triton.
 """
 
 from ._dispatch import explain
+from .ops.attention import attention
 from .ops.byte_pool import byte_pool
 from .ops.find_patches import Patches, find_patches
 from .ops.linear_cross_entropy import linear_cross_entropy
@@ -15,6 +16,7 @@ from .ops.unpool import unpool
 
 __all__ = [
     "Patches",
+    "attention",
     "byte_pool",
     "explain",
     "find_patches",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ._spec import OpSpec
+from .ops.attention import cases as attention
 from .ops.byte_pool import cases as byte_pool
 from .ops.find_patches import cases as find_patches
 from .ops.linear_cross_entropy import cases as linear_cross_entropy
@@ -23,5 +24,6 @@ OPS: dict[str, OpSpec] = {
         linear_cross_entropy.SPEC,
         linear_sample.SPEC,
         patch_attention.SPEC,
+        attention.SPEC,
     )
 }
