@@ -126,6 +126,13 @@ def test_documents_of_one_row(way: Way) -> None:
 
 
 @EVERY_LANE
+def test_documents_of_two_rows(way: Way) -> None:
+    """Where a rounded output shows most in the backward."""
+    borders = torch.arange(0, 61, 2, dtype=torch.int32)
+    assert_close_to_oracle(example((60,), 2, 1, 16, way), way, cu_seqlens=borders)
+
+
+@EVERY_LANE
 @pytest.mark.parametrize("sign", [1, -1])
 def test_large_scores_neither_overflow_nor_vanish(way: Way, sign: int) -> None:
     """exp of a score of 400 is not a float32; the largest score is taken off first."""
