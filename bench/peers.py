@@ -15,7 +15,15 @@ from torch import Tensor
 
 from stlm_kernels._spec import Case, Inputs
 
-from . import decode_peers, ema_peers, head_peers, ngram_peers, pool_peers, rope_peers
+from . import (
+    attention_peers,
+    decode_peers,
+    ema_peers,
+    head_peers,
+    ngram_peers,
+    pool_peers,
+    rope_peers,
+)
 from .blt_patches import by_comparison, by_search, patches_by_document
 from .entry import Entry, compiled
 
@@ -235,6 +243,7 @@ PEERS: dict[str, tuple[Entry, ...]] = {
         Entry("BLT's comparison", patches_by_document(by_comparison)),
         Entry("searchsorted by document", patches_by_document(by_search)),
     ),
+    **attention_peers.PEERS,
     **decode_peers.PEERS,
     **ema_peers.PEERS,
     **head_peers.PEERS,

@@ -4,6 +4,7 @@ Importing this package needs neither a GPU nor triton.
 """
 
 from ._dispatch import explain
+from .ops.attention import attention
 from .ops.attention_pool import attention_pool
 from .ops.byte_pool import byte_pool
 from .ops.decode_attention import decode_attention
@@ -21,6 +22,7 @@ from .ops.unpool import unpool
 
 __all__ = [
     "Patches",
+    "attention",
     "attention_pool",
     "byte_pool",
     "decode_attention",

@@ -149,7 +149,7 @@ def _reasons_against(package: str, impl: Impl, arguments: dict[str, Any]) -> lis
     declined = getattr(launch, "declined_reasons", None)
     if declined is not None and impl == "auto":
         reasons = reasons + declined(**arguments)
-    return reasons + launch.unsupported_reasons(**arguments)
+    return list(dict.fromkeys(reasons + launch.unsupported_reasons(**arguments)))
 
 
 def _refusal(op: str, reasons: list[str]) -> str:

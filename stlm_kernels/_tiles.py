@@ -11,6 +11,9 @@ from . import _launch
 from ._dispatch import kernels_interpreted
 
 SUM_BLOCK = 1024
+BOUNDS_BLOCK = 256
+NO_WINDOW = 2**31 - 1
+LOG2_E = 1.4426950408889634
 
 
 @triton.jit
@@ -163,3 +166,68 @@ def dot_type(dtype: torch.dtype) -> tl.dtype:
     return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[
         dtype
     ]
+
+
+@triton.jit(do_not_specialize=["n_segments", "total", "window", "steps"])
+def stlm_row_bounds(
+    cu_ptr, bounds_ptr, n_segments, total, window, steps, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Each row's segment, cut to `window` rows backwards and forwards; 0, 0 outside of all."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    segments = segment_of(cu_ptr, rows, n_segments, steps).to(tl.int64)
+    inside = (rows < total) & (segments >= 0) & (segments < n_segments)
+    start, end = segment_bounds(cu_ptr, segments, inside, total)
+    inside = inside & (rows >= start) & (rows < end)
+    start = tl.maximum(start, rows - window + 1)
+    end = tl.minimum(end, rows + window)
+    tl.store(bounds_ptr + rows, tl.where(inside, start, 0).to(tl.int32), mask=rows < total)
+    tl.store(bounds_ptr + total + rows, tl.where(inside, end, 0).to(tl.int32), mask=rows < total)
+
+
+def row_bounds(
+    cu: Tensor,  # (n+1,) int32
+    total: int,
+    window: int,
+) -> Tensor:
+    """(2, total) int32: where the segment of each row starts and ends, within `window` of it."""
+    bounds = torch.empty((2, total), dtype=torch.int32, device=cu.device)
+    segments = cu.shape[0] - 1
+    _launch.launch(
+        stlm_row_bounds, _launch.ceil_div(total, BOUNDS_BLOCK),
+        cu.contiguous(), bounds, segments, total, window, (segments + 2).bit_length(),
+        BLOCK=BOUNDS_BLOCK, num_warps=4, device=cu.device,
+    )  # fmt: skip
+    return bounds
+
+
+@triton.jit
+def tile(
+    x_ptr, rows, live, stride, column, COLUMNS: tl.constexpr, DOT: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """(rows, WIDTH) from `column` on as a product's operand; zeros where nothing may be read."""
+    d = tl.arange(0, WIDTH)
+    place = x_ptr + rows[:, None] * stride + column + d[None, :]
+    return tl.load(place, mask=live[:, None] & (d < COLUMNS)[None, :], other=0.0).to(DOT)
+
+
+@triton.jit
+def put(x_ptr, x, rows, live, stride, column, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
+    """The way back."""
+    d = tl.arange(0, WIDTH)
+    place = x_ptr + rows[:, None] * stride + column + d[None, :]
+    tl.store(place, x.to(x_ptr.dtype.element_ty), mask=live[:, None] & (d < COLUMNS)[None, :])
+
+
+@triton.jit
+def harmless(x):
+    """Rows that hold a NaN or an infinity zeroed, and NaN for each of them, 0 for the others."""
+    poison = tl.sum(x.to(tl.float32) * 0.0, 1)
+    return tl.where((poison == 0.0)[:, None], x, 0.0).to(x.dtype), poison
+
+
+def with_rows(x: Tensor) -> Tensor:
+    """(T, H, K) with dense rows: slices of packed projections stay, other layouts are copied."""
+    dense = (
+        x.stride(2) == 1 and x.stride(1) == x.shape[2] and x.stride(0) >= x.shape[1] * x.shape[2]
+    )
+    return x if dense else x.contiguous()

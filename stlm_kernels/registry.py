@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ._spec import OpSpec
+from .ops.attention import cases as attention
 from .ops.attention_pool import cases as attention_pool
 from .ops.byte_pool import cases as byte_pool
 from .ops.decode_attention import cases as decode_attention
@@ -24,16 +25,17 @@ OPS: dict[str, OpSpec] = {
         byte_pool.SPEC,
         segment_pool.SPEC,
         attention_pool.SPEC,
+        ngram_embedding.SPEC,
         find_patches.SPEC,
         unpool.SPEC,
         ema_unpool.SPEC,
         linear_logprobs.SPEC,
         linear_cross_entropy.SPEC,
-        linear_sample.SPEC,
         linear_kl_div.SPEC,
+        linear_sample.SPEC,
+        attention.SPEC,
         patch_attention.SPEC,
-        ngram_embedding.SPEC,
-        decode_attention.SPEC,
         qk_norm_rope.SPEC,
+        decode_attention.SPEC,
     )
 }

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from stlm_kernels import _launch
-from stlm_kernels._spec import OpSpec
+from stlm_kernels._spec import Case, OpSpec
 from stlm_kernels.inspect import LIMITS, Report, inspect_op, merged, table
 from stlm_kernels.registry import OPS
 
@@ -50,6 +50,10 @@ def archs(full: bool) -> list[int]:
     return [80, 90, 100] if full else [90]
 
 
+def aot_cases(spec: OpSpec, full: bool) -> list[Case]:
+    return spec.tagged("aot", *(["aot_full"] if full else []))
+
+
 def assert_fits(report: Report) -> None:
     where = f"{report.kernel} sm_{report.arch} {report.config}"
     if (report.kernel, report.arch) not in SPILLS_ALLOWED:
@@ -63,7 +67,7 @@ def assert_fits(report: Report) -> None:
 def test_shipped_configs_compile_and_fit(spec: OpSpec, full: bool) -> None:
     opcodes: dict[tuple[str, int, torch.dtype], set[str]] = {}
     chosen = dtypes(full) if takes_floats(spec) else [torch.float32]
-    for arch, dtype, case in product(archs(full), chosen, spec.tagged("aot")):
+    for arch, dtype, case in product(archs(full), chosen, aot_cases(spec, full)):
         for report in inspect_op(spec, case, arch, dtype):
             assert_fits(report)
             key = (report.kernel.removeprefix("stlm_"), arch, dtype)
@@ -78,7 +82,7 @@ def test_shipped_configs_compile_and_fit(spec: OpSpec, full: bool) -> None:
 @pytest.mark.parametrize("spec", [p for p in WITH_KERNELS if takes_floats(p.values[0])])
 def test_autocast_compiles_and_fits(spec: OpSpec, full: bool) -> None:
     """fp32 parameters beside bf16 activations: the way models are trained."""
-    for arch, case in product(archs(full), spec.tagged("aot")):
+    for arch, case in product(archs(full), aot_cases(spec, full)):
         with torch.autocast("cpu", torch.bfloat16):
             for report in inspect_op(spec, case, arch, torch.float32):
                 assert_fits(report)

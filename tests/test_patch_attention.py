@@ -14,6 +14,7 @@ from op_helpers import assert_same
 from torch import Tensor
 
 from stlm_kernels import explain, patch_attention
+from stlm_kernels._pieces import length_of
 from stlm_kernels.ops.patch_attention import torch_impl
 from stlm_kernels.ops.patch_attention.reference import reference, yardstick
 from stlm_kernels.testing import assert_matches
@@ -260,7 +261,7 @@ def test_the_pieces_of_a_long_patch_stay_small(causal: bool) -> None:
     covered = 0
     for piece in torch_impl._ragged_pieces(ints(0, total), total, heads, causal, False):
         assert isinstance(piece.rows, slice)
-        rows, keys = torch_impl._length(piece.rows), torch_impl._length(piece.keys)
+        rows, keys = length_of(piece.rows), length_of(piece.keys)
         assert piece.rows.start == covered
         assert heads * rows * keys <= 2 * torch_impl.PIECE_SCORES
         covered += rows

@@ -8,16 +8,18 @@ import torch
 from torch import Tensor
 
 from ..._launch import Config, block_of, config_for
+from ..._noise import COLUMN_STEP, MIX_FIRST, MIX_SECOND, ROW_STEP
 from ..linear_logprobs.launch import MAX_VOCAB, unsupported_reasons
 
-__all__ = ["declined_reasons", "fwd_config", "unsupported_reasons"]
-
-COLUMN_STEP = 0x9E3779B97F4A7C15 - 2**64
-"""An odd number (2^64 over the golden ratio) that spreads the bits of an id before the mixing."""
-ROW_STEP = 0xD1342543DE82EF95 - 2**64
-"""Another one, for the row."""
-MIX_FIRST, MIX_SECOND = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
-"""SplitMix64's multipliers, as int64 holds them."""
+__all__ = [
+    "COLUMN_STEP",
+    "MIX_FIRST",
+    "MIX_SECOND",
+    "ROW_STEP",
+    "declined_reasons",
+    "fwd_config",
+    "unsupported_reasons",
+]
 
 TILE_BYTES = 32 * 1024
 """Of the table at a time: a few stages of this fit every GPU's shared memory."""

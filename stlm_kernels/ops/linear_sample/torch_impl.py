@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..._noise import hashed, shifted
 from ..linear_logprobs.torch_impl import widened
-from .launch import COLUMN_STEP, MIX_FIRST, MIX_SECOND, ROW_STEP
 
 if TYPE_CHECKING:
     from .op import SampleOptions
@@ -95,19 +95,7 @@ def noise(
     # signed overflow for impossible drops the loop's end. It knows nothing of an xor with a hash.
     row = torch.arange(first_row, first_row + shape[0], device=seed.device)
     column = torch.arange(shape[1], device=seed.device)
-    state = _mixed((_mixed(seed) ^ row) * ROW_STEP)
-    bits = _mixed((state[:, None] ^ column) * COLUMN_STEP)
-    uniform = _shifted(bits, 24).to(dtype).mul_(2.0**-40).add_(2.0**-41)
+    uniform = (
+        shifted(hashed(seed, row[:, None], column), 24).to(dtype).mul_(2.0**-40).add_(2.0**-41)
+    )
     return uniform.clamp_max_(1 - torch.finfo(dtype).eps / 2).neg_().log1p_().neg_()
-
-
-def _mixed(x: Tensor) -> Tensor:
-    """SplitMix64's output function; products wrap as int64 ones do everywhere."""
-    x = (x ^ _shifted(x, 30)) * MIX_FIRST
-    x = (x ^ _shifted(x, 27)) * MIX_SECOND
-    return x ^ _shifted(x, 31)
-
-
-def _shifted(x: Tensor, by: int) -> Tensor:
-    """The bits of int64 moved right, zeros coming in."""
-    return (x >> by) & ((1 << (64 - by)) - 1)

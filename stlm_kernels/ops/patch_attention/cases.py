@@ -82,6 +82,6 @@ SPEC = OpSpec(
     bytes_moved=bytes_moved,
     flops=flops,
     grad_args=("q", "k", "v"),
-    kernels=("patch_attention_bounds", *MMA_KERNELS),
+    kernels=("row_bounds", *MMA_KERNELS),
     mma_kernels=MMA_KERNELS,
 )

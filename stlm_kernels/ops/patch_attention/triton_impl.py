@@ -30,22 +30,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import _launch
-from ..._tiles import dot_type, segment_bounds, segment_of
+from ..._tiles import (
+    LOG2_E,
+    NO_WINDOW,
+    dot_type,
+    harmless,
+    put,
+    row_bounds,
+    tile,
+    with_rows,
+)
 from . import launch
-
-BOUNDS_BLOCK = 256
-LOG2_E = 1.4426950408889634
-
-
-@triton.jit(do_not_specialize=["n_patches", "total", "steps"])
-def stlm_patch_attention_bounds(cu_ptr, bounds_ptr, n_patches, total, steps, BLOCK: tl.constexpr):
-    rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    patches = segment_of(cu_ptr, rows, n_patches, steps).to(tl.int64)
-    inside = (rows < total) & (patches >= 0) & (patches < n_patches)
-    start, end = segment_bounds(cu_ptr, patches, inside, total)
-    inside = inside & (rows >= start) & (rows < end)
-    tl.store(bounds_ptr + rows, tl.where(inside, start, 0).to(tl.int32), mask=rows < total)
-    tl.store(bounds_ptr + total + rows, tl.where(inside, end, 0).to(tl.int32), mask=rows < total)
 
 
 @triton.jit
@@ -57,28 +52,6 @@ def _reach(bounds_ptr, rows, total):
     return start, end, first, tl.max(end, 0)
 
 
-@triton.jit
-def _tile(x_ptr, rows, live, stride, head, K: tl.constexpr, DOT: tl.constexpr, WIDTH: tl.constexpr):
-    """(rows, WIDTH) of one head as a product's operand; zeros where nothing may be read."""
-    d = tl.arange(0, WIDTH)
-    place = x_ptr + rows[:, None] * stride + head * K + d[None, :]
-    return tl.load(place, mask=live[:, None] & (d < K)[None, :], other=0.0).to(DOT)
-
-
-@triton.jit
-def _put(x_ptr, x, rows, live, stride, head, K: tl.constexpr, WIDTH: tl.constexpr):
-    d = tl.arange(0, WIDTH)
-    place = x_ptr + rows[:, None] * stride + head * K + d[None, :]
-    tl.store(place, x.to(x_ptr.dtype.element_ty), mask=live[:, None] & (d < K)[None, :])
-
-
-@triton.jit
-def _harmless(x):
-    """Rows that hold a NaN or an infinity zeroed, and NaN for each of them, 0 for the others."""
-    poison = tl.sum(x.to(tl.float32) * 0.0, 1)
-    return tl.where((poison == 0.0)[:, None], x, 0.0).to(x.dtype), poison
-
-
 @triton.jit(do_not_specialize=["total"])
 def stlm_patch_attention_fwd(
     q_ptr, k_ptr, v_ptr, bounds_ptr, out_ptr, lse_ptr,
@@ -87,20 +60,20 @@ def stlm_patch_attention_fwd(
     DOT: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
-    head, tile = program % H, program // H
-    rows = tile * BLOCK + tl.arange(0, BLOCK)
+    head, block = program % H, program // H
+    rows = block * BLOCK + tl.arange(0, BLOCK)
     start, end, low, high = _reach(bounds_ptr, rows, total)
     if IS_CAUSAL:
-        high = tl.minimum(high, (tile + 1) * BLOCK)
-    q = _tile(q_ptr, rows, end > start, q_stride, head, K, DOT, WIDTH)
+        high = tl.minimum(high, (block + 1) * BLOCK)
+    q = tile(q_ptr, rows, end > start, q_stride, head * K, K, DOT, WIDTH)
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
     norm = tl.zeros((BLOCK,), tl.float32)
     acc = tl.zeros((BLOCK, WIDTH), tl.float32)
     for first in range(low, high, INNER):
         keys = first + tl.arange(0, INNER)
-        k = _tile(k_ptr, keys, keys < high, k_stride, head // GROUP, K, DOT, WIDTH)
-        v = _tile(v_ptr, keys, keys < high, v_stride, head // GROUP, K, DOT, WIDTH)
-        v, poison = _harmless(v)
+        k = tile(k_ptr, keys, keys < high, k_stride, head // GROUP * K, K, DOT, WIDTH)
+        v = tile(v_ptr, keys, keys < high, v_stride, head // GROUP * K, K, DOT, WIDTH)
+        v, poison = harmless(v)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + poison[None, :]
         seen = (keys[None, :] >= start[:, None]) & (keys[None, :] < end[:, None])
         if IS_CAUSAL:
@@ -117,7 +90,7 @@ def stlm_patch_attention_fwd(
     norm = tl.where(live, norm, 1.0)
     lse = tl.where(live, top + tl.log2(norm), 0.0)
     tl.store(lse_ptr + head * total + rows, lse, mask=rows < total)
-    _put(out_ptr, acc / norm[:, None], rows, rows < total, H * K, head, K, WIDTH)
+    put(out_ptr, acc / norm[:, None], rows, rows < total, H * K, head * K, K, WIDTH)
 
 
 @triton.jit(do_not_specialize=["total"])
@@ -128,25 +101,25 @@ def stlm_patch_attention_bwd_q(
     DOT: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
-    head, tile = program % H, program // H
-    rows = tile * BLOCK + tl.arange(0, BLOCK)
+    head, block = program % H, program // H
+    rows = block * BLOCK + tl.arange(0, BLOCK)
     start, end, low, high = _reach(bounds_ptr, rows, total)
     if IS_CAUSAL:
-        high = tl.minimum(high, (tile + 1) * BLOCK)
+        high = tl.minimum(high, (block + 1) * BLOCK)
     live = end > start
     ROUNDED: tl.constexpr = out_ptr.dtype.element_ty != tl.float32
-    q = _tile(q_ptr, rows, live, q_stride, head, K, DOT, WIDTH)
-    grad = _tile(grad_ptr, rows, live, H * K, head, K, DOT, WIDTH)
-    out = _tile(out_ptr, rows, live, H * K, head, K, tl.float32, WIDTH)
+    q = tile(q_ptr, rows, live, q_stride, head * K, K, DOT, WIDTH)
+    grad = tile(grad_ptr, rows, live, H * K, head * K, K, DOT, WIDTH)
+    out = tile(out_ptr, rows, live, H * K, head * K, K, tl.float32, WIDTH)
     delta = tl.sum(grad.to(tl.float32) * out, 1)
     lse = tl.load(lse_ptr + head * total + rows, mask=live, other=0.0)
     dq = tl.zeros((BLOCK, WIDTH), tl.float32)
     excess, mean = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK, WIDTH), tl.float32)
     for first in range(low, high, INNER):
         keys = first + tl.arange(0, INNER)
-        k = _tile(k_ptr, keys, keys < high, k_stride, head // GROUP, K, DOT, WIDTH)
-        v = _tile(v_ptr, keys, keys < high, v_stride, head // GROUP, K, DOT, WIDTH)
-        k, poison = _harmless(k)
+        k = tile(k_ptr, keys, keys < high, k_stride, head // GROUP * K, K, DOT, WIDTH)
+        v = tile(v_ptr, keys, keys < high, v_stride, head // GROUP * K, K, DOT, WIDTH)
+        k, poison = harmless(k)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + poison[None, :]
         dp = tl.dot(grad, tl.trans(v), input_precision="ieee")
         seen = (keys[None, :] >= start[:, None]) & (keys[None, :] < end[:, None])
@@ -161,7 +134,7 @@ def stlm_patch_attention_bwd_q(
     if ROUNDED:
         dq -= excess[:, None] * mean
     tl.store(delta_ptr + head * total + rows, delta + excess, mask=rows < total)
-    _put(dq_ptr, dq * unit, rows, rows < total, H * K, head, K, WIDTH)
+    put(dq_ptr, dq * unit, rows, rows < total, H * K, head * K, K, WIDTH)
 
 
 @triton.jit(do_not_specialize=["total"])
@@ -172,21 +145,21 @@ def stlm_patch_attention_bwd_kv(
     DOT: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
-    kv_head, tile = program % (H // GROUP), program // (H // GROUP)
-    keys = tile * BLOCK + tl.arange(0, BLOCK)
+    kv_head, block = program % (H // GROUP), program // (H // GROUP)
+    keys = block * BLOCK + tl.arange(0, BLOCK)
     start, end, low, high = _reach(bounds_ptr, keys, total)
     if IS_CAUSAL:
-        low = tl.maximum(low, tile * BLOCK)
-    k = _tile(k_ptr, keys, end > start, k_stride, kv_head, K, DOT, WIDTH)
-    v = _tile(v_ptr, keys, end > start, v_stride, kv_head, K, DOT, WIDTH)
+        low = tl.maximum(low, block * BLOCK)
+    k = tile(k_ptr, keys, end > start, k_stride, kv_head * K, K, DOT, WIDTH)
+    v = tile(v_ptr, keys, end > start, v_stride, kv_head * K, K, DOT, WIDTH)
     dk, dv = tl.zeros((BLOCK, WIDTH), tl.float32), tl.zeros((BLOCK, WIDTH), tl.float32)
     for member in range(0, GROUP):
         head = kv_head * GROUP + member
         for first in range(low, high, INNER):
             rows = first + tl.arange(0, INNER)
             inside = rows < high
-            q, q_poison = _harmless(_tile(q_ptr, rows, inside, q_stride, head, K, DOT, WIDTH))
-            grad, poison = _harmless(_tile(grad_ptr, rows, inside, H * K, head, K, DOT, WIDTH))
+            q, q_poison = harmless(tile(q_ptr, rows, inside, q_stride, head * K, K, DOT, WIDTH))
+            grad, poison = harmless(tile(grad_ptr, rows, inside, H * K, head * K, K, DOT, WIDTH))
             lse = tl.load(lse_ptr + head * total + rows, mask=inside, other=0.0)
             delta = tl.load(delta_ptr + head * total + rows, mask=inside, other=0.0)
             shift = poison + q_poison - lse
@@ -199,8 +172,8 @@ def stlm_patch_attention_bwd_kv(
             dp = tl.dot(v, tl.trans(grad), input_precision="ieee")
             ds = tl.where(seen, p * (dp - delta[None, :]), 0.0)
             dk = tl.dot(ds.to(DOT), q, dk, input_precision="ieee")
-    _put(dk_ptr, dk * unit, keys, keys < total, H // GROUP * K, kv_head, K, WIDTH)
-    _put(dv_ptr, dv, keys, keys < total, H // GROUP * K, kv_head, K, WIDTH)
+    put(dk_ptr, dk * unit, keys, keys < total, H // GROUP * K, kv_head * K, K, WIDTH)
+    put(dv_ptr, dv, keys, keys < total, H // GROUP * K, kv_head * K, K, WIDTH)
 
 
 def launch_fwd(
@@ -213,16 +186,11 @@ def launch_fwd(
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(T, H, K) in `out_dtype`, (H, T) fp32 log2-sum-exp2, (2, T) int32 bounds of each row."""
-    (total, heads, _), patches = q.shape, cu_patchlens.shape[0] - 1
-    bounds = torch.empty((2, total), dtype=torch.int32, device=q.device)
-    _launch.launch(
-        stlm_patch_attention_bounds, _launch.ceil_div(total, BOUNDS_BLOCK),
-        cu_patchlens.contiguous(), bounds, patches, total, (patches + 2).bit_length(),
-        BLOCK=BOUNDS_BLOCK, num_warps=4, device=q.device,
-    )  # fmt: skip
+    total, heads, _ = q.shape
+    bounds = row_bounds(cu_patchlens, total, NO_WINDOW)
     out = torch.empty(q.shape, dtype=out_dtype, device=q.device)
     lse = torch.empty((heads, total), dtype=torch.float32, device=q.device)
-    q, k, v = _with_rows(q), _with_rows(k), _with_rows(v)
+    q, k, v = with_rows(q), with_rows(k), with_rows(v)
     options = _options("fwd", q, k, out_dtype)
     _launch.launch(
         stlm_patch_attention_fwd, _launch.ceil_div(total, options["BLOCK"]) * heads,
@@ -246,7 +214,7 @@ def launch_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; the second kernel reads what the first noted of each row."""
     total, device, dtypes = q.shape[0], q.device, (q.dtype, k.dtype, v.dtype)
-    q, k, v, grad = _with_rows(q), _with_rows(k), _with_rows(v), grad.contiguous()
+    q, k, v, grad = with_rows(q), with_rows(k), with_rows(v), grad.contiguous()
     dq, dk, dv = (
         torch.empty(x.shape, dtype=dtype, device=device)
         for x, dtype in zip((q, k, v), dtypes, strict=True)
@@ -266,14 +234,6 @@ def launch_bwd(
         IS_CAUSAL=causal, device=device, **options,
     )  # fmt: skip
     return dq, dk, dv
-
-
-def _with_rows(x: Tensor) -> Tensor:
-    """Slices of packed projections are read where they lie; other layouts are copied."""
-    dense = (
-        x.stride(2) == 1 and x.stride(1) == x.shape[2] and x.stride(0) >= x.shape[1] * x.shape[2]
-    )
-    return x if dense else x.contiguous()
 
 
 def _options(kernel: str, q: Tensor, k: Tensor, dtype: torch.dtype) -> dict[str, object]:

@@ -1,0 +1,34 @@
+"""Random bits by counter, in aten ops: a hash of a seed, a row and a column."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+COLUMN_STEP = 0x9E3779B97F4A7C15 - 2**64
+"""An odd number (2^64 over the golden ratio) that spreads the bits of an id before the mixing."""
+ROW_STEP = 0xD1342543DE82EF95 - 2**64
+"""Another one, for the row."""
+MIX_FIRST, MIX_SECOND = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
+"""SplitMix64's multipliers, as int64 holds them."""
+
+
+def hashed(
+    seed: Tensor,  # () int64
+    rows: Tensor,  # int64, broadcastable with columns
+    columns: Tensor,  # int64
+) -> Tensor:
+    """64 random bits for each pair of a row and a column, int64."""
+    state = _mixed((_mixed(seed) ^ rows) * ROW_STEP)
+    return _mixed((state ^ columns) * COLUMN_STEP)
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """SplitMix64's output function; products wrap as int64 ones do everywhere."""
+    x = (x ^ shifted(x, 30)) * MIX_FIRST
+    x = (x ^ shifted(x, 27)) * MIX_SECOND
+    return x ^ shifted(x, 31)
+
+
+def shifted(x: Tensor, by: int) -> Tensor:
+    """The bits of int64 moved right, zeros coming in."""
+    return (x >> by) & ((1 << (64 - by)) - 1)

@@ -1,0 +1,223 @@
+"""Attention in aten ops, piece by piece: some queries against all the keys that they can see.
+
+An op cuts its rows into pieces whose scores stay small; here is what is done with each. Nothing of
+the size of all scores is kept: the backward forms each piece's weights again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._noise import hashed
+
+PIECE_SCORES = 1 << 20
+"""Scores formed at a time: 4 MB in fp32 stay in a core's cache between the passes over them."""
+LEAST_ROWS = 16
+"""Queries below which the products of a very long patch lose their efficiency."""
+
+Place = Tensor | slice
+
+
+class Piece(NamedTuple):
+    """Some queries and all the keys that they can see; -> n patches side by side."""
+
+    rows: Place  # (n, L_q) positions, or a range (n = 1)
+    keys: Place  # (n, L_k)
+    hidden: Tensor | None  # (n or 1, L_q or 1, L_k) bool, True: not seen; None: all are seen
+    mixed: bool  # what is hidden may hold NaN, or a row sees nothing: masked scores do not suffice
+
+
+class Rule(NamedTuple):
+    """How scores become weights."""
+
+    scale: float
+    softcap: float | None = None
+    dropout_p: float = 0.0
+    seed: Tensor | None = None  # () int64, of the dropout
+
+
+class Formed(NamedTuple):
+    """The operands of a piece, (n, H_kv, rows, K), and its weights, (n, H_kv, G L_q, L_k)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    weights: Tensor
+    slope: Tensor | None  # of the softcap
+    kept: Tensor | None  # 1 / (1 - p) where the dropout keeps a weight, else 0
+
+
+def take(x: Tensor, place: Place) -> Tensor:
+    """(n, L, H, K) of (T, H, K)."""
+    if isinstance(place, slice):
+        return x[place][None]
+    return x.index_select(0, place.flatten()).view(*place.shape, *x.shape[1:])
+
+
+def length_of(place: Place) -> int:
+    return place.stop - place.start if isinstance(place, slice) else place.shape[1]
+
+
+def _grouped(x: Tensor, kv_heads: int) -> Tensor:
+    """(n, L, H, K) as (n, H_kv, G L, K): the queries of one key head below each other."""
+    n, length, heads, width = x.shape
+    x = x.reshape(n, length, kv_heads, heads // kv_heads, width)
+    return x.permute(0, 2, 3, 1, 4).reshape(n, kv_heads, -1, width)
+
+
+def _ungrouped(x: Tensor, length: int) -> Tensor:
+    """The way back, (n L, H, K)."""
+    n, kv_heads, rows, width = x.shape
+    x = x.reshape(n, kv_heads, rows // max(1, length), length, width)
+    return x.permute(0, 3, 1, 2, 4).reshape(n * length, -1, width)
+
+
+def _harmless(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows with a NaN or an infinity zeroed; NaN for each of them, 0 for the others (..., 1)."""
+    poison = (x.detach() * 0).sum(-1, keepdim=True)
+    return torch.where(poison == 0, x, 0), poison
+
+
+def _form(q: Tensor, k: Tensor, v: Tensor, piece: Piece, rule: Rule) -> Formed:
+    """A weight of zero does not hide a NaN. Where rows of others are about, the operands go into
+    the products without their non-finite rows, whose scores become NaN instead, before the mask.
+    """
+    kv_heads = k.shape[1]
+    q = _grouped(take(q, piece.rows), kv_heads)
+    k, v = (_grouped(take(x, piece.keys), kv_heads) for x in (k, v))
+    poison = slope = kept = None
+    if _guarded(piece):
+        (q, q_poison), (k, k_poison), (v, v_poison) = map(_harmless, (q, k, v))
+        poison = q_poison + (k_poison + v_poison).transpose(-1, -2)
+    scores = (q * rule.scale) @ k.transpose(-1, -2)
+    if rule.softcap is not None:
+        bent = (scores / rule.softcap).tanh()
+        scores, slope = rule.softcap * bent, 1 - bent * bent
+    if poison is not None:
+        scores = scores + poison
+    if piece.hidden is not None:
+        scores = _masked(scores, piece, float("-inf"))
+    weights = scores.softmax(-1)
+    if _guarded(piece):  # a row may see nothing, and a NaN among the seen reaches all weights
+        weights = _masked(weights, piece)
+    if rule.dropout_p:
+        kept = _kept(piece, weights, rule)
+    return Formed(q, k, v, weights, slope, kept)
+
+
+def _kept(piece: Piece, weights: Tensor, rule: Rule) -> Tensor:
+    """By seed, head, row and key alone, so that the backward finds the same again."""
+    n, kv_heads, grouped_rows, _ = weights.shape
+    rows, keys = (positions(place, weights.device) for place in (piece.rows, piece.keys))
+    group = grouped_rows // max(1, length_of(piece.rows))
+    heads = torch.arange(kv_heads * group, device=weights.device).view(kv_heads, group, 1)
+    row_ids = (heads << 40) ^ rows[:, None, None, :]
+    assert rule.seed is not None
+    bits = hashed(rule.seed, row_ids.reshape(n, kv_heads, grouped_rows, 1), keys[:, None, None])
+    kept = (bits & 0xFFFFFF) >= rule.dropout_p * 2**24
+    return kept.to(weights.dtype) / max(1 - rule.dropout_p, 2.0**-24)
+
+
+def positions(place: Place, device: torch.device) -> Tensor:
+    """(n, L) int64."""
+    if isinstance(place, slice):
+        return torch.arange(place.start, place.stop, device=device)[None]
+    return place
+
+
+def _guarded(piece: Piece) -> bool:
+    return piece.mixed and piece.hidden is not None
+
+
+def _masked(x: Tensor, piece: Piece, value: float = 0.0) -> Tensor:
+    """(n, H_kv, G L_q, L_k) with `value` where a key is hidden from a query."""
+    assert piece.hidden is not None
+    length = length_of(piece.rows)
+    n, kv_heads, rows, keys = x.shape
+    by_query = x.reshape(n, kv_heads, rows // max(1, length), length, keys)
+    return by_query.masked_fill(piece.hidden[:, None, None], value).reshape(x.shape)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, piece: Piece, rule: Rule) -> Tensor:
+    """(n L_q, H, K)."""
+    formed = _form(q, k, v, piece, rule)
+    weights = formed.weights if formed.kept is None else formed.weights * formed.kept
+    return _ungrouped(weights @ formed.v, length_of(piece.rows))
+
+
+def attend_plainly(q: Tensor, k: Tensor, v: Tensor, pieces: Iterable[Piece], rule: Rule) -> Tensor:
+    """(T, H, K), from ops that torch differentiates any number of times; zeros outside pieces."""
+    values, places = [], []
+    for piece in pieces:
+        values.append(_attend(q, k, v, piece, rule))
+        places.append(positions(piece.rows, q.device).flatten())
+    if not values:
+        return torch.zeros_like(q)
+    return torch.zeros_like(q).index_copy(0, torch.cat(places), torch.cat(values))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, pieces: Iterable[Piece], rule: Rule) -> Tensor:
+    """(T, H, K); the result of each piece goes where it belongs at once."""
+    out = torch.zeros_like(q)
+    for piece in pieces:
+        _write(out, piece.rows, _attend(q, k, v, piece, rule))
+    return out
+
+
+def gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, pieces: Iterable[Piece], rule: Rule
+) -> tuple[Tensor, ...]:
+    """Of q, k and v; each piece owns its queries, and pieces given by ranges add to their keys."""
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for piece in pieces:
+        formed = _form(q, k, v, piece, rule)
+        up, weights = _grouped(take(grad, piece.rows), k.shape[1]), formed.weights
+        if _guarded(piece):
+            up, poison = _harmless(up)
+            weights = _masked(weights + poison, piece)
+        dweights = up @ formed.v.transpose(-1, -2)
+        if formed.kept is not None:
+            dweights = dweights * formed.kept
+        product = weights * dweights
+        dscores = product.sub_(weights * product.sum(-1, keepdim=True)).mul_(rule.scale)
+        if formed.slope is not None:
+            dscores = dscores * formed.slope
+        if formed.kept is not None:
+            weights = weights * formed.kept
+        if _guarded(piece):
+            dscores = _masked(dscores, piece)
+        _write(dq, piece.rows, _ungrouped(dscores @ formed.k, length_of(piece.rows)))
+        keys = length_of(piece.keys)
+        _add(dk, piece.keys, _ungrouped(dscores.transpose(-1, -2) @ formed.q, keys))
+        _add(dv, piece.keys, _ungrouped(weights.transpose(-1, -2) @ up, keys))
+    return dq, dk, dv
+
+
+def recorded_gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, pieces: Iterable[Piece], rule: Rule
+) -> tuple[Tensor, ...]:
+    """The gradients through autograd, for somebody who differentiates them again."""
+    leaves = [x if x.requires_grad else x.detach().requires_grad_() for x in (q, k, v)]
+    out = attend_plainly(leaves[0], leaves[1], leaves[2], pieces, rule)
+    if not out.requires_grad:  # there is no piece
+        return tuple(map(torch.zeros_like, leaves))
+    return torch.autograd.grad(out, leaves, grad, create_graph=True, materialize_grads=True)
+
+
+def _write(x: Tensor, place: Place, values: Tensor) -> None:
+    if isinstance(place, slice):
+        x[place] = values
+    else:
+        x.index_copy_(0, place.flatten(), values)
+
+
+def _add(x: Tensor, place: Place, values: Tensor) -> None:
+    """Folded patches own their keys; pieces by ranges may share them."""
+    if isinstance(place, slice):
+        x[place] += values
+    else:
+        x.index_copy_(0, place.flatten(), values)

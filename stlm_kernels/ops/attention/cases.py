@@ -1,0 +1,92 @@
+"""Shapes, inputs, bytes and FLOPs of attention for tests, benchmarks and tuning."""
+
+from __future__ import annotations
+
+import torch
+
+from ..._inputs import patch_borders
+from ..._spec import Case, Inputs, OpSpec, case
+from .op import attention
+from .reference import reference, yardstick
+
+MILLION = 1 << 20
+
+CASES = (
+    case("smoke", B=2, T=70, H=2, KV=1, K=16),
+    case("smoke", T=75, S=4, H=2, KV=2, K=48, W=20, borders="tail"),
+    case("edge", T=150, H=1, KV=1, K=16, W=1),
+    case("edge", T=200, H=1, KV=1, K=32, W=70, scale=0.5),
+    case("edge", T=40, S=60, H=3, KV=1, K=16, borders="ragged", scale=0.7),
+    case("edge", T=65, H=1, KV=1, K=64, scale=-0.1),
+    case("edge", T=36, S=2, H=2, KV=1, K=128, borders="even"),
+    case("edge", T=0, S=3, H=2, KV=1, K=16, borders="even"),
+    case("edge", B=0, T=5, H=1, KV=1, K=16),
+    case("edge", T=30, S=5, H=1, KV=1, K=16, borders="hollow"),
+    case("long", T=1501, H=2, KV=1, K=16, W=100, S=4, borders="tail"),
+    case("long", T=603, S=2, H=2, KV=1, K=16, borders="tail"),
+    case("aot", B=8, T=512, H=16, KV=4, K=48),
+    case("aot", T=4096, S=8, H=8, KV=8, K=64, W=128, borders="ragged"),
+    case("aot_full", B=8, T=512, H=16, KV=4, K=16),
+    case("aot_full", B=8, T=2048, H=16, KV=4, K=32),
+    case("aot_full", T=4096, S=8, H=16, KV=4, K=48, borders="ragged"),
+    case("aot_full", T=4096, S=8, H=8, KV=2, K=128, W=128, borders="ragged"),
+    case("huge", B=68, T=250_000, H=4, KV=4, K=32, W=64),
+    case("bench", B=24, T=512, H=16, KV=4, K=32),
+    case("bench", B=16, T=512, H=16, KV=4, K=48),
+    case("bench", B=16, T=2048, H=12, KV=4, K=64),
+    *(case("bench", B=8, T=8192, H=8, KV=8, K=64, W=window) for window in (128, 256, 512, 1024)),
+    *(case("bench", B=8, T=8192, H=16, KV=4, K=32, W=window) for window in (128, 256)),
+    case("bench", T=65_536, S=100, H=8, KV=8, K=64, W=512, borders="ragged"),
+    case("bench", T=65_536, S=8, H=8, KV=2, K=64, borders="ragged"),
+    case("bench_cpu", B=4, T=256, H=8, KV=2, K=32),
+    case("bench_cpu", T=1024, S=6, H=8, KV=2, K=32, borders="ragged"),
+    case("bench_cpu", B=1, T=1024, H=8, KV=2, K=32, W=64),
+)
+
+
+def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
+    """Arguments of attention; on the CPU first, so that every device sees the same values."""
+    rng = torch.Generator().manual_seed(seed)
+    rows = (case["B"], case["T"]) if "B" in case.sizes else (case["T"],)
+    make = torch.float64 if case["T"] < MILLION and "huge" not in case.tags else torch.float32
+    inputs: Inputs = {
+        name: torch.randn(*rows, heads, case["K"], generator=rng, dtype=make).to(device, dtype)
+        for name, heads in (("q", case["H"]), ("k", case["KV"]), ("v", case["KV"]))
+    }
+    if "S" in case.sizes:
+        borders = patch_borders(case["borders"], case["T"], case["S"], rng)
+        inputs["cu_seqlens"] = borders.to(device)
+    return inputs | {"window": case.get("W"), "scale": case.get("scale")}
+
+
+def bytes_moved(case: Case, dtype: torch.dtype, direction: str) -> int:
+    """q, k, v and the result once; backward: these, the upstream gradient, three gradients."""
+    rows = case.get("B", 1) * case["T"] * case["K"]
+    query, key = rows * case["H"], rows * case["KV"]
+    return dtype.itemsize * ((2 if direction == "fwd" else 4) * (query + key))
+
+
+def flops(case: Case, direction: str) -> int:
+    """Two products forward, five backward, over what causal rows see in documents of equal size."""
+    documents = max(1, case.get("S", 1))
+    length = max(1, case["T"] // documents)
+    reach = min(case.get("W") or length, length)
+    pairs = case.get("B", 1) * documents * (length * reach - reach * (reach - 1) // 2)
+    return (4 if direction == "fwd" else 10) * pairs * case["H"] * case["K"]
+
+
+MMA_KERNELS = ("attention_fwd", "attention_bwd_q", "attention_bwd_kv")
+
+SPEC = OpSpec(
+    name="attention",
+    op=attention,
+    reference=reference,
+    yardstick=yardstick,
+    make_inputs=make_inputs,
+    cases=CASES,
+    bytes_moved=bytes_moved,
+    flops=flops,
+    grad_args=("q", "k", "v"),
+    kernels=("row_bounds", *MMA_KERNELS),
+    mma_kernels=MMA_KERNELS,
+)

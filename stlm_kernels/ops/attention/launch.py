@@ -1,0 +1,90 @@
+"""What the attention kernels take, and the configuration each is launched with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import _checks
+from ..._launch import Config, config_for
+
+WIDTHS = (16, 32, 48, 64, 128)
+WIDE, LONG = 96, 1024
+"""From this width and length on, dense attention is a library's: cuDNN's on Hopper."""
+
+
+def unsupported_reasons(**arguments: Any) -> list[str]:
+    """Why the kernels cannot take this call; empty if they can."""
+    dtype, reasons = arguments["q"].dtype, _without_kernel(**arguments)
+    if dtype not in _checks.KERNEL_FLOATS:
+        reasons.append(f"q is {dtype}; the kernels take float32, bfloat16 and float16")
+    return reasons
+
+
+def declined_reasons(**arguments: Any) -> list[str]:
+    """Why the torch path is preferred, or is by design the only one; nothing warns of it."""
+    reasons = _without_kernel(**arguments)
+    q: Tensor = arguments["q"]
+    window = arguments["window"]
+    dense = q.dim() == 4 or arguments["cu_seqlens"] is None
+    length, width = q.shape[-3], q.shape[-1]
+    reproducible = torch.are_deterministic_algorithms_enabled()
+    dense = dense and (window is None or window >= length)
+    if dense and width >= WIDE and length >= LONG and not reproducible:
+        reasons.append(f"dense attention of {length} rows with heads of {width} is faster in SDPA")
+    return reasons
+
+
+def _without_kernel(
+    *,
+    q: Tensor,
+    causal: bool,
+    softcap: float | None,
+    dropout_p: float,
+    **_: Any,
+) -> list[str]:
+    reasons = []
+    if q.shape[-1] not in WIDTHS:
+        widths = ", ".join(map(str, WIDTHS))
+        reasons.append(f"heads are {q.shape[-1]} wide; the kernels take {widths}")
+    if not causal:
+        reasons.append("causal is False; the kernels are causal")
+    if softcap is not None:
+        reasons.append("softcap is given; the kernels have none")
+    if dropout_p:
+        reasons.append("dropout_p is not 0; the kernels drop nothing")
+    return reasons
+
+
+def main_columns(width: int) -> int:
+    """The largest power of two within a head; heads of 48 are 32 + 16 columns."""
+    return 1 << (width.bit_length() - 1)
+
+
+def rows_config(
+    kernel: str, width: int, reach: int, dtype: torch.dtype, device: torch.device
+) -> Config:
+    """`BLOCK` rows that a program owns, `INNER` rows of the other side that it takes at a time.
+
+    `reach`: how far back a row can see. Blocks of 64 rows waste little on a short reach; a long
+    one is worth larger ones. Products in fp32 run without tensor cores and hold their operands in
+    registers. What is smaller or has more warps than the rest would spill otherwise (ahead-of-time
+    lane, sm_90).
+    """
+    long = reach > 512
+    default = {"BLOCK": 64, "INNER": 64, "num_warps": 4, "num_stages": 2}
+    if kernel == "fwd" and long and width <= 64:
+        default |= {"BLOCK": 128, "num_warps": 8}
+    if width == 48 and kernel != "fwd":
+        default |= {"INNER": 32}
+    if width == 128:
+        inner = 16 if kernel == "bwd_q" else 32
+        stages = 2 if kernel == "fwd" else 1
+        default |= {"INNER": inner, "num_warps": 8, "num_stages": stages}
+    if dtype == torch.float32:
+        block = 32 if width <= 32 else 16
+        default = {"BLOCK": block, "INNER": 16, "num_warps": 4, "num_stages": 1}
+    bucket = f"K{width}-{'long' if long else 'short'}-{str(dtype).removeprefix('torch.')}"
+    return config_for(f"attention_{kernel}", bucket, default, device)

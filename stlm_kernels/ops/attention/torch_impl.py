@@ -1,0 +1,300 @@
+"""attention in aten ops: SDPA where it fits, else blocks of queries over the keys that they see.
+
+SDPA takes dense calls, and documents grouped by length into batches. Its backward cannot be
+differentiated, so one that is itself recorded goes through the plain composition. Windows, softcap
+and dropout, non-finite operands (of which SDPA lets hidden ones through), torch.func, and documents
+under compile go through pieces: a block of rows meets one range of keys, so that memory stays small
+and the work of a window grows with T x window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ... import _checks, _pieces
+from ..._pieces import LEAST_ROWS, Piece, Place, Rule
+from ..._rounding import rounded
+
+LEAST_BLOCK = 64
+"""Rows of a block in a short window: smaller ones waste more on each op than on hidden keys."""
+SHORT = 64
+"""Documents up to this length share a batch with others up to the same power of two."""
+
+
+class Options(NamedTuple):
+    causal: bool
+    window: int | None
+    scale: float
+    softcap: float | None
+    dropout_p: float
+
+
+class Group(NamedTuple):
+    """Documents that SDPA takes as one batch."""
+
+    rows: Place  # (n, L) int64, or one document's range
+    valid: Tensor | None  # (n, L) bool; None: all. What is not valid repeats the first row.
+
+
+def attention(
+    q: Tensor,  # (B, T, H, K)
+    k: Tensor,  # (B, T, H_kv, K)
+    v: Tensor,  # (B, T, H_kv, K)
+    cu_seqlens: Tensor | None,  # (S+1,) int32, with B = 1
+    options: Options,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """(B, T, H, K) in `out_dtype`."""
+    dense = cu_seqlens is None
+    unread = _checks.inside_torch_func() or (torch.compiler.is_compiling() and not dense)
+    windowed = options.window is not None and options.window < q.shape[1]
+    stock = not (unread or windowed or options.softcap or options.dropout_p or q.numel() == 0)
+    # The library's kernels for 16 bits are on GPUs; on a CPU fp32 is faster and more exact.
+    narrow = stock and dense and not q.is_cpu
+    compute = out_dtype if narrow else torch.promote_types(out_dtype, torch.float32)
+    q, k, v = (rounded(x, out_dtype, compute) for x in (q, k, v))
+    with torch.autocast(q.device.type, enabled=False):
+        if not stock:
+            out = _in_pieces(q, k, v, cu_seqlens, options)
+        elif torch.compiler.is_compiling():
+            out = _sdpa(q, k, v, options)
+        elif _hides_poison(options, q, k, v):
+            out = _in_pieces(q, k, v, cu_seqlens, options)
+        elif torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+            out = _Stock.apply(q, k, v, cu_seqlens, options)
+        else:
+            out = _stock(q, k, v, cu_seqlens, options)
+    return out.to(out_dtype, copy=True)  # `out` may be a view, which nobody could change in place
+
+
+# SDPA
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, options: Options, mask: Tensor | None = None) -> Tensor:
+    """(B, T, H, K) of the same."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        mask,
+        is_causal=options.causal,
+        scale=options.scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return out.transpose(1, 2)
+
+
+def _stock(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, options: Options) -> Tensor:
+    if cu_seqlens is None:
+        return _sdpa(q, k, v, options)
+    values, places = [], []
+    for rows, valid in _groups(cu_seqlens, q.shape[1]):
+        mask = None
+        if valid is not None and not options.causal:  # causal rows never see what fills up the end
+            mask = valid[:, None, None]
+        q_part, k_part, v_part = (_pieces.take(x[0], rows) for x in (q, k, v))
+        part = _sdpa(q_part, k_part, v_part, options, mask).flatten(0, 1)
+        place = _pieces.positions(rows, q.device).flatten()
+        if valid is not None:
+            part, place = part[valid.flatten()], place[valid.flatten()]
+        values.append(part)
+        places.append(place)
+    out = torch.zeros_like(q[0])
+    if values:
+        out = out.index_copy(0, torch.cat(places), torch.cat(values))
+    return out[None]
+
+
+def _groups(cu_seqlens: Tensor, total: int) -> Iterator[Group]:
+    """Long documents by their length, short ones by the power of two above it."""
+    borders = _checks.clamped_bounds(cu_seqlens, total).cpu().long()
+    starts, lengths = borders[:-1], borders.diff()
+    folded = torch.where(lengths <= SHORT, _power_above(lengths), lengths)
+    device = cu_seqlens.device
+    for size in folded[lengths > 0].unique().tolist():
+        here = (folded == size) & (lengths > 0)
+        group = starts[here]
+        if size > SHORT and group.shape[0] == 1:
+            first = int(group)
+            yield Group(slice(first, first + size), None)
+            continue
+        slots = torch.arange(size)
+        valid = slots < lengths[here, None]
+        rows = group[:, None] + torch.where(valid, slots, 0)
+        yield Group(rows.to(device), None if bool(valid.all()) else valid.to(device))
+
+
+def _power_above(lengths: Tensor) -> Tensor:
+    return 2 ** lengths.clamp(min=1).double().log2().ceil().long()
+
+
+def _hides_poison(options: Options, *tensors: Tensor) -> bool:
+    """Whether SDPA would show rows what they must not see: 0 * NaN is NaN."""
+    if not options.causal or not tensors[0].is_cpu:
+        return False
+    return not all(bool(x.sum().isfinite()) for x in tensors)
+
+
+class _Stock(torch.autograd.Function):
+    """SDPA with its own backward, for as long as nobody differentiates that."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, options: Options
+    ) -> Tensor:
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        with torch.enable_grad():
+            out = _stock(leaves[0], leaves[1], leaves[2], cu_seqlens, options)
+        ctx.recorded, ctx.leaves, ctx.options = out, leaves, options
+        ctx.save_for_backward(q, k, v, cu_seqlens)
+        return out.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, cu_seqlens = ctx.saved_tensors
+        empty = not ctx.recorded.requires_grad  # there is no document
+        if empty or torch.is_grad_enabled() or _hides_poison(ctx.options, *grads):
+            derived = _gradients(grads[0], q, k, v, cu_seqlens, ctx.options, None)
+        else:
+            derived = torch.autograd.grad(
+                ctx.recorded, ctx.leaves, grads, retain_graph=True, materialize_grads=True
+            )
+        return *derived, None, None
+
+
+# Pieces
+
+
+def _in_pieces(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, options: Options
+) -> Tensor:
+    seed = None
+    if options.dropout_p:
+        seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=q.device)
+    if _checks.inside_torch_func():
+        cut, rule = _cutter(q, cu_seqlens, options), _rule(options, seed)
+        flat_q, flat_k, flat_v = _flat(q, k, v)
+        return _pieces.attend_plainly(flat_q, flat_k, flat_v, cut(True), rule).view(q.shape)
+    return _InPieces.apply(q, k, v, cu_seqlens, options, seed)
+
+
+def _rule(options: Options, seed: Tensor | None) -> Rule:
+    return Rule(options.scale, options.softcap, options.dropout_p, seed)
+
+
+def _flat(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A batch as one stream of rows, (B T, H, K)."""
+    return q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+
+
+def _cutter(
+    q: Tensor, cu_seqlens: Tensor | None, options: Options
+) -> Callable[[bool], Iterator[Piece]]:
+    """What cuts the rows of a call into pieces, told whether operands are mixed with NaN."""
+    batch, length, heads, _ = q.shape
+    total, device = batch * length, q.device
+    rows = torch.arange(total, device=device)
+    if cu_seqlens is None:
+        start = rows // max(1, length) * length
+        end = start + length
+    else:
+        borders = _checks.clamped_bounds(cu_seqlens, total).long()
+        document = torch.searchsorted(borders, rows, right=True)  # 0 and S + 1 are none
+        bounds = torch.cat([borders.new_zeros(1), borders, borders[-1:]])
+        inside = (document > 0) & (document < borders.shape[0])
+        start, end = bounds[document], bounds[document + 1]
+        start, end = torch.where(inside, start, 0), torch.where(inside, end, 0)
+    reach = total
+    if options.window is not None:
+        reach = min(options.window, total)
+        start = torch.maximum(start, rows - reach + 1).minimum(end)
+    if options.causal:
+        end = end.minimum(rows + 1)
+    return lambda mixed: _cut(start, end, heads, reach, options.causal, mixed)
+
+
+def _cut(
+    start: Tensor, end: Tensor, heads: int, reach: int, causal: bool, mixed: bool
+) -> Iterator[Piece]:
+    """Blocks of rows; row t sees the keys from start[t] to end[t]."""
+    total, read = start.shape[0], not _unread()
+    widest = max(1, heads * min(total, 2 * reach))
+    step = min(max(reach, LEAST_BLOCK), _pieces.PIECE_SCORES // widest)
+    step = max(LEAST_ROWS, step)
+    for first in range(0, total, step):
+        last = min(total, first + step)
+        low, high = start[first:last], end[first:last]
+        sees = high > low
+        if read:
+            if not bool(sees.any()):
+                continue
+            least, most = int(low[sees].min()), int(high.max())
+            sighted = bool(sees.all())
+        else:
+            least, most = max(0, first - reach + 1), last if causal else total
+            sighted = False
+        keys = torch.arange(least, most, device=start.device)
+        hidden = (keys < low[:, None]) | (keys >= high[:, None])
+        yield Piece(slice(first, last), slice(least, most), hidden[None], mixed or not sighted)
+
+
+def _unread() -> bool:
+    return torch.compiler.is_compiling() or _checks.inside_torch_func()
+
+
+def _mixed(*tensors: Tensor) -> bool:
+    """Whether hidden rows may hold NaN; not looked at where that would cost a synchronisation."""
+    return not _checks.values_visible() or not all(bool(x.sum().isfinite()) for x in tensors)
+
+
+def _gradients(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    options: Options,
+    seed: Tensor | None,
+) -> tuple[Tensor, ...]:
+    derive = _pieces.gradients
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        derive = _pieces.recorded_gradients
+    flat_q, flat_k, flat_v = _flat(q, k, v)
+    pieces = _cutter(q, cu_seqlens, options)(_mixed(grad, q, k, v))
+    derived = derive(grad.flatten(0, 1), flat_q, flat_k, flat_v, pieces, _rule(options, seed))
+    return tuple(dx.view(x.shape) for dx, x in zip(derived, (q, k, v), strict=True))
+
+
+class _InPieces(torch.autograd.Function):
+    """Attention whose backward forms the weights again, piece by piece."""
+
+    @staticmethod
+    def forward(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor | None,
+        options: Options,
+        seed: Tensor | None,
+    ) -> Tensor:
+        pieces = _cutter(q, cu_seqlens, options)(_mixed(q, k, v))
+        flat_q, flat_k, flat_v = _flat(q, k, v)
+        out = _pieces.attend(flat_q, flat_k, flat_v, pieces, _rule(options, seed))
+        return out.view(q.shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        q, k, v, cu_seqlens, ctx.options, seed = inputs
+        ctx.save_for_backward(q, k, v, cu_seqlens, seed)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, cu_seqlens, seed = ctx.saved_tensors
+        derived = _gradients(grads[0], q, k, v, cu_seqlens, ctx.options, seed)
+        return *derived, None, None, None
