@@ -2,6 +2,7 @@
 
 from .config import DOCUMENT_START, PRESETS, ModelConfig
 from .evaluate import bits_per_byte
+from .incremental import NgramState, PatchState, PoolState
 from .layers import Attention, BytePatcher, BytePooling, ByteUnpooling, TiedEmbedding
 from .model import STLM
 
@@ -14,6 +15,9 @@ __all__ = [
     "BytePooling",
     "ByteUnpooling",
     "ModelConfig",
+    "NgramState",
+    "PatchState",
+    "PoolState",
     "TiedEmbedding",
     "bits_per_byte",
 ]

@@ -20,8 +20,8 @@ from stlm_kernels import (
     unpool,
 )
 
-from .attention import Attention, document_starts
-from .norms import rms_norm
+from .attention import Attention
+from .ngrams import NgramPooling, ngram_hashes
 
 __all__ = [
     "Attention",
@@ -30,10 +30,8 @@ __all__ = [
     "ByteUnpooling",
     "NgramPooling",
     "TiedEmbedding",
-    "TransformerBlock",
+    "ngram_hashes",
 ]
-
-HASH_BASE = 1_000_000_007
 
 
 class BytePatcher(nn.Module):
@@ -220,93 +218,9 @@ class TiedEmbedding(nn.Module):
         )
 
 
-class NgramPooling(nn.Module):
-    """Pooled embeddings of hashed byte n-grams, added to a patch's input.
-
-    A table row stands for every n-gram with its hash; an n-gram never reaches across documents.
-    Pooling comes before the projection, so that it runs on P rows instead of T.
-
-    Args:
-        sizes: the lengths n, one table each.
-        buckets: rows M of a table.
-        dim: width of a table.
-        out_dim: width of the result.
-    """
-
-    def __init__(self, sizes: tuple[int, ...], buckets: int, dim: int, out_dim: int) -> None:
-        super().__init__()
-        self.sizes = sizes
-        self.tables = nn.ParameterList(torch.randn(buckets, dim) * dim**-0.5 for _ in sizes)
-        self.projection = nn.Linear(dim, out_dim, bias=False)
-
-    def forward(
-        self, byte_ids: Tensor, patches: Patches, cu_seqlens: Tensor, *, mode: str = "mean"
-    ) -> Tensor:
-        """byte_ids (T,), cu_seqlens (S+1,) in bytes -> (P, out_dim)."""
-        pooled = [
-            byte_pool(
-                ngram_hashes(byte_ids, size, len(table), cu_seqlens),
-                table,
-                patches.cu_patchlens,
-                mode=mode,
-            )
-            for size, table in zip(self.sizes, self.tables, strict=True)
-        ]
-        return self.projection(torch.stack(pooled).sum(0) if len(pooled) > 1 else pooled[0])
-
-
-def ngram_hashes(byte_ids: Tensor, size: int, buckets: int, cu_seqlens: Tensor) -> Tensor:
-    """The rolling hash of the last `size` ids at each byte, (T,) int64 in [0, buckets).
-
-    floor-mod by buckets of the int64-wrapped sum over j < size of id[t-size+1+j] * 1,000,000,007^j,
-    ids before the document counting as 0.
-    """
-    length = byte_ids.shape[0]
-    ids = byte_ids.long()
-    offset_in_document = torch.arange(length, device=ids.device)
-    offset_in_document = offset_in_document - document_starts(cu_seqlens, length)
-    total = torch.zeros_like(ids)
-    for j in range(size):
-        back = size - 1 - j
-        earlier = F.pad(ids, (back, 0))[:length].masked_fill(offset_in_document < back, 0)
-        total = total + earlier * _wrapped(HASH_BASE**j)
-    return total.remainder(buckets)
-
-
-def _wrapped(value: int) -> int:
-    """The int64 that `value` overflows to."""
-    return (value + 2**63) % 2**64 - 2**63
-
-
 def dense_cu_seqlens(byte_ids: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
     """Document borders of dense (B, T) ids, whose rows are the documents."""
     if cu_seqlens is not None:
         raise ValueError("cu_seqlens: expected None with dense byte_ids, got a tensor")
     rows, length = byte_ids.shape
     return torch.arange(rows + 1, dtype=torch.int32, device=byte_ids.device) * length
-
-
-class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x))."""
-
-    def __init__(self, dim: int, hidden_dim: int) -> None:
-        super().__init__()
-        self.gate = nn.Linear(dim, hidden_dim, bias=False)
-        self.up = nn.Linear(dim, hidden_dim, bias=False)
-        self.down = nn.Linear(hidden_dim, dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
-
-
-class TransformerBlock(nn.Module):
-    """Pre-norm attention and SwiGLU on a residual stream, (B, T, D) or packed (T, D)."""
-
-    def __init__(self, attention: Attention, hidden_dim: int) -> None:
-        super().__init__()
-        self.attention = attention
-        self.feed_forward = SwiGLU(attention.dim, hidden_dim)
-
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        x = x + self.attention(rms_norm(x), cu_seqlens=cu_seqlens)
-        return x + self.feed_forward(rms_norm(x))

@@ -10,46 +10,20 @@ from torch import Tensor, nn
 from stlm_kernels import Patches
 
 from . import decoding
-from .attention import document_starts
+from .attention import Attention, document_starts
 from .config import ModelConfig
 from .layers import (
-    Attention,
     BytePatcher,
     ByteUnpooling,
     NgramPooling,
     TiedEmbedding,
-    TransformerBlock,
     dense_cu_seqlens,
 )
 from .norms import rms_norm
+from .transformer import PatchCore, TransformerBlock
 
 IGNORED = -100
 """The target of a position that counts for nothing."""
-
-
-class PatchCore(nn.Module):
-    """A causal transformer over the patches of each document: (P, core_dim) -> (P, core_dim)."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(
-            TransformerBlock(
-                Attention(
-                    config.core_dim,
-                    config.core_heads,
-                    kv_heads=config.core_kv_heads,
-                    qk_norm=config.qk_norm,
-                    rope_base=config.rope_base,
-                ),
-                config.core_ff,
-            )
-            for _ in range(config.core_layers)
-        )
-
-    def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x, cu_seqlens)
-        return x
 
 
 class STLM(nn.Module):
