@@ -1,5 +1,6 @@
 """Light PyTorch modules and byte-level Super Tiny Language Models on top of `stlm_kernels`."""
 
+from .cache import KVCache
 from .config import DOCUMENT_START, PRESETS, ModelConfig
 from .evaluate import bits_per_byte
 from .incremental import NgramState, PatchState, PoolState
@@ -14,6 +15,7 @@ __all__ = [
     "BytePatcher",
     "BytePooling",
     "ByteUnpooling",
+    "KVCache",
     "ModelConfig",
     "NgramState",
     "PatchState",

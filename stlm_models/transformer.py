@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import Attention
+from .cache import CacheRows, KVCache
 from .config import ModelConfig
 from .norms import rms_norm
 
@@ -31,8 +35,14 @@ class TransformerBlock(nn.Module):
         self.attention = attention
         self.feed_forward = SwiGLU(attention.dim, hidden_dim)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        x = x + self.attention(rms_norm(x), cu_seqlens=cu_seqlens)
+    def forward(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor | None = None,
+        cache: KVCache | CacheRows | None = None,
+    ) -> Tensor:
+        """See `Attention.forward`."""
+        x = x + self.attention(rms_norm(x), cu_seqlens=cu_seqlens, cache=cache)
         return x + self.feed_forward(rms_norm(x))
 
 
@@ -55,7 +65,32 @@ class PatchCore(nn.Module):
             for _ in range(config.core_layers)
         )
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x, cu_seqlens)
-        return x
+    def forward(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor | None = None,
+        caches: Sequence[KVCache | CacheRows] | None = None,
+    ) -> Tensor:
+        """The patches of whole documents, or beside caches the next one of each row, (B, 1, D)."""
+        return run_blocks(self.blocks, x, cu_seqlens, caches)
+
+    def new_caches(self, batch: int) -> list[KVCache]:
+        """Empty caches of the layers, for this many rows."""
+        return new_caches(self.blocks, batch)
+
+
+def run_blocks(
+    blocks: nn.ModuleList,
+    x: Tensor,
+    cu_seqlens: Tensor | None,
+    caches: Sequence[KVCache | CacheRows] | None,
+) -> Tensor:
+    """One block after another, each with its cache where there are caches."""
+    for i, block in enumerate(blocks):
+        x = block(x, cu_seqlens, None if caches is None else caches[i])
+    return x
+
+
+def new_caches(blocks: nn.ModuleList, batch: int) -> list[KVCache]:
+    """An empty cache for each block."""
+    return [cast(TransformerBlock, block).attention.new_cache(batch) for block in blocks]
