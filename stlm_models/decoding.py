@@ -35,8 +35,10 @@ def generate(
 ) -> bytes:
     """The bytes that follow the prompt, without it.
 
-    The prompt begins a document. Once it and its continuation outgrow `config.context`, the model
-    goes on from the last half context, cut at a patch border; the end of the prompt is never lost.
+    The prompt, which begins a document, is run once; each byte then costs one row of each byte
+    layer, and the core runs when a patch closes. Once the prompt and its continuation outgrow
+    `config.context`, the model begins anew with the last half context, cut at a patch border; the
+    end of the prompt is never lost.
 
     Args:
         prompt: bytes, or text to encode as UTF-8; may be empty.

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_models import TEXT, packed
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stlm_kernels import Patches, byte_pool, find_patches, segment_pool
 from stlm_models import NgramState, PatchState, PoolState
@@ -196,6 +197,36 @@ class TestPoolState:
         for dtype in (torch.bfloat16, torch.float16, torch.float64):
             pool = PoolState(2, 3, "mean")
             assert pool.step(torch.ones(2, 3, dtype=dtype), torch.ones(2).bool()).dtype == dtype
+
+
+class Recorder(TorchDispatchMode):
+    """The names of the ops that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[str] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.ops.append(str(op))
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", RULES, ids=str)
+def test_a_step_is_the_same_few_ops_for_any_batch(options: dict[str, Any]) -> None:
+    recorded = []
+    for batch in (1, 9):
+        ids = torch.full((batch,), 32, dtype=torch.int16)
+        patching, ngrams = PatchState(batch, **options), NgramState(batch, (2, 3), [61, 61])
+        pools = [PoolState(batch, 4, mode) for mode in MODES]
+        with Recorder() as recorder:
+            closed = patching.step(ids)
+            ngrams.step(ids)
+            for pool in pools:
+                pool.step(torch.ones(batch, 4), closed)
+        recorded.append(recorder.ops)
+    assert recorded[0] == recorded[1]
+    # Each of these waits for the device.
+    assert not any("_local_scalar_dense" in op or "nonzero" in op for op in recorded[0])
 
 
 def test_ids_of_any_dtype() -> None:
