@@ -55,6 +55,14 @@ class TestAttention:
         assert cache.longest == max(lengths)
         assert cache.k.shape[1] == {None: 128}.get(window, window)
 
+    def test_memory_follows_the_longest_row(self) -> None:
+        cache = KVCache(4, 2, 6)
+        for step in range(160):
+            cache.append(torch.ones(1, 2, 6), torch.ones(1, 2, 6), rows=torch.tensor([step % 4]))
+        # 160 positions in all, but only 40 in a row.
+        assert cache.lens.tolist() == [40] * 4
+        assert cache.k.shape == (4, 64, 2, 6)
+
     def test_packed_outputs_do_not_change_with_a_cache(self) -> None:
         layer = Attention(16, 2, window=4)
         x = torch.randn(12, 16)
@@ -224,6 +232,13 @@ class TestCost:
         assert core.rows == [shown, *per_step[per_step > 0].tolist()]
         assert 0 < len(core.rows) < 60
         assert decoder.rows == [sum(map(len, prompts)) + 3, *[3] * 59]
+
+    def test_rows_that_are_left_out_cost_nothing(self) -> None:
+        model = scrambled()
+        run = CachedRun(model, [[DOCUMENT_START, 97]] * 3)
+        core, decoder = Counted.calls_of(model.core), Counted.calls_of(model.decoder[0])
+        run.step(torch.full((3,), 32), [0, 2])
+        assert core.rows == decoder.rows == [2]
 
     @torch.no_grad()
     def test_only_rows_beyond_the_context_are_rebuilt(self) -> None:
