@@ -10,7 +10,7 @@ import torch
 from test_models import CLOSE, RULES, TEXT, TINY, ids_of, scrambled
 from torch import Tensor, nn
 
-from stlm_models import STLM, Attention, KVCache
+from stlm_models import STLM, Attention, KVCache, ModelConfig
 from stlm_models.attention import _decode_attention
 from stlm_models.cached import CachedRun
 from stlm_models.config import DOCUMENT_START
@@ -118,14 +118,18 @@ VARIANTS = {
 }
 
 
+def varied(config: ModelConfig = TINY, core: nn.Module | None = None) -> STLM:
+    """Sharp enough for a greedy choice that no rounding turns, flat enough to vary."""
+    model = scrambled(config, core)
+    nn.init.normal_(model.embedding.weight, std=0.3)
+    return model
+
+
 @pytest.fixture(params=VARIANTS, name="model")
 def model_of_each_kind(request: pytest.FixtureRequest) -> Iterator[STLM]:
     own = Uncached() if request.param == "a core without caches" else None
     with torch.no_grad():
-        model = scrambled(VARIANTS[request.param], own)
-        # Sharp enough for a greedy choice that no rounding turns, flat enough to vary.
-        nn.init.normal_(model.embedding.weight, std=0.3)
-        yield model
+        yield varied(VARIANTS[request.param], own)
 
 
 def full_states(model: STLM, windows: list[list[int]]) -> Tensor:
@@ -193,9 +197,10 @@ class TestRun:
 
 
 def test_noise_does_not_depend_on_finished_rows() -> None:
-    model, prompts = scrambled(), [b"x", b"and y", b"z"]
+    model, prompts = varied(), [b"x", b"and y", b"z"]
     free = model.generate_batch(prompts, max_new_bytes=40, seed=4)
     stop = free[0][3:4]
+    assert free[0].index(stop) == 3
     stopped = model.generate_batch(prompts, max_new_bytes=40, seed=4, stop=stop)
     assert stopped == [text.split(stop)[0] for text in free]
 
@@ -216,7 +221,7 @@ class Counted:
 class TestCost:
     @torch.no_grad()
     def test_the_core_runs_once_for_each_closed_patch(self) -> None:
-        model = scrambled(dataclasses.replace(TINY, context=200))
+        model = varied(dataclasses.replace(TINY, context=200))
         core = Counted.calls_of(model.core)
         decoder = Counted.calls_of(model.decoder[0])
         prompts = [TEXT, b"word", b""]
@@ -232,6 +237,17 @@ class TestCost:
         assert core.rows == [shown, *per_step[per_step > 0].tolist()]
         assert 0 < len(core.rows) < 60
         assert decoder.rows == [sum(map(len, prompts)) + 3, *[3] * 59]
+
+    def test_finished_rows_cost_nothing(self) -> None:
+        model, prompts = varied(), [b"x", b"and y", b"z"]
+        free = model.generate_batch(prompts, max_new_bytes=12, seed=4)
+        decoder = Counted.calls_of(model.decoder[0])
+        stop = free[0][3:4]
+        model.generate_batch(prompts, max_new_bytes=12, seed=4, stop=stop)
+        ends = [text.find(stop) if stop in text else 12 for text in free]
+        going = [sum(end >= step for end in ends) for step in range(1, max(ends) + 1)]
+        assert decoder.rows[1:] == [n for n in going if n][:11]
+        assert min(decoder.rows[1:]) < 3
 
     def test_rows_that_are_left_out_cost_nothing(self) -> None:
         model = scrambled()
@@ -252,7 +268,7 @@ class TestCost:
 
     @torch.no_grad()
     def test_a_core_of_ones_own_runs_when_a_patch_closes(self) -> None:
-        model = scrambled(dataclasses.replace(TINY, context=200), Uncached())
+        model = varied(dataclasses.replace(TINY, context=200), Uncached())
         core = Counted.calls_of(model.core)
         text = model.generate(TEXT, max_new_bytes=40, seed=3)
         patches = model.patcher(ids_of(TEXT + text))
