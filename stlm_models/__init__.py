@@ -1,7 +1,9 @@
 """Light PyTorch modules and byte-level Super Tiny Language Models on top of `stlm_kernels`."""
 
+from .cache import KVCache
 from .config import DOCUMENT_START, PRESETS, ModelConfig
 from .evaluate import bits_per_byte
+from .incremental import NgramState, PatchState, PoolState
 from .layers import Attention, BytePatcher, BytePooling, ByteUnpooling, TiedEmbedding
 from .model import STLM
 from .router import Router, Routing
@@ -14,7 +16,11 @@ __all__ = [
     "BytePatcher",
     "BytePooling",
     "ByteUnpooling",
+    "KVCache",
     "ModelConfig",
+    "NgramState",
+    "PatchState",
+    "PoolState",
     "Router",
     "Routing",
     "TiedEmbedding",

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .cache import CacheRows, KVCache
 from .config import check_heads
 from .norms import HeadNorm
 
@@ -65,7 +66,7 @@ class Attention(nn.Module):
         x: Tensor,  # (B, T, D) or (T, D)
         *,
         cu_seqlens: Tensor | None = None,  # (S+1,) int32
-        cache: None = None,
+        cache: KVCache | CacheRows | None = None,
     ) -> Tensor:  # as x
         """Attend within each row of a dense batch, or within each document of a packed one.
 
@@ -73,45 +74,87 @@ class Attention(nn.Module):
             x: (B, T, D), or packed (T, D).
             cu_seqlens: document borders of a packed x; None is one document. Rows from
                 cu_seqlens[-1] on give zeros and are not read.
-            cache: not supported yet; anything but None is refused.
+            cache: from `new_cache`, of one row for each document of a packed x, which it then
+                holds instead of what it held; or of B rows beside x (B, 1, D), their next position,
+                which sees what the cache holds and joins it.
 
         Raises:
-            ValueError: for a wrong shape, a dense x with cu_seqlens, or a cache.
+            ValueError: for a wrong shape, a dense x with cu_seqlens, or a cache of other rows.
         """
-        if cache is not None:
-            raise ValueError("cache: expected None (cached decoding is not built yet), got a cache")
         if x.dim() not in (2, 3) or x.shape[-1] != self.dim:
             expected = f"(B, T, {self.dim}) or (T, {self.dim})"
             raise ValueError(f"x: expected shape {expected}, got {tuple(x.shape)}")
+        if cache is not None and not isinstance(cache, KVCache | CacheRows):
+            got = type(cache).__name__
+            raise ValueError(f"cache: expected None or one from new_cache, got {got}")
         if x.dim() == 3:
             if cu_seqlens is not None:
                 raise ValueError("cu_seqlens: expected None with a dense x, got a tensor")
-            return self._attend(x, None)
+            return self._attend(x, None) if cache is None else self._step(x, cache)
         if cu_seqlens is None:
-            return self._attend(x[None], None)[0]
+            if cache is None:
+                return self._attend(x[None], None)[0]
+            cu_seqlens = torch.tensor([0, x.shape[0]], dtype=torch.int32, device=x.device)
         used = int(cu_seqlens[-1])
-        out = self._attend(x[None, :used], cu_seqlens)[0]
+        out = self._attend(x[None, :used], cu_seqlens, cache)[0]
         return F.pad(out, (0, 0, 0, x.shape[0] - used))
 
-    def _attend(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        """x (B, T, D), where only B = 1 comes with documents."""
-        if x.numel() == 0:
-            return torch.zeros_like(x)
+    def new_cache(self, batch: int) -> KVCache:
+        """An empty cache for this many rows."""
+        weight = self.key.weight
+        device = weight.device.type
+        autocast = torch.is_autocast_enabled(device)
+        return KVCache(
+            batch,
+            self.kv_heads,
+            self.head_dim,
+            window=self.window,
+            dtype=torch.get_autocast_dtype(device) if autocast else weight.dtype,
+            device=weight.device,
+        )
+
+    def _attend(
+        self, x: Tensor, cu_seqlens: Tensor | None, cache: KVCache | CacheRows | None = None
+    ) -> Tensor:
+        """x (B, T, D), where only B = 1 comes with documents and a cache."""
         positions = None
         if cu_seqlens is not None:
             rows = torch.arange(x.shape[1], device=x.device)
             positions = rows - document_starts(cu_seqlens, x.shape[1])
-        q = self.query(x).unflatten(-1, (self.heads, self.head_dim))
-        k = self.key(x).unflatten(-1, (self.kv_heads, self.head_dim))
-        v = self.value(x).unflatten(-1, (self.kv_heads, self.head_dim))
-        rotation = _rotation(q, self.rope_base, positions)
-        q = _rotate(self.query_norm(q), *rotation)
-        k = _rotate(self.key_norm(k), *rotation)
+        q, k, v = self._heads(x, x.shape[1], positions)
+        if cache is not None and cu_seqlens is not None:
+            cache.fill(k[0], v[0], cu_seqlens)
+        if x.numel() == 0:
+            return torch.zeros_like(x)
         if self.window is not None and self.window < x.shape[1]:
             out = _windowed(q, k, v, self.window, cu_seqlens)
         else:
             out = _full(q, k, v, cu_seqlens)
         return self.output(out.flatten(-2))
+
+    def _step(self, x: Tensor, cache: KVCache | CacheRows) -> Tensor:
+        """x (B, 1, D), the next position of each row."""
+        positions = cache.positions()
+        if x.shape[:2] != (len(positions), 1):
+            expected = f"({len(positions)}, 1, {self.dim}) beside a cache"
+            raise ValueError(f"x: expected shape {expected}, got {tuple(x.shape)}")
+        q, k, v = self._heads(x, cache.longest + 1, positions[:, None])
+        out = _decode_attention(q[:, 0], *cache.append(k[:, 0], v[:, 0]))
+        return self.output(out.flatten(-2))[:, None]
+
+    def _heads(
+        self, x: Tensor, length: int, positions: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, T, H, K), keys and values (B, T, H_kv, K) of x (B, T, D).
+
+        Positions (T,) or (B, T) lie below length; None is 0..length-1.
+        """
+        q = self.query(x).unflatten(-1, (self.heads, self.head_dim))
+        k = self.key(x).unflatten(-1, (self.kv_heads, self.head_dim))
+        v = self.value(x).unflatten(-1, (self.kv_heads, self.head_dim))
+        rotation = _rotation(q, self.rope_base, length, positions)
+        q, k = _rotate(self.query_norm(q), *rotation), _rotate(self.key_norm(k), *rotation)
+        return q, k, v
 
 
 def document_starts(cu_seqlens: Tensor, length: int) -> Tensor:
@@ -125,13 +168,15 @@ def _document_ids(cu_seqlens: Tensor, rows: Tensor) -> Tensor:
     return torch.searchsorted(cu_seqlens.long(), rows, right=True) - 1
 
 
-def _rotation(q: Tensor, base: float, positions: Tensor | None) -> tuple[Tensor, Tensor]:
-    """cos and sin for rows of q (B, T, H, K) at positions (T,) or 0..T-1: (T, 1, K/2) each."""
-    length, head_dim = q.shape[1], q.shape[3]
-    # Powers of two keep the number of tables small while prompts grow byte by byte.
-    cos, sin = _rotary_tables(1 << (length - 1).bit_length(), head_dim, base, q.dtype, q.device)
+def _rotation(
+    q: Tensor, base: float, length: int, positions: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """cos and sin, like q, at positions (...) below length or 0..length-1: (..., 1, K/2) each."""
+    # Powers of two keep the number of tables small while texts grow byte by byte.
+    size = 1 << (length - 1).bit_length()
+    cos, sin = _rotary_tables(size, q.shape[-1], base, q.dtype, q.device)
     rows = slice(length) if positions is None else positions
-    return cos[rows, None], sin[rows, None]
+    return cos[rows].unsqueeze(-2), sin[rows].unsqueeze(-2)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -166,6 +211,31 @@ def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     grouped = q.shape[1] != k.shape[1]
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
     return out.transpose(1, 2)
+
+
+def _decode_attention(
+    q: Tensor,  # (B, H, K)
+    k_cache: Tensor,  # (B, C, H_kv, K)
+    v_cache: Tensor,  # (B, C, H_kv, K)
+    cache_lens: Tensor,  # (B,) int32
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+) -> Tensor:  # (B, H, K)
+    """One query of each row over the first cache_lens entries of its cache, or the last `window`
+    of these; zeros where there are none.
+    """
+    slots = torch.arange(k_cache.shape[1], device=q.device)
+    lens = cache_lens[:, None]
+    held = slots < lens
+    if window is not None:
+        held &= slots >= lens - window
+    k, v = k_cache.transpose(1, 2).to(q.dtype), v_cache.transpose(1, 2).to(q.dtype)
+    grouped = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(
+        q[:, :, None], k, v, attn_mask=held[:, None, None], scale=scale, enable_gqa=grouped
+    )
+    return out[:, :, 0].masked_fill(lens[..., None] == 0, 0)
 
 
 def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, cu_seqlens: Tensor | None) -> Tensor:

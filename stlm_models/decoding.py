@@ -5,12 +5,14 @@ from __future__ import annotations
 import codecs
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from stlm_kernels import linear_sample
 
+from .cached import CachedRun
 from .config import BYTES, DOCUMENT_START
 
 if TYPE_CHECKING:
@@ -33,8 +35,10 @@ def generate(
 ) -> bytes:
     """The bytes that follow the prompt, without it.
 
-    The prompt begins a document. Once it and its continuation outgrow `config.context`, the model
-    goes on from the last half context, cut at a patch border; the end of the prompt is never lost.
+    The prompt, which begins a document, is run once; each byte then costs one row of each byte
+    layer, and the core runs when a patch closes. Once the prompt and its continuation outgrow
+    `config.context`, the model begins anew with the last half context, cut at a patch border; the
+    end of the prompt is never lost.
 
     Args:
         prompt: bytes, or text to encode as UTF-8; may be empty.
@@ -129,7 +133,7 @@ class _Sampling:
         options = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
         linear_sample(nothing, nothing, seed=0, **options)  # type: ignore[arg-type]
 
-    def at_step(self, step: int, base: int) -> dict[str, object]:
+    def at_step(self, step: int, base: int) -> dict[str, Any]:
         # Spread over the int64 range, so that runs with neighbouring seeds share no noise.
         seed = (base * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03) % 2**63
         return {
@@ -200,34 +204,39 @@ def _run_steps(
     model: STLM, rows: list[_Row], max_new_bytes: int, settings: _Sampling, base: int
 ) -> Iterator[None]:
     """Add a byte to every row that is not done, again and again."""
+    if not rows or max_new_bytes == 0:
+        return
     training = model.training
     model.eval()
     try:
+        for row in rows:
+            row.window = fit_context(model, row.window)
+        run = CachedRun(model, [row.window for row in rows])
         for step in range(max_new_bytes):
-            if all(row.done for row in rows):
-                return
-            for row in rows:
-                row.window = fit_context(model, row.window)
             # Finished rows stay in, so that the noise of the others does not depend on them.
-            for row, byte in zip(rows, _next_bytes(model, rows, settings, step, base), strict=True):
+            ids = model.embedding.sample(run.hidden, **settings.at_step(step, base))
+            for row, byte in zip(rows, ids.tolist(), strict=True):
                 if not row.done:
                     row.append(byte)
             yield
+            if all(row.done for row in rows) or step == max_new_bytes - 1:
+                return
+            _advance(run, rows, ids)
     finally:
         model.train(training)
 
 
-@torch.no_grad()
-def _next_bytes(
-    model: STLM, rows: list[_Row], settings: _Sampling, step: int, base: int
-) -> list[int]:
-    device = model.embedding.weight.device
-    ids = torch.tensor([i for row in rows for i in row.window], dtype=torch.int16, device=device)
-    lengths = torch.tensor([0, *(len(row.window) for row in rows)], device=device)
-    borders = lengths.cumsum(0).int()
-    hidden = model.hidden(ids, cu_seqlens=borders)[borders[1:].long() - 1]
-    arguments = settings.at_step(step, base)
-    return model.embedding.sample(hidden, **arguments).tolist()  # type: ignore[arg-type]
+def _advance(run: CachedRun, rows: list[_Row], ids: Tensor) -> None:
+    """Show each row its last byte, ids (B,), or the window it goes on with beyond the context."""
+    active = [i for i, row in enumerate(rows) if not row.done]
+    outgrown = [i for i in active if len(rows[i].window) > run.model.config.context]
+    going = [i for i in active if len(rows[i].window) <= run.model.config.context]
+    if going:
+        run.step(ids, going)
+    if outgrown:
+        for i in outgrown:
+            rows[i].window = fit_context(run.model, rows[i].window)
+        run.restart(outgrown, [rows[i].window for i in outgrown])
 
 
 def fit_context(model: STLM, window: list[int]) -> list[int]:

@@ -16,12 +16,10 @@ from stlm_kernels import (
     find_patches,
     linear_cross_entropy,
     linear_sample,
-    ngram_embedding,
-    segment_pool,
 )
 
 from .attention import Attention
-from .norms import rms_norm
+from .ngrams import NgramPooling
 from .pooling import BytePooling, ByteUnpooling
 
 __all__ = [
@@ -31,7 +29,6 @@ __all__ = [
     "ByteUnpooling",
     "NgramPooling",
     "TiedEmbedding",
-    "TransformerBlock",
 ]
 
 
@@ -177,62 +174,9 @@ class TiedEmbedding(nn.Module):
         )
 
 
-class NgramPooling(nn.Module):
-    """Pooled embeddings of hashed byte n-grams, added to a patch's input.
-
-    A table row stands for every n-gram with its hash; an n-gram never reaches across documents.
-    Pooling comes before the projection, so that it runs on P rows instead of T.
-
-    Args:
-        sizes: the lengths n, one table each.
-        buckets: rows M of a table.
-        dim: width of a table.
-        out_dim: width of the result.
-    """
-
-    def __init__(self, sizes: tuple[int, ...], buckets: int, dim: int, out_dim: int) -> None:
-        super().__init__()
-        self.sizes = sizes
-        self.tables = nn.ParameterList(torch.randn(buckets, dim) * dim**-0.5 for _ in sizes)
-        self.projection = nn.Linear(dim, out_dim, bias=False)
-
-    def forward(
-        self, byte_ids: Tensor, patches: Patches, cu_seqlens: Tensor, *, mode: str = "mean"
-    ) -> Tensor:
-        """byte_ids (T,), cu_seqlens (S+1,) in bytes -> (P, out_dim)."""
-        rows = ngram_embedding(byte_ids, list(self.tables), ns=self.sizes, cu_seqlens=cu_seqlens)
-        return self.projection(segment_pool(rows, patches.cu_patchlens, mode=mode))
-
-
 def dense_cu_seqlens(byte_ids: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
     """Document borders of dense (B, T) ids, whose rows are the documents."""
     if cu_seqlens is not None:
         raise ValueError("cu_seqlens: expected None with dense byte_ids, got a tensor")
     rows, length = byte_ids.shape
     return torch.arange(rows + 1, dtype=torch.int32, device=byte_ids.device) * length
-
-
-class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x))."""
-
-    def __init__(self, dim: int, hidden_dim: int) -> None:
-        super().__init__()
-        self.gate = nn.Linear(dim, hidden_dim, bias=False)
-        self.up = nn.Linear(dim, hidden_dim, bias=False)
-        self.down = nn.Linear(hidden_dim, dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
-
-
-class TransformerBlock(nn.Module):
-    """Pre-norm attention and SwiGLU on a residual stream, (B, T, D) or packed (T, D)."""
-
-    def __init__(self, attention: Attention, hidden_dim: int) -> None:
-        super().__init__()
-        self.attention = attention
-        self.feed_forward = SwiGLU(attention.dim, hidden_dim)
-
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        x = x + self.attention(rms_norm(x), cu_seqlens=cu_seqlens)
-        return x + self.feed_forward(rms_norm(x))

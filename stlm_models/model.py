@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import overload
 
 import torch
@@ -10,47 +11,22 @@ from torch import Tensor, nn
 from stlm_kernels import Patches
 
 from . import decoding
-from .attention import document_starts
+from .attention import Attention, document_starts
+from .cache import CacheRows, KVCache
 from .config import ModelConfig
 from .layers import (
-    Attention,
     BytePatcher,
     ByteUnpooling,
     NgramPooling,
     TiedEmbedding,
-    TransformerBlock,
     dense_cu_seqlens,
 )
 from .norms import rms_norm
 from .pooling import reads_ahead
+from .transformer import PatchCore, TransformerBlock, run_blocks
 
 IGNORED = -100
 """The target of a position that counts for nothing."""
-
-
-class PatchCore(nn.Module):
-    """A causal transformer over the patches of each document: (P, core_dim) -> (P, core_dim)."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(
-            TransformerBlock(
-                Attention(
-                    config.core_dim,
-                    config.core_heads,
-                    kv_heads=config.core_kv_heads,
-                    qk_norm=config.qk_norm,
-                    rope_base=config.rope_base,
-                ),
-                config.core_ff,
-            )
-            for _ in range(config.core_layers)
-        )
-
-    def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x, cu_seqlens)
-        return x
 
 
 class STLM(nn.Module):
@@ -60,7 +36,9 @@ class STLM(nn.Module):
         config: the shape.
         core: any module of your own in place of ours, `core(x (P, core_dim), cu_seqlens) ->
             (P, core_dim)`, causal over the patches of each document. Rows from cu_seqlens[-1] on
-            are unused slots.
+            are unused slots. Generation runs it over all complete patches of a text whenever one
+            is added; a core that offers `new_caches` and takes caches as `PatchCore` does runs on
+            the new patch alone.
     """
 
     def __init__(self, config: ModelConfig, core: nn.Module | None = None) -> None:
@@ -157,24 +135,48 @@ class STLM(nn.Module):
             patches = self.patcher(flat, borders)
         else:
             check_patches(patches, borders, flat.shape[0])
-        patch_states = self.from_core(rms_norm(self._run_core(flat, patches, borders)))
-        # Its rows are small, as an output projection wants them: unpooled states would drown them.
-        byte_states = rms_norm(self.embedding.embed(byte_ids))
-        x = self.unpooling(patch_states, patches, residual=byte_states)
-        for block in self.decoder:
-            x = block(x, None if dense else borders)
-        return self.to_output(rms_norm(x))
+        inputs = self.core_inputs(*self.pool(flat, patches, borders))
+        patch_states = self.patch_states(self.core(inputs, patches.cu_seqlens), inputs)
+        x = self.byte_inputs(flat, patch_states, patches).unflatten(0, byte_ids.shape)
+        return self.decode(x, None if dense else borders)
 
-    def _run_core(self, byte_ids: Tensor, patches: Patches, borders: Tensor) -> Tensor:
+    # The stages of `hidden`, which `CachedRun` takes one by one.
+
+    def pool(self, byte_ids: Tensor, patches: Patches, cu_seqlens: Tensor) -> list[Tensor]:
+        """What the bytes of each patch amount to: embeddings (P, byte_dim), n-grams (P, dim)."""
         mode = self.config.pooling
-        pooled = self.embedding.pool(byte_ids, patches, mode=mode)
+        pooled = [self.embedding.pool(byte_ids, patches, mode=mode)]
         if self.ngrams is not None:
-            pooled = pooled + self.ngrams(byte_ids, patches, borders, mode=mode)
-        x = rms_norm(self.to_core(pooled))
-        out = self.core(x, patches.cu_seqlens)
-        if out.shape != x.shape:
-            raise ValueError(f"core: expected states of {tuple(x.shape)}, got {tuple(out.shape)}")
-        return out
+            pooled.append(self.ngrams.pool(byte_ids, patches, cu_seqlens, mode=mode))
+        return pooled
+
+    def core_inputs(self, pooled: Tensor, ngrams: Tensor | None = None) -> Tensor:
+        """(P, core_dim) of what `pool` gives."""
+        if self.ngrams is not None:
+            pooled = pooled + self.ngrams.projection(ngrams)
+        return rms_norm(self.to_core(pooled))
+
+    def patch_states(self, core_outputs: Tensor, core_inputs: Tensor) -> Tensor:
+        """What bytes read, (P, byte_dim), of what the core made of its inputs (P, core_dim)."""
+        expected, got = tuple(core_inputs.shape), tuple(core_outputs.shape)
+        if got != expected:
+            raise ValueError(f"core: expected states of {expected}, got {got}")
+        return self.from_core(rms_norm(core_outputs))
+
+    def byte_inputs(self, byte_ids: Tensor, patch_states: Tensor, patches: Patches) -> Tensor:
+        """The decoder's input (T, byte_dim): the bytes (T,) and the patch states that they read."""
+        # Its rows are small, as an output projection wants them: unpooled states would drown them.
+        own = rms_norm(self.embedding.embed(byte_ids))
+        return self.unpooling(patch_states, patches, residual=own)
+
+    def decode(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor | None,
+        caches: Sequence[KVCache | CacheRows] | None = None,
+    ) -> Tensor:
+        """The decoder over bytes, as x; cu_seqlens and caches as in `Attention.forward`."""
+        return self.to_output(rms_norm(run_blocks(self.decoder, x, cu_seqlens, caches)))
 
     generate = decoding.generate
     generate_batch = decoding.generate_batch

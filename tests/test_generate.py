@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -142,27 +143,18 @@ class TestGenerate:
             model.generate_batch(b"single", max_new_bytes=1)
 
 
-class Scripted(STLM):
-    """Says what it is told to, whatever it is asked."""
-
-    def __init__(self, script: bytes) -> None:
-        super().__init__(TINY)
-        self.script = script
-
-    def hidden(self, byte_ids: Tensor, **_: Any) -> Tensor:
-        return torch.arange(len(byte_ids))[:, None]
-
-
 @pytest.fixture(name="scripted")
 def saying_a_script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A model that says what it is told to, whatever it is asked."""
+
     def build(script: bytes) -> STLM:
-        model = Scripted(script)
-        # The hidden "state" is the index of the last id: bytes written so far, after id 256.
-        monkeypatch.setattr(
-            model.embedding,
-            "sample",
-            lambda x, **_: torch.tensor([script[int(at)] for at in x[:, 0]]),
-        )
+        model = STLM(TINY)
+        steps = itertools.count()
+
+        def sample(x: Tensor, **_: Any) -> Tensor:
+            return torch.full((len(x),), script[next(steps) % len(script)])
+
+        monkeypatch.setattr(model.embedding, "sample", sample)
         return model
 
     return build
@@ -176,11 +168,11 @@ class TestStream:
 
     def test_a_possible_stop_is_held_back(self, scripted: Any) -> None:
         script = b"one\n\ntwo\n\n\nthree"
-        model = scripted(script)
-        pieces = list(model.stream(b"", max_new_bytes=len(script), stop=b"\n\n\n"))
+        pieces = list(scripted(script).stream(b"", max_new_bytes=len(script), stop=b"\n\n\n"))
         assert pieces == ["o", "n", "e", "\n\nt", "w", "o"]
-        assert model.generate(b"", max_new_bytes=len(script), stop=b"\n\n\n") == b"one\n\ntwo"
-        ends_open = list(model.stream(b"", max_new_bytes=4, stop=[b"\nx", b"z"]))
+        told = scripted(script).generate(b"", max_new_bytes=len(script), stop=b"\n\n\n")
+        assert told == b"one\n\ntwo"
+        ends_open = list(scripted(script).stream(b"", max_new_bytes=4, stop=[b"\nx", b"z"]))
         assert ends_open == ["o", "n", "e", "\n"]
 
     def test_same_as_generate(self, model: STLM) -> None:

@@ -1,0 +1,138 @@
+"""What a layer of attention keeps of the positions that the rows of a batch have been shown."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ROUNDING = 64
+"""Memory grows by at least this many positions, and to twice what there was."""
+
+
+class KVCache:
+    """Keys and values of one layer for each row of a batch; `Attention.new_cache` makes one.
+
+    Without a window position p of a row lies in slot p. With one only the last `window` positions
+    are kept, position p in slot p % window: softmax does not care for the order of keys, which
+    know their rotary position. Nothing here can be differentiated.
+
+    Args:
+        batch, kv_heads, head_dim: rows, heads, width of a head.
+        window: how many positions are kept; None is all.
+        dtype, device: of keys and values.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        window: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self.window = window
+        self.k = torch.zeros(batch, 0, kv_heads, head_dim, dtype=dtype, device=device)
+        """(B, C, H_kv, K); C grows when a row needs it."""
+        self.v = torch.zeros_like(self.k)
+        self.lens = torch.zeros(batch, dtype=torch.int32, device=device)
+        """(B,) how many positions each row has been shown."""
+        self.longest = 0
+        """No row has been shown more positions; may be more than the longest row was shown."""
+
+    def at(self, rows: Tensor) -> CacheRows:
+        """The cache of these rows, (R,) int64, in this order and each once; others stay."""
+        return CacheRows(self, rows)
+
+    def positions(self) -> Tensor:
+        """(B,) the position that comes next in each row."""
+        return self.lens
+
+    def fill(self, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, rows: Tensor | None = None) -> None:
+        """Begin each row anew with a document: packed k, v (T, H_kv, K), cu_seqlens (B+1,).
+
+        Raises:
+            ValueError: for another number of documents than rows.
+        """
+        expected = len(self.lens) if rows is None else len(rows)
+        lens = cu_seqlens.diff()
+        if len(lens) != expected:
+            raise ValueError(f"cu_seqlens: expected {expected} documents, got {len(lens)}")
+        rows = torch.arange(expected, device=k.device) if rows is None else rows
+        documents = torch.repeat_interleave(lens)
+        used = torch.arange(len(documents), device=k.device)
+        positions = used - cu_seqlens[documents]
+        if self.window is not None:
+            kept = positions >= lens[documents] - self.window
+            used, documents, positions = used[kept], documents[kept], positions[kept]
+        self.lens[rows] = lens
+        self.longest = int(self.lens.max()) if expected else 0
+        self._reserve(self.longest)
+        at = rows[documents], self._slots(positions)
+        self.k[at], self.v[at] = (x.detach()[used].to(self.k.dtype) for x in (k, v))
+
+    def append(
+        self, k: Tensor, v: Tensor, *, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Add one position, k and v (B, H_kv, K), to each row.
+
+        Returns:
+            keys and values (B, C, H_kv, K) and how many slots of each row hold one, (B,) int32:
+            what `decode_attention` takes.
+        """
+        capacity = self.k.shape[1]
+        if self.longest >= capacity and capacity != self.window:
+            # Rows that were begun anew, or that skip steps, leave `longest` too high.
+            self.longest = int(self.lens.max())
+            self._reserve(self.longest + 1)
+        lens = self.lens if rows is None else self.lens[rows]
+        index = torch.arange(len(lens), device=k.device) if rows is None else rows
+        at = index, self._slots(lens.long())
+        self.k[at], self.v[at] = (x.detach().to(self.k.dtype) for x in (k, v))
+        lens = lens + 1
+        self.lens[index] = lens
+        self.longest += 1
+        held = self.longest
+        if self.window is not None:
+            held, lens = min(held, self.window), lens.clamp(max=self.window)
+        keys, values = self.k[:, :held], self.v[:, :held]
+        return (keys, values, lens) if rows is None else (keys[rows], values[rows], lens)
+
+    def _slots(self, positions: Tensor) -> Tensor:
+        return positions if self.window is None else positions % self.window
+
+    def _reserve(self, positions: int) -> None:
+        """Make room for rows of this many positions."""
+        batch, capacity, *heads = self.k.shape
+        needed = positions if self.window is None else min(positions, self.window)
+        if needed <= capacity:
+            return
+        grown = -(-max(needed, 2 * capacity) // ROUNDING) * ROUNDING
+        grown = grown if self.window is None else min(grown, self.window)
+        # Zeros, because even a weight of zero makes NaN of what uninitialised memory may hold.
+        more = self.k.new_zeros(batch, grown - capacity, *heads)
+        self.k, self.v = torch.cat((self.k, more), 1), torch.cat((self.v, more), 1)
+
+
+@dataclass(frozen=True)
+class CacheRows:
+    """Some rows of a cache, where a layer expects a `KVCache`."""
+
+    cache: KVCache
+    rows: Tensor
+
+    @property
+    def longest(self) -> int:
+        return self.cache.longest
+
+    def positions(self) -> Tensor:
+        return self.cache.lens[self.rows]
+
+    def fill(self, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> None:
+        self.cache.fill(k, v, cu_seqlens, rows=self.rows)
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.cache.append(k, v, rows=self.rows)

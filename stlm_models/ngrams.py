@@ -1,0 +1,57 @@
+"""Hashed byte n-grams: their embeddings, pooled by patch or of the newest byte alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from stlm_kernels import Patches, ngram_embedding, segment_pool
+
+
+class NgramPooling(nn.Module):
+    """Pooled embeddings of hashed byte n-grams, added to a patch's input.
+
+    A table row stands for every n-gram with its hash; an n-gram never reaches across documents.
+    Pooling comes before the projection, so that it runs on P rows instead of T.
+
+    Args:
+        sizes: the lengths n, one table each.
+        buckets: rows M of a table.
+        dim: width of a table.
+        out_dim: width of the result.
+    """
+
+    def __init__(self, sizes: tuple[int, ...], buckets: int, dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.sizes = sizes
+        self.tables = nn.ParameterList(torch.randn(buckets, dim) * dim**-0.5 for _ in sizes)
+        self.projection = nn.Linear(dim, out_dim, bias=False)
+
+    def forward(
+        self, byte_ids: Tensor, patches: Patches, cu_seqlens: Tensor, *, mode: str = "mean"
+    ) -> Tensor:
+        """byte_ids (T,), cu_seqlens (S+1,) in bytes -> (P, out_dim)."""
+        return self.projection(self.pool(byte_ids, patches, cu_seqlens, mode=mode))
+
+    def pool(
+        self, byte_ids: Tensor, patches: Patches, cu_seqlens: Tensor, *, mode: str = "mean"
+    ) -> Tensor:
+        """As `forward`, before the projection: (P, dim)."""
+        rows = ngram_embedding(byte_ids, list(self.tables), ns=self.sizes, cu_seqlens=cu_seqlens)
+        return segment_pool(rows, patches.cu_patchlens, mode=mode)
+
+    def embed(self, last_ids: Tensor) -> Tensor:
+        """The n-grams that end a text each.
+
+        Args:
+            last_ids: (B, n), n at least the longest of `sizes`, from `NgramState`.
+
+        Returns:
+            (B, dim), before the projection.
+        """
+        batch, length = last_ids.shape
+        borders = torch.arange(batch + 1, dtype=torch.int32, device=last_ids.device) * length
+        rows = ngram_embedding(
+            last_ids.flatten(), list(self.tables), ns=self.sizes, cu_seqlens=borders
+        )
+        return rows[length - 1 :: length]
