@@ -11,7 +11,7 @@ import argparse
 import datetime
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -66,13 +66,9 @@ def _works(trainer: Trainer) -> dict[str, Callable[[], None]]:
     """What to time, by name: the model's parts in their order, loss, optimiser, whole step."""
     model = trainer.model
     children = {name: child for name, child in model.named_children() if name != "embedding"}
-    layers = {
-        name: list(child) if isinstance(child, nn.ModuleList) else [child]
-        for name, child in children.items()
-    }
     calls: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
     last: list[Tensor] = []
-    with _noting(calls, [layer for group in layers.values() for layer in group]):
+    with _noting(calls, [x for child in children.values() for x in child.modules()]):
         batch = trainer.windows.batch(0).to(trainer.device)
         with trainer.autocast(), torch.no_grad():
             last.append(model.hidden(batch.byte_ids, cu_seqlens=batch.cu_seqlens))
@@ -90,14 +86,22 @@ def _works(trainer: Trainer) -> dict[str, Callable[[], None]]:
         out.backward()
 
     works: dict[str, Callable[[], None]] = {}
-    for name, group in layers.items():
-        called = [layer for layer in group if layer in calls]
-        if called:
+    for name, child in children.items():
+        if called := list(_called(child, calls)):
             works[name] = lambda called=called: run_layers(called)  # type: ignore[misc]
     works["loss"] = loss
     works["optimiser"] = lambda: _optimise(trainer)
     works[WHOLE] = lambda: _discard(trainer.train_step())
     return works
+
+
+def _called(module: nn.Module, calls: Container[nn.Module]) -> Iterator[nn.Module]:
+    """The module, or the largest modules within it that the model calls."""
+    if module in calls:
+        yield module
+    else:
+        for child in module.children():
+            yield from _called(child, calls)
 
 
 class _noting:
