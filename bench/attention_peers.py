@@ -16,6 +16,7 @@ from stlm_kernels._spec import Case, Inputs
 from stlm_kernels.ops.attention.reference import seen_mask
 
 from .entry import Entry, compiled
+from .window_peers import BLOCKS
 
 DENSE_ROWS = 16_384
 """Rows beyond which a mask of all scores, or the scores themselves, do not fit beside the rest."""
@@ -312,6 +313,7 @@ PEERS: dict[str, tuple[Entry, ...]] = {
         _SDPA,
         *_BACKENDS,
         Entry("SDPA, mask of all scores", _sdpa, _with_mask, _masked),
+        BLOCKS,
         Entry("SDPA by document", _by_document, _with_lengths, _documents_without_window),
         Entry("FlexAttention", _flex, _flex_inputs, _on_gpu, compiled=True),
         Entry("FlexAttention and its mask", _flex_with_mask, dict, _on_gpu, compiled=True),

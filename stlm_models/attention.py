@@ -1,23 +1,16 @@
-"""Self-attention from stock PyTorch ops: causal, windowed, over packed documents.
-
-No (T, T) mask is ever built: full attention runs document by document, windowed attention in blocks
-of one window that see themselves and the block before.
-"""
+"""Causal self-attention as a module: projections, norm, rotary positions, documents, cache."""
 
 from __future__ import annotations
 
 import functools
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from stlm_kernels import attention, decode_attention, qk_norm_rope
 
 from .cache import CacheRows, KVCache
 from .config import check_heads
-from .norms import HeadNorm
-
-NO_DOCUMENT = -1
-BEFORE_ALL = -2
 
 
 class Attention(nn.Module):
@@ -58,8 +51,8 @@ class Attention(nn.Module):
         self.key = nn.Linear(dim, kv_heads * self.head_dim, bias=False)
         self.value = nn.Linear(dim, kv_heads * self.head_dim, bias=False)
         self.output = nn.Linear(heads * self.head_dim, dim, bias=False)
-        self.query_norm = HeadNorm(self.head_dim) if qk_norm else nn.Identity()
-        self.key_norm = HeadNorm(self.head_dim) if qk_norm else nn.Identity()
+        self.query_norm = nn.Parameter(torch.ones(self.head_dim)) if qk_norm else None
+        self.key_norm = nn.Parameter(torch.ones(self.head_dim)) if qk_norm else None
 
     def forward(
         self,
@@ -91,13 +84,9 @@ class Attention(nn.Module):
             if cu_seqlens is not None:
                 raise ValueError("cu_seqlens: expected None with a dense x, got a tensor")
             return self._attend(x, None) if cache is None else self._step(x, cache)
-        if cu_seqlens is None:
-            if cache is None:
-                return self._attend(x[None], None)[0]
+        if cache is not None and cu_seqlens is None:
             cu_seqlens = torch.tensor([0, x.shape[0]], dtype=torch.int32, device=x.device)
-        used = int(cu_seqlens[-1])
-        out = self._attend(x[None, :used], cu_seqlens, cache)[0]
-        return F.pad(out, (0, 0, 0, x.shape[0] - used))
+        return self._attend(x, cu_seqlens, cache)
 
     def new_cache(self, batch: int) -> KVCache:
         """An empty cache for this many rows."""
@@ -116,20 +105,17 @@ class Attention(nn.Module):
     def _attend(
         self, x: Tensor, cu_seqlens: Tensor | None, cache: KVCache | CacheRows | None = None
     ) -> Tensor:
-        """x (B, T, D), where only B = 1 comes with documents and a cache."""
+        """x (B, T, D) or (T, D), of which only the latter comes with documents and a cache."""
         positions = None
         if cu_seqlens is not None:
-            rows = torch.arange(x.shape[1], device=x.device)
-            positions = rows - document_starts(cu_seqlens, x.shape[1])
-        q, k, v = self._heads(x, x.shape[1], positions)
+            rows = torch.arange(x.shape[0], device=x.device)
+            positions = rows - document_starts(cu_seqlens, x.shape[0])
+            # Their output and gradients are zero, but zero times NaN in a projection is not.
+            x = x.masked_fill((rows >= cu_seqlens[-1])[:, None], 0)
+        q, k, v = self._heads(x, x.shape[-2], positions)
         if cache is not None and cu_seqlens is not None:
-            cache.fill(k[0], v[0], cu_seqlens)
-        if x.numel() == 0:
-            return torch.zeros_like(x)
-        if self.window is not None and self.window < x.shape[1]:
-            out = _windowed(q, k, v, self.window, cu_seqlens)
-        else:
-            out = _full(q, k, v, cu_seqlens)
+            cache.fill(k, v, cu_seqlens)
+        out = attention(q, k, v, window=self.window, cu_seqlens=cu_seqlens)
         return self.output(out.flatten(-2))
 
     def _step(self, x: Tensor, cache: KVCache | CacheRows) -> Tensor:
@@ -138,135 +124,48 @@ class Attention(nn.Module):
         if x.shape[:2] != (len(positions), 1):
             expected = f"({len(positions)}, 1, {self.dim}) beside a cache"
             raise ValueError(f"x: expected shape {expected}, got {tuple(x.shape)}")
-        q, k, v = self._heads(x, cache.longest + 1, positions[:, None])
-        out = _decode_attention(q[:, 0], *cache.append(k[:, 0], v[:, 0]))
-        return self.output(out.flatten(-2))[:, None]
+        q, k, v = self._heads(x[:, 0], cache.longest + 1, positions)
+        keys, values, lens = cache.append(k, v)
+        out = decode_attention(q.to(keys.dtype), keys, values, lens)
+        return self.output(out.to(q.dtype).flatten(-2))[:, None]
 
     def _heads(
         self, x: Tensor, length: int, positions: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, T, H, K), keys and values (B, T, H_kv, K) of x (B, T, D).
+        """Queries (..., T, H, K), keys and values (..., T, H_kv, K) of x (..., T, D).
 
-        Positions (T,) or (B, T) lie below length; None is 0..length-1.
+        Positions (T,) lie below length; None is 0..length-1.
         """
         q = self.query(x).unflatten(-1, (self.heads, self.head_dim))
         k = self.key(x).unflatten(-1, (self.kv_heads, self.head_dim))
         v = self.value(x).unflatten(-1, (self.kv_heads, self.head_dim))
-        rotation = _rotation(q, self.rope_base, length, positions)
-        q, k = _rotate(self.query_norm(q), *rotation), _rotate(self.key_norm(k), *rotation)
+        cos, sin = rotary_tables(length, self.head_dim, self.rope_base, x.device)
+        q, k = qk_norm_rope(
+            q, k, cos, sin, q_weight=self.query_norm, k_weight=self.key_norm, positions=positions
+        )
         return q, k, v
 
 
 def document_starts(cu_seqlens: Tensor, length: int) -> Tensor:
     """For each of `length` rows the first row of its document, (length,) int64."""
     rows = torch.arange(length, device=cu_seqlens.device)
-    return cu_seqlens.long()[_document_ids(cu_seqlens, rows)]
+    # right=True steps over empty documents: a row belongs to the last that starts at or before.
+    return cu_seqlens.long()[torch.searchsorted(cu_seqlens.long(), rows, right=True) - 1]
 
 
-def _document_ids(cu_seqlens: Tensor, rows: Tensor) -> Tensor:
-    # right=True steps over empty documents: a row belongs to the last one that starts at or before.
-    return torch.searchsorted(cu_seqlens.long(), rows, right=True) - 1
-
-
-def _rotation(
-    q: Tensor, base: float, length: int, positions: Tensor | None
+def rotary_tables(
+    length: int, head_dim: int, base: float, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin, like q, at positions (...) below length or 0..length-1: (..., 1, K/2) each."""
+    """cos and sin for at least `length` positions, (n_positions, head_dim / 2) fp32."""
     # Powers of two keep the number of tables small while texts grow byte by byte.
-    size = 1 << (length - 1).bit_length()
-    cos, sin = _rotary_tables(size, q.shape[-1], base, q.dtype, q.device)
-    rows = slice(length) if positions is None else positions
-    return cos[rows].unsqueeze(-2), sin[rows].unsqueeze(-2)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (i, i + K/2) of x (B, T, H, K)."""
-    a, b = x.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
+    return _rotary_tables(1 << (length - 1).bit_length(), head_dim, base, device)
 
 
 @functools.lru_cache(maxsize=16)
 def _rotary_tables(
-    length: int, head_dim: int, base: float, dtype: torch.dtype, device: torch.device
+    length: int, head_dim: int, base: float, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin, (length, head_dim / 2)."""
     with torch.inference_mode(False), torch.no_grad():
         frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
         angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies
-        return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
-
-
-def _full(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """q (B, T, H, K), k and v (B, T, H_kv, K) -> (B, T, H, K)."""
-    if cu_seqlens is None:
-        return _causal(q, k, v)
-    # One call a document needs neither a mask nor padding to the longest one.
-    lengths = [n for n in cu_seqlens.diff().tolist() if n]
-    pieces = zip(*(x.split(lengths, dim=1) for x in (q, k, v)), strict=True)
-    return torch.cat([_causal(*piece) for piece in pieces], dim=1)
-
-
-def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    grouped = q.shape[1] != k.shape[1]
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-    return out.transpose(1, 2)
-
-
-def _decode_attention(
-    q: Tensor,  # (B, H, K)
-    k_cache: Tensor,  # (B, C, H_kv, K)
-    v_cache: Tensor,  # (B, C, H_kv, K)
-    cache_lens: Tensor,  # (B,) int32
-    *,
-    window: int | None = None,
-    scale: float | None = None,
-) -> Tensor:  # (B, H, K)
-    """One query of each row over the first cache_lens entries of its cache, or the last `window`
-    of these; zeros where there are none.
-    """
-    slots = torch.arange(k_cache.shape[1], device=q.device)
-    lens = cache_lens[:, None]
-    held = slots < lens
-    if window is not None:
-        held &= slots >= lens - window
-    k, v = k_cache.transpose(1, 2).to(q.dtype), v_cache.transpose(1, 2).to(q.dtype)
-    grouped = q.shape[1] != k.shape[1]
-    out = F.scaled_dot_product_attention(
-        q[:, :, None], k, v, attn_mask=held[:, None, None], scale=scale, enable_gqa=grouped
-    )
-    return out[:, :, 0].masked_fill(lens[..., None] == 0, 0)
-
-
-def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, cu_seqlens: Tensor | None) -> Tensor:
-    """As `_full`, in blocks of `window` rows over themselves and the block before."""
-    length, heads, head_dim = q.shape[1:]
-    blocks = -(-length // window)
-    tail = (0, 0, 0, 0, 0, blocks * window - length)
-    q, k, v = (F.pad(x, tail).unflatten(1, (blocks, window)).transpose(2, 3) for x in (q, k, v))
-    k, v = (_with_previous(x).repeat_interleave(heads // x.shape[2], 2) for x in (k, v))
-    scores = (q * head_dim**-0.5) @ k.transpose(-1, -2)  # (B, blocks, H, window, 2 window)
-    # In place: the product does not keep its result for the backward pass.
-    scores += _window_mask(length, window, cu_seqlens, scores)
-    out = scores.softmax(-1) @ v
-    return out.transpose(2, 3).flatten(1, 2)[:, :length]
-
-
-def _with_previous(x: Tensor) -> Tensor:
-    """(B, blocks, H, W, K) -> (B, blocks, H, 2 W, K): the block before, zeros at first, and own."""
-    before = F.pad(x, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1]
-    return torch.cat((before, x), dim=3)
-
-
-def _window_mask(length: int, window: int, cu_seqlens: Tensor | None, scores: Tensor) -> Tensor:
-    """0 where a row may look, -inf elsewhere: (blocks, 1, window, 2 window), like scores."""
-    blocks, device = -(-length // window), scores.device
-    rows = torch.arange(length, device=device)
-    documents = torch.zeros_like(rows) if cu_seqlens is None else _document_ids(cu_seqlens, rows)
-    # Padding rows see each other, so that no row of scores is empty and turns into NaN.
-    documents = F.pad(documents, (0, blocks * window - length), value=NO_DOCUMENT)
-    keys = F.pad(documents, (window, 0), value=BEFORE_ALL).unfold(0, 2 * window, window)
-    same = documents.view(blocks, window, 1) == keys[:, None]
-    offsets = torch.arange(2 * window, device=device) - torch.arange(window, device=device)[:, None]
-    allowed = same & (offsets > 0) & (offsets <= window)
-    return scores.new_zeros(allowed.shape).masked_fill_(~allowed, -torch.inf)[:, None]
+        return angles.cos().to(device, torch.float32), angles.sin().to(device, torch.float32)

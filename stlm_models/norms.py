@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 EPS = 1e-6
 
@@ -15,14 +15,3 @@ def rms_norm(x: Tensor) -> Tensor:
     composition takes half the time of F.rms_norm.
     """
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS)
-
-
-class HeadNorm(nn.Module):
-    """`rms_norm` with a learned gain, for queries and keys, which no linear map follows."""
-
-    def __init__(self, head_dim: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(head_dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x) * self.weight.to(x.dtype)

@@ -11,7 +11,6 @@ from test_models import CLOSE, RULES, TEXT, TINY, ids_of, scrambled
 from torch import Tensor, nn
 
 from stlm_models import STLM, Attention, KVCache, ModelConfig
-from stlm_models.attention import _decode_attention
 from stlm_models.cached import CachedRun
 from stlm_models.config import DOCUMENT_START
 from stlm_models.decoding import fit_context
@@ -84,19 +83,6 @@ class TestAttention:
         for shape in ((3, 1, 16), (2, 2, 16)):
             with pytest.raises(ValueError, match=r"x: expected shape \(2, 1, 16\) beside a cache"):
                 layer(torch.zeros(shape), cache=layer.new_cache(2))
-
-    @pytest.mark.parametrize("window", [None, 1, 3])
-    def test_decode_attention(self, window: int | None) -> None:
-        torch.manual_seed(2)
-        q, k, v = torch.randn(4, 6, 8), torch.randn(4, 5, 2, 8), torch.randn(4, 5, 2, 8)
-        lens = torch.tensor([5, 0, 1, 3], dtype=torch.int32)
-        out = _decode_attention(q, k, v, lens, window=window, scale=0.7)
-        for row, length in enumerate(lens.tolist()):
-            first = 0 if window is None else max(0, length - window)
-            for head in range(6):
-                keys, values = k[row, first:length, head // 3], v[row, first:length, head // 3]
-                expected = (0.7 * keys @ q[row, head]).softmax(0) @ values
-                torch.testing.assert_close(out[row, head], expected)
 
 
 class Uncached(nn.Module):

@@ -27,7 +27,6 @@ from stlm_models import (
 )
 from stlm_models.config import DOCUMENT_START, config_from_dict, preset
 from stlm_models.layers import NgramPooling
-from stlm_models.norms import HeadNorm
 
 TINY = ModelConfig(
     byte_dim=16,
@@ -324,18 +323,18 @@ def naive_attention(layer: Attention, x: Tensor, documents: list[int]) -> Tensor
     frequencies = layer.rope_base ** (-torch.arange(half).double() / half)
     angles = position[:, None].double() * frequencies
 
-    def heads(linear: nn.Linear, norm: nn.Module | None) -> Tensor:
+    def heads(linear: nn.Linear, gain: Tensor | None, turned: bool = True) -> Tensor:
         y = (x.double() @ linear.weight.double().T).unflatten(-1, (-1, layer.head_dim))
-        if norm is None:
+        if not turned:
             return y
-        if isinstance(norm, HeadNorm):
-            y = y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight.double()
+        if gain is not None:
+            y = y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt() * gain.double()
         a, b = y[..., :half], y[..., half:]
         cos, sin = angles.cos()[:, None], angles.sin()[:, None]
         return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
 
     q, k = heads(layer.query, layer.query_norm), heads(layer.key, layer.key_norm)
-    v = heads(layer.value, None)
+    v = heads(layer.value, None, turned=False)
     group = layer.heads // layer.kv_heads
     for t in range(len(x)):
         first = 0 if layer.window is None else max(0, t - layer.window + 1)

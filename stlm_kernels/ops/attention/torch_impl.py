@@ -1,10 +1,11 @@
 """attention in aten ops: SDPA where it fits, else blocks of queries over the keys that they see.
 
-SDPA takes dense calls, and documents grouped by length into batches. Its backward cannot be
-differentiated, so one that is itself recorded goes through the plain composition. Windows, softcap
-and dropout, non-finite operands (of which SDPA lets hidden ones through), torch.func, and documents
-under compile go through pieces: a block of rows meets one range of keys, so that memory stays small
-and the work of a window grows with T x window.
+SDPA takes dense calls, and documents grouped by length into batches; windows on a CPU are cut into
+blocks for it (`banded`). Its backward cannot be differentiated, so one that is itself recorded goes
+through the plain composition. Other windows, softcap and dropout, non-finite operands (of which
+SDPA lets hidden ones through), torch.func, and documents under compile go through pieces: a block
+of rows meets one range of keys, so that memory stays small and the work of a window grows with
+T x window.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 from ... import _checks, _pieces
 from ..._pieces import LEAST_ROWS, Piece, Place, Rule
 from ..._rounding import rounded
+from . import banded as bands
 
 LEAST_BLOCK = 64
 """Rows of a block in a short window: smaller ones waste more on each op than on hidden keys."""
@@ -53,13 +55,17 @@ def attention(
     dense = cu_seqlens is None
     unread = _checks.inside_torch_func() or (torch.compiler.is_compiling() and not dense)
     windowed = options.window is not None and options.window < q.shape[1]
-    stock = not (unread or windowed or options.softcap or options.dropout_p or q.numel() == 0)
+    plain = unread or options.softcap or options.dropout_p or q.numel() == 0
+    stock = not (plain or windowed)
+    banded = windowed and q.is_cpu and not (plain or torch.compiler.is_compiling())
     # The library's kernels for 16 bits are on GPUs; on a CPU fp32 is faster and more exact.
     narrow = stock and dense and not q.is_cpu
     compute = out_dtype if narrow else torch.promote_types(out_dtype, torch.float32)
     q, k, v = (rounded(x, out_dtype, compute) for x in (q, k, v))
     with torch.autocast(q.device.type, enabled=False):
-        if not stock:
+        if banded and not _hides_poison(options, q, k, v):
+            out = _Banded.apply(q, k, v, cu_seqlens, options)
+        elif not stock:
             out = _in_pieces(q, k, v, cu_seqlens, options)
         elif torch.compiler.is_compiling():
             out = _sdpa(q, k, v, options)
@@ -168,6 +174,35 @@ class _Stock(torch.autograd.Function):
         return *derived, None, None
 
 
+class _Banded(torch.autograd.Function):
+    """A window in blocks, whose backward cuts them again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, options: Options
+    ) -> Tensor:
+        assert options.window is not None
+        cut = bands.Bands.of(q.shape[0] * q.shape[1], options.window, q.shape[2] // k.shape[2])
+        sight = _sight(q, cu_seqlens, options)
+        out, ctx.sums = bands.attend(*_flat(q, k, v), sight, cut, options.scale)
+        ctx.cut, ctx.options = cut, options
+        ctx.save_for_backward(q, k, v, cu_seqlens, out, *sight)
+        return out.view(q.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, cu_seqlens, out, *sight = ctx.saved_tensors
+        if torch.is_grad_enabled() or _hides_poison(ctx.options, *grads):
+            derived = _gradients(grads[0], q, k, v, cu_seqlens, ctx.options, None)
+        else:
+            flat = bands.gradients(
+                grads[0].flatten(0, 1), *_flat(q, k, v), out, ctx.sums,
+                bands.Sight(*sight), ctx.cut, ctx.options.scale,
+            )  # fmt: skip
+            derived = tuple(dx.view(x.shape) for dx, x in zip(flat, (q, k, v), strict=True))
+        return *derived, None, None
+
+
 # Pieces
 
 
@@ -197,7 +232,15 @@ def _cutter(
     q: Tensor, cu_seqlens: Tensor | None, options: Options
 ) -> Callable[[bool], Iterator[Piece]]:
     """What cuts the rows of a call into pieces, told whether operands are mixed with NaN."""
-    batch, length, heads, _ = q.shape
+    start, end = _sight(q, cu_seqlens, options)
+    total = q.shape[0] * q.shape[1]
+    reach = total if options.window is None else min(options.window, total)
+    return lambda mixed: _cut(start, end, q.shape[2], reach, options.causal, mixed)
+
+
+def _sight(q: Tensor, cu_seqlens: Tensor | None, options: Options) -> bands.Sight:
+    """Which keys each row of the flat batch sees."""
+    batch, length = q.shape[:2]
     total, device = batch * length, q.device
     rows = torch.arange(total, device=device)
     if cu_seqlens is None:
@@ -210,13 +253,11 @@ def _cutter(
         inside = (document > 0) & (document < borders.shape[0])
         start, end = bounds[document], bounds[document + 1]
         start, end = torch.where(inside, start, 0), torch.where(inside, end, 0)
-    reach = total
     if options.window is not None:
-        reach = min(options.window, total)
-        start = torch.maximum(start, rows - reach + 1).minimum(end)
+        start = torch.maximum(start, rows - min(options.window, total) + 1).minimum(end)
     if options.causal:
         end = end.minimum(rows + 1)
-    return lambda mixed: _cut(start, end, heads, reach, options.causal, mixed)
+    return bands.Sight(start, end)
 
 
 def _cut(
