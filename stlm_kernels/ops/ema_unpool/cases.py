@@ -21,7 +21,7 @@ CASES = (
     case("edge", T=40, P=4, D=8, S=1, borders="hollow", gates="edges", plus="residual"),
     case("edge", T=17, P=0, D=8, S=1, borders="even", gates="any", plus="residual"),
     case("edge", T=0, P=3, D=8, S=2, borders="even", gates="any", plus="residual"),
-    case("long", T=9000, P=3000, D=96, S=2, borders="ragged", gates="tiny", plus="residual"),
+    case("long", T=1500, P=500, D=96, S=2, borders="ragged", gates="tiny", plus="residual"),
     case("aot", T=4096, P=680, D=768, S=4, borders="ragged", gates="router", plus="residual"),
     case(
         "huge", T=3 * MILLION, P=524_288, D=768, S=128, borders="even", gates="router",

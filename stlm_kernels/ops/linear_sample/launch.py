@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..._launch import Config, block_of, config_for
 from ..._noise import COLUMN_STEP, MIX_FIRST, MIX_SECOND, ROW_STEP
-from ..linear_logprobs.launch import MAX_VOCAB, unsupported_reasons
+from ..linear_logprobs.launch import MAX_VOCAB
+from ..linear_logprobs.launch import unsupported_reasons as reasons_of_the_rows
 
 __all__ = [
     "COLUMN_STEP",
@@ -25,14 +26,24 @@ TILE_BYTES = 32 * 1024
 """Of the table at a time: a few stages of this fit every GPU's shared memory."""
 
 
-def declined_reasons(
-    *, linear_weight: Tensor, valid_vocab: int | None = None, **_: Any
-) -> list[str]:
+def unsupported_reasons(*, input: Tensor, **arguments: Any) -> list[str]:
+    """Why the kernel cannot take this call; empty if it can."""
+    reasons, valid = reasons_of_the_rows(input=input), _valid_vocab(**arguments)
+    if valid > MAX_VOCAB:
+        reasons.append(f"{valid} columns of logits do not fit on the chip (at most {MAX_VOCAB})")
+    return reasons
+
+
+def declined_reasons(**arguments: Any) -> list[str]:
     """A large vocabulary is torch's case by design, which nobody needs to be warned of."""
-    valid = linear_weight.shape[0] if valid_vocab is None else valid_vocab
+    valid = _valid_vocab(**arguments)
     if valid <= MAX_VOCAB:
         return []
     return [f"impl='auto' leaves {valid} columns to torch's matrix products"]
+
+
+def _valid_vocab(*, linear_weight: Tensor, valid_vocab: int | None = None, **_: Any) -> int:
+    return linear_weight.shape[0] if valid_vocab is None else valid_vocab
 
 
 def fwd_config(
