@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from ..._inputs import patch_borders
+from ..._inputs import normal, patch_borders
 from ..._spec import Case, Inputs, OpSpec, case
 from .op import attention
 from .reference import reference, yardstick
-
-MILLION = 1 << 20
 
 CASES = (
     case("smoke", B=2, T=70, H=2, KV=1, K=16),
@@ -48,9 +46,8 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int)
     """Arguments of attention; on the CPU first, so that every device sees the same values."""
     rng = torch.Generator().manual_seed(seed)
     rows = (case["B"], case["T"]) if "B" in case.sizes else (case["T"],)
-    make = torch.float64 if case["T"] < MILLION and "huge" not in case.tags else torch.float32
     inputs: Inputs = {
-        name: torch.randn(*rows, heads, case["K"], generator=rng, dtype=make).to(device, dtype)
+        name: normal(*rows, heads, case["K"], rng=rng, dtype=dtype, device=device)
         for name, heads in (("q", case["H"]), ("k", case["KV"]), ("v", case["KV"]))
     }
     if "S" in case.sizes:

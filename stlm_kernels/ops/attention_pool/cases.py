@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..._inputs import patch_borders
+from ..._inputs import normal, patch_borders
 from ..._spec import Case, Inputs, OpSpec, case
 from .op import attention_pool
 from .reference import reference, yardstick
@@ -43,11 +43,10 @@ CASES = (
 def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
     """Arguments of attention_pool; on the CPU first, so that every device sees the same values."""
     rng = torch.Generator().manual_seed(seed)
-    make = torch.float64 if case["T"] < MILLION else torch.float32
     lead = () if case["query"] == "shared" else (case["P"],)
     shapes = {"query": (*lead, case["H"]), "key": (case["T"], case["KV"])}
     inputs: Inputs = {
-        name: torch.randn(*shape, case["K"], generator=rng, dtype=make).to(device, dtype)
+        name: normal(*shape, case["K"], rng=rng, dtype=dtype, device=device)
         for name, shape in (shapes | {"value": shapes["key"]}).items()
     }
     borders = patch_borders(case["borders"], case["T"], case["P"], rng)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from ..._inputs import normal
 from ..._spec import Case, Inputs, OpSpec, case
 from .op import decode_attention
 from .reference import reference, yardstick
-
-MILLION = 1 << 20
 
 CASES = (
     case("smoke", B=3, C=70, H=4, KV=2, K=16, lens="ragged"),
@@ -52,9 +51,8 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int)
     """
     rng = torch.Generator().manual_seed(seed)
     cache = (case["B"], case["C"], case["KV"], case["K"])
-    make = torch.float64 if case["B"] * case["C"] < MILLION else torch.float32
     inputs: Inputs = {
-        name: torch.randn(shape, generator=rng, dtype=make).to(device, dtype)
+        name: normal(*shape, rng=rng, dtype=dtype, device=device)
         for name, shape in (
             ("q", (case["B"], case["H"], case["K"])),
             ("k_cache", cache),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from ..._inputs import patch_borders
+from ..._inputs import normal, patch_borders
 from ..._spec import Case, Inputs, OpSpec, case
 from .op import ema_unpool
 from .reference import reference, yardstick
@@ -50,13 +52,11 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int)
     ends = torch.randint(0, patches + 1, (documents,), generator=rng).sort().values
     cu_seqlens = torch.cat([ends.new_zeros(1), ends]).int()
     end = patches if documents == 1 else int(ends[-1])  # slots from there on are unused
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=rng, dtype=torch.float64).to(device, dtype)
+    draw = functools.partial(normal, rng=rng, dtype=dtype, device=device)
 
     gate_dtype = torch.float32 if case["gates"] == "tiny" and dtype.itemsize == 2 else dtype
     inputs: Inputs = {
-        "patch_states": normal(patches, width),
+        "patch_states": draw(patches, width),
         "gate": _gates(case["gates"], patches, rng).to(device, gate_dtype),
         "read_ids": _read_ids(lengths, total, end).to(
             device, getattr(torch, case.get("ids", "int32"))
@@ -65,7 +65,7 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int)
     if documents > 1:
         inputs["cu_seqlens"] = cu_seqlens.to(device)
     if "residual" in case["plus"]:
-        inputs["residual"] = normal(total, width)
+        inputs["residual"] = draw(total, width)
     return inputs
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from ..._inputs import normal
 from ..._spec import Case, Inputs, OpSpec, case
 from .op import qk_norm_rope
 from .reference import reference, yardstick
-
-MILLION = 1 << 20
 
 CASES = (
     case("smoke", B=2, T=15, H=4, KV=2, K=32, norm="qk"),
@@ -41,9 +40,8 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int)
     rng = torch.Generator().manual_seed(seed)
     length, width = case["T"], case["K"]
     lead = (case["B"], length) if "B" in case.sizes else (length,)
-    make = torch.float64 if length < MILLION else torch.float32
     inputs: Inputs = {
-        name: torch.randn(*lead, heads, width, generator=rng, dtype=make).to(device, dtype)
+        name: normal(*lead, heads, width, rng=rng, dtype=dtype, device=device)
         for name, heads in (("q", case["H"]), ("k", case["KV"]))
     }
     fine = torch.promote_types(dtype, torch.float32)
