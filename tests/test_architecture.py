@@ -168,7 +168,10 @@ def test_documents_name_what_exists(document: Path) -> None:
     assert MODULE_COMMAND.search(text), "the scan finds no command at all"
 
 
-def test_the_readme_snippet_runs() -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+def test_the_readme_snippets_run() -> None:
+    """Each in a namespace of its own, as somebody who copies one would run it."""
+    codes = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert len(codes) >= 2
+    code = "\n".join(f"exec({text!r}, {{}})" for text in codes)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
