@@ -52,6 +52,10 @@ def passes_of(spec: OpSpec) -> tuple[str, ...]:
     return PASSES if spec.grad_args else ("no-grad",)
 
 
+def _longest_pass(spec: OpSpec) -> tuple[str, ...]:
+    return ("fwd+bwd",) if spec.grad_args else ("no-grad",)
+
+
 def jobs(
     specs: Iterable[OpSpec], tag: str, impls: Sequence[str], compile_first_only: bool
 ) -> Iterator[Job]:
@@ -61,19 +65,19 @@ def jobs(
         specs: the ops.
         tag: "bench", "bench_cpu", or "smoke" to rehearse on each op's first case.
         impls: our implementations on this device, the default first.
-        compile_first_only: compiled peers on the first case that they support, since compiling
-            takes long on a CPU.
+        compile_first_only: one compiled peer of each op, on the first case that it supports, in
+            the longest pass, since compiling takes long on a CPU.
     """
     for spec in specs:
         cases = spec.tagged(tag)[: 1 if tag == "smoke" else None]
-        compiled: set[str] = set()
+        compiled = False
         for case in cases:
             for entry in entries_of(spec, impls):
-                if entry.unsupported(case) or (compile_first_only and entry.name in compiled):
+                seldom = entry.compiled and compile_first_only
+                if entry.unsupported(case) or (seldom and compiled):
                     continue
-                if entry.compiled:
-                    compiled.add(entry.name)
-                for direction in passes_of(spec):
+                compiled |= entry.compiled
+                for direction in _longest_pass(spec) if seldom else passes_of(spec):
                     yield Job(spec, case, direction, entry)
 
 
