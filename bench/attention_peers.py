@@ -71,7 +71,8 @@ def _gpu_and_dense(case: Case) -> str | None:
 def _with_mask(inputs: Inputs) -> Inputs:
     """The mask is made once, untimed: kinder to the peer than a step of training is."""
     q = inputs["q"]
-    seen = seen_mask(q.shape[-3], True, inputs["window"], inputs.get("cu_seqlens"), q.device)
+    rows = torch.arange(q.shape[-3], device=q.device)
+    seen = seen_mask(rows, rows, True, inputs["window"], inputs.get("cu_seqlens"))
     return _heads_first(inputs) | {"attn_mask": seen}
 
 

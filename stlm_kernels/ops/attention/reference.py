@@ -7,6 +7,10 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+BLOCK = 2048
+"""Rows whose scores the yardstick forms at a time."""
 
 
 def reference(
@@ -62,23 +66,52 @@ def yardstick(
     softcap: float | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """What a careful user writes in stock torch: SDPA, with a mask of all scores where needed."""
+    """What a careful user writes in stock torch: SDPA, with a mask of the scores where needed.
+
+    Long sequences go block by block, each over the keys that it can reach; its scores are formed
+    again in the backward, since all of them would not fit.
+    """
     assert not dropout_p, "what is dropped is random"
     wide = torch.promote_types(q.dtype, torch.float32)
     packed = q.dim() == 3
     dtype = q.dtype
     q, k, v = ((x[None] if packed else x).to(wide).transpose(1, 2) for x in (q, k, v))
-    seen = seen_mask(q.shape[2], causal, window, cu_seqlens, q.device)
-    if softcap is None:
-        alive = seen.any(1)
-        out = F.scaled_dot_product_attention(
-            q, k, v, seen | ~alive[:, None], scale=scale, enable_gqa=True
-        )
-        out = torch.where(alive[:, None], out, 0)
-    else:
-        out = _softcapped(q, k, v, seen, scale, softcap)
-    out = out.transpose(1, 2).to(dtype)
+    length, parts = q.shape[2], []
+    for first in range(0, max(1, length), BLOCK):
+        last = min(length, first + BLOCK)
+        low, high = _reach(first, last, length, causal, window, cu_seqlens)
+        rows, keys = (torch.arange(*x, device=q.device) for x in ((first, last), (low, high)))
+        seen = seen_mask(rows, keys, causal, window, cu_seqlens)
+        operands = (q[:, :, first:last], k[:, :, low:high], v[:, :, low:high], seen, scale, softcap)
+        if length <= BLOCK:
+            parts.append(_block(*operands))
+        else:
+            parts.append(checkpoint(_block, *operands, use_reentrant=False))
+    out = torch.cat(parts, 2).transpose(1, 2).to(dtype)
     return out[0] if packed else out
+
+
+def _reach(
+    first: int, last: int, length: int, causal: bool, window: int | None, cu_seqlens: Tensor | None
+) -> tuple[int, int]:
+    """No row from first to last sees a key outside these."""
+    low = 0 if window is None else max(0, first - window + 1)
+    if cu_seqlens is not None:
+        starts = cu_seqlens[cu_seqlens <= first]
+        low = max(low, int(starts.max())) if starts.numel() else low
+    return low, last if causal else length
+
+
+def _block(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float | None, softcap: float | None
+) -> Tensor:
+    if softcap is not None:
+        return _softcapped(q, k, v, seen, scale, softcap)
+    alive = seen.any(1)
+    out = F.scaled_dot_product_attention(
+        q, k, v, seen | ~alive[:, None], scale=scale, enable_gqa=True
+    )
+    return torch.where(alive[:, None], out, 0)
 
 
 def _softcapped(
@@ -92,20 +125,16 @@ def _softcapped(
 
 
 def seen_mask(
-    length: int,
-    causal: bool,
-    window: int | None,
-    cu_seqlens: Tensor | None,
-    device: torch.device,
+    rows: Tensor, keys: Tensor, causal: bool, window: int | None, cu_seqlens: Tensor | None
 ) -> Tensor:
-    """(T, T) bool: True where the row sees the key."""
-    rows = torch.arange(length, device=device)
-    seen = torch.ones(length, length, dtype=torch.bool, device=device)
-    if causal:
-        seen = rows[:, None] >= rows
+    """(len(rows), len(keys)) bool: True where the row sees the key."""
+    ahead = rows[:, None] - keys
+    seen = ahead >= 0 if causal else torch.ones_like(ahead, dtype=torch.bool)
     if window is not None:
-        seen = seen & (rows[:, None] - rows < window)
+        seen = seen & (ahead < window)
     if cu_seqlens is not None:
-        document = torch.searchsorted(cu_seqlens.long(), rows, right=True)
-        seen = seen & (document[:, None] == document) & (rows < cu_seqlens[-1])
+        of_row, of_key = (
+            torch.searchsorted(cu_seqlens.long(), x, right=True) for x in (rows, keys)
+        )
+        seen = seen & (of_row[:, None] == of_key) & (keys < cu_seqlens[-1])
     return seen
