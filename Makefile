@@ -79,9 +79,17 @@ gpu-site:
 COMMIT ?= $(shell git rev-parse --short HEAD 2>/dev/null || echo unknown)
 GPU_RUN = PYTHONPATH=/tmp/stlm-site:$$PYTHONPATH $(GPU_PYTHON) -m
 
+# Most of the lane's time is compiling, which many processes share where pytest-xdist is installed.
+JOBS ?= 12
+SPREAD = $(shell $(GPU_PYTHON) -c 'import xdist' 2>/dev/null && echo -n $(JOBS))
+GPU_TEST = $(GPU_RUN) pytest tests -q --lane $(LANE)
+
 gpu-test: gpu-site
 	$(GPU_RUN) stlm_kernels.env | tee $(OUT)/env.txt
-	$(GPU_RUN) pytest tests -q --lane $(LANE) --junitxml=$(OUT)/gpu-test.xml 2>&1 | tee $(OUT)/gpu-test.log
+	$(GPU_TEST) $(SPREAD) -m 'not alone' --junitxml=$(OUT)/gpu-test.xml 2>&1 \
+	    | tee $(OUT)/gpu-test.log; together=$$?; \
+	$(GPU_TEST) -m alone --junitxml=$(OUT)/gpu-test-alone.xml 2>&1 \
+	    | tee $(OUT)/gpu-test-alone.log && exit $$together
 
 gpu-bench: gpu-site
 	$(GPU_RUN) pytest bench --benchmark-only --commit $(COMMIT) \

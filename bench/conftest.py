@@ -25,6 +25,7 @@ SESSION = pytest.StashKey[Session]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--commit", help="what to record as the commit, where git is not there")
+    parser.addoption("--full", action="store_true", help="every case, and every compiled peer")
     parser.addoption("--threads", type=int, help="threads of torch (default: torch's own choice)")
 
 
@@ -33,7 +34,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--threads") is not None:
         torch.set_num_threads(config.getoption("--threads"))
     machine = Gpu() if torch.cuda.is_available() else Cpu()
-    config.stash[SESSION] = Session(machine, rehearsal, config.getoption("--commit"))
+    config.stash[SESSION] = Session(
+        machine, rehearsal, config.getoption("--commit"), config.getoption("--full")
+    )
     config.option.benchmark_quiet = True  # its table has no memory, error or ratio: ours follows
     if not rehearsal and config.option.benchmark_json is None:
         stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")

@@ -14,9 +14,11 @@ from .work import CaseData, Job, Task, jobs, task_of
 class Session:
     """What the jobs of one run share."""
 
-    def __init__(self, machine: Cpu | Gpu, rehearsal: bool, commit: str | None = None) -> None:
+    def __init__(
+        self, machine: Cpu | Gpu, rehearsal: bool, commit: str | None = None, full: bool = False
+    ) -> None:
         self.machine = machine
-        self.rehearsal = rehearsal
+        self.rehearsal, self.full = rehearsal, full
         self.records: list[report.Record] = []
         self.about = report.machine(machine.device, commit)
         self._ceilings: Ceilings | None = None
@@ -31,11 +33,12 @@ class Session:
 
     @property
     def tag(self) -> str:
-        return "smoke" if self.rehearsal else self.machine.tag
+        if self.rehearsal:
+            return "smoke"
+        return "bench_full" if self.full and self.machine.tag == "bench" else self.machine.tag
 
     def jobs(self) -> list[Job]:
-        machine = self.machine
-        return list(jobs(OPS.values(), self.tag, machine.impls, machine.compile_first_only))
+        return list(jobs(OPS.values(), self.tag, self.machine.impls, not self.full))
 
     def judged_task(self, job: Job) -> tuple[Task, dict[str, float]]:
         """The task of a job whose results were found right, and their errors."""

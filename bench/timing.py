@@ -106,7 +106,6 @@ class Cpu:
     impls = ("torch",)
     dtype = torch.float32
     device = torch.device("cpu")
-    compile_first_only = True
 
     def timer(self) -> Timer:
         return time.perf_counter
@@ -180,7 +179,6 @@ class Gpu:
     tag = "bench"
     impls = ("triton", "torch")
     dtype = torch.bfloat16
-    compile_first_only = False
 
     def __init__(
         self,

@@ -33,7 +33,7 @@ from stlm_kernels.registry import OPS
 
 from . import report
 from .timing import Gpu, timed_rounds
-from .work import CaseData, Job, heads_of, our_entries, passes_of, task_of
+from .work import CaseData, Job, cases_of, heads_of, our_entries, passes_of, task_of
 
 LEAST, MOST = {"num_stages": 1}, {"num_warps": 16, "num_stages": 6}
 """Bounds of a config's values where they are not simply 1 and none."""
@@ -221,7 +221,7 @@ def tune(
     found: list[Target] = []
     known: set[str] = set()
     for spec in specs:
-        for case in spec.tagged(tag):
+        for case in cases_of(spec, tag):
             for direction in (p for p in ("no-grad", "bwd") if p in passes_of(spec)):
                 run = _runner(spec, case, direction, dtype, device)
                 found += targets(spec, direction, case, run, known)
@@ -285,7 +285,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     dtype = getattr(torch, options.dtype)
     major, minor = torch.cuda.get_device_capability(gpu.device)
     usable = Compilers(10 * major + minor, dtype).usable
-    entries = tune(specs, "bench", dtype, gpu.device, measured_on(gpu), usable, options.minutes)
+    entries = tune(
+        specs, "bench_full", dtype, gpu.device, measured_on(gpu), usable, options.minutes
+    )
     path = _launch.device_file(about["device"])
     path = path if options.out is None else options.out / path.name
     write(path, about, entries)

@@ -52,28 +52,34 @@ def passes_of(spec: OpSpec) -> tuple[str, ...]:
     return PASSES if spec.grad_args else ("no-grad",)
 
 
+def cases_of(spec: OpSpec, tag: str) -> list[Case]:
+    """A machine's "bench" or "bench_cpu"; "bench_full", a GPU's sweep; "smoke", one to rehearse."""
+    if tag == "smoke":
+        return spec.tagged(tag)[:1]
+    return spec.tagged("bench", "bench_full") if tag == "bench_full" else spec.tagged(tag)
+
+
 def _longest_pass(spec: OpSpec) -> tuple[str, ...]:
     return ("fwd+bwd",) if spec.grad_args else ("no-grad",)
 
 
 def jobs(
-    specs: Iterable[OpSpec], tag: str, impls: Sequence[str], compile_first_only: bool
+    specs: Iterable[OpSpec], tag: str, impls: Sequence[str], few_compiled: bool
 ) -> Iterator[Job]:
     """Every job, in the order in which inputs are shared best.
 
     Args:
         specs: the ops.
-        tag: "bench", "bench_cpu", or "smoke" to rehearse on each op's first case.
+        tag: see `cases_of`.
         impls: our implementations on this device, the default first.
-        compile_first_only: one compiled peer of each op, on the first case that it supports, in
-            the longest pass, since compiling takes long on a CPU.
+        few_compiled: one compiled peer of each op, on the first case that it supports, in the
+            longest pass, since compiling takes long.
     """
     for spec in specs:
-        cases = spec.tagged(tag)[: 1 if tag == "smoke" else None]
         compiled = False
-        for case in cases:
+        for case in cases_of(spec, tag):
             for entry in entries_of(spec, impls):
-                seldom = entry.compiled and compile_first_only
+                seldom = entry.compiled and few_compiled
                 if entry.unsupported(case) or (seldom and compiled):
                     continue
                 compiled |= entry.compiled
@@ -87,7 +93,7 @@ def left_out(specs: Iterable[OpSpec], tag: str) -> Iterator[tuple[str, str]]:
         sentences = [
             f"{entry.name}: {reason}"
             for entry in PEERS.get(spec.name, ())
-            for case in spec.tagged(tag)
+            for case in cases_of(spec, tag)
             if (reason := entry.unsupported(case))
         ]
         yield from ((spec.name, sentence) for sentence in dict.fromkeys(sentences))

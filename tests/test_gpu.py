@@ -101,6 +101,7 @@ def last_rows_match(spec: OpSpec, inputs: dict[str, Any], impl: str) -> None:
 
 
 @ON_GPU
+@pytest.mark.alone
 @pytest.mark.parametrize(("spec", "case"), op_cases("huge"))
 def test_more_than_2_to_31_elements(spec: OpSpec, case: Case) -> None:
     if not spec.kernels:

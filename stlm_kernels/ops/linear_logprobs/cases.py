@@ -32,9 +32,10 @@ EDGE_CASES = (
 CASES = (
     *EDGE_CASES,
     case("huge", N=17_000_000, D=128, V=256),
-    *(case("bench", N=n, D=d, V=v) for n, d, v in ((65_536, 128, 256), (98_304, 128, 258))),
-    case("bench", N=65_536, D=512, V=256),
-    case("bench", N=12_288, D=512, V=50_257),
+    case("bench", N=65_536, D=128, V=256),
+    case("bench_full", N=98_304, D=128, V=258),
+    case("bench_full", N=65_536, D=512, V=256),
+    case("bench_full", N=12_288, D=512, V=50_257),
     case("bench_cpu", N=8192, D=128, V=257),
 )
 

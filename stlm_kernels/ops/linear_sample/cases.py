@@ -25,8 +25,9 @@ CASES = (
     case("edge", N=36, D=40, V=264, dense=1, scale=2.0, k=1, p=0.5),
     case("aot", N=64, D=128, V=256),
     case("aot", N=64, D=512, V=258, bias=1, k=50, p=0.9),
-    *(case("bench", N=n, D=512, V=256, k=1, p=0.9, seed="tensor") for n in (1, 64, 4096)),
-    case("bench", N=64, D=512, V=256, t=0.0, seed="tensor"),
+    case("bench", N=64, D=512, V=256, k=1, p=0.9, seed="tensor"),
+    *(case("bench_full", N=n, D=512, V=256, k=1, p=0.9, seed="tensor") for n in (1, 4096)),
+    case("bench_full", N=64, D=512, V=256, t=0.0, seed="tensor"),
     case("bench", N=64, D=512, V=50257, t=0.0, seed="tensor"),
 )
 

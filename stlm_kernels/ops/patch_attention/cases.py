@@ -28,13 +28,22 @@ CASES = (
     case("aot", T=4096, P=512, H=8, KV=2, K=128, borders="ragged", causal=1),
     case("huge", T=17_000_000, P=1_416_667, H=4, KV=4, K=32, borders="even"),
     *(
-        case("bench", T=98_304, P=8192, H=8, KV=8, K=width, borders="even", causal=causal)
+        case(
+            "bench" if causal == 0 else "bench_full",
+            T=98_304,
+            P=8192,
+            H=8,
+            KV=8,
+            K=width,
+            borders="even",
+            causal=causal,
+        )
         for width in (16, 32)
         for causal in (0, 1)
     ),
-    case("bench", T=262_144, P=43_691, H=8, KV=8, K=64, borders="ragged"),
-    case("bench", T=262_144, P=16_384, H=8, KV=8, K=32, borders="even"),
-    case("bench", T=65_536, P=8, H=8, KV=2, K=64, borders="ragged", causal=1),
+    case("bench_full", T=262_144, P=43_691, H=8, KV=8, K=64, borders="ragged"),
+    case("bench_full", T=262_144, P=16_384, H=8, KV=8, K=32, borders="even"),
+    case("bench_full", T=65_536, P=8, H=8, KV=2, K=64, borders="ragged", causal=1),
     *(
         case("bench_cpu", T=12_288, P=1024, H=8, KV=8, K=16, borders=borders)
         for borders in ("even", "ragged")
