@@ -26,7 +26,7 @@ help:
 	@echo "make check      our torch path against the best stock composition, turn by turn"
 	@echo "make train      train PRESET=$(PRESET) for MINUTES=$(MINUTES) into RUN=$(RUN)"
 	@echo "make gpu-test   the gpu lane: WHEELS=dir OUT=dir; LANE=cpu rehearses it"
-	@echo "make gpu-bench  the benchmarks on a GPU: WHEELS=dir OUT=dir"
+	@echo "make gpu-bench  the benchmarks on a GPU: WHEELS=dir OUT=dir; FULL=--full sweeps"
 	@echo "make gpu-tune   the offline sweep of launch configurations: WHEELS=dir OUT=dir"
 
 $(READY): pyproject.toml constraints.txt
@@ -92,7 +92,7 @@ gpu-test: gpu-site
 	    | tee $(OUT)/gpu-test-alone.log && exit $$together
 
 gpu-bench: gpu-site
-	$(GPU_RUN) pytest bench --benchmark-only --commit $(COMMIT) \
+	$(GPU_RUN) pytest bench --benchmark-only $(FULL) --commit $(COMMIT) \
 	    --benchmark-json=$(OUT)/gpu-bench.json 2>&1 | tee $(OUT)/gpu-bench.log
 
 gpu-tune: gpu-site
