@@ -16,6 +16,7 @@ CASES = (
     case("smoke", T=130, P=24, V=257, D=96, mode="sum", borders="ragged", ids="int16"),
     case("edge", T=120, P=24, V=320, D=100, mode="mean", borders="tail", ids="int32"),
     case("edge", T=40, P=40, V=512, D=1, mode="mean", borders="even", ids="int64"),
+    case("edge", T=20, P=6, V=384, D=1024, mode="sum", borders="ragged", ids="int16"),
     case("edge", T=300, P=2, V=256, D=24, mode="mean", borders="ragged"),
     case("edge", T=270, P=1, V=130, D=16, mode="sum", borders="even"),
     case("edge", T=50, P=20, V=256, D=32, mode="mean", borders="hollow"),

@@ -32,7 +32,6 @@ CASES = (
     case("bench_cpu", T=65_536, how="space", max=16, S=8, C=16_384, text="english"),
     case("bench_cpu", T=65_536, how="space", max=16, S=8, text="code"),
     # Small and large calls have other configurations.
-    # Small and large calls have other configurations.
     case("aot", T=MILLION, how="space", max=16, S=4, C=1024),
     case("aot", T=MILLION, how="fixed", size=6, S=4, C=1024),
     case("aot", T=MILLION, how="closes", S=4, C=1024),

@@ -19,6 +19,7 @@ CASES = (
     *(case("edge", T=17, P=0, D=8, mode=mode, borders="even") for mode in ("sum", "max", "last")),
     *(case("edge", T=700, P=1, D=100, mode=mode, borders="even") for mode in ("mean", "max")),
     case("edge", T=130, P=130, D=1, mode="mean", borders="even"),
+    *(case("edge", T=20, P=6, D=1024, mode=mode, borders="ragged") for mode in ("mean", "max")),
     *(case("long", T=10_003, P=4, D=32, mode=mode, borders="tail") for mode in ("mean", "max")),
     *(case("aot", T=4096, P=680, D=768, mode=mode, borders="ragged") for mode in ("mean", "max")),
     case("huge", T=3 * MILLION, P=524_288, D=768, mode="mean", borders="even"),

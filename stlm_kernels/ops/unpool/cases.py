@@ -21,6 +21,7 @@ CASES = (
     case("edge", T=90, P=30, D=100, S=3, borders="tail", plus="residual", ids="int64"),
     case("edge", T=130, P=130, D=1, S=2, borders="even", plus="null+residual", ids="int16"),
     case("edge", T=50, P=1, D=24, S=1, borders="even", plus="null"),
+    case("edge", T=20, P=6, D=1024, S=2, borders="ragged", plus="null+residual"),
     case("edge", T=40, P=4, D=8, S=1, borders="hollow", plus="null+residual"),
     case("edge", T=17, P=0, D=8, S=1, borders="even", plus="null+residual"),
     case("edge", T=17, P=0, D=8, S=1, borders="even", plus="nothing"),
