@@ -35,6 +35,11 @@ CASES = (
         for text in ("english", "code", "uniform", "equal")
     ),
     *(
+        case("bench", T=MILLION, P=120_646, V=256, D=width, mode="mean", borders="words", text=text)
+        for width in (768, 128)
+        for text in ("english", "code")
+    ),
+    *(
         case("bench_cpu", T=65_536, P=10_923, V=256, D=128, mode=mode, borders="even", text=text)
         for mode, text in (
             ("mean", "english"),
@@ -44,7 +49,7 @@ CASES = (
             ("mean", "equal"),
         )
     ),
-    case("bench_cpu", T=8192, P=1366, V=320, D=512, mode="mean", borders="even", text="english"),
+    case("bench_cpu", T=8192, P=942, V=320, D=512, mode="mean", borders="words", text="english"),
 )
 
 

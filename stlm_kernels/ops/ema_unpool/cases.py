@@ -34,6 +34,8 @@ CASES = (
         for width in (768, 128)
         for plus in ("nothing", "residual")
     ),
+    case("bench", T=MILLION, P=120_646, D=768, S=128, borders="words", gates="router",
+         plus="residual"),
     case("bench", T=256, P=42, D=128, S=2, borders="even", gates="router", plus="residual"),
     *(
         case("bench_cpu", T=32_768, P=5461, D=128, S=8, borders="ragged", gates="router",

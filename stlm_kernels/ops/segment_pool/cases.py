@@ -28,8 +28,12 @@ CASES = (
         for width in (768, 128)
         for mode in ("mean", "max")
     ),
+    *(
+        case("bench", T=MILLION, P=120_646, D=768, mode=mode, borders="words")
+        for mode in ("mean", "max")
+    ),
     *(case("bench_cpu", T=65_536, P=10_923, D=128, mode=mode, borders="ragged") for mode in MODES),
-    case("bench_cpu", T=8192, P=1366, D=256, mode="mean", borders="ragged"),
+    case("bench_cpu", T=8192, P=942, D=256, mode="mean", borders="words"),
 )
 
 

@@ -34,11 +34,12 @@ CASES = (
         for width in (768, 128)
         for plus in ("nothing", "null+residual")
     ),
+    case("bench", T=MILLION, P=120_646, D=768, S=128, borders="words", plus="null+residual"),
     *(
         case("bench_cpu", T=65_536, P=10_923, D=128, S=8, borders="ragged", plus=plus)
         for plus in ("nothing", "null+residual")
     ),
-    case("bench_cpu", T=8192, P=1366, D=256, S=8, borders="ragged", plus="null+residual"),
+    case("bench_cpu", T=8192, P=942, D=256, S=8, borders="words", plus="null+residual"),
 )
 
 
