@@ -215,10 +215,10 @@ def test_gradients_accumulate_wide(way: Way) -> None:
     rows = 65 if way.impl == "triton" and way.device == "cpu" else 1000
     reads = torch.cat([ints(-1).expand(5), ints(1).expand(rows)]).to(way.device)
     out = ema_unpool(states.requires_grad_(), gate, reads, impl=way.impl)
-    upstream = torch.ones_like(out)
-    upstream[5] = 2.0**14  # in a 16-bit sum, ones beside it would vanish
+    upstream = torch.full_like(out, 0.25)
+    upstream[5] = 2.0**14  # in a 16-bit sum, quarters beside it would vanish
     (gradient,) = torch.autograd.grad(out, states, upstream)
-    want = torch.tensor(2.0**14 + rows - 1, dtype=way.dtype).item()
+    want = torch.tensor(2.0**14 + (rows - 1) / 4, dtype=way.dtype).item()
     assert gradient.flatten().tolist() == [0, want]
 
 

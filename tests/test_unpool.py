@@ -95,12 +95,12 @@ def test_gradients_accumulate_wide(way: Way, recorded: bool) -> None:
     rows = 65 if way.impl == "triton" and way.device == "cpu" else 1000
     reads = torch.cat([ints(-1).expand(rows), ints(1).expand(rows)]).to(way.device)
     out = unpool(states, reads, null_state=null, impl=way.impl)
-    upstream = torch.ones_like(out)
-    upstream[[0, rows]] = 2.0**14  # in a 16-bit sum, ones beside it would vanish
+    upstream = torch.full_like(out, 0.25)
+    upstream[[0, rows]] = 2.0**14  # in a 16-bit sum, quarters beside it would vanish
     grads = torch.autograd.grad(
         out, [states, null], upstream.requires_grad_(recorded), create_graph=recorded
     )
-    want = torch.tensor(2.0**14 + rows - 1, dtype=way.dtype).item()
+    want = torch.tensor(2.0**14 + (rows - 1) / 4, dtype=way.dtype).item()
     assert grads[0].flatten().tolist() == [0, want]
     assert grads[1].tolist() == [want]
 
