@@ -15,24 +15,25 @@ from .entry import Entry, compiled
 
 
 def _with_documents(inputs: Inputs) -> Inputs:
-    """Borders in int64, and the first byte of each byte's document; bytes of none are left out."""
+    """Borders in int64; bytes of no document are left out."""
     borders = inputs.get("cu_seqlens")
     if borders is None:
         borders = torch.tensor([0, len(inputs["byte_ids"])])
     borders = borders.to(inputs["byte_ids"].device, torch.int64)
-    first = torch.repeat_interleave(borders[:-1], borders.diff())
+    end = int(borders[-1])
     kept = {
-        name: x[: len(first)] if name in ("byte_ids", "starts", "closes") else x
+        name: x[:end] if name in ("byte_ids", "starts", "closes") else x
         for name, x in inputs.items()
     }
-    return kept | {"cu_seqlens": borders, "first": first, "total": len(inputs["byte_ids"])}
+    return kept | {"cu_seqlens": borders, "total": len(inputs["byte_ids"])}
 
 
 def _running_sums(
-    byte_ids: Tensor, cu_seqlens: Tensor, first: Tensor, total: int, **options: Any
+    byte_ids: Tensor, cu_seqlens: Tensor, total: int, **options: Any
 ) -> tuple[Tensor, ...]:
     """Patches are numbered by a sum of their beginnings; a running maximum splits long ones."""
-    places = torch.arange(len(first), device=first.device)
+    first = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff(), output_size=len(byte_ids))
+    places = torch.arange(len(first), device=byte_ids.device)
     closed = closes(byte_ids, places - first, options)
     begins = (places == first) | F.pad(closed, (1, 0))[:-1]
     if options.get("starts") is not None:
