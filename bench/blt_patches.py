@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+MASKS = ("starts", "closes")
+
 
 def by_comparison(starts: Tensor, positions: Tensor) -> Tensor:
     """BLT's way: every patch against every byte of the document."""
@@ -58,7 +60,8 @@ def _document_patches(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Lengths, patch and readable patch of each byte, numbered within the document."""
     positions = torch.arange(end - begin, device=byte_ids.device)
-    closed = _closes(byte_ids[begin:end], positions, begin, options)
+    masks = {name: mask[begin:end] for name, mask in options.items() if name in MASKS}
+    closed = closes(byte_ids[begin:end], positions, options | masks)
     begins = closed.roll(1)
     if options.get("starts") is not None:
         begins = begins | options["starts"][begin:end]
@@ -76,13 +79,14 @@ def _document_patches(
     return lengths, patch_ids, torch.where(closed, patch_ids, patch_ids - 1)
 
 
-def _closes(ids: Tensor, positions: Tensor, begin: int, options: dict[str, Any]) -> Tensor:
+def closes(ids: Tensor, positions: Tensor, options: dict[str, Any]) -> Tensor:
+    """Which bytes end a patch, its length apart; positions count from the document's start."""
     if options.get("starts") is not None:
         return torch.zeros_like(positions, dtype=torch.bool)
     if options.get("closes") is not None:
-        return options["closes"][begin : begin + len(ids)]
+        return options["closes"]
     if options.get("patch_size") is not None:
         return (positions + 1) % options["patch_size"] == 0
     letter = ((ids | 32) >= 97) & ((ids | 32) <= 122)
     word = letter | ((ids >= 48) & (ids <= 57)) | ((ids >= 0x80) & (ids <= 0xBF))
-    return ~word & (F.pad(word, (1, 0), value=True)[:-1])
+    return ~word & ((positions == 0) | F.pad(word, (1, 0), value=True)[:-1])

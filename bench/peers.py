@@ -21,10 +21,10 @@ from . import (
     ema_peers,
     head_peers,
     ngram_peers,
+    patch_peers,
     pool_peers,
     rope_peers,
 )
-from .blt_patches import by_comparison, by_search, patches_by_document
 from .entry import Entry, compiled
 
 
@@ -239,15 +239,12 @@ PEERS: dict[str, tuple[Entry, ...]] = {
         Entry("gather + where + add", _unpool_where, _with_table_rows),
         compiled(_INDEX_SELECT),
     ),
-    "find_patches": (
-        Entry("BLT's comparison", patches_by_document(by_comparison)),
-        Entry("searchsorted by document", patches_by_document(by_search)),
-    ),
     **attention_peers.PEERS,
     **decode_peers.PEERS,
     **ema_peers.PEERS,
     **head_peers.PEERS,
     **ngram_peers.PEERS,
+    **patch_peers.PEERS,
     **pool_peers.PEERS,
     **rope_peers.PEERS,
 }

@@ -61,12 +61,27 @@ def random_ids(total: int, vocab: int, dtype: torch.dtype, rng: torch.Generator)
     return (low * skew).long().clamp(max=vocab - 1).to(dtype)
 
 
+@functools.cache
+def _word_lengths() -> Tensor:
+    """Lengths of the patches of the English text, none longer than 16."""
+    from .ops.find_patches import find_patches
+
+    patches = find_patches(_stock_text("english"), rule="space", max_patch_len=16, impl="torch")
+    return patches.cu_patchlens.diff()
+
+
 def patch_borders(kind: str, total: int, patches: int, rng: torch.Generator) -> Tensor:
     """(patches + 1,) int32 on CPU.
 
     "ragged": random borders, so that empty patches, single bytes and long ones occur; "tail": the
-    same over three quarters of the bytes; "hollow": every patch empty; "even": equal lengths.
+    same over three quarters of the bytes; "hollow": every patch empty; "even": equal lengths;
+    "words": what the space rule makes of English, as far as patches or bytes suffice.
     """
+    if kind == "words":
+        lengths = _word_lengths()
+        first = int(torch.randint(0, len(lengths), (), generator=rng))
+        lengths = lengths.roll(-first).repeat(-(-patches // len(lengths)))[:patches]
+        return torch.cat([lengths.new_zeros(1), lengths]).cumsum(0).clamp(max=total).int()
     end = {"ragged": total, "even": total, "tail": total * 3 // 4, "hollow": 0}[kind]
     if patches == 0:
         return torch.zeros(1, dtype=torch.int32)

@@ -69,7 +69,7 @@ class KVCache:
             kept = positions >= lens[documents] - self.window
             used, documents, positions = used[kept], documents[kept], positions[kept]
         self.lens[rows] = lens
-        self.longest = int(self.lens.max()) if expected else 0
+        self.longest = int(self.lens.max()) if len(self.lens) else 0
         self._reserve(self.longest)
         at = rows[documents], self._slots(positions)
         self.k[at], self.v[at] = (x.detach()[used].to(self.k.dtype) for x in (k, v))

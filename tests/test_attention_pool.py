@@ -129,6 +129,17 @@ def test_rows_of_no_patch_are_never_read(way: Way, own: bool) -> None:
 
 
 @EVERY_LANE
+@pytest.mark.one_dtype
+@pytest.mark.parametrize("own", [False, True])
+def test_nan_upstream_at_an_empty_patch_reaches_nothing(way: Way, own: bool) -> None:
+    operands = example(12, 2, 1, 8, way, patches=3 if own else None)
+    upstream = some_gradient((3, 2, 8), operands[0])
+    clean = with_gradients(operands, ints(0, 5, 5, 12), way, upstream)
+    upstream[1] = math.nan
+    assert_same(with_gradients(operands, ints(0, 5, 5, 12), way, upstream), clean)
+
+
+@EVERY_LANE
 def test_a_patch_alone_and_among_others(way: Way) -> None:
     operands = example(37, 2, 1, 16, way)
     upstream = some_gradient((6, 2, 16), operands[0])

@@ -62,6 +62,16 @@ class TestAttention:
         assert cache.lens.tolist() == [40] * 4
         assert cache.k.shape == (4, 64, 2, 6)
 
+    def test_no_rows_begin_anew(self) -> None:
+        cache = KVCache(2, 1, 6)
+        for _ in range(2):
+            cache.append(torch.ones(2, 1, 6), torch.ones(2, 1, 6))
+        nothing, none = torch.zeros(0, 1, 6), torch.zeros(0, dtype=torch.int64)
+        cache.at(none).fill(nothing, nothing, torch.zeros(1, dtype=torch.int32))
+        keys, _, lens = cache.append(torch.ones(2, 1, 6), torch.ones(2, 1, 6))
+        assert lens.tolist() == [3, 3]
+        assert torch.equal(keys, torch.ones(2, 3, 1, 6))
+
     def test_packed_outputs_do_not_change_with_a_cache(self) -> None:
         layer = Attention(16, 2, window=4)
         x = torch.randn(12, 16)

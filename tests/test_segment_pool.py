@@ -7,18 +7,22 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Way
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from stlm_kernels import explain, segment_pool
+from stlm_kernels import ema_unpool, explain, find_patches, segment_pool, unpool
 from stlm_kernels.ops.segment_pool import torch_impl
 from stlm_kernels.ops.segment_pool.op import MODES
 from stlm_kernels.ops.segment_pool.reference import reference
 
 NAN, INF = math.nan, math.inf
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+EVERY_LANE = pytest.mark.lanes("cpu", "interpret", "gpu")
+ONE_DTYPE = pytest.mark.one_dtype
+TORCH = Way("torch", "cpu", torch.float32)
 
 
 def ints(*values: int) -> Tensor:
@@ -30,12 +34,13 @@ def column(*values: float, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def pooled_with_gradient(
-    x: Tensor, borders: Tensor, mode: str, upstream: Tensor | None = None
+    x: Tensor, borders: Tensor, mode: str, upstream: Tensor | None = None, way: Way = TORCH
 ) -> tuple[Tensor, Tensor]:
-    out = segment_pool(x, borders, mode=mode)
-    upstream = torch.ones_like(out) if upstream is None else upstream
+    """On the way's device and back."""
+    out = segment_pool(x.to(way.device), borders.to(way.device), mode=mode, impl=way.impl)
+    upstream = torch.ones_like(out) if upstream is None else upstream.to(out)
     (gradient,) = torch.autograd.grad(out, x, upstream)
-    return out, gradient
+    return out.cpu(), gradient
 
 
 # ---- NaN, ties, empty patches -----------------------------------------------------------------
@@ -54,12 +59,12 @@ def pooled_with_gradient(
         ((-INF, -5, -INF, -5), 1),
     ],
 )
-@pytest.mark.parametrize("dtype", FLOATS)
+@EVERY_LANE
 def test_max_gives_the_gradient_to_the_first(
-    values: tuple[float, ...], winner: int, dtype: torch.dtype
+    way: Way, values: tuple[float, ...], winner: int
 ) -> None:
-    x = column(7, *values, 9, dtype=dtype)
-    out, gradient = pooled_with_gradient(x, ints(0, 1, 5, 6), "max", column(2, 3, 4, dtype=dtype))
+    x, upstream = (column(*v, dtype=way.dtype) for v in ((7, *values, 9), (2, 3, 4)))
+    out, gradient = pooled_with_gradient(x, ints(0, 1, 5, 6), "max", upstream, way)
     torch.testing.assert_close(out[1, 0], x[1 + winner, 0], equal_nan=True)
     want = [2.0, 0.0, 0.0, 0.0, 0.0, 4.0]
     want[1 + winner] = 3.0
@@ -89,43 +94,48 @@ def _recording(function: Any, seen: list[Any]) -> Any:
     return recorded
 
 
+@EVERY_LANE
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_nan_stays_in_its_own_patch(mode: str, dtype: torch.dtype) -> None:
+def test_nan_stays_in_its_own_patch(way: Way, mode: str) -> None:
     borders = ints(0, 3, 5, 9)
-    x = torch.randn(9, 3).to(dtype)
-    clean = segment_pool(x, borders, mode=mode)
-    x[3:5] = NAN
-    upstream = torch.randn(3, 3).to(dtype)
+    x = torch.randn(9, 3).to(way.dtype).requires_grad_()
+    clean, _ = pooled_with_gradient(x, borders, mode, way=way)
+    x.data[3:5] = NAN
+    upstream = torch.randn(3, 3).to(way.dtype)
     upstream[1] = NAN
-    x.requires_grad_()
-    out, gradient = pooled_with_gradient(x, borders, mode, upstream)
+    out, gradient = pooled_with_gradient(x, borders, mode, upstream, way)
     assert out[1].isnan().all()
     assert torch.equal(out[[0, 2]], clean[[0, 2]])
     assert gradient[[0, 1, 2, 5, 6, 7, 8]].isfinite().all()
     assert gradient[3:5].isnan().any()
 
 
+@EVERY_LANE
+@ONE_DTYPE
 @pytest.mark.parametrize("mode", MODES)
-def test_bytes_of_no_patch_are_never_read(mode: str) -> None:
+def test_bytes_of_no_patch_are_never_read(way: Way, mode: str) -> None:
     x = torch.randn(8, 3)
-    want, want_gradient = pooled_with_gradient(x[:5].requires_grad_(), ints(0, 2, 5), mode)
+    want, want_gradient = pooled_with_gradient(x[:5].requires_grad_(), ints(0, 2, 5), mode, way=way)
     x = x.detach()
     x[5:] = NAN
-    out, gradient = pooled_with_gradient(x.requires_grad_(), ints(0, 2, 5), mode)
+    out, gradient = pooled_with_gradient(x.requires_grad_(), ints(0, 2, 5), mode, way=way)
     assert torch.equal(out, want)
     assert torch.equal(gradient[:5], want_gradient)
     assert torch.equal(gradient[5:], torch.zeros(3, 3))
 
 
+@EVERY_LANE
+@ONE_DTYPE
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("borders", [(0, 0, 2, 2, 3, 3), (0, 0, 0), (0, 3, 3), (0, 0, 2)])
-def test_empty_patches_are_zero_and_take_no_gradient(mode: str, borders: tuple[int, ...]) -> None:
+def test_empty_patches_are_zero_and_take_no_gradient(
+    way: Way, mode: str, borders: tuple[int, ...]
+) -> None:
     offsets = ints(*borders)
     empty = offsets.diff() == 0
     upstream = torch.where(empty[:, None], NAN, torch.ones(len(empty), 2))
     x = torch.randn(3, 2, requires_grad=True)
-    out, gradient = pooled_with_gradient(x, offsets, mode, upstream)
+    out, gradient = pooled_with_gradient(x, offsets, mode, upstream, way)
     assert torch.equal(out[empty], torch.zeros(int(empty.sum()), 2))
     assert gradient.isfinite().all()
     assert torch.equal(gradient[borders[-1] :], torch.zeros(3 - borders[-1], 2))
@@ -134,10 +144,17 @@ def test_empty_patches_are_zero_and_take_no_gradient(mode: str, borders: tuple[i
 # ---- precision --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_sums_accumulate_wide(dtype: torch.dtype) -> None:
-    ones = torch.ones(1000, 2, dtype=dtype)
-    assert segment_pool(ones, ints(0, 1000), mode="sum").tolist() == [[1000.0, 1000.0]]
+@EVERY_LANE
+def test_sums_accumulate_wide(way: Way) -> None:
+    """A 16-bit sum would lose the ones, which together count in both 16-bit types."""
+    x = column(2**14, *[1] * 128, dtype=way.dtype)
+    assert pooled_with_gradient(x, ints(0, 129), "sum", way=way)[0].item() == 2**14 + 128
+
+
+@pytest.mark.lanes("cpu", "gpu")
+def test_a_thousand_ones_make_a_thousand(way: Way) -> None:
+    ones = torch.ones(1000, 2, dtype=way.dtype, requires_grad=True)
+    assert pooled_with_gradient(ones, ints(0, 1000), "sum", way=way)[0].tolist() == [[1000, 1000]]
 
 
 def test_a_float16_mean_does_not_overflow_where_the_sum_does() -> None:
@@ -199,6 +216,25 @@ def test_equals_the_oracle(call: dict[str, Any], dtype: torch.dtype) -> None:
     (gradient,) = torch.autograd.grad(out, x, upstream.to(dtype))
     (wanted,) = torch.autograd.grad(want, wide, upstream.double())
     torch.testing.assert_close(gradient, wanted.to(dtype), rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.lanes("cpu", "gpu")
+@ONE_DTYPE
+def test_far_more_patches_than_a_grid_has_rows(way: Way) -> None:
+    """There and back through 70,001 patches; 65,535 is where a grid's second dimension stops."""
+    patches = 70_001
+    ids = torch.zeros(2 * patches, dtype=torch.uint8, device=way.device)
+    x = torch.arange(2 * patches, device=way.device, dtype=way.dtype)[:, None].requires_grad_()
+    cut = find_patches(ids, rule="fixed", patch_size=2, capacity=patches, impl=way.impl)
+    pooled = segment_pool(x, cut.cu_patchlens, mode="last", impl=way.impl)
+    assert torch.equal(pooled, x[1::2])
+    gate = torch.ones(patches, device=way.device)
+    back = unpool(pooled, cut.patch_ids, impl=way.impl)
+    smooth = ema_unpool(pooled, gate, cut.patch_ids, impl=way.impl)
+    assert torch.equal(back, x[1::2].repeat_interleave(2, 0))
+    assert torch.equal(back, smooth)
+    (gradient,) = torch.autograd.grad((back + smooth).sum(), x)
+    assert gradient.view(-1, 2).unique(dim=0).tolist() == [[0, 4]]
 
 
 # ---- derivatives, transforms, unchecked values ------------------------------------------------

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Way
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,14 +18,15 @@ from stlm_kernels.ops.unpool.reference import reference
 
 NAN = math.nan
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+EVERY_LANE = pytest.mark.lanes("cpu", "interpret", "gpu")
 
 
 def ints(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
-def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_()
+def leaf(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
+    return torch.randn(shape, dtype=torch.float64).to(device, dtype).requires_grad_()
 
 
 # ---- by hand ----------------------------------------------------------------------------------
@@ -66,34 +68,41 @@ def test_the_residual_is_left_alone() -> None:
 # ---- precision, NaN ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
+@EVERY_LANE
 @pytest.mark.parametrize("ids", [(-1, 0, 0, 1, 1, 2, -1), (-1, 2, 1, 1, 0, 0, -1)])
-def test_nan_reaches_no_patch_but_its_own(dtype: torch.dtype, ids: tuple[int, ...]) -> None:
-    states, null = leaf(3, 2, dtype=dtype), leaf(2, dtype=dtype)
-    reads = ints(*ids)
-    upstream = torch.ones(7, 2, dtype=dtype)
+def test_nan_reaches_no_patch_but_its_own(way: Way, ids: tuple[int, ...]) -> None:
+    states, null = (leaf(*s, dtype=way.dtype, device=way.device) for s in ((3, 2), (2,)))
+    reads = ints(*ids).to(way.device)
+    upstream = torch.ones(7, 2, dtype=way.dtype, device=way.device)
+    ones = upstream.clone()
     upstream[reads == 1] = NAN
-    out = unpool(states, reads, null_state=null)
+    out = unpool(states, reads, null_state=null, impl=way.impl)
     gradient, null_gradient = torch.autograd.grad(out, [states, null], upstream)
     assert gradient[:, 0].nan_to_num(nan=-1).tolist() == [2, -1, 1]
     assert null_gradient.tolist() == [2, 2]
     with torch.no_grad():
         states[1] = NAN
-    out = unpool(states, reads, null_state=null, residual=torch.ones(7, 2, dtype=dtype))
+    out = unpool(states, reads, null_state=null, residual=ones, impl=way.impl)
     assert torch.equal(out.isnan(), (reads == 1)[:, None].expand(7, 2))
 
 
+@EVERY_LANE
 @pytest.mark.parametrize("recorded", [False, True])
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_gradients_accumulate_wide(dtype: torch.dtype, recorded: bool) -> None:
-    states, null = leaf(2, 1, dtype=dtype), leaf(1, dtype=dtype)
-    reads = torch.cat([ints(-1).expand(2000), ints(1).expand(1000)])
-    out = unpool(states, reads, null_state=null)
+def test_gradients_accumulate_wide(way: Way, recorded: bool) -> None:
+    if recorded and way.impl == "triton":
+        pytest.skip("a kernel's gradient is not differentiated")
+    states, null = (leaf(*s, dtype=way.dtype, device=way.device) for s in ((2, 1), (1,)))
+    rows = 65 if way.impl == "triton" and way.device == "cpu" else 1000
+    reads = torch.cat([ints(-1).expand(rows), ints(1).expand(rows)]).to(way.device)
+    out = unpool(states, reads, null_state=null, impl=way.impl)
+    upstream = torch.full_like(out, 0.25)
+    upstream[[0, rows]] = 2.0**14  # in a 16-bit sum, quarters beside it would vanish
     grads = torch.autograd.grad(
-        out, [states, null], torch.ones_like(out).requires_grad_(recorded), create_graph=recorded
+        out, [states, null], upstream.requires_grad_(recorded), create_graph=recorded
     )
-    assert grads[0].flatten().tolist() == [0, 1000]
-    assert grads[1].tolist() == [2000]
+    want = torch.tensor(2.0**14 + (rows - 1) / 4, dtype=way.dtype).item()
+    assert grads[0].flatten().tolist() == [0, want]
+    assert grads[1].tolist() == [want]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -218,15 +227,17 @@ def test_torch_func(batched: tuple[int | None, ...]) -> None:
         assert jacobian.sum((0, 1)).tolist() == [[2, 2], [0, 0], [1, 1]]
 
 
+@EVERY_LANE
+@pytest.mark.one_dtype
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_unchecked_ids_out_of_range_are_loud_and_in_bounds(dtype: torch.dtype) -> None:
+def test_unchecked_ids_out_of_range_are_loud_and_in_bounds(way: Way, dtype: torch.dtype) -> None:
     far = 2**32 if dtype == torch.int64 else 2**31 - 1
-    reads = torch.tensor([0, 3, -2, 1, far, -far, -1], dtype=dtype)
-    bad = torch.tensor([False, True, True, False, True, True, False])
-    leaves = (torch.randn(3, 2), torch.randn(2), torch.randn(7, 2))
+    reads = torch.tensor([0, 3, -2, 1, far, -far, -1], dtype=dtype, device=way.device)
+    bad = torch.tensor([False, True, True, False, True, True, False], device=way.device)
+    leaves = tuple(torch.randn(s, device=way.device) for s in ((3, 2), (2,), (7, 2)))
 
     def total(states: Tensor, null: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        out = unpool(states, reads, null_state=null, residual=residual)
+        out = unpool(states, reads, null_state=null, residual=residual, impl=way.impl)
         return out.sum(), out
 
     grads, out = torch.func.grad(total, argnums=(0, 1, 2), has_aux=True)(*leaves)

@@ -32,6 +32,7 @@ CASES = (
         for width, query in ((16, "shared"), (32, "shared"), (64, "own"))
     ),
     case("bench", T=MILLION, P=174_763, H=12, KV=4, K=64, query="shared", borders="ragged"),
+    case("bench", T=MILLION, P=120_646, H=8, KV=8, K=16, query="shared", borders="words"),
     case("bench", T=MILLION, P=1024, H=8, KV=8, K=32, query="shared", borders="ragged"),
     *(
         case("bench_cpu", T=16_384, P=2731, H=8, KV=8, K=16, query=query, borders="ragged")

@@ -16,6 +16,7 @@ CASES = (
     case("smoke", T=130, P=24, V=257, D=96, mode="sum", borders="ragged", ids="int16"),
     case("edge", T=120, P=24, V=320, D=100, mode="mean", borders="tail", ids="int32"),
     case("edge", T=40, P=40, V=512, D=1, mode="mean", borders="even", ids="int64"),
+    case("edge", T=20, P=6, V=384, D=1024, mode="sum", borders="ragged", ids="int16"),
     case("edge", T=300, P=2, V=256, D=24, mode="mean", borders="ragged"),
     case("edge", T=270, P=1, V=130, D=16, mode="sum", borders="even"),
     case("edge", T=50, P=20, V=256, D=32, mode="mean", borders="hollow"),
@@ -34,6 +35,11 @@ CASES = (
         for text in ("english", "code", "uniform", "equal")
     ),
     *(
+        case("bench", T=MILLION, P=120_646, V=256, D=width, mode="mean", borders="words", text=text)
+        for width in (768, 128)
+        for text in ("english", "code")
+    ),
+    *(
         case("bench_cpu", T=65_536, P=10_923, V=256, D=128, mode=mode, borders="even", text=text)
         for mode, text in (
             ("mean", "english"),
@@ -43,7 +49,7 @@ CASES = (
             ("mean", "equal"),
         )
     ),
-    case("bench_cpu", T=8192, P=1366, V=320, D=512, mode="mean", borders="even", text="english"),
+    case("bench_cpu", T=8192, P=942, V=320, D=512, mode="mean", borders="words", text="english"),
 )
 
 

@@ -20,6 +20,7 @@ CASES = (
     case("edge", T=90, P=60, D=100, S=4, borders="tail", gates="edges", plus="residual"),
     case("edge", T=60, P=60, D=1, S=2, borders="even", gates="tiny", plus="nothing", ids="int16"),
     case("edge", T=50, P=1, D=24, S=1, borders="even", gates="any", plus="nothing", ids="int64"),
+    case("edge", T=20, P=6, D=1024, S=2, borders="ragged", gates="any", plus="residual"),
     case("edge", T=40, P=4, D=8, S=1, borders="hollow", gates="edges", plus="residual"),
     case("edge", T=17, P=0, D=8, S=1, borders="even", gates="any", plus="residual"),
     case("edge", T=0, P=3, D=8, S=2, borders="even", gates="any", plus="residual"),
@@ -35,6 +36,8 @@ CASES = (
         for width in (768, 128)
         for plus in ("nothing", "residual")
     ),
+    case("bench", T=MILLION, P=120_646, D=768, S=128, borders="words", gates="router",
+         plus="residual"),
     case("bench", T=256, P=42, D=128, S=2, borders="even", gates="router", plus="residual"),
     *(
         case("bench_cpu", T=32_768, P=5461, D=128, S=8, borders="ragged", gates="router",

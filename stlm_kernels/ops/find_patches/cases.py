@@ -27,11 +27,18 @@ CASES = (
     case("edge", T=1, how="starts", C=3),
     case("edge", T=0, how="space", C=3),
     case("edge", T=0, how="space", S=2),
-    case("bench", T=MILLION, how="space", max=16, S=128, C=MILLION // 4, text="english"),
-    case("bench", T=MILLION, how="starts", max=16, S=128, C=MILLION // 4, text="english"),
+    *(
+        case("bench", T=MILLION, how="space", max=16, S=128, C=MILLION // 2, text=text)
+        for text in ("english", "code", "uniform", "equal")
+    ),
+    case("bench", T=MILLION, how="starts", max=16, S=128, C=MILLION // 2, text="english"),
+    case("bench", T=MILLION, how="closes", S=128, C=MILLION // 2, text="english"),
     case("bench_cpu", T=65_536, how="space", max=16, S=8, C=16_384, text="english"),
     case("bench_cpu", T=65_536, how="space", max=16, S=8, text="code"),
-    # Small and large calls have other configurations.
+    *(
+        case("bench_cpu", T=8192, how="space", max=16, S=8, C=8192, text=text)
+        for text in ("uniform", "equal")
+    ),
     # Small and large calls have other configurations.
     case("aot", T=MILLION, how="space", max=16, S=4, C=1024),
     case("aot", T=MILLION, how="fixed", size=6, S=4, C=1024),

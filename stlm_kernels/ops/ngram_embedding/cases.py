@@ -22,7 +22,7 @@ CASES = (
     case("edge", T=300, D=32, tables=((1, 7),), S=0, ids="int16"),
     case("edge", T=40, D=100, tables=((8, 37), (4, 1), (5, 30)), S=4, borders="ragged"),
     case("edge", T=30, D=1, tables=((2, 16),), S=30, borders="even", ids="int64"),
-    case("edge", T=9, D=8, tables=((3, 16),), S=0, ids="int32", borders="even"),
+    case("edge", T=9, D=1024, tables=((3, 16),), S=0, ids="int32", borders="even"),
     case("edge", T=17, D=8, tables=((2, 16),), S=3, borders="hollow"),
     case("edge", T=0, D=8, tables=((2, 16),), S=0),
     case("long", T=5003, D=32, tables=((2, 100), (3, 20_000)), S=4, borders="tail"),

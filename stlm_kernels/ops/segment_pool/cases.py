@@ -19,6 +19,7 @@ CASES = (
     *(case("edge", T=17, P=0, D=8, mode=mode, borders="even") for mode in ("sum", "max", "last")),
     *(case("edge", T=700, P=1, D=100, mode=mode, borders="even") for mode in ("mean", "max")),
     case("edge", T=130, P=130, D=1, mode="mean", borders="even"),
+    *(case("edge", T=20, P=6, D=1024, mode=mode, borders="ragged") for mode in ("mean", "max")),
     *(case("long", T=10_003, P=4, D=32, mode=mode, borders="tail") for mode in ("mean", "max")),
     *(case("aot", T=4096, P=680, D=768, mode=mode, borders="ragged") for mode in ("mean", "max")),
     case("huge", T=3 * MILLION, P=524_288, D=768, mode="mean", borders="even"),
@@ -27,8 +28,12 @@ CASES = (
         for width in (768, 128)
         for mode in ("mean", "max")
     ),
+    *(
+        case("bench", T=MILLION, P=120_646, D=768, mode=mode, borders="words")
+        for mode in ("mean", "max")
+    ),
     *(case("bench_cpu", T=65_536, P=10_923, D=128, mode=mode, borders="ragged") for mode in MODES),
-    case("bench_cpu", T=8192, P=1366, D=256, mode="mean", borders="ragged"),
+    case("bench_cpu", T=8192, P=942, D=256, mode="mean", borders="words"),
 )
 
 

@@ -21,6 +21,7 @@ CASES = (
     case("edge", T=90, P=30, D=100, S=3, borders="tail", plus="residual", ids="int64"),
     case("edge", T=130, P=130, D=1, S=2, borders="even", plus="null+residual", ids="int16"),
     case("edge", T=50, P=1, D=24, S=1, borders="even", plus="null"),
+    case("edge", T=20, P=6, D=1024, S=2, borders="ragged", plus="null+residual"),
     case("edge", T=40, P=4, D=8, S=1, borders="hollow", plus="null+residual"),
     case("edge", T=17, P=0, D=8, S=1, borders="even", plus="null+residual"),
     case("edge", T=17, P=0, D=8, S=1, borders="even", plus="nothing"),
@@ -33,11 +34,12 @@ CASES = (
         for width in (768, 128)
         for plus in ("nothing", "null+residual")
     ),
+    case("bench", T=MILLION, P=120_646, D=768, S=128, borders="words", plus="null+residual"),
     *(
         case("bench_cpu", T=65_536, P=10_923, D=128, S=8, borders="ragged", plus=plus)
         for plus in ("nothing", "null+residual")
     ),
-    case("bench_cpu", T=8192, P=1366, D=256, S=8, borders="ragged", plus="null+residual"),
+    case("bench_cpu", T=8192, P=942, D=256, S=8, borders="words", plus="null+residual"),
 )
 
 
