@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import _launch
-from ..._tiles import dot_type, segment_bounds, sum_splits
+from ..._tiles import dot_type, segment_bounds, sum_splits, with_rows
 from . import launch
 
 LOG2_E = 1.4426950408889634
@@ -211,7 +211,7 @@ def launch_fwd(
     heads, width = query.shape[-2:]
     out = torch.empty((patches, heads, width), dtype=out_dtype, device=device)
     lse = torch.empty((patches, heads), dtype=torch.float32, device=device)
-    query, key, value = query.contiguous(), _with_rows(key), _with_rows(value)
+    query, key, value = query.contiguous(), with_rows(key), with_rows(value)
     options, tiles, _ = _options("fwd", query, key, patches, out_dtype)
     _launch.launch(
         stlm_attention_pool_fwd, _launch.ceil_div(patches, options["BLOCK_P"]) * tiles,
@@ -235,7 +235,7 @@ def launch_bwd(
     total, patches, device = key.shape[0], grad.shape[0], key.device
     dkey = torch.empty(key.shape, dtype=key.dtype, device=device)
     dvalue = torch.empty(value.shape, dtype=value.dtype, device=device)
-    query, key, value = query.contiguous(), _with_rows(key), _with_rows(value)
+    query, key, value = query.contiguous(), with_rows(key), with_rows(value)
     options, tiles, programs = _options("bwd", query, key, patches, grad.dtype)
     shared = query.ndim == 2
     runs, run = _launch.splits(patches, tiles, programs, options["BLOCK_P"])
@@ -266,14 +266,6 @@ def _sum_of_runs(partial: Tensor, dtype: torch.dtype) -> Tensor:
 def _row_stride(query: Tensor) -> int:
     """Elements from one patch's query to the next; a shared query is every patch's."""
     return 0 if query.ndim == 2 else query.shape[1] * query.shape[2]
-
-
-def _with_rows(x: Tensor) -> Tensor:
-    """Slices of packed projections are read where they lie; other layouts are copied."""
-    dense = (
-        x.stride(2) == 1 and x.stride(1) == x.shape[2] and x.stride(0) >= x.shape[1] * x.shape[2]
-    )
-    return x if dense else x.contiguous()
 
 
 def _options(
