@@ -28,12 +28,21 @@ CASES = (
     case("aot", T=4096, P=32, H=8, KV=8, K=128, query="shared", borders="ragged"),
     case("huge", T=17_000_000, P=2_833_333, H=4, KV=4, K=32, query="own", borders="even"),
     *(
-        case("bench", T=MILLION, P=174_763, H=8, KV=8, K=width, query=query, borders="ragged")
+        case(
+            "bench" if width == 16 else "bench_full",
+            T=MILLION,
+            P=174_763,
+            H=8,
+            KV=8,
+            K=width,
+            query=query,
+            borders="ragged",
+        )
         for width, query in ((16, "shared"), (32, "shared"), (64, "own"))
     ),
-    case("bench", T=MILLION, P=174_763, H=12, KV=4, K=64, query="shared", borders="ragged"),
-    case("bench", T=MILLION, P=120_646, H=8, KV=8, K=16, query="shared", borders="words"),
-    case("bench", T=MILLION, P=1024, H=8, KV=8, K=32, query="shared", borders="ragged"),
+    case("bench_full", T=MILLION, P=174_763, H=12, KV=4, K=64, query="shared", borders="ragged"),
+    case("bench_full", T=MILLION, P=120_646, H=8, KV=8, K=16, query="shared", borders="words"),
+    case("bench_full", T=MILLION, P=1024, H=8, KV=8, K=32, query="shared", borders="ragged"),
     *(
         case("bench_cpu", T=16_384, P=2731, H=8, KV=8, K=16, query=query, borders="ragged")
         for query in ("shared", "own")

@@ -30,12 +30,30 @@ CASES = (
     case("aot", T=4096, P=680, V=320, D=128, mode="mean", borders="ragged", L=16),
     case("huge", T=MILLION * 6, P=2_900_000, V=256, D=768, mode="mean", borders="even"),
     *(
-        case("bench", T=MILLION, P=174_763, V=256, D=width, mode="mean", borders="even", text=text)
+        case(
+            "bench" if text in ("english", "uniform") else "bench_full",
+            T=MILLION,
+            P=174_763,
+            V=256,
+            D=width,
+            mode="mean",
+            borders="even",
+            text=text,
+        )
         for width in (768, 128)
         for text in ("english", "code", "uniform", "equal")
     ),
     *(
-        case("bench", T=MILLION, P=120_646, V=256, D=width, mode="mean", borders="words", text=text)
+        case(
+            "bench_full",
+            T=MILLION,
+            P=120_646,
+            V=256,
+            D=width,
+            mode="mean",
+            borders="words",
+            text=text,
+        )
         for width in (768, 128)
         for text in ("english", "code")
     ),

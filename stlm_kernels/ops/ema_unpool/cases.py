@@ -31,14 +31,14 @@ CASES = (
         plus="residual",
     ),
     *(
-        case("bench", T=MILLION, P=174_763, D=width, S=128, borders="even", gates="router",
-             plus=plus)
+        case("bench" if (width, plus) == (128, "residual") else "bench_full",
+             T=MILLION, P=174_763, D=width, S=128, borders="even", gates="router", plus=plus)
         for width in (768, 128)
         for plus in ("nothing", "residual")
     ),
-    case("bench", T=MILLION, P=120_646, D=768, S=128, borders="words", gates="router",
+    case("bench_full", T=MILLION, P=120_646, D=768, S=128, borders="words", gates="router",
          plus="residual"),
-    case("bench", T=256, P=42, D=128, S=2, borders="even", gates="router", plus="residual"),
+    case("bench_full", T=256, P=42, D=128, S=2, borders="even", gates="router", plus="residual"),
     *(
         case("bench_cpu", T=32_768, P=5461, D=128, S=8, borders="ragged", gates="router",
              plus=plus)

@@ -28,11 +28,19 @@ CASES = (
     case("edge", T=0, how="space", C=3),
     case("edge", T=0, how="space", S=2),
     *(
-        case("bench", T=MILLION, how="space", max=16, S=128, C=MILLION // 2, text=text)
+        case(
+            "bench" if text == "english" else "bench_full",
+            T=MILLION,
+            how="space",
+            max=16,
+            S=128,
+            C=MILLION // 2,
+            text=text,
+        )
         for text in ("english", "code", "uniform", "equal")
     ),
     case("bench", T=MILLION, how="starts", max=16, S=128, C=MILLION // 2, text="english"),
-    case("bench", T=MILLION, how="closes", S=128, C=MILLION // 2, text="english"),
+    case("bench_full", T=MILLION, how="closes", S=128, C=MILLION // 2, text="english"),
     case("bench_cpu", T=65_536, how="space", max=16, S=8, C=16_384, text="english"),
     case("bench_cpu", T=65_536, how="space", max=16, S=8, text="code"),
     *(

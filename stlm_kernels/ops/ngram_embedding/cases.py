@@ -29,7 +29,15 @@ CASES = (
     case("aot", T=4096, D=128, tables=((2, 4096), (3, 4096)), S=4, borders="ragged"),
     case("huge", T=3 * MILLION, D=768, tables=((2, 8192),), S=128, borders="even", text="english"),
     *(
-        case("bench", T=MILLION, D=width, tables=tables, S=128, borders="even", text=text)
+        case(
+            "bench" if (width, text) == (128, "english") else "bench_full",
+            T=MILLION,
+            D=width,
+            tables=tables,
+            S=128,
+            borders="even",
+            text=text,
+        )
         for width, tables in ((32, ((2, 4096),)), (128, BLT), (512, ((3, 500_000),)))
         for text in ("english", "equal")
     ),

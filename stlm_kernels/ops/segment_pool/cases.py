@@ -24,12 +24,19 @@ CASES = (
     *(case("aot", T=4096, P=680, D=768, mode=mode, borders="ragged") for mode in ("mean", "max")),
     case("huge", T=3 * MILLION, P=524_288, D=768, mode="mean", borders="even"),
     *(
-        case("bench", T=MILLION, P=174_763, D=width, mode=mode, borders="even")
+        case(
+            "bench" if mode == "mean" else "bench_full",
+            T=MILLION,
+            P=174_763,
+            D=width,
+            mode=mode,
+            borders="even",
+        )
         for width in (768, 128)
         for mode in ("mean", "max")
     ),
     *(
-        case("bench", T=MILLION, P=120_646, D=768, mode=mode, borders="words")
+        case("bench_full", T=MILLION, P=120_646, D=768, mode=mode, borders="words")
         for mode in ("mean", "max")
     ),
     *(case("bench_cpu", T=65_536, P=10_923, D=128, mode=mode, borders="ragged") for mode in MODES),

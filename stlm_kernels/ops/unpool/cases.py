@@ -30,11 +30,19 @@ CASES = (
     case("aot", T=4096, P=680, D=768, S=4, borders="ragged", plus="null+residual"),
     case("huge", T=3 * MILLION, P=524_288, D=768, S=128, borders="even", plus="residual"),
     *(
-        case("bench", T=MILLION, P=174_763, D=width, S=128, borders="even", plus=plus)
+        case(
+            "bench_full" if plus == "nothing" else "bench",
+            T=MILLION,
+            P=174_763,
+            D=width,
+            S=128,
+            borders="even",
+            plus=plus,
+        )
         for width in (768, 128)
         for plus in ("nothing", "null+residual")
     ),
-    case("bench", T=MILLION, P=120_646, D=768, S=128, borders="words", plus="null+residual"),
+    case("bench_full", T=MILLION, P=120_646, D=768, S=128, borders="words", plus="null+residual"),
     *(
         case("bench_cpu", T=65_536, P=10_923, D=128, S=8, borders="ragged", plus=plus)
         for plus in ("nothing", "null+residual")
