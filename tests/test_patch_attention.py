@@ -106,8 +106,8 @@ def test_nan_stays_in_its_own_patch(way: Way, where: str, poison: float, causal:
         assert not got["v"][9:16, 0, 5].isfinite().all()
     elif where == "v" or math.isnan(poison):
         assert not got["out"][12, 0, 5].isfinite()
-        for name in NAMES:
-            assert not got[name][9:16].isfinite().all(), name
+        for name in NAMES:  # the gradient of v does not depend on v
+            assert not got[name][9:16].isfinite().all() or name == where == "v", name
     if causal:  # no earlier byte saw it
         assert got["out"][9:12].isfinite().all()
 
