@@ -24,7 +24,7 @@ def folds_of(cu_patchlens: Tensor) -> list[Fold]:
     borders = cu_patchlens.long()
     lengths, order = borders.diff().sort(stable=True)
     sizes, counts = lengths.unique_consecutive(return_counts=True)
-    groups = borders[:-1][order].split(counts.tolist())
+    groups = borders[:-1].gather(0, order).split(counts.tolist())
     return [
         _fold(starts, length)
         for starts, length in zip(groups, sizes.tolist(), strict=True)
@@ -44,21 +44,20 @@ def attend(
     k: Tensor,  # (T, H_kv, K)
     v: Tensor,  # (T, H_kv, K)
     folds: list[Fold],
-    covered: int,
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, list[Tensor]]:
-    """(T, H, K), and the log-sum-exps of each call; the folds hold the first `covered` rows."""
-    out, sums = _to_fill(q, covered), []
-    q, k, v = map(_with_rows, (q, k, v))
+    """(T, H, K), and the log-sum-exps of each call."""
+    parts, sums = [], []
+    operands = [_with_rows(x) for x in (q, k, v)]
     for fold in folds:
-        batches = (_batch(x, fold) for x in (q, k, v))
+        batches = (_batch(x, fold) for x in operands)
         part, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *batches, 0.0, causal, scale=scale
         )
-        _store(out, fold, part)
+        parts.append(part)
         sums.append(lse)
-    return out, sums
+    return _flat(parts, folds, q), sums
 
 
 def gradients(
@@ -69,27 +68,20 @@ def gradients(
     out: Tensor,  # (T, H, K)
     sums: list[Tensor],
     folds: list[Fold],
-    covered: int,
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, ...]:
     """Of q, k and v."""
-    derived = tuple(_to_fill(x, covered) for x in (q, k, v))
-    grad, q, k, v = map(_with_rows, (grad, q, k, v))
+    parts = []
+    operands = [_with_rows(x) for x in (grad, q, k, v, out)]
     for fold, lse in zip(folds, sums, strict=True):
-        batches = (_batch(x, fold) for x in (grad, q, k, v, out))
-        parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *batches, lse, 0.0, causal, scale=scale
+        batches = (_batch(x, fold) for x in operands)
+        parts.append(
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                *batches, lse, 0.0, causal, scale=scale
+            )
         )
-        for x, part in zip(derived, parts, strict=True):
-            _store(x, fold, part)
-    return derived
-
-
-def _to_fill(x: Tensor, covered: int) -> Tensor:
-    filled = torch.empty_like(x, memory_format=torch.contiguous_format)
-    filled[covered:] = 0
-    return filled
+    return tuple(_flat([part[i] for part in parts], folds, x) for i, x in enumerate((q, k, v)))
 
 
 def _with_rows(x: Tensor) -> Tensor:
@@ -103,10 +95,18 @@ def _batch(x: Tensor, fold: Fold) -> Tensor:
     return rows.unflatten(0, (-1, fold.length)).transpose(1, 2)
 
 
-def _store(x: Tensor, fold: Fold, part: Tensor) -> None:
-    """The way back."""
-    rows = part.transpose(1, 2).flatten(0, 1)
-    if isinstance(fold.rows, slice):
-        x[fold.rows] = rows
-    else:
-        x.index_copy_(0, fold.rows, rows)
+def _flat(parts: list[Tensor], folds: list[Fold], like: Tensor) -> Tensor:
+    """The way back, (T, H, K); zeros for rows of no patch."""
+    if len(folds) == 1 and folds[0].rows == slice(0, len(like)):
+        return _rows(parts[0])  # most of a copy is the kernel handing out fresh pages
+    flat = torch.zeros_like(like, memory_format=torch.contiguous_format)
+    for part, (rows, _) in zip(parts, folds, strict=True):
+        if isinstance(rows, slice):
+            flat[rows] = _rows(part)
+        else:
+            flat.index_copy_(0, rows, _rows(part))
+    return flat
+
+
+def _rows(part: Tensor) -> Tensor:
+    return part.transpose(1, 2).flatten(0, 1)

@@ -172,8 +172,7 @@ class _Folded(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_patchlens: Tensor, causal: bool, scale: float
     ) -> Tensor:
         ctx.folds, ctx.causal, ctx.scale = folded.folds_of(cu_patchlens), causal, scale
-        covered = int(cu_patchlens[-1])
-        out, ctx.sums = folded.attend(q, k, v, ctx.folds, covered, causal, scale)
+        out, ctx.sums = folded.attend(q, k, v, ctx.folds, causal, scale)
         ctx.save_for_backward(q, k, v, cu_patchlens, out)
         return out
 
@@ -185,9 +184,8 @@ class _Folded(torch.autograd.Function):
             derived = _gradients(grads[0], q, k, v, cu_patchlens, ctx.causal, ctx.scale)
         else:
             derived = folded.gradients(
-                grads[0], q, k, v, out, ctx.sums, ctx.folds, int(cu_patchlens[-1]),
-                ctx.causal, ctx.scale,
-            )  # fmt: skip
+                grads[0], q, k, v, out, ctx.sums, ctx.folds, ctx.causal, ctx.scale
+            )
         return *derived, None, None, None
 
 
@@ -227,5 +225,5 @@ def _gradients(
     derive = gradients
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         derive = recorded_gradients
-    derived = derive(*(_padded(x) for x in (grad, q, k, v)), pieces, Rule(scale))
-    return tuple(x[:-1] for x in derived)
+    grad, q, k, v = (_padded(x) for x in (grad, q, k, v))
+    return tuple(x[:-1] for x in derive(grad, q, k, v, pieces, Rule(scale)))
