@@ -65,6 +65,19 @@ def test_derivatives(options: dict[str, Any]) -> None:
     assert torch.autograd.gradgradcheck(attend, operands, atol=1e-4, fast_mode=True)
 
 
+@pytest.mark.parametrize("length", [1, 2, 9, 40])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_query_of_nan_shows(length: int, packed: bool) -> None:
+    """Torch's flash attention for CPUs gives zeros there for less than 16 keys."""
+    q, k, v = example((length,), 2, 1, 16, CPU)
+    q[-1, 1, 3] = torch.nan
+    borders = ints(0, length)
+    documents = {"cu_seqlens": borders} if packed else {}
+    for causal in (False, True):
+        assert attention(q, k, v, causal=causal, **documents)[-1, 1].isnan().all()
+        assert patch_attention(q, k, v, borders, causal=causal)[-1, 1].isnan().all()
+
+
 def weights_of(p: float, total: int = 60, **options: Any) -> Tensor:
     """(H, T, T): with an identity for values, the output is the weights."""
     q, k, _ = example((total,), 2, 1, total, CPU)
