@@ -106,17 +106,19 @@ class Attention(nn.Module):
         self, x: Tensor, cu_seqlens: Tensor | None, cache: KVCache | CacheRows | None = None
     ) -> Tensor:
         """x (B, T, D) or (T, D), of which only the latter comes with documents and a cache."""
-        positions = None
+        positions = unused = None
         if cu_seqlens is not None:
             rows = torch.arange(x.shape[0], device=x.device)
             positions = rows - document_starts(cu_seqlens, x.shape[0])
             # Their output and gradients are zero, but zero times NaN in a projection is not.
-            x = x.masked_fill((rows >= cu_seqlens[-1])[:, None], 0)
+            unused = (rows >= cu_seqlens[-1])[:, None]
+            x = x.masked_fill(unused, 0)
         q, k, v = self._heads(x, x.shape[-2], positions)
         if cache is not None and cu_seqlens is not None:
             cache.fill(k, v, cu_seqlens)
         out = attention(q, k, v, window=self.window, cu_seqlens=cu_seqlens)
-        return self.output(out.flatten(-2))
+        out = self.output(out.flatten(-2))
+        return out if unused is None else out.masked_fill(unused, 0)  # nor is it on the way back
 
     def _step(self, x: Tensor, cache: KVCache | CacheRows) -> Tensor:
         """x (B, 1, D), the next position of each row."""

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from attention_helpers import assert_close_to_oracle, example, ints
 from conftest import Way
+from op_helpers import LargestTensor
 from torch import Tensor
 
 from stlm_kernels import _pieces, attention, patch_attention
-from stlm_kernels.ops.attention import torch_impl
+from stlm_kernels.ops.attention import banded, torch_impl
 from stlm_kernels.ops.attention.reference import reference
 
 CPU = Way("torch", "cpu", torch.float32)
@@ -63,6 +64,19 @@ def test_derivatives(options: dict[str, Any]) -> None:
 
     assert torch.autograd.gradcheck(attend, operands, fast_mode=True)
     assert torch.autograd.gradgradcheck(attend, operands, atol=1e-4, fast_mode=True)
+
+
+@pytest.mark.parametrize("length", [1, 2, 9, 40])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_query_of_nan_shows(length: int, packed: bool) -> None:
+    """Torch's flash attention for CPUs gives zeros there for less than 16 keys."""
+    q, k, v = example((length,), 2, 1, 16, CPU)
+    q[-1, 1, 3] = torch.nan
+    borders = ints(0, length)
+    documents = {"cu_seqlens": borders} if packed else {}
+    for causal in (False, True):
+        assert attention(q, k, v, causal=causal, **documents)[-1, 1].isnan().all()
+        assert patch_attention(q, k, v, borders, causal=causal)[-1, 1].isnan().all()
 
 
 def weights_of(p: float, total: int = 60, **options: Any) -> Tensor:
@@ -143,6 +157,27 @@ def test_the_work_of_a_window_grows_with_the_window() -> None:
     assert scores_formed(65_536, window=16) <= 8 * 65_536 * (64 + 16)
     even = torch.arange(0, 65_537, 256, dtype=torch.int32)
     assert scores_formed(65_536, cu_seqlens=even) <= 2 * 8 * 65_536 * 256
+
+
+@pytest.mark.parametrize(("window", "entries"), [(2, 1), (34, 1), (66, 50_000)])
+def test_windows_in_blocks_and_calls(
+    window: int, entries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows that just reach another block; several calls, the last one shorter."""
+    monkeypatch.setattr(banded, "MASK_ENTRIES", entries)
+    cut = banded.Bands.of(150, window, 2)
+    assert len(list(cut.spans())) > 1
+    borders = ints(0, 3, 3, 110, 147)
+    assert_close_to_oracle(example((150,), 4, 2, 8, CPU), CPU, window=window, cu_seqlens=borders)
+
+
+@pytest.mark.parametrize(("total", "window"), [(16_384, 512), (8192, 4096)])
+def test_blocks_of_a_window_form_nothing_large(total: int, window: int) -> None:
+    operands = [torch.randn(1, total, 1, 8, requires_grad=True) for _ in range(3)]
+    with LargestTensor() as largest:
+        out = attention(*operands, window=window)
+        torch.autograd.grad(out.sum(), operands)
+    assert largest.elements <= banded.MASK_ENTRIES
 
 
 def test_long_windows_fit_in_a_gibibyte(full: bool) -> None:

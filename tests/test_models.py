@@ -374,12 +374,17 @@ class TestAttention:
         x[9:] = torch.nan
         x.requires_grad_()
         out = layer(x, cu_seqlens=torch.tensor([0, 4, 9], dtype=torch.int32))
-        out.sum().backward()
+        upstream = torch.ones_like(out)
+        upstream[9:] = torch.nan
+        out.backward(upstream)
         assert out[:9].isfinite().all()
         assert (out[9:] == 0).all()
         assert x.grad is not None
         assert x.grad[:9].isfinite().all()
         assert (x.grad[9:] == 0).all()
+        for name, parameter in layer.named_parameters():
+            assert parameter.grad is not None
+            assert parameter.grad.isfinite().all(), name
 
     def test_nothing_at_all(self) -> None:
         layer = Attention(16, 2, window=4)

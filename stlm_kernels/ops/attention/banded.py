@@ -17,8 +17,8 @@ from torch import Tensor
 
 LEAST_ROWS, MOST_ROWS = 32, 256
 """Of a block: half a window wastes a third of the products, but short products are slow."""
-MASK_ENTRIES = 1 << 22
-"""Of the blocks of one call; 16 MB."""
+MASK_ENTRIES = 1 << 21
+"""Of the blocks of one call; 8 MB."""
 
 
 class Bands(NamedTuple):
@@ -85,17 +85,17 @@ def gradients(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of q, k and v."""
-    grad = grad.masked_fill(_blind(sight), 0)
+    blind, group = _blind(sight), q.shape[1] // k.shape[1]
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dk, dv = (x.new_zeros(bands.blocks + bands.before, bands.rows, *x.shape[1:]) for x in (k, v))
     for (first, last), lse in zip(bands.spans(), sums, strict=True):
-        group = q.shape[1] // k.shape[1]
-        up, was = (_rows(x, bands, first, last, group) for x in (grad, out))
+        rows = slice(first * bands.rows, min(bands.total, last * bands.rows))
+        up = _rows(grad[rows].masked_fill(blind[rows], 0), bands, 0, last - first, group)
+        was = _rows(out, bands, first, last, group)
         parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             up, *_operands(q, k, v, bands, first, last), was, lse, 0.0, False,
             attn_mask=_mask(sight, bands, q, k, first, last), scale=scale,
         )  # fmt: skip
-        rows = slice(first * bands.rows, min(bands.total, last * bands.rows))
         dq[rows] = _unfolded_rows(parts[0], bands)[: rows.stop - rows.start]
         for total, part in zip((dk, dv), parts[1:], strict=True):
             by_block = part.transpose(1, 2).unflatten(1, (bands.before + 1, bands.rows))

@@ -141,10 +141,13 @@ def _power_above(lengths: Tensor) -> Tensor:
 
 
 def _hides_poison(options: Options, *tensors: Tensor) -> bool:
-    """Whether SDPA would show rows what they must not see: 0 * NaN is NaN."""
-    if not options.causal or not tensors[0].is_cpu:
+    """Whether SDPA would show rows what they must not see, 0 * NaN is NaN, or take a query of NaN
+    for one that sees nothing.
+    """
+    if not tensors[0].is_cpu:
         return False
-    return not all(bool(x.sum().isfinite()) for x in tensors)
+    watched = tensors if options.causal else tensors[:1]
+    return not all(bool(x.sum().isfinite()) for x in watched)
 
 
 class _Stock(torch.autograd.Function):

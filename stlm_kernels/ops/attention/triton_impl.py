@@ -73,6 +73,12 @@ def _blocks(low, high, solid_low, solid_high, INNER: tl.constexpr):
 
 
 @triton.jit
+def _sees(rows, keys, first):
+    """(rows, keys): each row sees the keys from its first one to itself."""
+    return (keys[None, :] >= first[:, None]) & (keys[None, :] <= rows[:, None])
+
+
+@triton.jit
 def _absorb(
     q, k_ptr, v_ptr, keys, high, rows, first, k_stride, v_stride, column, scale, top, norm, acc,
     DOT: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, MASKED: tl.constexpr,
@@ -83,7 +89,7 @@ def _absorb(
     s = products(q, k)
     if MASKED:
         v, poison = clean(v)
-        seen = (keys[None, :] >= first[:, None]) & (keys[None, :] <= rows[:, None])
+        seen = _sees(rows, keys, first)
         s = tl.where(seen, s + poison[None, :], float("-inf"))
     new_top = tl.maximum(top, tl.max(s, 1))
     pivot = tl.where(new_top == float("-inf"), 0.0, new_top) * scale  # it may have seen nothing yet
@@ -154,7 +160,7 @@ def _of_keys(
     """A block of keys, and its weights and gradients of the scores, (rows, keys)."""
     k = load_head(k_ptr, keys, keys < high, k_stride, column, DOT, MAIN, REST)
     v = load_head(v_ptr, keys, keys < high, v_stride, column, DOT, MAIN, REST)
-    seen = (keys[None, :] >= first[:, None]) & (keys[None, :] <= rows[:, None])
+    seen = _sees(rows, keys, first)
     shift = -lse[:, None]
     if MASKED:
         k, poison = clean(k)

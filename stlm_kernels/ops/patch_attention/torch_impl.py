@@ -1,9 +1,11 @@
-"""patch_attention in aten ops, in pieces whose scores stay small.
+"""patch_attention in aten ops: torch's flash attention on a CPU (`folded`), else in pieces whose
+scores stay small.
 
-Where the borders may be read, patches of similar length (up to a power of two) fold into a batch,
-and a patch too long for that is cut into blocks of queries: work stays near the sum of the squared
-lengths, memory near the operands. Where they may not (compile, torch.func), a block of queries
-meets every row under a mask: static shapes, work T squared.
+Pieces serve GPUs, non-finite operands that flash attention would hide or show, and a backward that
+is itself recorded. Where the borders may be read, patches of similar length (up to a power of two)
+fold into a batch, and a patch too long for that is cut into blocks of queries: work stays near the
+sum of the squared lengths, memory near the operands. Where they may not (compile, torch.func), a
+block of queries meets every row under a mask: static shapes, work T squared.
 
 The backward forms each piece's weights again, so that nothing of size n squared is kept; where it
 is itself recorded, it goes through the plain composition.
@@ -29,6 +31,7 @@ from ..._pieces import (
     recorded_gradients,
 )
 from ..._rounding import rounded
+from . import folded
 
 
 def patch_attention(
@@ -47,9 +50,28 @@ def patch_attention(
         if _checks.inside_torch_func():
             pieces = _static_pieces(cu_patchlens, q.shape[0], q.shape[1], causal)
             out = attend_plainly(_padded(q), _padded(k), _padded(v), pieces, Rule(scale))[:-1]
+        elif _folds(q, k, v, cu_patchlens, causal, scale):
+            return _Folded.apply(q, k, v, cu_patchlens, causal, scale).to(out_dtype)
         else:
             out = _Attention.apply(q, k, v, cu_patchlens, causal, scale)
     return out.to(out_dtype, copy=True)  # `out` is a view, which nobody could change in place
+
+
+def _folds(
+    q: Tensor, k: Tensor, v: Tensor, cu_patchlens: Tensor, causal: bool, scale: float
+) -> bool:
+    """Whether torch's flash attention gives what is promised, of NaN and infinities too."""
+    if not q.is_cpu or torch.compiler.is_compiling():
+        return False
+    if causal and scale <= 0:  # it scales its mask as well
+        return False
+    # It takes a query of NaN for one that sees nothing; causal, it lets hidden rows through.
+    return _finite(cu_patchlens, *((q, k, v) if causal else (q,)))
+
+
+def _finite(cu_patchlens: Tensor, *tensors: Tensor) -> bool:
+    covered = int(cu_patchlens[-1])
+    return all(bool(x[:covered].sum().isfinite()) for x in tensors)
 
 
 # Cutting the work into pieces
@@ -142,6 +164,31 @@ def _padded(x: Tensor) -> Tensor:
     return torch.cat([x, x.new_zeros(1, *x.shape[1:])])
 
 
+class _Folded(torch.autograd.Function):
+    """Flash attention with its own backward, for as long as nobody differentiates that."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_patchlens: Tensor, causal: bool, scale: float
+    ) -> Tensor:
+        ctx.folds, ctx.causal, ctx.scale = folded.folds_of(cu_patchlens), causal, scale
+        out, ctx.sums = folded.attend(q, k, v, ctx.folds, causal, scale)
+        ctx.save_for_backward(q, k, v, cu_patchlens, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, cu_patchlens, out = ctx.saved_tensors
+        hides = ctx.causal and not _finite(cu_patchlens, *grads)
+        if torch.is_grad_enabled() or hides:
+            derived = _gradients(grads[0], q, k, v, cu_patchlens, ctx.causal, ctx.scale)
+        else:
+            derived = folded.gradients(
+                grads[0], q, k, v, out, ctx.sums, ctx.folds, ctx.causal, ctx.scale
+            )
+        return *derived, None, None, None
+
+
 class _Attention(torch.autograd.Function):
     """Attention whose backward forms the weights again, piece by piece."""
 
@@ -160,10 +207,23 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, cu_patchlens = ctx.saved_tensors
-        pieces = _pieces_of(cu_patchlens, (q, k, v, grads[0]), q.shape[1], ctx.causal)
-        derive = gradients
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            derive = recorded_gradients
-        grad, q, k, v = (_padded(x) for x in (grads[0], q, k, v))
-        dq, dk, dv = derive(grad, q, k, v, pieces, Rule(ctx.scale))
-        return dq[:-1], dk[:-1], dv[:-1], None, None, None
+        derived = _gradients(grads[0], q, k, v, cu_patchlens, ctx.causal, ctx.scale)
+        return *derived, None, None, None
+
+
+def _gradients(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_patchlens: Tensor,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    """Of q, k and v, piece by piece."""
+    pieces = _pieces_of(cu_patchlens, (q, k, v, grad), q.shape[1], causal)
+    derive = gradients
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        derive = recorded_gradients
+    grad, q, k, v = (_padded(x) for x in (grad, q, k, v))
+    return tuple(x[:-1] for x in derive(grad, q, k, v, pieces, Rule(scale)))

@@ -52,6 +52,16 @@ def _reach(bounds_ptr, rows, total):
     return start, end, first, tl.max(end, 0)
 
 
+@triton.jit
+def _scores(own, others, places, start, end, rows, keys, shift, scale, IS_CAUSAL: tl.constexpr):
+    """Own rows' products with others', and which of those lie, at `places`, in the same patch."""
+    s = tl.dot(own, tl.trans(others), input_precision="ieee") * scale + shift[None, :]
+    seen = (places >= start[:, None]) & (places < end[:, None])
+    if IS_CAUSAL:
+        seen = seen & (keys <= rows)
+    return s, seen
+
+
 @triton.jit(do_not_specialize=["total"])
 def stlm_patch_attention_fwd(
     q_ptr, k_ptr, v_ptr, bounds_ptr, out_ptr, lse_ptr,
@@ -74,10 +84,10 @@ def stlm_patch_attention_fwd(
         k = tile(k_ptr, keys, keys < high, k_stride, head // GROUP * K, K, DOT, WIDTH)
         v = tile(v_ptr, keys, keys < high, v_stride, head // GROUP * K, K, DOT, WIDTH)
         v, poison = harmless(v)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + poison[None, :]
-        seen = (keys[None, :] >= start[:, None]) & (keys[None, :] < end[:, None])
-        if IS_CAUSAL:
-            seen = seen & (keys[None, :] <= rows[:, None])
+        across = keys[None, :]
+        s, seen = _scores(
+            q, k, across, start, end, rows[:, None], across, poison, scale, IS_CAUSAL
+        )  # fmt: skip
         s = tl.where(seen, s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1))
         pivot = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that saw nothing yet
@@ -120,11 +130,11 @@ def stlm_patch_attention_bwd_q(
         k = tile(k_ptr, keys, keys < high, k_stride, head // GROUP * K, K, DOT, WIDTH)
         v = tile(v_ptr, keys, keys < high, v_stride, head // GROUP * K, K, DOT, WIDTH)
         k, poison = harmless(k)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + poison[None, :]
+        across = keys[None, :]
+        s, seen = _scores(
+            q, k, across, start, end, rows[:, None], across, poison, scale, IS_CAUSAL
+        )  # fmt: skip
         dp = tl.dot(grad, tl.trans(v), input_precision="ieee")
-        seen = (keys[None, :] >= start[:, None]) & (keys[None, :] < end[:, None])
-        if IS_CAUSAL:
-            seen = seen & (keys[None, :] <= rows[:, None])
         p = tl.where(seen, tl.exp2(s - lse[:, None]), 0.0)
         ds = tl.where(seen, p * (dp - delta[:, None]), 0.0)
         dq = tl.dot(ds.to(DOT), k, dq, input_precision="ieee")
@@ -162,11 +172,10 @@ def stlm_patch_attention_bwd_kv(
             grad, poison = harmless(tile(grad_ptr, rows, inside, H * K, head * K, K, DOT, WIDTH))
             lse = tl.load(lse_ptr + head * total + rows, mask=inside, other=0.0)
             delta = tl.load(delta_ptr + head * total + rows, mask=inside, other=0.0)
-            shift = poison + q_poison - lse
-            seen = (rows[None, :] >= start[:, None]) & (rows[None, :] < end[:, None])
-            if IS_CAUSAL:
-                seen = seen & (keys[:, None] <= rows[None, :])
-            s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale + shift[None, :]
+            shift, across = poison + q_poison - lse, rows[None, :]
+            s, seen = _scores(
+                k, q, across, start, end, across, keys[:, None], shift, scale, IS_CAUSAL
+            )  # fmt: skip
             p = tl.where(seen, tl.exp2(s), 0.0)
             dv = tl.dot(p.to(DOT), grad, dv, input_precision="ieee")
             dp = tl.dot(v, tl.trans(grad), input_precision="ieee")
