@@ -15,14 +15,21 @@ from torch import Tensor
 
 from ... import _checks
 
+IDS = 257
+"""256 bytes, and one id for all above, which no rule tells apart."""
+
 
 class _Documents(NamedTuple):
     """The document of each byte; the values of bytes outside every document mean nothing."""
 
     inside: Tensor  # (T,) bool, False for bytes that belong to no document
-    ids: Tensor  # (T,) int64, within bounds for every byte
+    ids: Tensor  # (T,) int64, counted from 1; 0 before the first document
     starts: Tensor  # (T,) int32, first byte of the own document
     offsets: Tensor  # (S+1,) int32, clamped to [0, T]
+
+    def spread(self, by_border: Tensor) -> Tensor:
+        """(S+1,) -> (T,), to each byte what its document's first border has."""
+        return F.pad(by_border, (1, 0)).index_select(0, self.ids)
 
 
 def find_patches(
@@ -54,7 +61,7 @@ def find_patches(
         forced = _forced_closes(positions, begins, max_patch_len)
         closed = closed | forced
         begins = begins | torch.roll(forced, 1)
-    return _number_patches(begins & documents.inside, closed, documents, capacity)
+    return _number_patches(begins & documents.inside, closed, positions, documents, capacity)
 
 
 def _documents(positions: Tensor, cu_seqlens: Tensor) -> _Documents:
@@ -62,9 +69,10 @@ def _documents(positions: Tensor, cu_seqlens: Tensor) -> _Documents:
     offsets = _checks.clamped_bounds(cu_seqlens, total)
     zero, end = offsets.new_zeros(1), offsets.new_full((1,), total)
     lengths = torch.cat([zero, offsets, end]).diff()  # before the first document, ..., after all
-    ids = torch.repeat_interleave(lengths, output_size=total) - 1
-    inside = (ids >= 0) & (ids < len(offsets) - 1)
-    return _Documents(inside, ids, offsets[ids], offsets)
+    ids = torch.repeat_interleave(lengths, output_size=total)
+    inside = (ids > 0) & (ids < len(offsets))
+    documents = _Documents(inside, ids, positions, offsets)
+    return documents._replace(starts=documents.spread(offsets))
 
 
 def _natural_closes(
@@ -78,7 +86,10 @@ def _natural_closes(
         return closes
     if patch_size is not None:
         return _is_multiple(positions - documents.starts + 1, patch_size)
-    spacelike = _is_spacelike(byte_ids)
+    # A table of all ids that a rule tells apart costs less than comparing every byte six times.
+    table = _is_spacelike(torch.arange(IDS, device=byte_ids.device))
+    known = byte_ids if byte_ids.dtype == torch.uint8 else byte_ids.clamp(0, IDS - 1)
+    spacelike = table.index_select(0, known.int())
     has_predecessor = positions != documents.starts
     return spacelike & ~(has_predecessor & torch.roll(spacelike, 1))
 
@@ -105,6 +116,7 @@ def _is_multiple(lengths: Tensor, size: int) -> Tensor:  # bool
 def _number_patches(
     begins: Tensor,  # (T,) bool, False outside every document
     closed: Tensor,  # (T,) bool
+    positions: Tensor,  # (T,) int32
     documents: _Documents,
     capacity: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -112,14 +124,15 @@ def _number_patches(
     begun_before = F.pad(begun, (1, 0))
     n_patches = begun_before[-1].clone()
     slots = int(n_patches) if capacity is None else capacity
-    nth = torch.arange(1, slots + 2, dtype=torch.int32, device=begun.device)
-    # The slot after the last patch is not found, and neither is an unused one: both get T.
-    first_bytes = torch.searchsorted(begun, nth, out_int32=True)
-    cu_patchlens = torch.minimum(first_bytes, documents.offsets[-1])
+    # Each patch writes where it begins; those beyond the slots, and all other bytes, write into one
+    # place more. Unused slots, and the end of the last patch, are where the last document ends.
+    place = torch.where(begins, begun - 1, slots + 1).clamp_(max=slots + 1).long()
+    first_bytes = documents.offsets[-1].repeat(slots + 2)
+    cu_patchlens = first_bytes.scatter(0, place, positions)[:-1].contiguous()
 
     patch_ids = torch.where(documents.inside & (begun <= slots), begun - 1, -1)
     document_borders = begun_before[documents.offsets]
     complete = torch.where(closed, begun - 1, begun - 2).clamp_(max=slots - 1)
-    readable = documents.inside & (complete >= document_borders[documents.ids])
+    readable = documents.inside & (complete >= documents.spread(document_borders))
     read_ids = torch.where(readable, complete, -1)
     return cu_patchlens, patch_ids, read_ids, n_patches, document_borders.clamp(max=slots)
