@@ -100,7 +100,11 @@ def _stock(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, options: 
     if cu_seqlens is None:
         return _sdpa(q, k, v, options)
     values, places = [], []
-    for rows, valid in _groups(cu_seqlens, q.shape[1]):
+    groups = list(_groups(cu_seqlens, q.shape[1]))
+    ranges = [rows for rows, _ in groups if isinstance(rows, slice)]
+    if ranges and len(ranges) == len(groups):
+        return _by_range(q, k, v, sorted(ranges, key=lambda rows: rows.start), options)
+    for rows, valid in groups:
         mask = None
         if valid is not None and not options.causal:  # causal rows never see what fills up the end
             mask = valid[:, None, None]
@@ -117,6 +121,14 @@ def _stock(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, options: 
     return out[None]
 
 
+def _by_range(q: Tensor, k: Tensor, v: Tensor, ranges: list[slice], options: Options) -> Tensor:
+    """Documents of different lengths, one call each; they lie behind each other."""
+    parts = [_sdpa(q[:, rows], k[:, rows], v[:, rows], options) for rows in ranges]
+    before, after = ranges[0].start, q.shape[1] - ranges[-1].stop
+    out = torch.cat(parts, 1)
+    return F.pad(out, (0, 0, 0, 0, before, after)) if before or after else out
+
+
 def _groups(cu_seqlens: Tensor, total: int) -> Iterator[Group]:
     """Long documents by their length, short ones by the power of two above it."""
     borders = _checks.clamped_bounds(cu_seqlens, total).cpu().long()
@@ -126,9 +138,9 @@ def _groups(cu_seqlens: Tensor, total: int) -> Iterator[Group]:
     for size in folded[lengths > 0].unique().tolist():
         here = (folded == size) & (lengths > 0)
         group = starts[here]
-        if size > SHORT and group.shape[0] == 1:
+        if group.shape[0] == 1:
             first = int(group)
-            yield Group(slice(first, first + size), None)
+            yield Group(slice(first, first + int(lengths[here])), None)
             continue
         slots = torch.arange(size)
         valid = slots < lengths[here, None]
