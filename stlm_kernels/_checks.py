@@ -6,6 +6,7 @@ looking at them is free of a device synchronisation and of graph breaks: see `va
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,6 +38,13 @@ def require_int(name: str, value: Any) -> None:
 def require_int_at_least(name: str, value: Any, minimum: int) -> None:
     if not (_is_int(value) and value >= minimum):
         raise ValueError(f"{name}: expected an int >= {minimum}, got {value!r}")
+
+
+def require_scale(value: Any) -> None:
+    """Of attention's products: a finite number, or None for the default."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    ok = value is None or (number and math.isfinite(value))
+    require(ok, "scale", "None or a finite number", repr(value))
 
 
 def _is_int(value: Any) -> bool:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import _checks
 from ._noise import hashed
 
 PIECE_SCORES = 1 << 20
@@ -49,6 +50,16 @@ class Formed(NamedTuple):
     weights: Tensor
     slope: Tensor | None  # of the softcap
     kept: Tensor | None  # 1 / (1 - p) where the dropout keeps a weight, else 0
+
+
+def may_be_mixed(*tensors: Tensor) -> bool:
+    """Whether hidden rows may hold NaN; yes where looking would cost a synchronisation."""
+    return not (_checks.values_visible(*tensors) and all_finite(*tensors))
+
+
+def all_finite(*tensors: Tensor) -> bool:
+    """Reads the values; a sum is the fastest look at all of them."""
+    return all(bool(x.sum().isfinite()) for x in tensors)
 
 
 def take(x: Tensor, place: Place) -> Tensor:

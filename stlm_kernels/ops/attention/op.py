@@ -122,8 +122,7 @@ def _check_options(causal: Any, window: Any, scale: Any, softcap: Any, dropout_p
     if window is not None:
         _checks.require_int_at_least("window", window, 1)
         _checks.require(causal, "window", "None with causal=False", window)
-    finite = scale is None or (_is_number(scale) and math.isfinite(scale))
-    _checks.require(finite, "scale", "None or a finite number", repr(scale))
+    _checks.require_scale(scale)
     bound = softcap is None or (_is_number(softcap) and 0 < softcap < math.inf)
     _checks.require(bound, "softcap", "None or a finite number > 0", repr(softcap))
     chance = _is_number(dropout_p) and 0 <= dropout_p <= 1

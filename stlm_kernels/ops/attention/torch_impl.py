@@ -159,7 +159,7 @@ def _hides_poison(options: Options, *tensors: Tensor) -> bool:
     if not tensors[0].is_cpu:
         return False
     watched = tensors if options.causal else tensors[:1]
-    return not all(bool(x.sum().isfinite()) for x in watched)
+    return not _pieces.all_finite(*watched)
 
 
 class _Stock(torch.autograd.Function):
@@ -304,11 +304,6 @@ def _unread() -> bool:
     return torch.compiler.is_compiling() or _checks.inside_torch_func()
 
 
-def _mixed(*tensors: Tensor) -> bool:
-    """Whether hidden rows may hold NaN; not looked at where that would cost a synchronisation."""
-    return not _checks.values_visible() or not all(bool(x.sum().isfinite()) for x in tensors)
-
-
 def _gradients(
     grad: Tensor,
     q: Tensor,
@@ -322,7 +317,7 @@ def _gradients(
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         derive = _pieces.recorded_gradients
     flat_q, flat_k, flat_v = _flat(q, k, v)
-    pieces = _cutter(q, cu_seqlens, options)(_mixed(grad, q, k, v))
+    pieces = _cutter(q, cu_seqlens, options)(_pieces.may_be_mixed(grad, q, k, v))
     derived = derive(grad.flatten(0, 1), flat_q, flat_k, flat_v, pieces, _rule(options, seed))
     return tuple(dx.view(x.shape) for dx, x in zip(derived, (q, k, v), strict=True))
 
@@ -339,7 +334,7 @@ class _InPieces(torch.autograd.Function):
         options: Options,
         seed: Tensor | None,
     ) -> Tensor:
-        pieces = _cutter(q, cu_seqlens, options)(_mixed(q, k, v))
+        pieces = _cutter(q, cu_seqlens, options)(_pieces.may_be_mixed(q, k, v))
         flat_q, flat_k, flat_v = _flat(q, k, v)
         out = _pieces.attend(flat_q, flat_k, flat_v, pieces, _rule(options, seed))
         return out.view(q.shape)

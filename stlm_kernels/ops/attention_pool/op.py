@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -66,9 +65,7 @@ def attention_pool(
     _checks.require_tensor("value", value, (total, kv_heads, width), dtypes, key.device)
     _checks.require_offsets("cu_patchlens", cu_patchlens, key.device)
     _check_query(query, key, cu_patchlens.shape[0] - 1)
-    if scale is not None:
-        number = isinstance(scale, int | float) and math.isfinite(scale)
-        _checks.require(number, "scale", "None or a finite number", repr(scale))
+    _checks.require_scale(scale)
     if _checks.values_visible(cu_patchlens):
         _checks.check_offset_values("cu_patchlens", cu_patchlens, total)
     factor, out_dtype = width**-0.5 if scale is None else float(scale), _checks.output_dtype(key)

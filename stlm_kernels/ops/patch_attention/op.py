@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -70,9 +69,7 @@ def patch_attention(
     _checks.require_tensor("v", v, (total, k.shape[1], width), dtypes, q.device)
     _checks.require_offsets("cu_patchlens", cu_patchlens, q.device)
     _checks.require(isinstance(causal, bool), "causal", "a bool", repr(causal))
-    if scale is not None:
-        number = isinstance(scale, int | float) and math.isfinite(scale)
-        _checks.require(number, "scale", "None or a finite number", repr(scale))
+    _checks.require_scale(scale)
     if _checks.values_visible(cu_patchlens):
         _checks.check_offset_values("cu_patchlens", cu_patchlens, total)
     factor, out_dtype = width**-0.5 if scale is None else float(scale), _checks.output_dtype(q)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import _checks
+from ... import _checks, _pieces
 from ..._pieces import (
     LEAST_ROWS,
     PIECE_SCORES,
@@ -71,7 +71,7 @@ def _folds(
 
 def _finite(cu_patchlens: Tensor, *tensors: Tensor) -> bool:
     covered = int(cu_patchlens[-1])
-    return all(bool(x[:covered].sum().isfinite()) for x in tensors)
+    return _pieces.all_finite(*(x[:covered] for x in tensors))
 
 
 # Cutting the work into pieces
@@ -84,7 +84,7 @@ def _pieces_of(
     if torch.compiler.is_compiling():
         return _static_pieces(cu_patchlens, total, heads, causal)
     # Only rows that other rows must not see can do harm, and only with NaN or infinity in them.
-    mixed = not all(bool(x.sum().isfinite()) for x in tensors)
+    mixed = _pieces.may_be_mixed(*tensors)
     return _ragged_pieces(cu_patchlens, total, heads, causal, mixed)
 
 
