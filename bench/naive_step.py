@@ -1,0 +1,153 @@
+"""`python -m bench.naive_step [preset]`: a training step, and the same by the naive composition.
+
+Two processes build the same model and train it on the same windows; in one of them every op of the
+library is replaced by what one writes at first in stock PyTorch (`bench.naive`). They take turns,
+so that a drifting machine slows both alike, and each has its own peak of memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import multiprocessing
+import resource
+import statistics
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+
+from stlm_models.config import preset
+from stlm_models.data import load_corpus
+from stlm_models.trainer import PRECISIONS, Trainer, TrainOptions, fastest_precision
+
+from . import report
+from .naive import naive_ops
+
+WAYS = ("ours", "naive")
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What both processes train: windows of `context` bytes, `rows` of them in a step."""
+
+    preset: str
+    rows: int
+    context: int | None
+    precision: str
+    threads: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """One way of computing the step."""
+
+    seconds: list[float]
+    bytes_per_second: float
+    peak_bytes: int
+    losses: list[float]
+
+
+def measure(settings: Settings, steps: int) -> dict[str, Result]:
+    """Train in turns; the first step of each, which warms up, is not timed."""
+    spawn = multiprocessing.get_context("spawn")
+    pipes = {}
+    for way in WAYS:
+        here, there = spawn.Pipe()
+        spawn.Process(target=_serve, args=(there, way, settings), daemon=True).start()
+        pipes[way] = here
+    answers: dict[str, list[tuple[float, float, int]]] = {way: [] for way in WAYS}
+    for _ in range(steps + 1):
+        for way, pipe in pipes.items():
+            pipe.send("step")
+            answers[way].append(pipe.recv())
+    peaks = {way: _ask(pipe, "peak") for way, pipe in pipes.items()}
+    return {
+        way: Result(
+            [seconds for seconds, _, _ in found[1:]],
+            found[0][2] / statistics.median(seconds for seconds, _, _ in found[1:]),
+            peaks[way],
+            [loss for _, loss, _ in found],
+        )
+        for way, found in answers.items()
+    }
+
+
+def _ask(pipe: Connection, question: str) -> int:
+    pipe.send(question)
+    return int(pipe.recv())
+
+
+def _serve(pipe: Connection, way: str, settings: Settings) -> None:
+    """One process: a step when asked, until its peak of memory is asked for."""
+    torch.set_num_threads(settings.threads)
+    trainer = _trainer(settings)
+    with naive_ops() if way == "naive" else nullcontext():
+        while pipe.recv() == "step":
+            began = time.perf_counter()
+            result = trainer.train_step()
+            loss = float(result.loss)
+            pipe.send((time.perf_counter() - began, loss, result.n_bytes))
+    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def _trainer(settings: Settings) -> Trainer:
+    config = preset(settings.preset)
+    if settings.context is not None:
+        config = type(config)(**config.to_dict() | {"context": settings.context})
+    # The rates never change here: a budget of many steps keeps the schedule at its peak.
+    options = TrainOptions(steps=1 << 30, rows=settings.rows, precision=settings.precision)
+    return Trainer(config, load_corpus(None), options)
+
+
+def table(results: dict[str, Result]) -> str:
+    """A line for each way, then what ours gains."""
+    lines = [
+        f"  {way:<6} {statistics.median(x.seconds):8.2f} s {x.bytes_per_second:9,.0f} bytes/s"
+        f" {x.peak_bytes / MIB:8,.0f} MiB"
+        for way, x in results.items()
+    ]
+    ours, naive = (results[way] for way in WAYS)
+    faster = ours.bytes_per_second / naive.bytes_per_second
+    smaller = ours.peak_bytes / naive.peak_bytes
+    return "\n".join([*lines, f"  ours: {faster:.2f} times the speed, {smaller:.2f} of the peak"])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.naive_step",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("preset", nargs="?", default="50m")
+    parser.add_argument("--rows", type=int, default=1, help="windows in a step")
+    parser.add_argument("--context", type=int, help="bytes in a window (default: the preset's)")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--precision", choices=sorted(PRECISIONS), help="default: the faster one")
+    parser.add_argument("--json", type=Path, help="where the result goes (default: out/bench/)")
+    parser.add_argument("--commit", help="what to record as the commit, where git is not there")
+    options = parser.parse_args(arguments)
+    precision = options.precision or fastest_precision()
+    settings = Settings(options.preset, options.rows, options.context, precision, options.threads)
+    about = report.machine(torch.device("cpu"), options.commit)
+    print(report.header(about, None))
+    results = measure(settings, options.steps)
+    print(f"{settings}\n{table(results)}")
+    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
+    path = options.json or Path("out/bench") / f"naive-step-{stamp}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = {way: asdict(result) for way, result in results.items()}
+    values = {"machine": about, "settings": asdict(settings), "results": found}
+    path.write_text(json.dumps(values, indent=1))
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

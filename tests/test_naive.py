@@ -1,0 +1,80 @@
+"""The naive composition of a model computes what the model computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.naive import naive_ops
+from bench.naive_step import Result, Settings, measure, table
+from stlm_models import STLM, ModelConfig
+
+TINY = ModelConfig(
+    byte_dim=16, ngram_buckets=32, ngram_dim=8, core_layers=1, core_dim=16, core_heads=2,
+    core_kv_heads=1, core_ff=16, decoder_layers=1, decoder_heads=2, decoder_kv_heads=1,
+    decoder_ff=16, decoder_window=5, context=24, softcap=20.0,
+)  # fmt: skip
+
+
+def tiny() -> STLM:
+    torch.manual_seed(0)
+    model = STLM(TINY)
+    for parameter in model.parameters():  # outputs begin at zero, which would hide most of it
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def loss_and_gradients(model: STLM, naive: bool, **inputs: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    if naive:
+        with naive_ops():
+            loss, _ = model(**inputs)
+            loss.backward()
+    else:
+        loss, _ = model(**inputs)
+        loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_naive_model_equals_ours(dense: bool) -> None:
+    text = b"the same model, written as one writes it at first; "
+    ids = torch.tensor([256, *text[:-1]] * 2)
+    targets = torch.tensor([*text[:-1], -100] * 2)
+    inputs = {"byte_ids": ids, "targets": targets}
+    if dense:
+        inputs = {name: x.view(2, -1) for name, x in inputs.items()}
+    else:
+        inputs["cu_seqlens"] = torch.tensor([0, 20, 51, len(ids)], dtype=torch.int32)
+    model = tiny()
+    ours = loss_and_gradients(model, False, **inputs)
+    naive = loss_and_gradients(model, True, **inputs)
+    exact = loss_and_gradients(tiny().double(), False, **inputs)
+    assert len(ours) == len(naive) == 1 + len(list(model.parameters()))
+    for got, stock, reference in zip(ours, naive, exact, strict=True):
+        torch.testing.assert_close(stock.double(), reference, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got.double(), reference, rtol=1e-4, atol=1e-5)
+
+
+def test_naive_ops_are_called_within_and_only_within() -> None:
+    from stlm_models import layers
+
+    ours = layers.byte_pool
+    with naive_ops():
+        assert layers.byte_pool is not ours
+    assert layers.byte_pool is ours
+
+
+def test_both_processes_train_the_same(full: bool) -> None:
+    """Settings travel to the processes; what comes back can be compared."""
+    if not full:
+        pytest.skip("two fresh processes: with --full")
+    found = measure(Settings("demo", 1, 64, "fp32", 1), steps=1)
+    assert found["naive"].losses == pytest.approx(found["ours"].losses, rel=1e-4)
+    assert all(x.peak_bytes > 2**26 and len(x.seconds) == 1 for x in found.values())
+
+
+def test_table_compares_the_two() -> None:
+    results = {"ours": Result([1.0], 200.0, 2**20, []), "naive": Result([2.0], 100.0, 2**22, [])}
+    assert "2.00 times the speed, 0.25 of the peak" in table(results)
