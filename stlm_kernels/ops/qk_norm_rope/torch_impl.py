@@ -46,6 +46,11 @@ def _rows_of(table: Tensor, positions: Tensor | None, period: int) -> Tensor:
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else x.chunk(2, -1)
-    pair = (a * cos - b * sin, a * sin + b * cos)
-    return torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
+    """x * cos + partner * (-sin, sin), whose few passes over x are all contiguous."""
+    if interleaved:
+        cos, sin = (torch.stack(pair, -1).flatten(-2) for pair in ((cos, cos), (-sin, sin)))
+        partner = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    else:
+        cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+        partner = x.roll(x.shape[-1] // 2, -1)
+    return torch.addcmul(x * cos, partner, sin)
