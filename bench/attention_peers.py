@@ -1,4 +1,4 @@
-"""Stock ways to attention: SDPA and its backends, FlexAttention, varlen_attn, folded batches."""
+"""Stock ways to attention: SDPA and its backends, FlexAttention, folded batches."""
 
 from __future__ import annotations
 
@@ -16,14 +16,11 @@ from stlm_kernels._spec import Case, Inputs
 from stlm_kernels.ops.attention.reference import seen_mask
 
 from .entry import Entry, compiled
+from .packed_peers import FLA, VARLEN, on_gpu
 from .window_peers import BLOCKS
 
 DENSE_ROWS = 16_384
 """Rows beyond which a mask of all scores, or the scores themselves, do not fit beside the rest."""
-
-
-def _on_gpu(case: Case) -> str | None:
-    return None if torch.cuda.is_available() else "it needs a CUDA device"
 
 
 # attention
@@ -65,7 +62,7 @@ def _dense_only(case: Case) -> str | None:
 
 
 def _gpu_and_dense(case: Case) -> str | None:
-    return _on_gpu(case) or _dense_only(case)
+    return on_gpu(case) or _dense_only(case)
 
 
 def _with_mask(inputs: Inputs) -> Inputs:
@@ -143,44 +140,6 @@ def _flex_inputs(inputs: Inputs) -> Inputs:
 def _flex_with_mask(**inputs: Any) -> Tensor:
     """A step whose documents are new: the mask is built in it."""
     return _flex(**_heads_first(inputs), block_mask=_block_mask(inputs))
-
-
-def _varlen(
-    q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, window: int, scale: float | None
-) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    options: dict[str, Any] = {"window_size": (window, 0), "enable_gqa": q.shape[1] != k.shape[1]}
-    out = varlen_attn(q, k, v, cu, cu, longest, longest, scale=scale, **options)
-    assert isinstance(out, Tensor)
-    return out
-
-
-def _varlen_inputs(inputs: Inputs) -> Inputs:
-    q, k, v = (inputs[name] for name in ("q", "k", "v"))
-    cu, window = inputs.get("cu_seqlens"), inputs["window"]
-    if cu is None:
-        cu = torch.tensor([0, q.shape[0]], dtype=torch.int32, device=q.device)
-    longest = int(cu.diff().max())
-    window = -1 if window is None else window - 1
-    return {
-        "q": q, "k": k, "v": v, "cu": cu, "longest": longest, "window": window,
-        "scale": inputs["scale"],
-    }  # fmt: skip
-
-
-def _varlen_reason(case: Case) -> str | None:
-    if (reason := _on_gpu(case)) is not None:
-        return reason
-    import inspect
-
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return "this torch has no varlen_attn"
-    if "window_size" not in inspect.signature(varlen_attn).parameters:
-        return "varlen_attn of this torch has no window_size"
-    return None if "B" not in case.sizes else "it takes packed rows"
 
 
 _SDPA = Entry("SDPA", _causal, _heads_first, _dense_only)
@@ -316,9 +275,10 @@ PEERS: dict[str, tuple[Entry, ...]] = {
         Entry("SDPA, mask of all scores", _sdpa, _with_mask, _masked),
         BLOCKS,
         Entry("SDPA by document", _by_document, _with_lengths, _documents_without_window),
-        Entry("FlexAttention", _flex, _flex_inputs, _on_gpu, compiled=True),
-        Entry("FlexAttention and its mask", _flex_with_mask, dict, _on_gpu, compiled=True),
-        Entry("varlen_attn", _varlen, _varlen_inputs, _varlen_reason),
+        Entry("FlexAttention", _flex, _flex_inputs, on_gpu, compiled=True),
+        Entry("FlexAttention and its mask", _flex_with_mask, dict, on_gpu, compiled=True),
+        VARLEN,
+        FLA,
         compiled(_SDPA),
     ),
     "patch_attention": (
@@ -327,7 +287,7 @@ PEERS: dict[str, tuple[Entry, ...]] = {
         Entry("padded fold, bmm", partial(_folded, _folded_bmm, True), _folded_rows, _short),
         Entry("padded fold, SDPA", partial(_folded, _folded_sdpa, True), _folded_rows, _short),
         Entry("SDPA by patch", _by_patch, _with_borders, _few_patches),
-        Entry("FlexAttention", _flex, _patch_block_mask, _on_gpu, compiled=True),
+        Entry("FlexAttention", _flex, _patch_block_mask, on_gpu, compiled=True),
         compiled(_EVEN_BMM),
     ),
 }

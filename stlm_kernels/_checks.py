@@ -42,9 +42,18 @@ def require_int_at_least(name: str, value: Any, minimum: int) -> None:
 
 def require_scale(value: Any) -> None:
     """Of attention's products: a finite number, or None for the default."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    ok = value is None or (number and math.isfinite(value))
+    ok = value is None or (is_number(value) and math.isfinite(value))
     require(ok, "scale", "None or a finite number", repr(value))
+
+
+def require_softcap(value: Any) -> None:
+    """Of attention's scores: a bound, or None for none."""
+    ok = value is None or (is_number(value) and 0 < value < math.inf)
+    require(ok, "softcap", "None or a finite number > 0", repr(value))
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_int(value: Any) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ._dispatch import kernels_interpreted
 from ._launch import is_recording
+from ._sharding import register_rows
 
 NAMESPACE = "stlm"
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -30,6 +31,8 @@ def register(
     launcher: str,
     meta: Callable[..., Any],
     flops: Callable[..., int],
+    per_row: Sequence[str] = (),
+    results: Sequence[str] = (),
 ) -> Any:
     """Define `stlm::<schema>` and return its default overload.
 
@@ -39,6 +42,8 @@ def register(
             imported at the first call, so that importing the package never imports triton.
         meta: shapes and dtypes of the results from those of the arguments.
         flops: the FLOP formula; called with shapes in place of tensors.
+        per_row, results: for DTensors with divided rows, as in `_sharding.register_rows`; without
+            results the op refuses DTensors.
     """
     name = schema.split("(", 1)[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -66,6 +71,8 @@ def register(
     torch.library.register_fake(f"{NAMESPACE}::{name}", meta, lib=_library)
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
     register_flop_formula(overload.overloadpacket)(flops)
+    if results:
+        register_rows(overload, per_row, results)
     return overload
 
 

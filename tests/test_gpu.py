@@ -110,12 +110,6 @@ def test_more_than_2_to_31_elements(spec: OpSpec, case: Case) -> None:
     last_rows_match(spec, inputs, "triton")
 
 
-@pytest.mark.parametrize("spec", [pytest.param(spec, id=name) for name, spec in OPS.items()])
-def test_rehearsal_of_the_sampled_rows(spec: OpSpec) -> None:
-    inputs = spec.make_inputs(spec.tagged("smoke")[0], torch.float32, torch.device("cpu"), 0)
-    last_rows_match(spec, inputs, "torch")
-
-
 @pytest.mark.lanes("cpu", "gpu")
 def test_every_op_with_kernels_has_a_huge_case() -> None:
     small = {"linear_cross_entropy", "linear_sample", "patch_attention", "find_patches"}

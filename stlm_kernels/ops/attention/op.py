@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -123,14 +122,9 @@ def _check_options(causal: Any, window: Any, scale: Any, softcap: Any, dropout_p
         _checks.require_int_at_least("window", window, 1)
         _checks.require(causal, "window", "None with causal=False", window)
     _checks.require_scale(scale)
-    bound = softcap is None or (_is_number(softcap) and 0 < softcap < math.inf)
-    _checks.require(bound, "softcap", "None or a finite number > 0", repr(softcap))
-    chance = _is_number(dropout_p) and 0 <= dropout_p <= 1
+    _checks.require_softcap(softcap)
+    chance = _checks.is_number(dropout_p) and 0 <= dropout_p <= 1
     _checks.require(chance, "dropout_p", "a number in [0, 1]", repr(dropout_p))
-
-
-def _is_number(x: Any) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool)
 
 
 class _Attention(torch.autograd.Function):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -94,11 +93,8 @@ def decode_attention(
 def _check_options(window: int | None, scale: float | None, softcap: float | None) -> None:
     if window is not None:
         _checks.require_int_at_least("window", window, 1)
-    for name, value, floor in (("scale", scale, -math.inf), ("softcap", softcap, 0.0)):
-        if value is not None:
-            number = isinstance(value, int | float) and floor < value < math.inf
-            expected = "None or a finite number" + (" > 0" if floor == 0 else "")
-            _checks.require(number, name, expected, repr(value))
+    _checks.require_scale(scale)
+    _checks.require_softcap(softcap)
 
 
 def _meta(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ... import _checks
+from ..._sharding import SUM, from_own_part, is_dtensor, own_part
 from ..linear_logprobs.torch_impl import (
     Gradients,
     Objective,
@@ -31,6 +32,9 @@ def summed_loss(
     *per_row: Tensor,  # (N, ...)
 ) -> Tensor:
     """0-d sum of the row losses in fp32 (fp64 for fp64 rows)."""
+    if is_dtensor(rows):
+        total = summed_loss(objective, options, *own_part(rows, weight, bias, *per_row))
+        return from_own_part(total, SUM, rows)
     rows, weight, bias = widened(rows, weight, bias, options.valid_vocab)
     # The operands are rounded; autocast would round the logits as well.
     with torch.autocast(rows.device.type, enabled=False):

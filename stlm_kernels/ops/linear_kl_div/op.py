@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ... import _checks
 from ..._dispatch import Impl, without_kernel
+from ..._sharding import require_plain
 from ..linear_cross_entropy.op import REDUCTIONS, mean_of_counted
 from ..linear_cross_entropy.torch_impl import summed_loss
 from ..linear_logprobs.op import check_projection
@@ -83,6 +84,10 @@ def linear_kl_div(
         input, linear_weight, linear_bias, softcap, logit_scale, valid_vocab
     )  # fmt: skip
     leading, device = tuple(input.shape[:-1]), input.device
+    require_plain(
+        input=input, linear_weight=linear_weight, linear_bias=linear_bias,
+        teacher_logits=teacher_logits, mask=mask,
+    )  # fmt: skip
     floats = (torch.float64,) if input.dtype == torch.float64 else _checks.KERNEL_FLOATS
     _checks.require_tensor("teacher_logits", teacher_logits, (*leading, valid), floats, device)
     if mask is None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import _checks, _library
+from ..._sharding import ROW, SUM, alike
 
 if TYPE_CHECKING:
     from .op import RowOptions
@@ -63,7 +64,7 @@ class _RowLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         wants = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
-        arguments = (*grads, *ctx.saved_tensors, *ctx.options, *wants)
+        arguments = (*alike(grads), *ctx.saved_tensors, *ctx.options, *wants)
         found = _library.run_backward(_ROWS_BWD, "linear_logprobs", *arguments)
         drows, dweight, dbias = (x if w else None for x, w in zip(found, wants, strict=True))
         return drows, dweight, None, dbias, *[None] * len(ctx.options)
@@ -173,6 +174,8 @@ _ROWS = _library.register(
     launcher="linear_logprobs.chunked_impl:launch_rows",
     meta=_rows_meta,
     flops=_product_flops,
+    per_row=("rows", "targets"),
+    results=(ROW, ROW),
 )
 _ROWS_BWD = _library.register(
     f"linear_logprobs_chunked_bwd(Tensor dloss, Tensor dlse, {_ARGUMENTS}, {_WANTS}) "
@@ -180,10 +183,14 @@ _ROWS_BWD = _library.register(
     launcher="linear_logprobs.chunked_impl:launch_rows_bwd",
     meta=_rows_bwd_meta,
     flops=_rows_bwd_flops,
+    per_row=("dloss", "dlse", "rows", "targets"),
+    results=(ROW, SUM, SUM),
 )
 _SUM = _library.register(
     f"linear_cross_entropy_chunked_fwd({_ARGUMENTS}, {_WANTS}) -> (Tensor, Tensor, Tensor, Tensor)",
     launcher="linear_logprobs.chunked_impl:launch_sum",
     meta=_sum_meta,
     flops=_sum_flops,
+    per_row=("rows", "targets"),
+    results=(SUM, ROW, SUM, SUM),
 )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ... import _checks, _library
 from ..._dispatch import Impl, use_triton
+from ..._sharding import ROW, SUM, alike, require_rows
 from . import chunked_op, torch_impl
 from .launch import fits_on_chip, unsupported_reasons
 
@@ -104,6 +105,9 @@ def check(
     valid = check_projection(input, linear_weight, linear_bias, softcap, logit_scale, valid_vocab)
     _checks.require_tensor(
         "target", target, tuple(input.shape[:-1]), _checks.ID_DTYPES, input.device
+    )
+    require_rows(
+        input, {"target": target}, {"linear_weight": linear_weight, "linear_bias": linear_bias}
     )
     if ignore_index is not None:
         _checks.require_int("ignore_index", ignore_index)
@@ -207,8 +211,9 @@ class _RowLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, targets, bias, top, log_total = ctx.saved_tensors
+        upstream = alike(grads[:2])
         arguments = (
-            *grads[:2], rows, weight, targets, bias, top, log_total, ctx.dot_dtype, *ctx.options
+            *upstream, rows, weight, targets, bias, top, log_total, ctx.dot_dtype, *ctx.options
         )  # fmt: skip
         drows = dweight = dbias = None
         if ctx.needs_input_grad[0]:
@@ -265,20 +270,27 @@ _FWD = _library.register(
     launcher="linear_logprobs:launch_fwd",
     meta=_fwd_meta,
     flops=_fwd_flops,
+    per_row=("rows", "targets"),
+    results=(ROW, ROW, ROW, ROW),
 )
 _BWD_ARGUMENTS = (
     "Tensor dloss, Tensor dlse, Tensor rows, Tensor weight, Tensor targets, Tensor? bias, "
     f"Tensor top, Tensor log_total, {_OPTIONS}"
 )
+_BWD_PER_ROW = ("dloss", "dlse", "rows", "targets", "top", "log_total")
 _BWD_ROWS = _library.register(
     f"linear_logprobs_bwd_rows({_BWD_ARGUMENTS}) -> Tensor",
     launcher="linear_logprobs:launch_bwd_rows",
     meta=_bwd_rows_meta,
     flops=_bwd_flops,
+    per_row=_BWD_PER_ROW,
+    results=(ROW,),
 )
 _BWD_WEIGHT = _library.register(
     f"linear_logprobs_bwd_weight({_BWD_ARGUMENTS}) -> (Tensor, Tensor)",
     launcher="linear_logprobs:launch_bwd_weight",
     meta=_bwd_weight_meta,
     flops=_bwd_flops,
+    per_row=_BWD_PER_ROW,
+    results=(SUM, SUM),
 )

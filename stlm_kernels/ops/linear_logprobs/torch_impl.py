@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ... import _checks
 from ..._rounding import rounded
+from ..._sharding import ROW, from_own_part, is_dtensor, own_part
 
 if TYPE_CHECKING:
     from .op import RowOptions
@@ -54,6 +55,9 @@ def row_losses(
     *per_row: Tensor,  # (N, ...)
 ) -> tuple[Tensor, Tensor]:
     """(loss, lse), each (N,) in fp32 (fp64 for fp64 rows)."""
+    if is_dtensor(rows):
+        loss, lse = row_losses(objective, options, *own_part(rows, weight, bias, *per_row))
+        return from_own_part(loss, ROW, rows), from_own_part(lse, ROW, rows)
     rows, weight, bias = widened(rows, weight, bias, options.valid_vocab)
     # The operands are rounded; autocast would round the logits as well.
     with torch.autocast(rows.device.type, enabled=False):

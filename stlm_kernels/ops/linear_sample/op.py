@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ... import _checks, _library
 from ..._dispatch import Impl, use_triton
+from ..._sharding import require_plain
 from ..linear_logprobs.op import check_projection
 from . import torch_impl
 from .launch import declined_reasons, unsupported_reasons
@@ -90,6 +91,7 @@ def linear_sample(
     valid = check_projection(
         input, linear_weight, linear_bias, softcap, logit_scale, valid_vocab
     )  # fmt: skip
+    require_plain(input=input, linear_weight=linear_weight, linear_bias=linear_bias)
     _check_sampling(temperature, top_k, top_p)
     k = 0 if top_k is None or top_k >= valid else top_k
     p = 1.0 if top_p is None else max(float(top_p), LEAST)

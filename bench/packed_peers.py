@@ -1,0 +1,91 @@
+"""Attention to packed documents in kernels of others: torch's varlen_attn, flash-linear-attention.
+
+Both serve dense batches too: every row of the batch as a document.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stlm_kernels._spec import Case, Inputs
+
+from .entry import Entry
+
+
+def on_gpu(case: Case) -> str | None:
+    return None if torch.cuda.is_available() else "it needs a CUDA device"
+
+
+@functools.cache  # called within what is timed
+def _function(module: str, name: str) -> Any:
+    """The peer's function, or None where this machine has none with a window."""
+    if importlib.util.find_spec(module.split(".", 1)[0]) is None:
+        return None
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except ImportError:
+        return None
+    return found if "window_size" in inspect.signature(found).parameters else None
+
+
+def _varlen_function() -> Any:
+    return _function("torch.nn.attention.varlen", "varlen_attn")
+
+
+def _fla_function() -> Any:
+    return _function("fla.ops.attn", "parallel_attn")
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, **options: Any) -> Tensor:
+    shape = q.shape
+    q, k, v = (x.flatten(0, -3) for x in (q, k, v))
+    out: Tensor = _varlen_function()(q, k, v, cu, cu, longest, longest, **options)
+    return out.view(shape)
+
+
+def _varlen_inputs(inputs: Inputs) -> Inputs:
+    q, cu, window = inputs["q"], inputs.get("cu_seqlens"), inputs["window"]
+    if cu is None:
+        rows = q.shape[:-2].numel()
+        cu = torch.arange(0, rows + 1, q.shape[-3], dtype=torch.int32, device=q.device)
+    return {name: inputs[name] for name in ("q", "k", "v", "scale")} | {
+        "cu": cu,
+        "longest": int(cu.diff().max()),
+        "window_size": (-1 if window is None else window - 1, 0),
+        "enable_gqa": q.shape[-2] != inputs["k"].shape[-2],
+    }
+
+
+def _varlen_reason(case: Case) -> str | None:
+    missing = None if _varlen_function() else "this torch has no varlen_attn with a window"
+    return on_gpu(case) or missing
+
+
+def _fla(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    out: Tensor = _fla_function()(*(x if x.dim() == 4 else x[None] for x in (q, k, v)), **options)
+    return out.view(q.shape)
+
+
+def _fla_inputs(inputs: Inputs) -> Inputs:
+    """It asks for borders in 64 bits; a window of w is the row itself and w - 1 before it."""
+    cu = inputs.get("cu_seqlens")
+    return {name: inputs[name] for name in ("q", "k", "v", "scale")} | {
+        "window_size": inputs["window"],
+        "cu_seqlens": None if cu is None else cu.long(),
+    }
+
+
+def _fla_reason(case: Case) -> str | None:
+    missing = None if _fla_function() else "no flash-linear-attention with a window is installed"
+    return on_gpu(case) or missing
+
+
+VARLEN = Entry("varlen_attn", _varlen, _varlen_inputs, _varlen_reason)
+FLA = Entry("fla parallel_attn", _fla, _fla_inputs, _fla_reason)
