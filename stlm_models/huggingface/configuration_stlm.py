@@ -26,9 +26,7 @@ class STLMHFConfig(PretrainedConfig):
     model_type = "stlm"
     stlm: dict[str, Any]
 
-    def __init__(
-        self, stlm: ModelConfig | Mapping[str, Any] | None = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, stlm: ModelConfig | Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         self.stlm = as_model_config(stlm).to_dict()
         super().__init__(**kwargs)
 

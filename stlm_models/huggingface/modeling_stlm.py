@@ -102,7 +102,9 @@ class STLMForCausalLM(PreTrainedModel, GenerationMixin):
         if past_key_values is not None or (use_cache and labels is None):
             output = self._grow(input_ids, attention_mask, past_key_values, logits_to_keep)
         else:
-            output = self._run(input_ids, attention_mask, labels, logits_to_keep, num_items_in_batch)
+            output = self._run(
+                input_ids, attention_mask, labels, logits_to_keep, num_items_in_batch
+            )
         return output.to_tuple() if return_dict is False else output
 
     def _run(
@@ -240,7 +242,9 @@ def _reorder(x: Tensor, order: Tensor | None) -> Tensor:
 
 def _restore(hidden: Tensor, order: Tensor | None) -> Tensor:
     """Rows (B, T, D) of reordered positions, back at the positions that they belong to."""
-    return hidden if order is None else hidden.gather(1, order.argsort(1)[..., None].expand_as(hidden))
+    return (
+        hidden if order is None else hidden.gather(1, order.argsort(1)[..., None].expand_as(hidden))
+    )
 
 
 STLMForCausalLM.register_for_auto_class("AutoModelForCausalLM")
