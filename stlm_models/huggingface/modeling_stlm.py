@@ -86,7 +86,7 @@ class STLMForCausalLM(PreTrainedModel, GenerationMixin):
                 were not there. None is ones; right padding needs no mask.
             labels: `input_ids` with -100 where nothing is to be predicted: label t is predicted by
                 position t - 1. Special ids are no targets, so padding and id 256 want -100.
-            past_key_values, use_cache: of `generate`, which runs each byte once; not differentiable.
+            past_key_values, use_cache: of `generate`: each byte runs once; not differentiable.
             logits_to_keep: how many last positions get logits (0 is all), or which.
             num_items_in_batch: what the summed loss is divided by: the targets of all batches whose
                 gradients are added up. None is those of this batch.
@@ -182,7 +182,7 @@ class STLMForCausalLM(PreTrainedModel, GenerationMixin):
         return False  # ours is made by the first step
 
     def _init_weights(self, module: torch.nn.Module) -> None:
-        """Nothing: an `STLM` initialises itself, and `from_pretrained` accepts no missing tensor."""
+        """Nothing: an `STLM` initialises itself, and a checkpoint holds every tensor."""
 
 
 class GrowingTexts:
