@@ -44,12 +44,12 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-def require_extra(packages: Sequence[str]) -> None:
+def require_extra(packages: Sequence[str], extra: str = "train") -> None:
     """Raise an ImportError with the install line where one of the packages is missing."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         names = ", ".join(missing)
-        raise ImportError(f"missing {names}: install the extra with  pip install 'stlm[train]'")
+        raise ImportError(f"missing {names}: install the extra with  pip install 'stlm[{extra}]'")
 
 
 def save_checkpoint(run: Path, checkpoint: Checkpoint) -> Path:

@@ -1,0 +1,172 @@
+"""The Hugging Face extra: what it computes, generates, saves and refuses, and its Trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_models import TINY, scrambled
+from torch import Tensor
+
+from stlm_models import STLM
+
+transformers = pytest.importorskip("transformers")
+from stlm_models.huggingface import (  # noqa: E402
+    ByteTokenizer,
+    STLMForCausalLM,
+    STLMHFConfig,
+)
+
+PROMPTS = ["ab c", "Zoë and a longer prompt", ""]
+
+
+@pytest.fixture(name="stlm")
+def one_stlm() -> STLM:
+    model = scrambled()
+    torch.nn.init.normal_(model.embedding.weight, std=0.3)
+    return model
+
+
+@pytest.fixture(name="model")
+def one_model(stlm: STLM) -> STLMForCausalLM:
+    return STLMForCausalLM.from_stlm(stlm)
+
+
+@pytest.fixture(name="tokenizer")
+def one_tokenizer() -> ByteTokenizer:
+    return ByteTokenizer()
+
+
+def collated(tokenizer: ByteTokenizer, texts: list[str]) -> dict[str, Tensor]:
+    collator = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    return dict(collator([tokenizer(text) for text in texts]))
+
+
+def test_the_tokenizer(tokenizer: ByteTokenizer) -> None:
+    text = "é <|document|>\n"
+    assert (
+        tokenizer(text).input_ids == [256, *text.encode()] == tokenizer.encode_bytes(text.encode())
+    )
+    assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
+    assert tokenizer.decode([0xC3]) == "\N{REPLACEMENT CHARACTER}"
+    data = bytes(range(256))
+    assert tokenizer.decode_bytes(tokenizer.encode_bytes(data)) == data
+    with pytest.raises(ValueError, match="ids: expected 0 to 256"):
+        tokenizer.decode([257])
+
+
+def test_the_loss_is_shifted_and_padding_counts_for_nothing(
+    model: STLMForCausalLM, stlm: STLM, tokenizer: ByteTokenizer
+) -> None:
+    batch = collated(tokenizer, PROMPTS)
+    sums = [
+        stlm(ids[None, :-1], ids[None, 1:])
+        for ids in map(torch.tensor, tokenizer(PROMPTS[:2]).input_ids)
+    ]
+    loss_sum, n_valid = sum(s for s, _ in sums), sum(n for _, n in sums)
+    output = model(**batch)
+    torch.testing.assert_close(output.loss, loss_sum / n_valid)
+    torch.testing.assert_close(model(**batch, num_items_in_batch=7).loss, loss_sum / 7)
+    assert output.logits.shape == (*batch["input_ids"].shape, 257)
+    assert model(**batch, return_dict=False)[0] == output.loss
+    assert model.train()(**batch).logits is None
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_rows_are_as_if_alone(
+    model: STLMForCausalLM, stlm: STLM, tokenizer: ByteTokenizer, side: str
+) -> None:
+    batch = tokenizer(PROMPTS, padding=True, padding_side=side, return_tensors="pt")
+    logits = model(**batch).logits
+    for row, kept, text in zip(logits, batch["attention_mask"].bool(), PROMPTS, strict=True):
+        alone = stlm(torch.tensor([tokenizer(text).input_ids]))[0]
+        torch.testing.assert_close(row[kept], alone)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("cached", [True, False])
+def test_generate_is_our_own(
+    model: STLMForCausalLM, stlm: STLM, tokenizer: ByteTokenizer, cached: bool, masked: bool
+) -> None:
+    batch = tokenizer(PROMPTS, padding=True, padding_side="left", return_tensors="pt")
+    if not masked:
+        del batch["attention_mask"]
+    out = model.generate(**batch, max_new_tokens=6, do_sample=False, use_cache=cached)
+    expected = stlm.generate_batch(PROMPTS, max_new_bytes=6, temperature=0)
+    assert [tokenizer.decode_bytes(row[-6:]) for row in out] == expected
+
+
+def test_beams_go_on_from_a_cache(model: STLMForCausalLM, tokenizer: ByteTokenizer) -> None:
+    batch = tokenizer(PROMPTS[:1], return_tensors="pt")
+    runs = [
+        model.generate(**batch, max_new_tokens=6, num_beams=3, do_sample=False, use_cache=cached)
+        for cached in (True, False)
+    ]
+    assert torch.equal(*runs)
+
+
+def test_what_would_be_ignored_is_refused(model: STLMForCausalLM, tokenizer: ByteTokenizer) -> None:
+    batch = tokenizer(PROMPTS, padding=True, return_tensors="pt")
+    with pytest.raises(ValueError, match="prompts padded on the left"):
+        model.generate(**batch, max_new_tokens=2)
+    with pytest.raises(ValueError, match="position_ids: expected None"):
+        model(batch["input_ids"], position_ids=batch["input_ids"])
+    with pytest.raises(ValueError, match="stlm: expected the fields of ModelConfig"):
+        STLMHFConfig({"width": 3})
+
+
+def test_a_saved_folder_loads_exactly(
+    model: STLMForCausalLM, tokenizer: ByteTokenizer, tmp_path: Path
+) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    with safe_open(weights, "pt") as file:
+        assert set(file.keys()) == set(model.state_dict())
+    remote = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    for loaded in (remote, STLMForCausalLM.from_pretrained(tmp_path)):
+        assert loaded.config.model_config == TINY
+        assert loaded.generation_config.suppress_tokens == [256]
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], tensor)
+    reader = transformers.AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True)
+    assert reader("é<|document|>").input_ids == tokenizer("é<|document|>").input_ids
+    tensors = load_file(weights)
+    tensors.pop("stlm.to_core.weight")
+    save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"missing_keys.*to_core"):
+        STLMForCausalLM.from_pretrained(tmp_path)
+
+
+def test_trainer_accumulates_what_one_batch_gives(
+    stlm: STLM, tokenizer: ByteTokenizer, tmp_path: Path
+) -> None:
+    """Two ragged batches whose gradients are added up move the parameters as one of both does."""
+    pytest.importorskip("accelerate")
+    rows = [tokenizer(text) for text in ("a", "a much longer text", "bc", "four words of text")]
+    moved = []
+    for size, accumulated in ((4, 1), (1, 4)):
+        model = STLMForCausalLM.from_stlm(stlm)
+        arguments = transformers.TrainingArguments(
+            str(tmp_path),
+            max_steps=1,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulated,
+            optim="sgd",
+            learning_rate=1e-2,
+            max_grad_norm=0.0,
+            use_cpu=True,
+            report_to="none",
+            disable_tqdm=True,
+            save_strategy="no",
+        )
+        collator = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)
+        transformers.Trainer(model, arguments, train_dataset=rows, data_collator=collator).train()
+        moved.append(model.stlm.state_dict())
+    for name, tensor in moved[0].items():
+        torch.testing.assert_close(tensor, moved[1][name], rtol=1e-4, atol=1e-6)
+    assert not torch.equal(moved[0]["to_core.weight"], stlm.to_core.weight)
