@@ -42,8 +42,10 @@ def bits_per_byte(
         stride: None is half the context.
 
     Raises:
-        ValueError: for no bytes at all, a context below 1, or a stride outside 1..context.
+        ValueError: for no bytes at all, a context below 1, a stride outside 1..context, or a
+            vocabulary that is not the model's.
     """
+    _check_vocabulary(model, vocabulary)
     documents = [data] if isinstance(data, bytes) else data
     n_bytes = sum(len(document) for document in documents)
     if n_bytes == 0:
@@ -65,6 +67,17 @@ def bits_per_byte(
     finally:
         model.train(was_training)
     return nats / (math.log(2) * n_bytes)
+
+
+def _check_vocabulary(model: STLM, vocabulary: WordVocabulary | None) -> None:
+    of_words, limit = model.config.tokens == "words", model.config.vocab_size
+    if of_words and (vocabulary is None or vocabulary.size > limit):
+        got = None if vocabulary is None else f"{vocabulary.size} ids"
+        raise ValueError(
+            f"vocabulary: expected the words of a word model, {limit} ids at most, got {got}"
+        )
+    if not of_words and vocabulary is not None:
+        raise ValueError("vocabulary: expected None for a model of bytes, got one of words")
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ class WordVocabulary:
             raise ValueError(f"words: expected each once, got {word!r} again")
 
     @classmethod
-    def of(cls, documents: Iterable[bytes], size: int) -> WordVocabulary:
+    def of(cls, documents: Iterable[bytes | memoryview], size: int) -> WordVocabulary:
         """The most frequent words of the documents, so many that all ids together are `size`.
 
         Of words that are equally frequent the smaller bytes come first; fewer than `size` ids where
@@ -84,7 +84,7 @@ class WordVocabulary:
         """How many ids there are, bytes and document start among them."""
         return FIRST_WORD + len(self.words)
 
-    def encode(self, data: bytes) -> NDArray[np.int32]:
+    def encode(self, data: bytes | memoryview) -> NDArray[np.int32]:
         """The ids (N,) of one document, without the document start before it."""
         ids = [self._encode_piece(*piece) for piece in _pieces(data)]
         return np.concatenate(ids) if ids else np.empty(0, np.int32)
@@ -151,13 +151,13 @@ def _patches(piece: bytes, offsets: NDArray[np.int32]) -> list[bytes]:
     return [piece[begin:end] for begin, end in itertools.pairwise(offsets.tolist())]
 
 
-def _pieces(document: bytes) -> Iterator[tuple[bytes, NDArray[np.int32]]]:
+def _pieces(document: bytes | memoryview) -> Iterator[tuple[bytes, NDArray[np.int32]]]:
     """A document in pieces of whole patches: bytes, and where in them its patches begin and end."""
     begin, size = 0, PIECE_BYTES
     while begin < len(document):
         # The byte before, which closed its patch, tells the rule that this is no document's first.
         first = max(0, begin - 1)
-        piece = document[first : begin + size]
+        piece = bytes(document[first : begin + size])
         patches = find_patches(torch.frombuffer(bytearray(piece), dtype=torch.uint8), rule="space")
         ends = begin + size >= len(document)
         # The last patch may go on beyond the piece.

@@ -30,6 +30,9 @@ TEXTS = [
     b"\xff\xfe\x80 the \xff\xfe\x80 the ",
 ]
 VOCABULARY = WordVocabulary.of(TEXTS, 10_000)
+WORD = dataclasses.replace(
+    TINY, tokens="words", vocab_size=VOCABULARY.size, patch_rule="none", core_layers=0
+)
 # Pieces that the vocabulary knows, halves of them, and any bytes at all.
 PIECES = st.sampled_from([*VOCABULARY.words, b" ", b"\n", b"th", b"a" * 70, "\u00eb".encode()])
 DATA = st.lists(PIECES | st.binary(max_size=5), max_size=40).map(b"".join)
@@ -173,7 +176,7 @@ def test_documents_of_ids_are_streamed_as_they_are() -> None:
 @pytest.mark.parametrize(("context", "stride"), [(None, None), (8, 3), (1, 1), (1000, 500)])
 def test_bits_per_real_byte(context: int | None, stride: int | None) -> None:
     """Against one id at a time, each read in the first window that reaches it."""
-    model = scrambled(dataclasses.replace(TINY, vocab_size=VOCABULARY.size))
+    model = scrambled(WORD)
     actual = bits_per_byte(model, TEXTS, vocabulary=VOCABULARY, context=context, stride=stride)
     length = context or TINY.context
     step = stride or length // 2
