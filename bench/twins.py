@@ -50,20 +50,20 @@ class Contender:
         """For each turn where it ended: step, seconds, bytes read; bits per byte of the turn."""
 
     def turn(self, seconds: float) -> None:
-        """Step for so many seconds, or to the end of the budget."""
+        """Step for so many seconds, once at least, or to the end of the budget."""
         trainer = self.trainer
         ends = time.monotonic() + seconds
         results: list[StepResult] = []
-
-        def is_over() -> bool:
-            return time.monotonic() >= ends
+        over = False
 
         def note(result: StepResult) -> None:
+            nonlocal over
             results.append(result)
-            if is_over() and trainer.device.type == "cuda":
+            over = time.monotonic() >= ends or trainer.progress >= 1
+            if over and trainer.device.type == "cuda":
                 torch.cuda.synchronize()  # what is still queued belongs to this turn
 
-        trainer.run(note, is_over)
+        trainer.run(note, lambda: over)
         self.n_bytes += sum(result.n_bytes for result in results)
         loss = float(torch.stack([result.loss for result in results]).mean())
         self.curve.append(
@@ -111,6 +111,7 @@ def result_of(each: Contender) -> dict[str, Any]:
     return {
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "context": trainer.config.context,
+        "bytes_per_id": round(trainer.bytes_per_id, 4),
         "muon_lr": trainer.options.muon_lr,
         "adamw_lr": trainer.options.adamw_lr,
         "bytes_read": each.n_bytes,
@@ -129,17 +130,22 @@ def first_bytes(documents: Iterable[bytes], n_bytes: int) -> list[bytes]:
     return [document for document in found if document]
 
 
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Train and judge the three."""
+def contenders_of(arguments: argparse.Namespace) -> tuple[Corpus, list[Contender]]:
+    """The three, untrained, and what they train on and are judged by.
+
+    Raises:
+        ValueError: for an unknown preset, an option out of range, or a corpus that is too small.
+        OSError: where a file cannot be read.
+    """
     corpus = load_corpus(arguments.data)
     if arguments.judge_bytes is not None:
+        if arguments.judge_bytes < 1:
+            raise ValueError(f"judge-bytes: expected at least 1, got {arguments.judge_bytes}")
         held_out = first_bytes(corpus.held_out, arguments.judge_bytes)
         corpus = dataclasses.replace(corpus, held_out=held_out)
-    print(f"corpus: {corpus.name}", *corpus.describe(), sep="\n")
     precision = arguments.precision or fastest_precision()
     contenders = []
     for kind in KINDS:
-        name = arguments.preset + kind
         muon_lr, adamw_lr = RATES[kind]
         options = TrainOptions(
             minutes=arguments.minutes,
@@ -149,34 +155,43 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             muon_lr=muon_lr,
             adamw_lr=adamw_lr,
         )
+        name = arguments.preset + kind
         config = config_of(name, corpus, preset(arguments.preset).context)
         contenders.append(Contender(name, Trainer(config, corpus, options)))
-    compete(contenders, arguments.turn)
-    return {
-        "preset": arguments.preset,
-        "minutes": arguments.minutes,
-        "rows": arguments.rows,
-        "seed": arguments.seed,
-        "precision": precision,
-        "corpus": [corpus.name, *corpus.describe()],
-        "twins": {each.name: result_of(each) for each in contenders},
-        "load_after": os.getloadavg()[0],
-    }
+    return corpus, contenders
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parsed = _parser().parse_args(arguments)
+    parser = _parser()
+    parsed = parser.parse_args(arguments)
     if parsed.threads is not None:
         torch.set_num_threads(parsed.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     about = report.machine(device, parsed.commit)
     print(report.header(about, None))
-    result = run(parsed)
+    try:
+        corpus, contenders = contenders_of(parsed)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    described = [corpus.name, *corpus.describe()]
+    print("corpus:", *described, sep="\n", flush=True)
+    compete(contenders, parsed.turn)
+    result = {
+        "machine": about,
+        "load_after": os.getloadavg()[0],
+        "preset": parsed.preset,
+        "minutes": parsed.minutes,
+        "rows": parsed.rows,
+        "seed": parsed.seed,
+        "precision": contenders[0].trainer.options.precision,
+        "corpus": described,
+        "twins": {each.name: result_of(each) for each in contenders},
+    }
     print("\n".join(report.twin_lines(result["twins"])))
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
     path = parsed.out or Path("out/bench") / f"twins-{parsed.preset}-{stamp}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": about, **result}, indent=1))
+    path.write_text(json.dumps(result, indent=1))
     print(path)
 
 

@@ -17,7 +17,7 @@ import stlm_models.config
 from bench import report, twins
 from stlm_models import ModelConfig, bits_per_byte
 from stlm_models.checkpoint import load_checkpoint
-from stlm_models.data import Corpus
+from stlm_models.data import Corpus, load_corpus
 from stlm_models.trainer import StepResult, Trainer, TrainOptions
 
 TEXT = b"the cat sat on the mat, and the dog sat by the door: it was wet. " * 40
@@ -80,6 +80,13 @@ class TestEqualMinutes:
             each.turn(5.0)
             fake.now += 1000.0
             assert each.trainer.seconds == 5.0 * turn
+
+    @pytest.mark.parametrize("seconds", [0.0, 1e-9])
+    def test_a_turn_makes_a_step(self, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+        FakeSteps(monkeypatch, {TINY: 1.0})
+        each = contender("a")
+        each.turn(seconds)
+        assert each.trainer.step == 1
 
     def test_the_curve(self, monkeypatch: pytest.MonkeyPatch) -> None:
         FakeSteps(monkeypatch, {TINY: 1.0})
@@ -147,6 +154,27 @@ def test_rows_of_words_hold_as_many_bytes() -> None:
 def test_first_bytes() -> None:
     assert twins.first_bytes([b"abc", b"defg", b"h"], 5) == [b"abc", b"de"]
     assert twins.first_bytes([b"abc"], 9) == [b"abc"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["none"], "preset: expected one of"),
+        (["--minutes", "0"], "minutes: expected more than 0"),
+        (["--judge-bytes", "0"], "judge-bytes: expected at least 1, got 0"),
+        (["--data", "/nowhere/at/all"], "data: expected a file"),
+    ],
+)
+def test_wrong_arguments(
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(twins, "load_corpus", lambda data: load_corpus(data) if data else CORPUS)
+    with pytest.raises(SystemExit):
+        twins.main([*arguments, "--precision", "fp32", "--commit", "abc"])
+    assert message in capsys.readouterr().err
 
 
 def test_the_command(
