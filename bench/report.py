@@ -215,7 +215,7 @@ def twin_lines(twins: dict[str, Record]) -> Iterator[str]:
     yield "held-out bits per byte, parameters, steps, bytes read, bytes/s"
     for name, x in twins.items():
         yield (
-            f"{name:<12} {x['bits_per_byte']:.4f} {x['parameters']:>12,} {x['step']:>7,}"
+            f"{name:<24} {x['bits_per_byte']:.4f} {x['parameters']:>12,} {x['step']:>7,}"
             f" {x['bytes_read']:>12,} {x['bytes_per_second']:>9,}"
         )
     x = next(iter(twins.values()))

@@ -30,8 +30,10 @@ from stlm_models.words import WordVocabulary
 from . import report
 
 KINDS = ("", "-flat", "-word")
-RATES = {"": (0.02, 0.004), "-flat": (0.02, 0.004), "-word": (0.02, 0.004)}
-"""Peak learning rates (Muon's, AdamW's) of each kind."""
+RATES = {"": (0.04, 0.008), "-flat": (0.04, 0.008), "-word": (0.04, 0.008)}
+"""Peak learning rates (Muon's, AdamW's) of each kind: the best of half, once and twice the default
+ones for each of the three demo models, in a minute each (rows 2, about 100 steps); try others by
+`--rates`."""
 TURN_SECONDS = 5.0
 
 
@@ -131,7 +133,7 @@ def first_bytes(documents: Iterable[bytes], n_bytes: int) -> list[bytes]:
 
 
 def contenders_of(arguments: argparse.Namespace) -> tuple[Corpus, list[Contender]]:
-    """The three, untrained, and what they train on and are judged by.
+    """The models, untrained, and what they train on and are judged by.
 
     Raises:
         ValueError: for an unknown preset, an option out of range, or a corpus that is too small.
@@ -146,18 +148,19 @@ def contenders_of(arguments: argparse.Namespace) -> tuple[Corpus, list[Contender
     precision = arguments.precision or fastest_precision()
     contenders = []
     for kind in KINDS:
-        muon_lr, adamw_lr = RATES[kind]
-        options = TrainOptions(
-            minutes=arguments.minutes,
-            rows=arguments.rows,
-            seed=arguments.seed,
-            precision=precision,
-            muon_lr=muon_lr,
-            adamw_lr=adamw_lr,
-        )
         name = arguments.preset + kind
         config = config_of(name, corpus, preset(arguments.preset).context)
-        contenders.append(Contender(name, Trainer(config, corpus, options)))
+        for muon_lr, adamw_lr in arguments.rates or [RATES[kind]]:
+            options = TrainOptions(
+                minutes=arguments.minutes,
+                rows=arguments.rows,
+                seed=arguments.seed,
+                precision=precision,
+                muon_lr=muon_lr,
+                adamw_lr=adamw_lr,
+            )
+            shown = f"{name}@{muon_lr:g}/{adamw_lr:g}" if arguments.rates else name
+            contenders.append(Contender(shown, Trainer(config, corpus, options)))
     return corpus, contenders
 
 
@@ -195,6 +198,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(path)
 
 
+def _rates(text: str) -> tuple[float, float]:
+    muon_lr, adamw_lr = map(float, text.split("/"))
+    return muon_lr, adamw_lr
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench.twins",
@@ -208,6 +216,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--rows", type=int, default=8, help="windows in a step")
     add("--seed", type=int, default=0)
     add("--precision", choices=sorted(PRECISIONS), help="default: the faster one")
+    add("--rates", nargs="+", type=_rates, metavar="MUON/ADAMW", help="each model at each of these")
     add("--threads", type=int, help="threads of torch (default: its own choice)")
     add("--turn", type=float, default=TURN_SECONDS, help="seconds of a turn")
     add("--judge-bytes", type=int, help="judge by so many held-out bytes (default: all)")

@@ -151,6 +151,15 @@ def test_rows_of_words_hold_as_many_bytes() -> None:
     assert twins.config_of("demo-flat", CORPUS, row_bytes=64) == FLAT
 
 
+def test_rates_to_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(twins, "load_corpus", lambda data: CORPUS)
+    words = ["--rates", "0.02/0.004", "0.1/1", "--precision", "fp32"]
+    _, found = twins.contenders_of(twins._parser().parse_args(words))
+    rates = [(each.trainer.options.muon_lr, each.trainer.options.adamw_lr) for each in found]
+    assert rates == 3 * [(0.02, 0.004), (0.1, 1.0)]
+    assert found[-1].name == "demo-word@0.1/1"
+
+
 def test_first_bytes() -> None:
     assert twins.first_bytes([b"abc", b"defg", b"h"], 5) == [b"abc", b"de"]
     assert twins.first_bytes([b"abc"], 9) == [b"abc"]
@@ -162,6 +171,7 @@ def test_first_bytes() -> None:
         (["none"], "preset: expected one of"),
         (["--minutes", "0"], "minutes: expected more than 0"),
         (["--judge-bytes", "0"], "judge-bytes: expected at least 1, got 0"),
+        (["--rates", "0.02"], "argument --rates: invalid _rates value: '0.02'"),
         (["--data", "/nowhere/at/all"], "data: expected a file"),
     ],
 )
