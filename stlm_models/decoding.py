@@ -194,6 +194,11 @@ def _stops(stop: Stop) -> list[bytes]:
 def _steps(
     model: STLM, rows: list[_Row], max_new_bytes: int, settings: _Sampling
 ) -> Iterator[None]:
+    if model.config.tokens == "words":
+        raise ValueError(
+            'tokens: expected "bytes" to generate, got "words": the word model is a baseline that'
+            " is judged by bits per byte and writes no bytes"
+        )
     if max_new_bytes < 0:
         raise ValueError(f"max_new_bytes: expected at least 0, got {max_new_bytes}")
     base = torch.randint(2**62, ()).item() if settings.seed is None else settings.seed
@@ -243,12 +248,14 @@ def fit_context(model: STLM, window: list[int]) -> list[int]:
     """The window, or where it has outgrown the context its last half context or a little less.
 
     The cut falls on the first patch border there, so that no patch is torn; a text without a
-    border there is cut at the half itself.
+    border there, and a flat model's, is cut at the half itself.
     """
     context = model.config.context
     if len(window) <= context:
         return window
     earliest = len(window) - context // 2
+    if model.is_flat:
+        return window[earliest:]
     starts = model.patcher(torch.tensor(window, dtype=torch.int16)).cu_patchlens[:-1]
     after = starts[starts >= earliest]
     return window[int(after[0]) if after.numel() else earliest :]

@@ -5,24 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import overload
 
-import torch
 from torch import Tensor, nn
 
 from stlm_kernels import Patches
 
 from . import decoding
-from .attention import Attention, document_starts
+from .attention import Attention
 from .cache import CacheRows, KVCache
 from .config import ModelConfig
-from .layers import (
-    BytePatcher,
-    ByteUnpooling,
-    NgramPooling,
-    TiedEmbedding,
-    dense_cu_seqlens,
-)
+from .inputs import check_inputs, check_patches, document_borders
+from .layers import BytePatcher, ByteUnpooling, NgramPooling, TiedEmbedding
 from .norms import rms_norm
-from .pooling import reads_ahead
 from .transformer import PatchCore, TransformerBlock, run_blocks
 
 IGNORED = -100
@@ -39,7 +32,17 @@ class STLM(nn.Module):
             are unused slots. Generation runs it over all complete patches of a text whenever one
             is added; a core that offers `new_caches` and takes caches as `PatchCore` does runs on
             the new patch alone.
+
+    Raises:
+        ValueError: for a core beside patch_rule "none", which has none.
     """
+
+    # Of models with patches alone.
+    patcher: BytePatcher
+    to_core: nn.Linear
+    core: nn.Module
+    from_core: nn.Linear
+    unpooling: ByteUnpooling
 
     def __init__(self, config: ModelConfig, core: nn.Module | None = None) -> None:
         super().__init__()
@@ -50,9 +53,6 @@ class STLM(nn.Module):
             logit_scale=config.logit_scale,
             softcap=config.softcap,
         )
-        self.patcher = BytePatcher(
-            config.patch_rule, patch_size=config.patch_size, max_patch_len=config.max_patch_len
-        )
         self.ngrams = (
             NgramPooling(
                 config.ngram_sizes, config.ngram_buckets, config.ngram_dim, config.byte_dim
@@ -60,13 +60,28 @@ class STLM(nn.Module):
             if config.ngram_sizes
             else None
         )
-        self.to_core = nn.Linear(config.byte_dim, config.core_dim, bias=False)
-        self.core = PatchCore(config) if core is None else core
-        self.from_core = nn.Linear(config.core_dim, config.byte_dim, bias=False)
-        self.unpooling = ByteUnpooling(config.byte_dim)
+        if self.is_flat and core is not None:
+            raise ValueError('core: expected None with patch_rule "none", got a module')
+        if not self.is_flat:
+            self._add_patch_rate(PatchCore(config) if core is None else core)
         self.decoder = nn.ModuleList(_decoder_block(config) for _ in range(config.decoder_layers))
         self.to_output = nn.Linear(config.byte_dim, config.byte_dim, bias=False)
         _initialise(self)
+
+    def _add_patch_rate(self, core: nn.Module) -> None:
+        config = self.config
+        self.patcher = BytePatcher(
+            config.patch_rule, patch_size=config.patch_size, max_patch_len=config.max_patch_len
+        )
+        self.to_core = nn.Linear(config.byte_dim, config.core_dim, bias=False)
+        self.core = core
+        self.from_core = nn.Linear(config.core_dim, config.byte_dim, bias=False)
+        self.unpooling = ByteUnpooling(config.byte_dim)
+
+    @property
+    def is_flat(self) -> bool:
+        """No patches: the decoder runs over all positions and nothing else does."""
+        return self.config.patch_rule == "none"
 
     @overload
     def forward(
@@ -100,7 +115,8 @@ class STLM(nn.Module):
 
         Args:
             byte_ids: (B, T), each row one document, or packed (T,); ids of the vocabulary, where
-                256 stands before a document. Right padding needs no mask: no earlier row sees it.
+                256 stands before a document (of words: as their data has it). Right padding needs
+                no mask: no earlier row sees it.
             targets: what logits[..., t] must predict; -100 is ignored. Nothing is shifted here.
             cu_seqlens: document borders of packed byte_ids; None is one document.
             patches: from a loader or a rule of your own, for the flattened byte_ids.
@@ -114,7 +130,7 @@ class STLM(nn.Module):
                 would let a byte read what is not complete at it.
             IndexError: for ids or targets out of range (on the CPU).
         """
-        _check_inputs(byte_ids, targets)
+        check_inputs(byte_ids, targets)
         hidden = self.hidden(byte_ids, cu_seqlens=cu_seqlens, patches=patches)
         if targets is None:
             return self.embedding.logits(hidden)
@@ -128,19 +144,40 @@ class STLM(nn.Module):
         patches: Patches | None = None,
     ) -> Tensor:
         """The states that the output projection reads, (..., byte_dim); arguments as `forward`."""
-        dense = byte_ids.dim() == 2
-        borders = _document_borders(byte_ids, cu_seqlens)
+        borders = document_borders(byte_ids, cu_seqlens)
         flat = byte_ids.flatten()
-        if patches is None:
-            patches = self.patcher(flat, borders)
+        if self.is_flat:
+            if patches is not None:
+                raise ValueError('patches: expected None with patch_rule "none", got patches')
+            x = self.flat_inputs(flat, borders)
         else:
-            check_patches(patches, borders, flat.shape[0])
-        inputs = self.core_inputs(*self.pool(flat, patches, borders))
+            x = self._patched_inputs(flat, borders, patches)
+        dense = byte_ids.dim() == 2
+        return self.decode(x.unflatten(0, byte_ids.shape), None if dense else borders)
+
+    def _patched_inputs(
+        self, byte_ids: Tensor, cu_seqlens: Tensor, patches: Patches | None
+    ) -> Tensor:
+        if patches is None:
+            patches = self.patcher(byte_ids, cu_seqlens)
+        else:
+            check_patches(patches, cu_seqlens, byte_ids.shape[0])
+        inputs = self.core_inputs(*self.pool(byte_ids, patches, cu_seqlens))
         patch_states = self.patch_states(self.core(inputs, patches.cu_seqlens), inputs)
-        x = self.byte_inputs(flat, patch_states, patches).unflatten(0, byte_ids.shape)
-        return self.decode(x, None if dense else borders)
+        return self.byte_inputs(byte_ids, patch_states, patches)
 
     # The stages of `hidden`, which `CachedRun` takes one by one.
+
+    def flat_inputs(self, byte_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """A flat model's decoder input (T, byte_dim) of packed ids (T,)."""
+        ngrams = None if self.ngrams is None else self.ngrams.rows(byte_ids, cu_seqlens)
+        return self.position_inputs(self.embedding.embed(byte_ids), ngrams)
+
+    def position_inputs(self, embedded: Tensor, ngrams: Tensor | None = None) -> Tensor:
+        """The same of embeddings (T, byte_dim) and n-gram rows (T, ngram_dim)."""
+        if self.ngrams is not None:
+            embedded = embedded + self.ngrams.projection(ngrams)
+        return rms_norm(embedded)
 
     def pool(self, byte_ids: Tensor, patches: Patches, cu_seqlens: Tensor) -> list[Tensor]:
         """What the bytes of each patch amount to: embeddings (P, byte_dim), n-grams (P, dim)."""
@@ -208,56 +245,3 @@ def _initialise(model: nn.Module) -> None:
             nn.init.zeros_(module.weight)
         else:
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
-
-
-def _check_inputs(byte_ids: Tensor, targets: Tensor | None) -> None:
-    if byte_ids.dim() not in (1, 2):
-        expected = "shape (B, T) or (T,)"
-        raise ValueError(f"byte_ids: expected {expected}, got {tuple(byte_ids.shape)}")
-    if byte_ids.is_floating_point() or byte_ids.dtype == torch.bool:
-        raise ValueError(f"byte_ids: expected integers, got {byte_ids.dtype}")
-    if targets is not None and targets.shape != byte_ids.shape:
-        expected = f"the shape of byte_ids {tuple(byte_ids.shape)}"
-        raise ValueError(f"targets: expected {expected}, got {tuple(targets.shape)}")
-
-
-def _document_borders(byte_ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """cu_seqlens of the flattened byte_ids."""
-    if byte_ids.dim() == 2:
-        return dense_cu_seqlens(byte_ids, cu_seqlens)
-    if cu_seqlens is None:
-        length = byte_ids.shape[0]
-        return torch.tensor([0, length], dtype=torch.int32, device=byte_ids.device)
-    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-        got = f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
-        raise ValueError(f"cu_seqlens: expected int32 (S+1,), got {got}")
-    return cu_seqlens
-
-
-def check_patches(patches: Patches, cu_seqlens: Tensor, length: int) -> None:
-    """Refuse patches that do not belong to these bytes, or that would leak (values: CPU only).
-
-    Raises:
-        ValueError: naming the field, and for a leak the byte and the patch that it reads.
-    """
-    for name in ("patch_ids", "read_ids"):
-        shape = tuple(getattr(patches, name).shape)
-        if shape != (length,):
-            raise ValueError(f"patches.{name}: expected shape ({length},), got {shape}")
-    if patches.cu_seqlens.shape != cu_seqlens.shape:
-        got = tuple(patches.cu_seqlens.shape)
-        raise ValueError(f"patches.cu_seqlens: expected {tuple(cu_seqlens.shape)}, got {got}")
-    if patches.read_ids.device.type != "cpu":
-        return
-    read = patches.read_ids.long()
-    foreign = patches.cu_patchlens[read.clamp(min=0)] < document_starts(cu_seqlens, length)
-    wrong = (reads_ahead(patches) | (foreign & (read >= 0))).nonzero().flatten()
-    if wrong.numel():
-        at = int(wrong[0])
-        patch = int(read[at])
-        start, end = int(patches.cu_patchlens[patch]), int(patches.cu_patchlens[patch + 1])
-        raise ValueError(
-            "patches.read_ids: expected only patches of the own document that are complete at the"
-            f" byte that reads them, got byte {at} reading patch {patch}, bytes {start} to"
-            f" {end - 1}: it would see bytes that it must predict or that are not its own"
-        )

@@ -37,8 +37,11 @@ class NgramPooling(nn.Module):
         self, byte_ids: Tensor, patches: Patches, cu_seqlens: Tensor, *, mode: str = "mean"
     ) -> Tensor:
         """As `forward`, before the projection: (P, dim)."""
-        rows = ngram_embedding(byte_ids, list(self.tables), ns=self.sizes, cu_seqlens=cu_seqlens)
-        return segment_pool(rows, patches.cu_patchlens, mode=mode)
+        return segment_pool(self.rows(byte_ids, cu_seqlens), patches.cu_patchlens, mode=mode)
+
+    def rows(self, byte_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """The n-grams that end at each byte, before pooling and projection: (T, dim)."""
+        return ngram_embedding(byte_ids, list(self.tables), ns=self.sizes, cu_seqlens=cu_seqlens)
 
     def embed(self, last_ids: Tensor) -> Tensor:
         """The n-grams that end a text each.
@@ -51,7 +54,4 @@ class NgramPooling(nn.Module):
         """
         batch, length = last_ids.shape
         borders = torch.arange(batch + 1, dtype=torch.int32, device=last_ids.device) * length
-        rows = ngram_embedding(
-            last_ids.flatten(), list(self.tables), ns=self.sizes, cu_seqlens=borders
-        )
-        return rows[length - 1 :: length]
+        return self.rows(last_ids.flatten(), borders)[length - 1 :: length]

@@ -18,6 +18,7 @@ from .config import DOCUMENT_START, PRESETS, ModelConfig, preset
 from .data import load_corpus
 from .model import STLM
 from .optim import Optimizers
+from .presets import BYTES_PER_WORD
 
 SAMPLE_BYTES = 1024
 MIB = 2**20
@@ -25,11 +26,12 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Summary:
-    """What a model is and needs, for one document of `n_bytes` ids in a training step.
+    """What a model is and needs, for one document of `n_bytes` in a training step.
 
     Args:
         parameters: how many, by part; a tied table counts once.
-        bytes_per_patch: of the sample.
+        bytes_per_patch: of the sample; of a model of words, bytes that a word stands for; 1 in a
+            flat model of bytes.
         forward_flops: of evaluation, a multiply and an add being two.
         step_flops: of forward and backward.
         activation_bytes: what the forward pass keeps for the backward pass, besides parameters.
@@ -54,9 +56,12 @@ def summarise(config: ModelConfig, text: bytes) -> Summary:
     if not text:
         raise ValueError("text: expected at least one byte, got none")
     model = STLM(config)
-    ids = torch.tensor([DOCUMENT_START, *text[:-1]], dtype=torch.int16)
-    targets = torch.tensor(list(text))
-    patches = model.patcher(ids)
+    # Work and memory do not depend on which words they are: as many ids as would fill the text.
+    words = config.tokens == "words"
+    read = text[: max(1, round(len(text) / BYTES_PER_WORD))] if words else text
+    ids = torch.tensor([DOCUMENT_START, *read[:-1]], dtype=torch.int16)
+    targets = torch.tensor(list(read))
+    n_patches = len(read) if model.is_flat else int(model.patcher(ids).n_patches)
     kept = _Kept(model)
     with FlopCounterMode(display=False) as forward, torch.no_grad():
         model(ids, targets)
@@ -69,10 +74,12 @@ def summarise(config: ModelConfig, text: bytes) -> Summary:
     state = [*model.parameters(), *model.parameters(), *optimizers.state_tensors().values()]
     return Summary(
         parameters={
-            name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()
+            name: count
+            for name, part in model.named_children()
+            if (count := sum(p.numel() for p in part.parameters()))
         },
         n_bytes=len(text),
-        bytes_per_patch=len(text) / int(patches.n_patches),
+        bytes_per_patch=len(text) / n_patches,
         forward_flops=forward.get_total_flops(),
         step_flops=step.get_total_flops(),
         activation_bytes=kept.n_bytes,
@@ -106,7 +113,7 @@ def lines(name: str, found: Summary) -> list[str]:
     parts = ", ".join(f"{part} {count / total:.1%}" for part, count in found.parameters.items())
     return [
         f"{name}: {total:,} parameters ({parts})",
-        f"  {found.bytes_per_patch:.2f} bytes per patch; FLOPs per byte: forward"
+        f"  {found.bytes_per_patch:.2f} bytes per patch or id; FLOPs per byte: forward"
         f" {found.forward_flops / n / 1e6:.2f} M, training {found.step_flops / n / 1e6:.2f} M",
         f"  training memory: weights, gradients, optimiser {found.state_bytes / MIB:,.0f} MiB,"
         f" activations {found.activation_bytes / n / 1024:.1f} KiB per byte of a batch (fp32)",

@@ -296,8 +296,8 @@ class TestPrecision:
             run = CachedRun(model, [window[:-1]])
             run.step(torch.tensor(window[-1:]), [0])
             expected = full_states(model, [window])
-        assert isinstance(run._caches[0], KVCache)
-        assert run._caches[0].k.dtype == torch.bfloat16
+        assert isinstance(run._rows.caches[0], KVCache)
+        assert run._rows.caches[0].k.dtype == torch.bfloat16
         with torch.no_grad():
             exact = full_states(scrambled().double(), [window])
         assert_matches(run.hidden, exact, expected, name="a step in bf16 beside the full run")
@@ -306,4 +306,4 @@ class TestPrecision:
         run = CachedRun(scrambled(), [[DOCUMENT_START, 65]])
         run.step(torch.tensor([66]), [0])
         assert not run.hidden.requires_grad
-        assert not run._caches[0].k.requires_grad
+        assert not run._rows.caches[0].k.requires_grad

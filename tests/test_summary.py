@@ -47,10 +47,23 @@ def test_the_command(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     summary.main(["demo"])
     out = capsys.readouterr().out
     assert "demo: " in out
-    assert "bytes per patch" in out
+    assert "bytes per patch or id" in out
     with pytest.raises(SystemExit):
         summary.main(["none"])
     assert "preset: expected one of" in capsys.readouterr().err
+
+
+def test_flat_models_of_bytes_and_words() -> None:
+    flat = dataclasses.replace(TINY, patch_rule="none", core_layers=0)
+    found = summary.summarise(flat, TEXT)
+    assert found.bytes_per_patch == 1
+    assert set(found.parameters) == {"embedding", "ngrams", "decoder", "to_output"}
+    words = dataclasses.replace(flat, tokens="words", vocab_size=1000, ngram_sizes=())
+    found = summary.summarise(words, TEXT)
+    n_words = round(len(TEXT) / 4.5)
+    assert found.bytes_per_patch == len(TEXT) / n_words
+    assert found.forward_flops >= 2 * n_words * found.parameters["decoder"]
+    assert found.n_bytes == len(TEXT)
 
 
 def test_an_empty_text_is_refused() -> None:

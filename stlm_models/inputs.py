@@ -1,0 +1,66 @@
+"""What a model is shown: ids, document borders and patches, refused where they do not fit."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stlm_kernels import Patches
+
+from .attention import document_starts
+from .layers import dense_cu_seqlens
+from .pooling import reads_ahead
+
+
+def check_inputs(byte_ids: Tensor, targets: Tensor | None) -> None:
+    """Refuse ids (B, T) or (T,) and targets that are not integers of one shape."""
+    if byte_ids.dim() not in (1, 2):
+        expected = "shape (B, T) or (T,)"
+        raise ValueError(f"byte_ids: expected {expected}, got {tuple(byte_ids.shape)}")
+    if byte_ids.is_floating_point() or byte_ids.dtype == torch.bool:
+        raise ValueError(f"byte_ids: expected integers, got {byte_ids.dtype}")
+    if targets is not None and targets.shape != byte_ids.shape:
+        expected = f"the shape of byte_ids {tuple(byte_ids.shape)}"
+        raise ValueError(f"targets: expected {expected}, got {tuple(targets.shape)}")
+
+
+def document_borders(byte_ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """cu_seqlens of the flattened byte_ids."""
+    if byte_ids.dim() == 2:
+        return dense_cu_seqlens(byte_ids, cu_seqlens)
+    if cu_seqlens is None:
+        length = byte_ids.shape[0]
+        return torch.tensor([0, length], dtype=torch.int32, device=byte_ids.device)
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        got = f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
+        raise ValueError(f"cu_seqlens: expected int32 (S+1,), got {got}")
+    return cu_seqlens
+
+
+def check_patches(patches: Patches, cu_seqlens: Tensor, length: int) -> None:
+    """Refuse patches that do not belong to these bytes, or that would leak (values: CPU only).
+
+    Raises:
+        ValueError: naming the field, and for a leak the byte and the patch that it reads.
+    """
+    for name in ("patch_ids", "read_ids"):
+        shape = tuple(getattr(patches, name).shape)
+        if shape != (length,):
+            raise ValueError(f"patches.{name}: expected shape ({length},), got {shape}")
+    if patches.cu_seqlens.shape != cu_seqlens.shape:
+        got = tuple(patches.cu_seqlens.shape)
+        raise ValueError(f"patches.cu_seqlens: expected {tuple(cu_seqlens.shape)}, got {got}")
+    if patches.read_ids.device.type != "cpu":
+        return
+    read = patches.read_ids.long()
+    foreign = patches.cu_patchlens[read.clamp(min=0)] < document_starts(cu_seqlens, length)
+    wrong = (reads_ahead(patches) | (foreign & (read >= 0))).nonzero().flatten()
+    if wrong.numel():
+        at = int(wrong[0])
+        patch = int(read[at])
+        start, end = int(patches.cu_patchlens[patch]), int(patches.cu_patchlens[patch + 1])
+        raise ValueError(
+            "patches.read_ids: expected only patches of the own document that are complete at the"
+            f" byte that reads them, got byte {at} reading patch {patch}, bytes {start} to"
+            f" {end - 1}: it would see bytes that it must predict or that are not its own"
+        )

@@ -1,0 +1,168 @@
+"""The options of a model: plain values, checked once."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+TOKENS = ("bytes", "words")
+PATCH_RULES = ("space", "fixed", "none")
+POOLINGS = ("mean", "sum")
+BYTES = 256
+DOCUMENT_START = 256
+"""The id put before each document, and before an empty prompt; never a target."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of an `STLM`. `ModelConfig(**json.loads(json.dumps(config.to_dict())))` is equal.
+
+    Args:
+        vocab_size: 256 bytes and the special ids behind them; at least 257.
+        tokens: what an id stands for: "bytes", or "words", the baseline of byte models, which goes
+            with patch_rule "none" and can be trained and judged, but writes no bytes.
+        byte_dim: width D at byte rate, and of the tied table.
+        patch_rule, patch_size, max_patch_len: as in `stlm_kernels.find_patches`; patch_rule "none"
+            is a flat model, a decoder over all positions: it has no patches, pooling and core
+            (core_layers 0), and whatever else belongs to these is not read.
+        pooling: how the bytes of a patch become its input: "mean" or "sum".
+        ngram_sizes: lengths of the hashed n-grams whose embeddings join the pooled input, in a flat
+            model each position's own; () is none. Each has a table of `ngram_buckets` rows,
+            `ngram_dim` wide.
+        core_layers, core_dim, core_heads, core_kv_heads, core_ff: the transformer over patches.
+        decoder_layers, decoder_heads, decoder_kv_heads, decoder_ff: the transformer over bytes.
+        decoder_window: how many bytes back, itself included, a byte attends to; None is all.
+        qk_norm, rope_base: of every attention.
+        logit_scale, softcap: of the tied output projection.
+        context: bytes that training and generation show the model at once.
+
+    Raises:
+        ValueError: for a value out of range, naming the field, what it expects and what it got.
+    """
+
+    vocab_size: int = 257
+    tokens: str = "bytes"
+    byte_dim: int = 128
+    patch_rule: str = "space"
+    patch_size: int | None = None
+    max_patch_len: int | None = 16
+    pooling: str = "mean"
+    ngram_sizes: tuple[int, ...] = (2,)
+    ngram_buckets: int = 4096
+    ngram_dim: int = 32
+    core_layers: int = 2
+    core_dim: int = 256
+    core_heads: int = 4
+    core_kv_heads: int = 4
+    core_ff: int = 512
+    decoder_layers: int = 3
+    decoder_heads: int = 2
+    decoder_kv_heads: int = 2
+    decoder_ff: int = 320
+    decoder_window: int | None = 128
+    qk_norm: bool = True
+    rope_base: float = 10000.0
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    context: int = 1024
+
+    def __post_init__(self) -> None:
+        # JSON knows lists only; a tuple keeps the config hashable and equal to what was written.
+        if isinstance(self.ngram_sizes, list):
+            object.__setattr__(self, "ngram_sizes", tuple(self.ngram_sizes))
+        self._check_types()
+        self._check_ranges()
+        self._check_patching()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for `json.dumps`."""
+        return dataclasses.asdict(self)
+
+    def _check_types(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            optional = "None" in str(field.type)
+            if value is None and optional:
+                continue
+            expected = str(field.type).removesuffix(" | None")
+            if not _has_type(value, expected):
+                _refuse(field.name, f"{expected}{' or None' if optional else ''}", value)
+
+    def _check_ranges(self) -> None:
+        _at_least("vocab_size", BYTES + 1, self.vocab_size)
+        for name in ("byte_dim", "ngram_buckets", "ngram_dim", "core_dim", "core_ff"):
+            _at_least(name, 1, getattr(self, name))
+        for name in ("core_layers", "decoder_layers"):
+            _at_least(name, 0, getattr(self, name))
+        for name in ("decoder_ff", "decoder_window", "max_patch_len"):
+            if getattr(self, name) is not None:
+                _at_least(name, 1, getattr(self, name))
+        _at_least("context", 2, self.context)
+        for size in self.ngram_sizes:
+            _at_least("ngram_sizes", 1, size)
+        for name in ("rope_base", "logit_scale", "softcap"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                _refuse(name, "a number above 0", value)
+        check_heads("core", self.core_dim, self.core_heads, self.core_kv_heads)
+        check_heads("decoder", self.byte_dim, self.decoder_heads, self.decoder_kv_heads)
+
+    def _check_patching(self) -> None:
+        _one_of("tokens", TOKENS, self.tokens)
+        _one_of("patch_rule", PATCH_RULES, self.patch_rule)
+        _one_of("pooling", POOLINGS, self.pooling)
+        if self.patch_rule == "fixed":
+            if self.patch_size is None or self.patch_size < 1:
+                _refuse(
+                    "patch_size", 'an int of at least 1 with patch_rule "fixed"', self.patch_size
+                )
+        elif self.patch_size is not None:
+            _refuse("patch_size", f'None with patch_rule "{self.patch_rule}"', self.patch_size)
+        if self.tokens == "words" and self.patch_rule != "none":
+            _refuse("patch_rule", '"none" with tokens "words"', self.patch_rule)
+        if self.patch_rule == "none" and self.core_layers:
+            _refuse("core_layers", '0 with patch_rule "none"', self.core_layers)
+
+
+def check_heads(
+    where: str, dim: int, heads: int, kv_heads: int, head_dim: int | None = None
+) -> int:
+    """The head width, or a ValueError where heads do not divide as attention needs."""
+    for name, value in ((f"{where}_heads", heads), (f"{where}_kv_heads", kv_heads)):
+        _at_least(name, 1, value)
+    if heads % kv_heads:
+        _refuse(f"{where}_kv_heads", f"a divisor of {where}_heads = {heads}", kv_heads)
+    if head_dim is None:
+        if dim % heads:
+            _refuse(f"{where}_heads", f"a divisor of the width {dim}", heads)
+        head_dim = dim // heads
+    if head_dim < 2 or head_dim % 2:
+        _refuse(f"{where} head width", "an even number, for rotary positions", head_dim)
+    return head_dim
+
+
+def _has_type(value: object, expected: str) -> bool:
+    if expected == "bool":
+        return isinstance(value, bool)
+    if isinstance(value, bool):
+        return False
+    if expected == "float":
+        return isinstance(value, int | float)
+    if expected == "tuple[int, ...]":
+        return isinstance(value, tuple) and all(_has_type(item, "int") for item in value)
+    return isinstance(value, {"int": int, "str": str}[expected])
+
+
+def _one_of(name: str, choices: tuple[str, ...], value: str) -> None:
+    if value not in choices:
+        _refuse(name, f"one of {choices}", value)
+
+
+def _at_least(name: str, least: int, value: int) -> None:
+    if value < least:
+        _refuse(name, f"at least {least}", value)
+
+
+def _refuse(name: str, expected: str, got: object) -> None:
+    raise ValueError(f"{name}: expected {expected}, got {got!r}")
