@@ -182,6 +182,10 @@ def _section(path: Path) -> tuple[str, str]:
         lines = "\n".join(
             _part_line(name, x) for name in values["steps"] for x in values["steps"][name]
         )
+    elif "twins" in values:
+        about = values["machine"]
+        kind = f"python -m bench.twins {values['preset']} --minutes {values['minutes']:g}"
+        lines = "\n".join([*values["corpus"], *twin_lines(values["twins"])])
     elif "command" in values:
         about, kind = values, values["command"]
         lines = "\n".join(f"{key}: {value}" for key, value in _plain_values(values))
@@ -204,6 +208,18 @@ def _comparison_line(row: Record) -> str:
 def _part_line(preset: str, part: Record) -> str:
     ms, work = part["seconds"] * 1e3, part["flops"] / 1e9
     return f"{preset} {part['name']:<12} {ms:9.2f} ms {work:9.2f} GFLOP"
+
+
+def twin_lines(twins: dict[str, Record]) -> Iterator[str]:
+    """A table of models trained for the same minutes, and what compression programs reach."""
+    yield "held-out bits per byte, parameters, steps, bytes read, bytes/s"
+    for name, x in twins.items():
+        yield (
+            f"{name:<24} {x['bits_per_byte']:.4f} {x['parameters']:>12,} {x['step']:>7,}"
+            f" {x['bytes_read']:>12,} {x['bytes_per_second']:>9,}"
+        )
+    x = next(iter(twins.values()))
+    yield f"gzip -9 {x['gzip_9_bits_per_byte']:.4f}, xz -9 {x['xz_9_bits_per_byte']:.4f}"
 
 
 def _plain_values(values: Record) -> Iterator[tuple[str, object]]:

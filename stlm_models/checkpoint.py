@@ -1,7 +1,8 @@
 """Checkpoints that are complete or absent: written aside, synced, renamed, verified when read.
 
 A run folder holds `checkpoints/step-00001234/` with the model and the optimiser as safetensors,
-`config.json`, `state.json`, and `manifest.json` with the SHA-256 of each. Nothing is pickled.
+`config.json`, `state.json`, for a model of words `words.json`, and `manifest.json` with the SHA-256
+of each. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from torch import Tensor
 
 from .config import ModelConfig, config_from_dict
 from .model import STLM
+from .words import WordVocabulary
 
+WORDS = "words.json"
 MANIFEST = "manifest.json"
 PREFIX = "step-"
 UNFINISHED = ".unfinished-"
@@ -36,12 +39,14 @@ class Checkpoint:
         model: its state dict; a tied table is one tensor in it.
         optimizer: its tensors by name.
         state: plain values, among them "step".
+        words: the vocabulary of a model of words.
     """
 
     config: ModelConfig
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     state: dict[str, Any]
+    words: WordVocabulary | None = None
 
 
 def require_extra(packages: Sequence[str], extra: str = "train") -> None:
@@ -73,6 +78,8 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint) -> Path:
         "config.json": _json(checkpoint.config.to_dict()),
         "state.json": _json(checkpoint.state),
     }
+    if checkpoint.words is not None:
+        files[WORDS] = checkpoint.words.to_json()
     manifest = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     unfinished = root / f"{UNFINISHED}{name}"
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -112,7 +119,10 @@ def load_checkpoint(run: Path) -> Checkpoint:
     state = _parse(folder / "state.json", files["state.json"])
     config = config_from_dict(_parse(folder / "config.json", files["config.json"]))
     model, optimizer = (load(files[name]) for name in names[:2])
-    return Checkpoint(config, model, optimizer, state)
+    words = None
+    if WORDS in manifest:
+        words = WordVocabulary.from_json(_verified(folder / WORDS, manifest))
+    return Checkpoint(config, model, optimizer, state, words)
 
 
 def load_model(run: Path) -> STLM:

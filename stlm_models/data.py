@@ -17,6 +17,8 @@ from torch import Tensor
 
 from .config import DOCUMENT_START
 
+Document = bytes | NDArray[np.int32]
+"""Real bytes, or ids (N,) of a vocabulary."""
 IGNORED = -100
 HELD_OUT_SHARE = 0.1
 MAX_HELD_OUT = 2_000_000
@@ -154,7 +156,7 @@ class Batch:
 
 
 class TrainingWindows:
-    """Windows of `context` ids from documents that each start with id 256.
+    """Windows of `context` ids from documents, bytes or ids, that each start with id 256.
 
     Batch `step` of a seed is always the same, so a resumed run needs no state. An epoch shows every
     window once, in an order and at an offset of its own.
@@ -172,7 +174,7 @@ class TrainingWindows:
 
     def __init__(
         self,
-        documents: list[bytes],
+        documents: Sequence[Document],
         *,
         context: int,
         rows: int,
@@ -215,11 +217,17 @@ class TrainingWindows:
         return min(offset + int(order[position]) * self.context, len(self.ids) - self.context - 1)
 
 
-def document_stream(documents: Iterable[bytes]) -> NDArray[np.int16]:
-    """All documents behind each other, id 256 before each."""
+def document_stream(documents: Iterable[Document]) -> NDArray[np.integer]:
+    """All documents behind each other, id 256 before each: int16, or int32 where they are ids."""
     start = np.array([DOCUMENT_START], np.int16)
-    pieces = [piece for text in documents for piece in (start, np.frombuffer(text, np.uint8))]
-    return np.concatenate(pieces, dtype=np.int16)
+    pieces: list[NDArray[np.integer]] = []
+    for document in documents:
+        pieces += (start, _ids(document))
+    return np.concatenate(pieces)
+
+
+def _ids(document: Document) -> NDArray[np.integer]:
+    return np.frombuffer(document, np.uint8) if isinstance(document, bytes) else document
 
 
 @functools.lru_cache(maxsize=2)

@@ -15,6 +15,7 @@ from .config import DOCUMENT_START
 
 if TYPE_CHECKING:
     from .model import STLM
+    from .words import WordVocabulary
 
 IDS_PER_CALL = 16_384
 IGNORED = -100
@@ -25,22 +26,26 @@ def bits_per_byte(
     model: STLM,
     data: bytes | list[bytes],
     *,
+    vocabulary: WordVocabulary | None = None,
     context: int | None = None,
     stride: int | None = None,
 ) -> float:
     """nats / (ln 2 x bytes), every byte scored exactly once.
 
     Each document starts with id 256 as context. It is read in windows of `context` ids that move on
-    by `stride`; each scores the bytes that no window before has scored.
+    by `stride`; each scores the ids that no window before has scored.
 
     Args:
         data: one document, or a list of them; at least one byte in all.
+        vocabulary: of a model of words; None where the bytes are the ids. Bits stay per byte.
         context: ids in a window; None is the config's.
         stride: None is half the context.
 
     Raises:
-        ValueError: for no bytes at all, a context below 1, or a stride outside 1..context.
+        ValueError: for no bytes at all, a context below 1, a stride outside 1..context, or a
+            vocabulary that is not the model's.
     """
+    _check_vocabulary(model, vocabulary)
     documents = [data] if isinstance(data, bytes) else data
     n_bytes = sum(len(document) for document in documents)
     if n_bytes == 0:
@@ -51,7 +56,8 @@ def bits_per_byte(
         raise ValueError(f"context: expected at least 1, got {context}")
     if not 1 <= stride <= context:
         raise ValueError(f"stride: expected 1 to context = {context}, got {stride}")
-    windows = (window for document in documents for window in _windows(document, context, stride))
+    ids = (_ids(document, vocabulary) for document in documents)
+    windows = (window for document in ids for window in _windows(document, context, stride))
     nats = 0.0
     was_training = model.training
     model.eval()
@@ -63,22 +69,38 @@ def bits_per_byte(
     return nats / (math.log(2) * n_bytes)
 
 
+def _check_vocabulary(model: STLM, vocabulary: WordVocabulary | None) -> None:
+    of_words, limit = model.config.tokens == "words", model.config.vocab_size
+    if of_words and (vocabulary is None or vocabulary.size > limit):
+        got = None if vocabulary is None else f"{vocabulary.size} ids"
+        raise ValueError(
+            f"vocabulary: expected the words of a word model, {limit} ids at most, got {got}"
+        )
+    if not of_words and vocabulary is not None:
+        raise ValueError("vocabulary: expected None for a model of bytes, got one of words")
+
+
 @dataclass(frozen=True)
 class _Window:
-    ids: NDArray[np.int16]
-    targets: NDArray[np.int16]
+    ids: NDArray[np.int32]
+    targets: NDArray[np.int32]
 
 
-def _windows(document: bytes, context: int, stride: int) -> Iterator[_Window]:
-    ids = np.concatenate(([DOCUMENT_START], np.frombuffer(document, np.uint8))).astype(np.int16)
-    scored = 0
-    for start in range(0, len(document), stride):
-        end = min(start + context, len(document))
+def _ids(document: bytes, vocabulary: WordVocabulary | None) -> NDArray[np.int32]:
+    """The ids that the model reads and predicts, id 256 before them."""
+    ids = np.frombuffer(document, np.uint8) if vocabulary is None else vocabulary.encode(document)
+    return np.concatenate(([DOCUMENT_START], ids)).astype(np.int32)
+
+
+def _windows(ids: NDArray[np.int32], context: int, stride: int) -> Iterator[_Window]:
+    scored, n_targets = 0, len(ids) - 1
+    for start in range(0, n_targets, stride):
+        end = min(start + context, n_targets)
         targets = ids[start + 1 : end + 1].copy()
         targets[: scored - start] = IGNORED
         yield _Window(ids[start:end], targets)
         scored = end
-        if end == len(document):
+        if end == n_targets:
             return
 
 

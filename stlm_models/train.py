@@ -99,6 +99,8 @@ def _progress_text(record: dict[str, Any], progress: float) -> str:
 
 def sample(trainer: Trainer, n_bytes: int) -> str:
     """What the model writes of itself, the same noise each time."""
+    if trainer.words is not None:
+        return "(a model of words writes no bytes)"
     data = trainer.model.generate(
         b"", max_new_bytes=n_bytes, temperature=SAMPLE_TEMPERATURE, seed=trainer.options.seed
     )
@@ -110,7 +112,7 @@ def judge(trainer: Trainer) -> dict[str, Any]:
     held_out = trainer.corpus.held_out
     data = b"".join(held_out)
     with trainer.autocast():
-        bits = bits_per_byte(trainer.model, held_out)
+        bits = bits_per_byte(trainer.model, held_out, vocabulary=trainer.words)
     return {
         "step": trainer.step,
         "seconds": round(trainer.seconds, 1),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint, load_tensors, save_checkpoint
 from .config import ModelConfig
-from .data import Corpus, TrainingWindows, sha256_of
+from .data import Corpus, Document, TrainingWindows, sha256_of
 from .model import STLM
 from .optim import Optimizers, lr_scale
 from .parallel import Ranks, mean_loss
+from .words import WordVocabulary
 
 ALONE = Ranks()
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -64,7 +65,10 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Mean nats per valid byte of a step, and the bytes it read, over all processes."""
+    """Mean nats per valid byte of a step, and the bytes it read, over all processes.
+
+    Words count as bytes by the mean length of an id in the corpus.
+    """
 
     loss: Tensor  # 0-d, on the device: who reads its value waits for the step
     n_bytes: int
@@ -86,8 +90,14 @@ class Trainer:
     def __init__(
         self, config: ModelConfig, corpus: Corpus, options: TrainOptions, ranks: Ranks = ALONE
     ) -> None:
+        self.words: WordVocabulary | None = None
+        documents: Sequence[Document] = corpus.train
+        if config.tokens == "words":
+            self.words = WordVocabulary.of(corpus.train, config.vocab_size)
+            documents = [self.words.encode(document) for document in corpus.train]
+        self.bytes_per_id = sum(map(len, corpus.train)) / max(1, sum(map(len, documents)))
         self.windows = TrainingWindows(
-            corpus.train,
+            documents,
             context=config.context,
             rows=options.rows,
             seed=options.seed,
@@ -124,7 +134,8 @@ class Trainer:
         loss.backward()
         self.optimizers.step(lr_scale(self.progress))
         self.step += 1
-        return StepResult(mean, batch.n_bytes * self.ranks.world)
+        n_bytes = round(batch.n_bytes * self.ranks.world * self.bytes_per_id)
+        return StepResult(mean / self.bytes_per_id, n_bytes)
 
     def run(
         self,
@@ -163,7 +174,7 @@ class Trainer:
         }
         tensors = self.optimizers.state_tensors()
         return save_checkpoint(
-            run, Checkpoint(self.config, self.model.state_dict(), tensors, state)
+            run, Checkpoint(self.config, self.model.state_dict(), tensors, state, self.words)
         )
 
     @classmethod
@@ -182,6 +193,8 @@ class Trainer:
                 f" got {sha256_of(corpus.train)}"
             )
         trainer = cls(checkpoint.config, corpus, options, ranks)
+        if trainer.words != checkpoint.words:
+            raise ValueError("checkpoint: expected the words that its data makes, got others")
         load_tensors(trainer.model, checkpoint.model)
         trainer.optimizers.load_state_tensors(checkpoint.optimizer)
         trainer.step, trainer.seconds = int(state["step"]), float(state["seconds"])

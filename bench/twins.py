@@ -1,0 +1,229 @@
+"""`python -m bench.twins demo --minutes 10`: a pooled model beside its twins, at equal minutes.
+
+The flat twin reads the same bytes one by one, the word twin words of the same text; what makes the
+comparison fair stands in `stlm_models/presets.py`. The three train in one process by turns of some
+seconds, so that whatever else the machine does slows them alike. Each is charged the time of its
+own steps; making its data and judging it are free. Rows hold the same number of bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import math
+import os
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stlm_models.config import ModelConfig, preset
+from stlm_models.data import Corpus, load_corpus
+from stlm_models.train import judge
+from stlm_models.trainer import PRECISIONS, StepResult, Trainer, TrainOptions, fastest_precision
+from stlm_models.words import WordVocabulary
+
+from . import report
+
+KINDS = ("", "-flat", "-word")
+RATES = {"": (0.04, 0.008), "-flat": (0.04, 0.008), "-word": (0.04, 0.008)}
+"""Peak learning rates (Muon's, AdamW's) of each kind: the best of half, once and twice the default
+ones for each of the three demo models, in a minute each (rows 2, about 100 steps); try others by
+`--rates`."""
+TURN_SECONDS = 5.0
+
+
+class Contender:
+    """A model in training that others take turns with.
+
+    Args:
+        name: what tables call it.
+        trainer: with a budget of minutes.
+    """
+
+    def __init__(self, name: str, trainer: Trainer) -> None:
+        self.name, self.trainer = name, trainer
+        self.n_bytes = 0
+        self.curve: list[dict[str, float]] = []
+        """For each turn where it ended: step, seconds, bytes read; bits per byte of the turn."""
+
+    def turn(self, seconds: float) -> None:
+        """Step for so many seconds, once at least, or to the end of the budget."""
+        trainer = self.trainer
+        ends = time.monotonic() + seconds
+        results: list[StepResult] = []
+        over = False
+
+        def note(result: StepResult) -> None:
+            nonlocal over
+            results.append(result)
+            over = time.monotonic() >= ends or trainer.progress >= 1
+            if over and trainer.device.type == "cuda":
+                torch.cuda.synchronize()  # what is still queued belongs to this turn
+
+        trainer.run(note, lambda: over)
+        self.n_bytes += sum(result.n_bytes for result in results)
+        loss = float(torch.stack([result.loss for result in results]).mean())
+        self.curve.append(
+            {
+                "step": trainer.step,
+                "seconds": round(trainer.seconds, 3),
+                "bytes": self.n_bytes,
+                "bits_per_byte": round(loss / math.log(2), 4),
+            }
+        )
+
+
+def compete(contenders: Sequence[Contender], turn_seconds: float) -> None:
+    """Turn by turn until the budget of each is used, with a line for each round."""
+    while any(each.trainer.progress < 1 for each in contenders):
+        for each in contenders:
+            if each.trainer.progress < 1:
+                each.turn(turn_seconds)
+        print(progress_line(contenders), flush=True)
+
+
+def progress_line(contenders: Iterable[Contender]) -> str:
+    cells = [
+        f"{each.name} {each.curve[-1]['bits_per_byte']:.3f} at {each.n_bytes / 1e6:.2f} MB"
+        for each in contenders
+    ]
+    seconds = max(each.trainer.seconds for each in contenders)
+    return f"{seconds:6.0f} s  bits per byte of training: {', '.join(cells)}"
+
+
+def config_of(name: str, corpus: Corpus, row_bytes: int) -> ModelConfig:
+    """The preset's config; windows of words hold `row_bytes` of this corpus on average."""
+    config = preset(name)
+    if config.tokens == "bytes":
+        return config
+    words = WordVocabulary.of(corpus.train, config.vocab_size)
+    n_ids = sum(len(words.encode(document)) for document in corpus.train)
+    ids_per_byte = n_ids / sum(map(len, corpus.train))
+    return dataclasses.replace(config, context=max(2, round(row_bytes * ids_per_byte)))
+
+
+def result_of(each: Contender) -> dict[str, Any]:
+    """What the model became, and how."""
+    trainer = each.trainer
+    return {
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "context": trainer.config.context,
+        "bytes_per_id": round(trainer.bytes_per_id, 4),
+        "muon_lr": trainer.options.muon_lr,
+        "adamw_lr": trainer.options.adamw_lr,
+        "bytes_read": each.n_bytes,
+        "bytes_per_second": round(each.n_bytes / trainer.seconds),
+        **judge(trainer),
+        "curve": each.curve,
+    }
+
+
+def first_bytes(documents: Iterable[bytes], n_bytes: int) -> list[bytes]:
+    """The first documents that together have so many bytes, the last one cut."""
+    found = []
+    for document in documents:
+        found.append(document[:n_bytes])
+        n_bytes -= len(found[-1])
+    return [document for document in found if document]
+
+
+def contenders_of(arguments: argparse.Namespace) -> tuple[Corpus, list[Contender]]:
+    """The models, untrained, and what they train on and are judged by.
+
+    Raises:
+        ValueError: for an unknown preset, an option out of range, or a corpus that is too small.
+        OSError: where a file cannot be read.
+    """
+    corpus = load_corpus(arguments.data)
+    if arguments.judge_bytes is not None:
+        if arguments.judge_bytes < 1:
+            raise ValueError(f"judge-bytes: expected at least 1, got {arguments.judge_bytes}")
+        held_out = first_bytes(corpus.held_out, arguments.judge_bytes)
+        corpus = dataclasses.replace(corpus, held_out=held_out)
+    precision = arguments.precision or fastest_precision()
+    contenders = []
+    for kind in KINDS:
+        name = arguments.preset + kind
+        config = config_of(name, corpus, preset(arguments.preset).context)
+        for muon_lr, adamw_lr in arguments.rates or [RATES[kind]]:
+            options = TrainOptions(
+                minutes=arguments.minutes,
+                rows=arguments.rows,
+                seed=arguments.seed,
+                precision=precision,
+                muon_lr=muon_lr,
+                adamw_lr=adamw_lr,
+            )
+            shown = f"{name}@{muon_lr:g}/{adamw_lr:g}" if arguments.rates else name
+            contenders.append(Contender(shown, Trainer(config, corpus, options)))
+    return corpus, contenders
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = _parser()
+    parsed = parser.parse_args(arguments)
+    if parsed.threads is not None:
+        torch.set_num_threads(parsed.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    about = report.machine(device, parsed.commit)
+    print(report.header(about, None))
+    try:
+        corpus, contenders = contenders_of(parsed)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    described = [corpus.name, *corpus.describe()]
+    print("corpus:", *described, sep="\n", flush=True)
+    compete(contenders, parsed.turn)
+    result = {
+        "machine": about,
+        "load_after": os.getloadavg()[0],
+        "preset": parsed.preset,
+        "minutes": parsed.minutes,
+        "rows": parsed.rows,
+        "seed": parsed.seed,
+        "precision": contenders[0].trainer.options.precision,
+        "corpus": described,
+        "twins": {each.name: result_of(each) for each in contenders},
+    }
+    print("\n".join(report.twin_lines(result["twins"])))
+    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
+    path = parsed.out or Path("out/bench") / f"twins-{parsed.preset}-{stamp}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1))
+    print(path)
+
+
+def _rates(text: str) -> tuple[float, float]:
+    muon_lr, adamw_lr = map(float, text.split("/"))
+    return muon_lr, adamw_lr
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.twins",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("preset", nargs="?", default="demo", help="the pooled model (default: demo)")
+    add("--minutes", type=float, default=10.0, help="of training, for each of the three")
+    add("--data", nargs="+", metavar="PATH", help="files, folders or globs (default: the stdlib)")
+    add("--rows", type=int, default=8, help="windows in a step")
+    add("--seed", type=int, default=0)
+    add("--precision", choices=sorted(PRECISIONS), help="default: the faster one")
+    add("--rates", nargs="+", type=_rates, metavar="MUON/ADAMW", help="each model at each of these")
+    add("--threads", type=int, help="threads of torch (default: its own choice)")
+    add("--turn", type=float, default=TURN_SECONDS, help="seconds of a turn")
+    add("--judge-bytes", type=int, help="judge by so many held-out bytes (default: all)")
+    add("--out", type=Path, help="where the result goes (default: out/bench/)")
+    add("--commit", help="what to record as the commit, where git is not there")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
