@@ -1,4 +1,7 @@
-"""Corpora as bytes, and training windows that a seed and a step number determine."""
+"""Corpora as bytes, and training windows that a seed and a step number determine.
+
+A `Loader` makes windows and their patches in a thread, while the model computes.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,8 @@ import functools
 import glob
 import hashlib
 import sysconfig
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +19,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .config import DOCUMENT_START
+from stlm_kernels import Patches
+
+from .config import DOCUMENT_START, ModelConfig
+from .layers import BytePatcher
+
+Patcher = Callable[[Tensor, Tensor], Patches]
+"""The patches of packed byte_ids (T,) with document borders cu_seqlens (S+1,)."""
 
 IGNORED = -100
 HELD_OUT_SHARE = 0.1
@@ -136,6 +146,24 @@ def _cut(documents: list[bytes]) -> tuple[list[bytes], list[bytes]]:
     return [piece for piece in train if piece], [piece for piece in held_out if piece]
 
 
+def patcher_of(config: ModelConfig) -> Patcher | None:
+    """What finds the patches that a model of this shape reads; None where it reads none.
+
+    Raises:
+        ValueError: where the config leaves patches to the caller.
+    """
+    if config.patch_rule == "none":
+        return None
+    if config.patch_rule == "given":
+        raise ValueError('patcher: expected one of your own with patch_rule "given", got None')
+    return BytePatcher(
+        config.patch_rule,
+        patch_size=config.patch_size,
+        max_patch_len=config.max_patch_len,
+        capacity=getattr(config, "patch_capacity", None),
+    )
+
+
 @dataclass(frozen=True)
 class Batch:
     """Windows of the corpus, packed."""
@@ -143,14 +171,78 @@ class Batch:
     byte_ids: Tensor  # (T,) int16
     targets: Tensor  # (T,) int64
     cu_seqlens: Tensor  # (S+1,) int32
+    patches: Patches | None = None
 
     @property
     def n_bytes(self) -> int:
         return self.byte_ids.shape[0]
 
+    @property
+    def lost_patches(self) -> Tensor:
+        """0-d, on the device: how many patches found no slot."""
+        if self.patches is None:
+            return self.byte_ids.new_zeros((), dtype=torch.int32)
+        return (self.patches.n_patches - (len(self.patches.cu_patchlens) - 1)).clamp(min=0)
+
     def to(self, device: torch.device) -> Batch:
-        """The same on a device."""
-        return Batch(self.byte_ids.to(device), self.targets.to(device), self.cu_seqlens.to(device))
+        """The same on a device; a copy to a GPU from pinned memory is not waited for."""
+        return self._each(lambda x: x.to(device, non_blocking=device.type == "cuda"))
+
+    def pinned(self) -> Batch:
+        """The same in memory that a GPU copies from by itself."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return Batch(
+            change(self.byte_ids),
+            change(self.targets),
+            change(self.cu_seqlens),
+            None if self.patches is None else Patches(*map(change, self.patches)),
+        )
+
+
+class Loader:
+    """Batches by their index; a thread makes the next ones before they are asked for.
+
+    Args:
+        make: the batch of an index, always the same one.
+        device: where the batches go.
+        ahead: how many are kept ready, at most.
+    """
+
+    def __init__(
+        self, make: Callable[[int], Batch], device: torch.device, *, ahead: int = 2
+    ) -> None:
+        self._make, self._device, self._ahead = make, device, ahead
+        self._thread: ThreadPoolExecutor | None = None
+        self._made: dict[int, Future[Batch]] = {}
+
+    def batch(self, index: int) -> Batch:
+        """The batch of an index, on the device.
+
+        Raises:
+            Exception: what `make` raised for it.
+        """
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "stlm-loader")
+        wanted = range(index, index + 1 + self._ahead)
+        for other in self._made.keys() - set(wanted):
+            self._made.pop(other).cancel()
+        for at in wanted:
+            if at not in self._made:
+                self._made[at] = self._thread.submit(self._on_host, at)
+        return self._made.pop(index).result().to(self._device)
+
+    def close(self) -> None:
+        """End the thread; the next batch starts another."""
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+        self._thread = None
+        self._made.clear()
+
+    def _on_host(self, index: int) -> Batch:
+        batch = self._make(index)
+        return batch.pinned() if self._device.type == "cuda" else batch
 
 
 class TrainingWindows:
@@ -164,6 +256,7 @@ class TrainingWindows:
         context: ids in a window.
         rows: windows in a batch, over all processes.
         seed: of the order and the offsets.
+        patcher: finds the patches of each batch; None finds none.
         rank, world: this process reads its share of the rows, and all together what one would.
 
     Raises:
@@ -177,6 +270,7 @@ class TrainingWindows:
         context: int,
         rows: int,
         seed: int,
+        patcher: Patcher | None = None,
         rank: int = 0,
         world: int = 1,
     ) -> None:
@@ -189,7 +283,7 @@ class TrainingWindows:
                 f"data: expected at least one window of {context} bytes to train on, got {n_bytes}"
             )
         self.ids = document_stream(documents)
-        self.context, self.rows, self.seed = context, rows, seed
+        self.context, self.rows, self.seed, self.patcher = context, rows, seed, patcher
         self.own_rows = range(rank * rows // world, (rank + 1) * rows // world)
         # One id more than the window is its last target; the offset may use up to a window.
         self.n_windows = max(1, (len(self.ids) - 1) // context - 1)
@@ -204,9 +298,9 @@ class TrainingWindows:
         begins = inputs == DOCUMENT_START
         begins[:: self.context] = True
         borders = np.append(np.flatnonzero(begins), len(inputs)).astype(np.int32)
-        return Batch(
-            torch.from_numpy(inputs.copy()), torch.from_numpy(targets), torch.from_numpy(borders)
-        )
+        byte_ids, cu_seqlens = torch.from_numpy(inputs.copy()), torch.from_numpy(borders)
+        patches = None if self.patcher is None else self.patcher(byte_ids, cu_seqlens)
+        return Batch(byte_ids, torch.from_numpy(targets), cu_seqlens, patches)
 
     def _start(self, index: int) -> int:
         epoch, position = divmod(index, self.n_windows)

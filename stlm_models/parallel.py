@@ -65,6 +65,12 @@ class Ranks:
         dist.all_reduce(said)
         return float(said[0]), bool(said[1] > 0)
 
+    def total(self, count: Tensor) -> Tensor:
+        """The sum of a count over the processes, on the device."""
+        if self.world > 1:
+            dist.all_reduce(count)
+        return count
+
     def leave(self) -> None:
         """End the group, if there is one."""
         if self.world > 1:

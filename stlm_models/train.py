@@ -22,7 +22,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .checkpoint import latest_checkpoint, load_checkpoint, require_extra
 from .config import preset
@@ -50,14 +49,12 @@ class Reporter:
         self.line = ProgressLine()
         self.metrics = Metrics(run, trainer.step)
         self._last_sample = self._last_save = self._last_record = trainer.seconds
-        self._losses: list[Tensor] = []
-        self._n_bytes = 0
+        self._steps: list[StepResult] = []
 
     def __call__(self, result: StepResult) -> None:
         trainer = self.trainer
-        self._losses.append(result.loss)
-        self._n_bytes += result.n_bytes
-        if len(self._losses) == STEPS_PER_RECORD:
+        self._steps.append(result)
+        if len(self._steps) == STEPS_PER_RECORD:
             self._record()
         if trainer.seconds - self._last_sample >= self.sample_every:
             self._last_sample = trainer.seconds
@@ -68,24 +65,30 @@ class Reporter:
 
     def finish(self) -> None:
         """Write what is left of the metrics and leave the progress line."""
-        if self._losses:
+        if self._steps:
             self._record()
         self.line.close()
 
     def _record(self) -> None:
         trainer = self.trainer
-        loss = float(torch.stack(self._losses).mean())
-        rate = self._n_bytes / max(1e-9, trainer.seconds - self._last_record)
-        record = {
+        loss = float(torch.stack([step.loss for step in self._steps]).mean())
+        n_bytes = sum(step.n_bytes for step in self._steps)
+        rate = n_bytes / max(1e-9, trainer.seconds - self._last_record)
+        record: dict[str, Any] = {
             "step": trainer.step,
             "seconds": round(trainer.seconds, 3),
             "loss": loss,
             "bits_per_byte": loss / math.log(2),
             "bytes_per_second": round(rate),
         }
+        lost = [step.lost_patches for step in self._steps if step.lost_patches is not None]
+        if lost:
+            record["lost_patches"] = int(torch.stack(lost).sum())
         self.metrics.write(record)
         self.line.update(trainer.progress, _progress_text(record, trainer.progress))
-        self._losses, self._n_bytes, self._last_record = [], 0, trainer.seconds
+        if record.get("lost_patches"):
+            self.line.say(_warning(record["lost_patches"], trainer.patch_capacity))
+        self._steps, self._last_record = [], trainer.seconds
 
 
 def _progress_text(record: dict[str, Any], progress: float) -> str:
@@ -94,6 +97,13 @@ def _progress_text(record: dict[str, Any], progress: float) -> str:
         f"step {record['step']}  loss {record['loss']:.4f}"
         f"  {record['bits_per_byte']:.3f} bits/byte  {record['bytes_per_second']:,} bytes/s"
         f"  {max(0, round(left)) // 60}:{max(0, round(left)) % 60:02d} left"
+    )
+
+
+def _warning(lost_patches: int, capacity: int | None) -> str:
+    return (
+        f"warning: {lost_patches:,} patches since the last record found no slot: patch_capacity"
+        f" {capacity} is too small, and their bytes read an earlier patch instead"
     )
 
 

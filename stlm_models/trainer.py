@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint, load_tensors, save_checkpoint
 from .config import ModelConfig
-from .data import Corpus, TrainingWindows, sha256_of
+from .data import Corpus, Loader, Patcher, TrainingWindows, patcher_of, sha256_of
 from .model import STLM
 from .optim import Optimizers, lr_scale
 from .parallel import Ranks, mean_loss
@@ -64,10 +64,17 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Mean nats per valid byte of a step, and the bytes it read, over all processes."""
+    """What a step did, over all processes. Who reads a value of its tensors waits for the step.
 
-    loss: Tensor  # 0-d, on the device: who reads its value waits for the step
+    Args:
+        loss: 0-d, mean nats per valid byte.
+        n_bytes: read.
+        lost_patches: 0-d, patches that found no slot; None where patches have no capacity.
+    """
+
+    loss: Tensor
     n_bytes: int
+    lost_patches: Tensor | None = None
 
 
 class Trainer:
@@ -78,25 +85,35 @@ class Trainer:
         corpus: of which the `train` split is used.
         options: see `TrainOptions`.
         ranks: the processes that train together, each with the same other arguments.
+        patcher: finds the patches by a rule of your own; None is that of the config.
 
     Raises:
         ValueError: where the corpus is shorter than a window, or rows cannot be shared evenly.
     """
 
     def __init__(
-        self, config: ModelConfig, corpus: Corpus, options: TrainOptions, ranks: Ranks = ALONE
+        self,
+        config: ModelConfig,
+        corpus: Corpus,
+        options: TrainOptions,
+        ranks: Ranks = ALONE,
+        patcher: Patcher | None = None,
     ) -> None:
+        patcher = patcher_of(config) if patcher is None else patcher
+        self.patch_capacity: int | None = getattr(patcher, "capacity", None)
         self.windows = TrainingWindows(
             corpus.train,
             context=config.context,
             rows=options.rows,
             seed=options.seed,
+            patcher=patcher,
             rank=ranks.rank,
             world=ranks.world,
         )
         self.config, self.corpus, self.options, self.ranks = config, corpus, options, ranks
         self.step, self.seconds = 0, 0.0
         self.device = ranks.device
+        self.loader = Loader(self.windows.batch, self.device)
         with torch.random.fork_rng():
             torch.manual_seed(options.seed)
             self.model = STLM(config)
@@ -114,17 +131,21 @@ class Trainer:
 
     def train_step(self) -> StepResult:
         """Read a batch, move the parameters."""
-        batch = self.windows.batch(self.step).to(self.device)
+        batch = self.loader.batch(self.step)
         self.model.train()
         with self.autocast():
             loss_sum, n_valid = self.wrapped(
-                batch.byte_ids, batch.targets, cu_seqlens=batch.cu_seqlens
+                batch.byte_ids,
+                batch.targets,
+                cu_seqlens=batch.cu_seqlens,
+                patches=batch.patches,
             )
         loss, mean = mean_loss(loss_sum, n_valid)
         loss.backward()
         self.optimizers.step(lr_scale(self.progress))
         self.step += 1
-        return StepResult(mean, batch.n_bytes * self.ranks.world)
+        lost = None if self.patch_capacity is None else self.ranks.total(batch.lost_patches)
+        return StepResult(mean, batch.n_bytes * self.ranks.world, lost)
 
     def run(
         self,
@@ -140,11 +161,14 @@ class Trainer:
         """
         started = time.monotonic() - self.seconds
         self.seconds, stop = self.ranks.agree(self.seconds, should_stop())
-        while self.progress < 1 and not stop:
-            result = self.train_step()
-            self.seconds = time.monotonic() - started
-            report(result)
-            self.seconds, stop = self.ranks.agree(time.monotonic() - started, should_stop())
+        try:
+            while self.progress < 1 and not stop:
+                result = self.train_step()
+                self.seconds = time.monotonic() - started
+                report(result)
+                self.seconds, stop = self.ranks.agree(time.monotonic() - started, should_stop())
+        finally:
+            self.loader.close()
         return self.progress >= 1
 
     def autocast(self) -> torch.autocast:
