@@ -27,6 +27,7 @@ from .checkpoint import latest_checkpoint, load_checkpoint, require_extra
 from .config import preset
 from .data import Corpus, load_corpus
 from .evaluate import bits_per_byte
+from .optim import SCHEDULES
 from .parallel import Ranks
 from .progress import Metrics, ProgressLine, draw_loss_curve, replace_file
 from .trainer import StepResult, Trainer, TrainOptions, fastest_precision
@@ -38,6 +39,7 @@ SAMPLE_BYTES = 48
 FINAL_SAMPLE_BYTES = 300
 SAMPLE_TEMPERATURE = 0.7
 INTERRUPTED = 130
+BUDGETS = {"minutes", "steps"}
 
 
 class Reporter:
@@ -197,8 +199,10 @@ def _resumed(arguments: argparse.Namespace, run: Path, ranks: Ranks) -> Trainer:
         raise ValueError(
             f"checkpoint: expected one of a training run, got one without {sorted(missing)}"
         )
-    saved = checkpoint.state["options"]
-    for name in ("rows", "seed", "precision", "muon_lr", "adamw_lr"):
+    fields = dataclasses.fields(TrainOptions)
+    # Runs that began before an option existed are runs with its default.
+    saved = {**{field.name: field.default for field in fields}, **checkpoint.state["options"]}
+    for name in saved.keys() - BUDGETS:
         given = getattr(arguments, name)
         if given is not None and given != saved[name]:
             raise ValueError(f"{name}: expected {saved[name]} as the run began with, got {given}")
@@ -210,8 +214,8 @@ def _options(arguments: argparse.Namespace, base: dict[str, Any]) -> TrainOption
     names = {field.name for field in dataclasses.fields(TrainOptions)}
     given = {name: value for name, value in vars(arguments).items() if name in names}
     given = {name: value for name, value in given.items() if value is not None}
-    if "minutes" in given or "steps" in given:
-        base = {name: value for name, value in base.items() if name not in ("minutes", "steps")}
+    if BUDGETS & given.keys():
+        base = {name: value for name, value in base.items() if name not in BUDGETS}
     elif "minutes" not in base:
         base = {**base, "minutes": DEFAULT_MINUTES}
     return TrainOptions(**{**base, **given})
@@ -298,6 +302,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--precision", choices=("fp32", "bf16"), help="default: the faster one on this machine")
     add("--muon-lr", type=float, help="peak learning rate of the matrices")
     add("--adamw-lr", type=float, help="peak learning rate of the rest")
+    add("--schedule", choices=SCHEDULES, help="of the learning rates (default: wsd)")
+    add("--clip", type=float, metavar="NORM", help="limit of the gradients' norm (default: none)")
+    add("--accumulate", type=int, metavar="PARTS", help="read a step's rows in so many parts")
+    add("--compile", action=argparse.BooleanOptionalAction, help="through torch.compile")
     add("--sample-every", type=float, default=30.0, metavar="SECONDS")
     add("--save-every", type=float, default=120.0, metavar="SECONDS")
     return parser

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from .checkpoint import Checkpoint, load_tensors, save_checkpoint
 from .config import ModelConfig
-from .data import Corpus, Loader, Patcher, TrainingWindows, patcher_of, sha256_of
+from .data import IGNORED, Batch, Corpus, Loader, Patcher, TrainingWindows, patcher_of, sha256_of
 from .model import STLM
-from .optim import Optimizers, lr_scale
+from .optim import SCHEDULES, Optimizers, lr_scale
 from .parallel import Ranks, mean_loss
 
 ALONE = Ranks()
@@ -34,6 +37,11 @@ class TrainOptions:
         seed: of the initial parameters and the order of the windows.
         muon_lr, adamw_lr: peak learning rates.
         precision: "bf16" computes under autocast; parameters are fp32 either way.
+        accumulate: a step reads its rows in this many parts, one after the other, which needs less
+            memory; each valid byte of the step counts the same.
+        schedule: of the learning rates, see `stlm_models.optim.lr_scale`.
+        clip: the norm of all gradients together is at most this; None is no limit.
+        compile: run the model through torch.compile.
 
     Raises:
         ValueError: for a value out of range.
@@ -46,20 +54,24 @@ class TrainOptions:
     muon_lr: float = 0.02
     adamw_lr: float = 0.004
     precision: str = "fp32"
+    accumulate: int = 1
+    schedule: str = "wsd"
+    clip: float | None = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if (self.minutes is None) == (self.steps is None):
             got = f"minutes {self.minutes} and steps {self.steps}"
             raise ValueError(f"minutes, steps: expected exactly one of them, got {got}")
-        for name in ("minutes", "steps", "rows", "muon_lr", "adamw_lr"):
+        for name in ("minutes", "steps", "rows", "muon_lr", "adamw_lr", "accumulate", "clip"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}: expected more than 0, got {value}")
         if self.seed < 0:
             raise ValueError(f"seed: expected at least 0, got {self.seed}")
-        if self.precision not in PRECISIONS:
-            expected = f"one of {sorted(PRECISIONS)}"
-            raise ValueError(f"precision: expected {expected}, got {self.precision!r}")
+        for name, choices in (("precision", sorted(PRECISIONS)), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: expected one of {choices}, got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True)
@@ -104,7 +116,7 @@ class Trainer:
         self.windows = TrainingWindows(
             corpus.train,
             context=config.context,
-            rows=options.rows,
+            rows=_rows_at_once(options, ranks),
             seed=options.seed,
             patcher=patcher,
             rank=ranks.rank,
@@ -119,6 +131,7 @@ class Trainer:
             self.model = STLM(config)
         self.model.to(self.device)
         self.wrapped = ranks.wrap(self.model)
+        self.compute = torch.compile(self.wrapped) if options.compile else self.wrapped
         self.optimizers = Optimizers(self.model, muon_lr=options.muon_lr, adamw_lr=options.adamw_lr)
 
     @property
@@ -130,22 +143,46 @@ class Trainer:
         return self.seconds / (60 * self.options.minutes)
 
     def train_step(self) -> StepResult:
-        """Read a batch, move the parameters."""
-        batch = self.loader.batch(self.step)
+        """Read the step's batches, move the parameters."""
+        parts = self.options.accumulate
+        batches = [self.loader.batch(self.step * parts + part) for part in range(parts)]
+        n_valid = torch.stack([(batch.targets != IGNORED).sum() for batch in batches]).sum()
         self.model.train()
-        with self.autocast():
-            loss_sum, n_valid = self.wrapped(
-                batch.byte_ids,
-                batch.targets,
-                cu_seqlens=batch.cu_seqlens,
-                patches=batch.patches,
-            )
-        loss, mean = mean_loss(loss_sum, n_valid)
-        loss.backward()
-        self.optimizers.step(lr_scale(self.progress))
+        means = [
+            self._add_gradients(batch, n_valid, is_last=batch is batches[-1]) for batch in batches
+        ]
+        if self.options.clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip)
+        self.optimizers.step(lr_scale(self.progress, self.options.schedule))
         self.step += 1
-        lost = None if self.patch_capacity is None else self.ranks.total(batch.lost_patches)
-        return StepResult(mean, batch.n_bytes * self.ranks.world, lost)
+        return StepResult(
+            torch.stack(means).sum(),
+            sum(batch.n_bytes for batch in batches) * self.ranks.world,
+            self._lost_patches(batches),
+        )
+
+    def _add_gradients(self, batch: Batch, n_valid: Tensor, *, is_last: bool) -> Tensor:
+        """Backward of a part of a step of n_valid bytes; its share of the step's mean loss."""
+        # DDP sums gradients over processes at every backward but within no_sync.
+        waiting: AbstractContextManager[None] = contextlib.nullcontext()
+        if isinstance(self.wrapped, DistributedDataParallel) and not is_last:
+            waiting = self.wrapped.no_sync()
+        with waiting:
+            with self.autocast():
+                loss_sum, _ = self.compute(
+                    batch.byte_ids,
+                    batch.targets,
+                    cu_seqlens=batch.cu_seqlens,
+                    patches=batch.patches,
+                )
+            loss, mean = mean_loss(loss_sum, n_valid)
+            loss.backward()
+        return mean
+
+    def _lost_patches(self, batches: list[Batch]) -> Tensor | None:
+        if self.patch_capacity is None:
+            return None
+        return self.ranks.total(torch.stack([batch.lost_patches for batch in batches]).sum())
 
     def run(
         self,
@@ -210,6 +247,14 @@ class Trainer:
         trainer.optimizers.load_state_tensors(checkpoint.optimizer)
         trainer.step, trainer.seconds = int(state["step"]), float(state["seconds"])
         return trainer
+
+
+def _rows_at_once(options: TrainOptions, ranks: Ranks) -> int:
+    parts = options.accumulate
+    if options.rows % (parts * ranks.world):
+        expected = f"a multiple of {parts} parts x {ranks.world} processes"
+        raise ValueError(f"rows: expected {expected}, got {options.rows}")
+    return options.rows // parts
 
 
 def fastest_precision() -> str:
