@@ -17,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .checkpoint import Checkpoint, load_tensors, save_checkpoint
 from .config import ModelConfig
-from .data import IGNORED, Batch, Corpus, Loader, Patcher, TrainingWindows, patcher_of, sha256_of
+from .data import IGNORED, Corpus, TrainingWindows
+from .loader import Batch, Loader, Patcher, patcher_of
 from .model import STLM
 from .optim import SCHEDULES, Optimizers, lr_scale
 from .parallel import Ranks, mean_loss
@@ -41,7 +42,8 @@ class TrainOptions:
             memory; each valid byte of the step counts the same.
         schedule: of the learning rates, see `stlm_models.optim.lr_scale`.
         clip: the norm of all gradients together is at most this; None is no limit.
-        compile: run the model through torch.compile.
+        compile: run the model through torch.compile. On a CPU give patches a capacity: attention
+            is compiled there for each number of patches anew.
 
     Raises:
         ValueError: for a value out of range.
@@ -146,6 +148,8 @@ class Trainer:
         """Read the step's batches, move the parameters."""
         parts = self.options.accumulate
         batches = [self.loader.batch(self.step * parts + part) for part in range(parts)]
+        if self.options.compile and self.patch_capacity is None:
+            batches = [batch.with_open_sizes() for batch in batches]
         n_valid = torch.stack([(batch.targets != IGNORED).sum() for batch in batches]).sum()
         self.model.train()
         means = [
@@ -220,7 +224,7 @@ class Trainer:
             "step": self.step,
             "seconds": self.seconds,
             "options": dataclasses.asdict(self.options),
-            "train_sha256": sha256_of(self.corpus.train),
+            "train_sha256": self.corpus.train_sha256,
         }
         tensors = self.optimizers.state_tensors()
         return save_checkpoint(
@@ -237,10 +241,10 @@ class Trainer:
             ValueError: where the corpus is another one, or tensors do not fit.
         """
         state = checkpoint.state
-        if sha256_of(corpus.train) != state["train_sha256"]:
+        if corpus.train_sha256 != state["train_sha256"]:
             raise ValueError(
                 f"data: expected the bytes that the run began with, sha256 {state['train_sha256']},"
-                f" got {sha256_of(corpus.train)}"
+                f" got {corpus.train_sha256}"
             )
         trainer = cls(checkpoint.config, corpus, options, ranks)
         load_tensors(trainer.model, checkpoint.model)

@@ -16,7 +16,8 @@ import stlm_models.config
 import stlm_models.train
 from stlm_models import BytePatcher, ModelConfig
 from stlm_models.checkpoint import load_checkpoint
-from stlm_models.data import Batch, Corpus, Loader, TrainingWindows, load_corpus, patcher_of
+from stlm_models.data import Corpus, TrainingWindows, load_corpus
+from stlm_models.loader import Batch, Loader, patcher_of
 from stlm_models.trainer import Trainer, TrainOptions
 
 CPU = torch.device("cpu")
@@ -95,6 +96,22 @@ class TestPatches:
             lost = [int(batch.lost_patches) for batch in batches]
             assert lost == [0, n_patches - FEW_SLOTS, 0]
             assert n_patches > FEW_SLOTS
+
+    def test_a_capacity_leaves_nothing_of_a_batch_to_vary(self) -> None:
+        model, exact, static = scrambled(), windows(), windows(capacity=90)
+        shapes = set()
+        for step in range(8):
+            batch, other = static.batch(step), exact.batch(step)
+            assert batch.patches is not None
+            tensors = (batch.byte_ids, batch.targets, batch.cu_seqlens, *batch.patches)
+            shapes.add(tuple(tuple(x.shape) for x in tensors))
+            assert batch.cu_seqlens.unique().tolist() == other.cu_seqlens.tolist()
+            losses = [
+                model(x.byte_ids, x.targets, cu_seqlens=x.cu_seqlens, patches=x.patches)[0]
+                for x in (batch, other)
+            ]
+            torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+        assert len(shapes) == 1
 
 
 class TestLoader:
