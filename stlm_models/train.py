@@ -13,12 +13,10 @@ import gzip
 import json
 import lzma
 import math
-import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -27,10 +25,19 @@ from .checkpoint import latest_checkpoint, load_checkpoint, require_extra
 from .config import preset
 from .data import Corpus, load_corpus
 from .evaluate import bits_per_byte
+from .interrupt import Interrupt
 from .optim import SCHEDULES
 from .parallel import Ranks
-from .progress import Metrics, ProgressLine, draw_loss_curve, replace_file
-from .trainer import StepResult, Trainer, TrainOptions, fastest_precision
+from .progress import (
+    Metrics,
+    ProgressLine,
+    draw_loss_curve,
+    lost_patches_text,
+    progress_text,
+    replace_file,
+)
+from .trainer import PRECISIONS, StepResult, Trainer, TrainOptions, fastest_precision
+from .utilisation import flops_per_byte, matmul_flops_per_second
 
 EXTRA = ("safetensors", "tqdm", "matplotlib")
 DEFAULT_MINUTES = 10.0
@@ -52,6 +59,11 @@ class Reporter:
         self.metrics = Metrics(run, trainer.step)
         self._last_sample = self._last_save = self._last_record = trainer.seconds
         self._steps: list[StepResult] = []
+        dtype = PRECISIONS[trainer.options.precision]
+        self.rates = {
+            "flops_per_byte": flops_per_byte(trainer),
+            "matmul_flops_per_second": matmul_flops_per_second(trainer.device, dtype),
+        }
 
     def __call__(self, result: StepResult) -> None:
         trainer = self.trainer
@@ -82,31 +94,21 @@ class Reporter:
             "loss": loss,
             "bits_per_byte": loss / math.log(2),
             "bytes_per_second": round(rate),
+            "mfu": self._share_of_the_devices(rate),
         }
         lost = [step.lost_patches for step in self._steps if step.lost_patches is not None]
         if lost:
             record["lost_patches"] = int(torch.stack(lost).sum())
         self.metrics.write(record)
-        self.line.update(trainer.progress, _progress_text(record, trainer.progress))
+        self.line.update(trainer.progress, progress_text(record, trainer.progress))
         if record.get("lost_patches"):
-            self.line.say(_warning(record["lost_patches"], trainer.patch_capacity))
+            self.line.say(lost_patches_text(record["lost_patches"], trainer.patch_capacity))
         self._steps, self._last_record = [], trainer.seconds
 
-
-def _progress_text(record: dict[str, Any], progress: float) -> str:
-    left = record["seconds"] * (1 - progress) / progress
-    return (
-        f"step {record['step']}  loss {record['loss']:.4f}"
-        f"  {record['bits_per_byte']:.3f} bits/byte  {record['bytes_per_second']:,} bytes/s"
-        f"  {max(0, round(left)) // 60}:{max(0, round(left)) % 60:02d} left"
-    )
-
-
-def _warning(lost_patches: int, capacity: int | None) -> str:
-    return (
-        f"warning: {lost_patches:,} patches since the last record found no slot: patch_capacity"
-        f" {capacity} is too small, and their bytes read an earlier patch instead"
-    )
+    def _share_of_the_devices(self, bytes_per_second: float) -> float:
+        """Model FLOPs utilisation: of what all processes' devices could multiply."""
+        possible = self.rates["matmul_flops_per_second"] * self.trainer.ranks.world
+        return bytes_per_second * self.rates["flops_per_byte"] / possible
 
 
 def sample(trainer: Trainer, n_bytes: int) -> str:
@@ -232,7 +234,7 @@ def _train(trainer: Trainer, run: Path, arguments: argparse.Namespace) -> int:
     n_parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     print(f"{n_parameters:,} parameters, {trainer.options.precision}, {run}", file=sys.stderr)
     reporter = Reporter(trainer, run, arguments)
-    with _Interrupt() as interrupt:
+    with Interrupt() as interrupt:
         finished = trainer.run(reporter, interrupt.requested)
         reporter.finish()
         trainer.save(run)
@@ -242,7 +244,7 @@ def _train(trainer: Trainer, run: Path, arguments: argparse.Namespace) -> int:
             return INTERRUPTED
     n_bytes = sum(map(len, trainer.corpus.held_out))
     print(f"judging by {n_bytes:,} held-out bytes", file=sys.stderr)
-    result = judge(trainer)
+    result = {**judge(trainer), **reporter.rates}
     replace_file(run / "result.json", (json.dumps(result, indent=1) + "\n").encode())
     print(
         f"held out, {result['held_out_bytes']:,} bytes: {result['bits_per_byte']:.4f} bits per byte"
@@ -255,32 +257,9 @@ def _train(trainer: Trainer, run: Path, arguments: argparse.Namespace) -> int:
 
 def _follow(trainer: Trainer) -> int:
     """The same steps in another process, which neither reports nor saves."""
-    with _Interrupt() as interrupt:
+    with Interrupt() as interrupt:
         trainer.run(should_stop=interrupt.requested)
     return 0  # the first process says how it ended: a failure here would end that one early
-
-
-class _Interrupt:
-    """Turns the first Ctrl-C or SIGTERM into a request that is met between two steps."""
-
-    def __init__(self) -> None:
-        self._requested = False
-
-    def requested(self) -> bool:
-        return self._requested
-
-    def __enter__(self) -> _Interrupt:
-        self._previous = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._requested:
-            raise KeyboardInterrupt
-        self._requested = True
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -167,7 +167,7 @@ class Trainer:
 
     def _add_gradients(self, batch: Batch, n_valid: Tensor, *, is_last: bool) -> Tensor:
         """Backward of a part of a step of n_valid bytes; its share of the step's mean loss."""
-        # DDP sums gradients over processes at every backward but within no_sync.
+        # Processes exchange gradients at every backward pass; once a step is enough.
         waiting: AbstractContextManager[None] = contextlib.nullcontext()
         if isinstance(self.wrapped, DistributedDataParallel) and not is_last:
             waiting = self.wrapped.no_sync()

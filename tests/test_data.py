@@ -95,6 +95,7 @@ class TestLargeFiles:
         corpus = load_corpus([str(tmp_path)])
         kinds = [type(document) for document in corpus.train]
         assert kinds == [bytes] * 6 + [memoryview] * 4  # what is held out is read
+        assert {type(document) for document in corpus.held_out} == {bytes}
         assert corpus == in_memory
         assert corpus.describe() == in_memory.describe()
         for step in range(5):
