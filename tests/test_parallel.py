@@ -70,6 +70,12 @@ def trained(ranks: Ranks, parts: int = 1) -> tuple[Trainer, list[float]]:
     return trainer, losses
 
 
+def lost_patches(ranks: Ranks) -> Tensor | None:
+    patcher = BytePatcher("fixed", patch_size=2, capacity=10)
+    corpus, options = Corpus("words", [WORDS], []), TrainOptions(steps=1, rows=2)
+    return Trainer(TINY, corpus, options, ranks, patcher).train_step().lost_patches
+
+
 def in_two_processes(rank: int, folder: str) -> None:
     """What only a process of two can see, written down for the tests below."""
     root = Path(folder)
@@ -101,6 +107,7 @@ def in_two_processes(rank: int, folder: str) -> None:
     trainer, results["losses"] = trained(Ranks(rank, 2), parts=2)
     results["trained"] = dict(trainer.model.named_parameters())
     results["agreed"] = Ranks(rank, 2).agree(7.0 + rank, should_stop=rank == 1)
+    results["lost"] = lost_patches(Ranks(rank, 2))
     torch.save(results, root / f"results-{rank}")
     dist.destroy_process_group()
 
@@ -169,6 +176,11 @@ def test_the_trainer_in_two_processes_and_two_parts_equals_one(seen: dict[str, A
     torch.testing.assert_close(
         seen["trained"][table], trainer.model.embedding.weight.detach(), rtol=1e-3, atol=1e-5
     )
+
+
+def test_patches_without_a_slot_are_those_of_all_processes(seen: dict[str, Any]) -> None:
+    # Each process has 10 slots for the 16 patches of its window of 32 bytes, or a few more.
+    assert int(seen["lost"]) >= 2 * 6
 
 
 def test_the_command_under_torchrun(full: bool, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ def a_step(monkeypatch: pytest.MonkeyPatch, **options: object) -> tuple[float, d
         for parameter in trainer.model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
     monkeypatch.setattr(trainer.optimizers, "step", lambda scale: None)
+    trainer.step = 2
     loss = float(trainer.train_step().loss)
     trainer.loader.close()
     named = trainer.model.named_parameters()
@@ -150,7 +151,9 @@ class TestCommand:
         assert "compile: expected False as the run began" in capsys.readouterr().err
         assert main([*common, *given, "--resume", "--steps", "3"]) == 0
 
-    def test_checkpoints_from_before_the_options(self, tmp_path: Path) -> None:
+    def test_checkpoints_from_before_the_options(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         text, run = tmp_path / "text.txt", tmp_path / "run"
         text.write_bytes(b"".join(TEXTS))
         common = ["--data", str(text), "--precision", "fp32"]
@@ -161,5 +164,7 @@ class TestCommand:
             del checkpoint.state["options"][name]
         old = tmp_path / "old"
         save_checkpoint(old, checkpoint)
+        assert main([*common, "--out", str(old), "--resume", "--clip", "1"]) == 1
+        assert "clip: expected None as the run began with, got 1.0" in capsys.readouterr().err
         assert main([*common, "--out", str(old), "--resume", "--steps", "2"]) == 0
         assert load_checkpoint(old).state["options"]["schedule"] == "wsd"
