@@ -63,11 +63,11 @@ def losses(
 
 def test_a_capacity_makes_one_variant(variants: CompileCounterWithBackend) -> None:
     patcher = BytePatcher("space", max_patch_len=5, capacity=40)
-    found, shapes = losses(5, compile=True, patcher=patcher)
+    found, shapes = losses(3, compile=True, patcher=patcher)
     assert len(shapes) == 1
     assert variants.frame_count == 1
     # Not closer: Muon multiplies in bf16, which makes more of the order of a sum.
-    assert found == pytest.approx(losses(5, compile=False, patcher=patcher)[0], rel=1e-4)
+    assert found == pytest.approx(losses(3, compile=False, patcher=patcher)[0], rel=1e-4)
 
 
 @pytest.mark.lanes("interpret", "gpu")
