@@ -71,7 +71,9 @@ def _works(trainer: Trainer) -> dict[str, Callable[[], None]]:
     with _noting(calls, [x for child in children.values() for x in child.modules()]):
         batch = trainer.windows.batch(0).to(trainer.device)
         with trainer.autocast(), torch.no_grad():
-            last.append(model.hidden(batch.byte_ids, cu_seqlens=batch.cu_seqlens))
+            last.append(
+                model.hidden(batch.byte_ids, cu_seqlens=batch.cu_seqlens, patches=batch.patches)
+            )
 
     def run_layers(group: list[nn.Module]) -> None:
         for layer in group:

@@ -159,15 +159,26 @@ def rotary_tables(
     length: int, head_dim: int, base: float, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """cos and sin for at least `length` positions, (n_positions, head_dim / 2) fp32."""
+    if torch.compiler.is_compiling():
+        # The graph leaves the length open, and makes equal tables of its layers once.
+        return _rotary_tables(length, head_dim, base, device)
     # Powers of two keep the number of tables small while texts grow byte by byte.
-    return _rotary_tables(1 << (length - 1).bit_length(), head_dim, base, device)
+    return _kept_rotary_tables(1 << (length - 1).bit_length(), head_dim, base, device)
 
 
 @functools.lru_cache(maxsize=16)
-def _rotary_tables(
+def _kept_rotary_tables(
     length: int, head_dim: int, base: float, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False), torch.no_grad():
-        frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-        angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies
-        return angles.cos().to(device, torch.float32), angles.sin().to(device, torch.float32)
+        cos, sin = _rotary_tables(length, head_dim, base, torch.device("cpu"))
+        return cos.to(device), sin.to(device)
+
+
+def _rotary_tables(
+    length: int, head_dim: int, base: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    pairs = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device)
+    positions = torch.arange(length, dtype=torch.float64, device=device)
+    angles = positions[:, None] * base ** (-pairs / head_dim)
+    return angles.cos().float(), angles.sin().float()

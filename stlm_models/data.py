@@ -5,23 +5,28 @@ from __future__ import annotations
 import functools
 import glob
 import hashlib
+import mmap
 import sysconfig
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from .config import DOCUMENT_START
+from .loader import Batch, Patcher
 
-Document = bytes | NDArray[np.int32]
-"""Real bytes, or ids (N,) of a vocabulary."""
+Document = bytes | memoryview | NDArray[np.int32]
+"""Real bytes, in memory or in a mapped file, or ids (N,) of a vocabulary."""
 IGNORED = -100
 HELD_OUT_SHARE = 0.1
 MAX_HELD_OUT = 2_000_000
+LEAST_MAPPED = 1 << 20
+MOST_MAPPED = 256
+"""Files of a corpus that are mapped rather than read: each keeps a file handle open."""
 LEFT_OUT_FOLDERS = {"test", "tests", "site-packages", "dist-packages", "__pycache__"}
 # Tables, generated text, or gone in later Pythons.
 LEFT_OUT_NAMES = {"encodings", "pydoc_data", "idlelib", "distutils", "lib2to3"}
@@ -47,18 +52,29 @@ HELD_OUT_NAMES = {
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents to train on and documents to judge by, none of them empty."""
+    """Documents to train on and documents to judge by, none of them empty.
+
+    Large files are not read into memory: they must not change as long as the corpus is used.
+    """
 
     name: str
-    train: list[bytes]
+    train: Sequence[bytes | memoryview]
     held_out: list[bytes]
+
+    @cached_property
+    def train_sha256(self) -> str:
+        """SHA-256 of the training documents, computed once."""
+        return sha256_of(self.train)
 
     def describe(self) -> list[str]:
         """A line for each split: number of documents and bytes, SHA-256 of their concatenation."""
         return [
             f"{split}: {len(documents)} documents, {sum(map(len, documents)):,} bytes,"
-            f" sha256 {sha256_of(documents)}"
-            for split, documents in (("train", self.train), ("held out", self.held_out))
+            f" sha256 {digest}"
+            for split, documents, digest in (
+                ("train", self.train, self.train_sha256),
+                ("held out", self.held_out, sha256_of(self.held_out)),
+            )
         ]
 
 
@@ -96,13 +112,13 @@ def default_corpus(root: Path | None = None) -> Corpus:
         if top in LEFT_OUT_NAMES or LEFT_OUT_FOLDERS.intersection(parts[:-1]):
             continue
         (held_out if top in HELD_OUT_NAMES else train).append(file)
-    corpus = Corpus(f"Python files of {root}", _read(train), _read(held_out))
+    corpus = Corpus(f"Python files of {root}", _read(train), [bytes(x) for x in _read(held_out)])
     if not corpus.train or not corpus.held_out:
         raise ValueError(f"data: expected the standard library's *.py files, got none in {root}")
     return corpus
 
 
-def sha256_of(documents: Iterable[bytes]) -> str:
+def sha256_of(documents: Iterable[bytes | memoryview]) -> str:
     """SHA-256 of the documents behind each other, in hexadecimal."""
     digest = hashlib.sha256()
     for document in documents:
@@ -122,50 +138,86 @@ def _files(path: str) -> list[Path]:
     return found
 
 
-def _read(files: Iterable[Path]) -> list[bytes]:
-    return [data for file in files if (data := file.read_bytes())]
+def _read(files: Iterable[Path]) -> list[bytes | memoryview]:
+    sizes = {file: file.stat().st_size for file in files}
+    large = [file for file, size in sizes.items() if size >= LEAST_MAPPED]
+    mapped = set(sorted(large, key=lambda file: -sizes[file])[:MOST_MAPPED])
+    documents = (_map(file) if file in mapped else file.read_bytes() for file in sizes)
+    return [document for document in documents if document]
 
 
-def _cut(documents: list[bytes]) -> tuple[list[bytes], list[bytes]]:
+def _map(file: Path) -> memoryview:
+    with file.open("rb") as opened:
+        return memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def _cut(documents: list[bytes | memoryview]) -> tuple[list[bytes | memoryview], list[bytes]]:
     """Hold out the last bytes."""
     n_bytes = sum(map(len, documents))
     left = n_bytes - max(1, min(MAX_HELD_OUT, int(HELD_OUT_SHARE * n_bytes)))
     train, held_out = [], []
     for document in documents:
         train.append(document[:left])
-        held_out.append(document[left:])
+        held_out.append(bytes(document[left:]))
         left = max(0, left - len(document))
     return [piece for piece in train if piece], [piece for piece in held_out if piece]
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Windows of the corpus, packed."""
+class DocumentStream:
+    """The ids of all documents behind each other, id 256 before each, made when they are read.
 
-    byte_ids: Tensor  # (T,) int16
-    targets: Tensor  # (T,) int64
-    cu_seqlens: Tensor  # (S+1,) int32
+    `stream[start:stop]` is int16, or int32 where documents are ids of a vocabulary.
+    """
 
-    @property
-    def n_bytes(self) -> int:
-        return self.byte_ids.shape[0]
+    def __init__(self, documents: Sequence[Document]) -> None:
+        self._documents = documents
+        lengths = np.fromiter((len(document) + 1 for document in documents), np.int64)
+        self._starts = np.concatenate([np.zeros(1, np.int64), lengths.cumsum()])
+        dtypes = {document.dtype for document in documents if isinstance(document, np.ndarray)}
+        self._dtype = np.result_type(np.int16, *dtypes)
 
-    def to(self, device: torch.device) -> Batch:
-        """The same on a device."""
-        return Batch(self.byte_ids.to(device), self.targets.to(device), self.cu_seqlens.to(device))
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: slice) -> NDArray[np.integer]:
+        start, stop, _ = index.indices(len(self))
+        ids = np.full(stop - start, DOCUMENT_START, self._dtype)
+        at = int(np.searchsorted(self._starts, start, side="right")) - 1
+        while self._starts[at] < stop:
+            body, end = int(self._starts[at]) + 1, int(self._starts[at + 1])
+            first, last = max(start, body), min(stop, end)
+            if first < last:
+                ids[first - start : last - start] = _ids(self._documents[at])[
+                    first - body : last - body
+                ]
+            at += 1
+        return ids
+
+    def most_documents(self, length: int) -> int:
+        """The most documents that any `length` ids in a row belong to, the first one cut or not."""
+        # Behind a document's first id, as many may begin as in the densest piece of the stream.
+        starts = self._starts[:-1]
+        begun = np.searchsorted(starts, starts + length - 1) - np.arange(len(starts))
+        return 1 + int(begun.max())
+
+
+def _ids(document: Document) -> NDArray[np.integer]:
+    return document if isinstance(document, np.ndarray) else np.frombuffer(document, np.uint8)
 
 
 class TrainingWindows:
     """Windows of `context` ids from documents, bytes or ids, that each start with id 256.
 
     Batch `step` of a seed is always the same, so a resumed run needs no state. An epoch shows every
-    window once, in an order and at an offset of its own.
+    window once, in an order and at an offset of its own. Where patches have a capacity, batches
+    have static shapes: behind their documents stand empty ones.
 
     Args:
-        documents: at least one window's worth of bytes.
+        documents: at least one window's worth of ids.
         context: ids in a window.
         rows: windows in a batch, over all processes.
         seed: of the order and the offsets.
+        patcher: finds the patches of each batch; None finds none.
         rank, world: this process reads its share of the rows, and all together what one would.
 
     Raises:
@@ -179,6 +231,7 @@ class TrainingWindows:
         context: int,
         rows: int,
         seed: int,
+        patcher: Patcher | None = None,
         rank: int = 0,
         world: int = 1,
     ) -> None:
@@ -190,44 +243,36 @@ class TrainingWindows:
             raise ValueError(
                 f"data: expected at least one window of {context} bytes to train on, got {n_bytes}"
             )
-        self.ids = document_stream(documents)
-        self.context, self.rows, self.seed = context, rows, seed
+        self.ids = DocumentStream(documents)
+        self.context, self.rows, self.seed, self.patcher = context, rows, seed, patcher
         self.own_rows = range(rank * rows // world, (rank + 1) * rows // world)
         # One id more than the window is its last target; the offset may use up to a window.
         self.n_windows = max(1, (len(self.ids) - 1) // context - 1)
+        self._most_documents: int | None = None
+        if getattr(patcher, "capacity", None) is not None:
+            self._most_documents = len(self.own_rows) * self.ids.most_documents(context)
 
     def batch(self, step: int) -> Batch:
         """This process's windows of a step; id 256 is never a target, and begins a document."""
         starts = [self._start(step * self.rows + row) for row in self.own_rows]
-        index = np.asarray(starts)[:, None] + np.arange(self.context + 1)
-        windows = self.ids[index]
+        windows = np.stack([self.ids[start : start + self.context + 1] for start in starts])
         inputs, targets = windows[:, :-1].reshape(-1), windows[:, 1:].reshape(-1).astype(np.int64)
         targets[targets == DOCUMENT_START] = IGNORED
         begins = inputs == DOCUMENT_START
         begins[:: self.context] = True
         borders = np.append(np.flatnonzero(begins), len(inputs)).astype(np.int32)
-        return Batch(
-            torch.from_numpy(inputs.copy()), torch.from_numpy(targets), torch.from_numpy(borders)
-        )
+        if self._most_documents is not None:
+            empty = self._most_documents + 1 - len(borders)
+            borders = np.pad(borders, (0, empty), constant_values=len(inputs))
+        byte_ids, cu_seqlens = torch.from_numpy(inputs.copy()), torch.from_numpy(borders)
+        patches = None if self.patcher is None else self.patcher(byte_ids, cu_seqlens)
+        return Batch(byte_ids, torch.from_numpy(targets), cu_seqlens, patches)
 
     def _start(self, index: int) -> int:
         epoch, position = divmod(index, self.n_windows)
         offset, order = _epoch_order(self.seed, epoch, self.n_windows, self.context)
         # The last window must end within the stream, whatever the offset.
         return min(offset + int(order[position]) * self.context, len(self.ids) - self.context - 1)
-
-
-def document_stream(documents: Iterable[Document]) -> NDArray[np.integer]:
-    """All documents behind each other, id 256 before each: int16, or int32 where they are ids."""
-    start = np.array([DOCUMENT_START], np.int16)
-    pieces: list[NDArray[np.integer]] = []
-    for document in documents:
-        pieces += (start, _ids(document))
-    return np.concatenate(pieces)
-
-
-def _ids(document: Document) -> NDArray[np.integer]:
-    return np.frombuffer(document, np.uint8) if isinstance(document, bytes) else document
 
 
 @functools.lru_cache(maxsize=2)

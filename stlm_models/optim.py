@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 WARM_UP = 0.02
 DECAY = 0.5
+SCHEDULES = ("wsd", "cosine")
 
 
 class Optimizers:
@@ -78,6 +80,20 @@ class Optimizers:
             optimizer.state[parameter][key] = tensor.to(device)
 
 
-def lr_scale(progress: float) -> float:
-    """Warm up over the first 2% of the budget, stay, fall to zero over the last half."""
-    return min(1.0, (progress + 1e-3) / WARM_UP, max(0.0, 1 - progress) / DECAY)
+def lr_scale(progress: float, schedule: str = "wsd") -> float:
+    """The share of its peak that a learning rate has when this part of the budget is used.
+
+    Both rise over the first 2%. "wsd" (warm-up, stable, decay) then stays, and falls in a line to
+    zero over the last half; "cosine" falls to zero along half a wave.
+
+    Raises:
+        ValueError: for another schedule.
+    """
+    left = max(0.0, 1 - progress)
+    if schedule == "wsd":
+        falling = left / DECAY
+    elif schedule == "cosine":
+        falling = (1 - math.cos(math.pi * left / (1 - WARM_UP))) / 2 if left < 1 - WARM_UP else 1.0
+    else:
+        raise ValueError(f"schedule: expected one of {SCHEDULES}, got {schedule!r}")
+    return min(1.0, (progress + 1e-3) / WARM_UP, falling)

@@ -65,6 +65,12 @@ class Ranks:
         dist.all_reduce(said)
         return float(said[0]), bool(said[1] > 0)
 
+    def total(self, count: Tensor) -> Tensor:
+        """The sum of a count over the processes, on the device."""
+        if self.world > 1:
+            dist.all_reduce(count)
+        return count
+
     def leave(self) -> None:
         """End the group, if there is one."""
         if self.world > 1:
@@ -79,7 +85,8 @@ def mean_loss(loss_sum: Tensor, n_valid: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         loss_sum: 0-d, this process's sum over its valid bytes.
-        n_valid: 0-d, how many these are.
+        n_valid: 0-d, how many these are. Where a step is done in parts, those of all its parts:
+            the losses and means of the parts then add up to the step's.
 
     Returns:
         (loss, mean), both 0-d: loss with a gradient, of this process; mean without, of all.

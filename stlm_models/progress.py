@@ -97,6 +97,24 @@ def draw_loss_curve(run: Path) -> Path:
     return run / "loss.png"
 
 
+def progress_text(record: dict[str, Any], progress: float) -> str:
+    """A record as the text of a progress line."""
+    left = record["seconds"] * (1 - progress) / progress
+    return (
+        f"step {record['step']}  loss {record['loss']:.4f}"
+        f"  {record['bits_per_byte']:.3f} bits/byte  {record['bytes_per_second']:,} bytes/s"
+        f"  {max(0, round(left)) // 60}:{max(0, round(left)) % 60:02d} left"
+    )
+
+
+def lost_patches_text(lost_patches: int, capacity: int | None) -> str:
+    """The warning of a record with patches that found no slot."""
+    return (
+        f"warning: {lost_patches:,} patches since the last record found no slot: patch_capacity"
+        f" {capacity} is too small, and their bytes read an earlier patch instead"
+    )
+
+
 def replace_file(path: Path, data: bytes) -> None:
     """Write a file so that it has the old content or the new, never a part."""
     unfinished = path.with_name(f".{path.name}")

@@ -13,24 +13,31 @@ import gzip
 import json
 import lzma
 import math
-import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .checkpoint import latest_checkpoint, load_checkpoint, require_extra
 from .config import preset
 from .data import Corpus, load_corpus
 from .evaluate import bits_per_byte
+from .interrupt import Interrupt
+from .optim import SCHEDULES
 from .parallel import Ranks
-from .progress import Metrics, ProgressLine, draw_loss_curve, replace_file
-from .trainer import StepResult, Trainer, TrainOptions, fastest_precision
+from .progress import (
+    Metrics,
+    ProgressLine,
+    draw_loss_curve,
+    lost_patches_text,
+    progress_text,
+    replace_file,
+)
+from .trainer import PRECISIONS, StepResult, Trainer, TrainOptions, fastest_precision
+from .utilisation import flops_per_byte, matmul_flops_per_second
 
 EXTRA = ("safetensors", "tqdm", "matplotlib")
 DEFAULT_MINUTES = 10.0
@@ -39,6 +46,7 @@ SAMPLE_BYTES = 48
 FINAL_SAMPLE_BYTES = 300
 SAMPLE_TEMPERATURE = 0.7
 INTERRUPTED = 130
+BUDGETS = {"minutes", "steps"}
 
 
 class Reporter:
@@ -50,14 +58,17 @@ class Reporter:
         self.line = ProgressLine()
         self.metrics = Metrics(run, trainer.step)
         self._last_sample = self._last_save = self._last_record = trainer.seconds
-        self._losses: list[Tensor] = []
-        self._n_bytes = 0
+        self._steps: list[StepResult] = []
+        dtype = PRECISIONS[trainer.options.precision]
+        self.rates = {
+            "flops_per_byte": flops_per_byte(trainer),
+            "matmul_flops_per_second": matmul_flops_per_second(trainer.device, dtype),
+        }
 
     def __call__(self, result: StepResult) -> None:
         trainer = self.trainer
-        self._losses.append(result.loss)
-        self._n_bytes += result.n_bytes
-        if len(self._losses) == STEPS_PER_RECORD:
+        self._steps.append(result)
+        if len(self._steps) == STEPS_PER_RECORD:
             self._record()
         if trainer.seconds - self._last_sample >= self.sample_every:
             self._last_sample = trainer.seconds
@@ -68,33 +79,36 @@ class Reporter:
 
     def finish(self) -> None:
         """Write what is left of the metrics and leave the progress line."""
-        if self._losses:
+        if self._steps:
             self._record()
         self.line.close()
 
     def _record(self) -> None:
         trainer = self.trainer
-        loss = float(torch.stack(self._losses).mean())
-        rate = self._n_bytes / max(1e-9, trainer.seconds - self._last_record)
-        record = {
+        loss = float(torch.stack([step.loss for step in self._steps]).mean())
+        n_bytes = sum(step.n_bytes for step in self._steps)
+        rate = n_bytes / max(1e-9, trainer.seconds - self._last_record)
+        record: dict[str, Any] = {
             "step": trainer.step,
             "seconds": round(trainer.seconds, 3),
             "loss": loss,
             "bits_per_byte": loss / math.log(2),
             "bytes_per_second": round(rate),
+            "mfu": self._share_of_the_devices(rate),
         }
+        lost = [step.lost_patches for step in self._steps if step.lost_patches is not None]
+        if lost:
+            record["lost_patches"] = int(torch.stack(lost).sum())
         self.metrics.write(record)
-        self.line.update(trainer.progress, _progress_text(record, trainer.progress))
-        self._losses, self._n_bytes, self._last_record = [], 0, trainer.seconds
+        self.line.update(trainer.progress, progress_text(record, trainer.progress))
+        if record.get("lost_patches"):
+            self.line.say(lost_patches_text(record["lost_patches"], trainer.patch_capacity))
+        self._steps, self._last_record = [], trainer.seconds
 
-
-def _progress_text(record: dict[str, Any], progress: float) -> str:
-    left = record["seconds"] * (1 - progress) / progress
-    return (
-        f"step {record['step']}  loss {record['loss']:.4f}"
-        f"  {record['bits_per_byte']:.3f} bits/byte  {record['bytes_per_second']:,} bytes/s"
-        f"  {max(0, round(left)) // 60}:{max(0, round(left)) % 60:02d} left"
-    )
+    def _share_of_the_devices(self, bytes_per_second: float) -> float:
+        """Model FLOPs utilisation: of what all processes' devices could multiply."""
+        possible = self.rates["matmul_flops_per_second"] * self.trainer.ranks.world
+        return bytes_per_second * self.rates["flops_per_byte"] / possible
 
 
 def sample(trainer: Trainer, n_bytes: int) -> str:
@@ -189,8 +203,10 @@ def _resumed(arguments: argparse.Namespace, run: Path, ranks: Ranks) -> Trainer:
         raise ValueError(
             f"checkpoint: expected one of a training run, got one without {sorted(missing)}"
         )
-    saved = checkpoint.state["options"]
-    for name in ("rows", "seed", "precision", "muon_lr", "adamw_lr"):
+    fields = dataclasses.fields(TrainOptions)
+    # Runs that began before an option existed are runs with its default.
+    saved = {**{field.name: field.default for field in fields}, **checkpoint.state["options"]}
+    for name in saved.keys() - BUDGETS:
         given = getattr(arguments, name)
         if given is not None and given != saved[name]:
             raise ValueError(f"{name}: expected {saved[name]} as the run began with, got {given}")
@@ -202,8 +218,8 @@ def _options(arguments: argparse.Namespace, base: dict[str, Any]) -> TrainOption
     names = {field.name for field in dataclasses.fields(TrainOptions)}
     given = {name: value for name, value in vars(arguments).items() if name in names}
     given = {name: value for name, value in given.items() if value is not None}
-    if "minutes" in given or "steps" in given:
-        base = {name: value for name, value in base.items() if name not in ("minutes", "steps")}
+    if BUDGETS & given.keys():
+        base = {name: value for name, value in base.items() if name not in BUDGETS}
     elif "minutes" not in base:
         base = {**base, "minutes": DEFAULT_MINUTES}
     return TrainOptions(**{**base, **given})
@@ -220,7 +236,7 @@ def _train(trainer: Trainer, run: Path, arguments: argparse.Namespace) -> int:
     n_parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     print(f"{n_parameters:,} parameters, {trainer.options.precision}, {run}", file=sys.stderr)
     reporter = Reporter(trainer, run, arguments)
-    with _Interrupt() as interrupt:
+    with Interrupt() as interrupt:
         finished = trainer.run(reporter, interrupt.requested)
         reporter.finish()
         trainer.save(run)
@@ -230,7 +246,7 @@ def _train(trainer: Trainer, run: Path, arguments: argparse.Namespace) -> int:
             return INTERRUPTED
     n_bytes = sum(map(len, trainer.corpus.held_out))
     print(f"judging by {n_bytes:,} held-out bytes", file=sys.stderr)
-    result = judge(trainer)
+    result = {**judge(trainer), **reporter.rates}
     replace_file(run / "result.json", (json.dumps(result, indent=1) + "\n").encode())
     print(
         f"held out, {result['held_out_bytes']:,} bytes: {result['bits_per_byte']:.4f} bits per byte"
@@ -243,32 +259,9 @@ def _train(trainer: Trainer, run: Path, arguments: argparse.Namespace) -> int:
 
 def _follow(trainer: Trainer) -> int:
     """The same steps in another process, which neither reports nor saves."""
-    with _Interrupt() as interrupt:
+    with Interrupt() as interrupt:
         trainer.run(should_stop=interrupt.requested)
     return 0  # the first process says how it ended: a failure here would end that one early
-
-
-class _Interrupt:
-    """Turns the first Ctrl-C or SIGTERM into a request that is met between two steps."""
-
-    def __init__(self) -> None:
-        self._requested = False
-
-    def requested(self) -> bool:
-        return self._requested
-
-    def __enter__(self) -> _Interrupt:
-        self._previous = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._requested:
-            raise KeyboardInterrupt
-        self._requested = True
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -290,6 +283,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--precision", choices=("fp32", "bf16"), help="default: the faster one on this machine")
     add("--muon-lr", type=float, help="peak learning rate of the matrices")
     add("--adamw-lr", type=float, help="peak learning rate of the rest")
+    add("--schedule", choices=SCHEDULES, help="of the learning rates (default: wsd)")
+    add("--clip", type=float, metavar="NORM", help="limit of the gradients' norm (default: none)")
+    add("--accumulate", type=int, metavar="PARTS", help="read a step's rows in so many parts")
+    add("--compile", action=argparse.BooleanOptionalAction, help="through torch.compile")
     add("--sample-every", type=float, default=30.0, metavar="SECONDS")
     add("--save-every", type=float, default=120.0, metavar="SECONDS")
     return parser

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from .checkpoint import Checkpoint, load_tensors, save_checkpoint
 from .config import ModelConfig
-from .data import Corpus, Document, TrainingWindows, sha256_of
+from .data import IGNORED, Corpus, Document, TrainingWindows
+from .loader import Batch, Loader, Patcher, patcher_of
 from .model import STLM
-from .optim import Optimizers, lr_scale
+from .optim import SCHEDULES, Optimizers, lr_scale
 from .parallel import Ranks, mean_loss
 from .words import WordVocabulary
 
@@ -35,6 +39,12 @@ class TrainOptions:
         seed: of the initial parameters and the order of the windows.
         muon_lr, adamw_lr: peak learning rates.
         precision: "bf16" computes under autocast; parameters are fp32 either way.
+        accumulate: a step reads its rows in this many parts, one after the other, which needs less
+            memory; each valid byte of the step counts the same.
+        schedule: of the learning rates, see `stlm_models.optim.lr_scale`.
+        clip: the norm of all gradients together is at most this; None is no limit.
+        compile: run the model through torch.compile. On a CPU give patches a capacity: attention
+            is compiled there for each number of patches anew.
 
     Raises:
         ValueError: for a value out of range.
@@ -47,31 +57,41 @@ class TrainOptions:
     muon_lr: float = 0.02
     adamw_lr: float = 0.004
     precision: str = "fp32"
+    accumulate: int = 1
+    schedule: str = "wsd"
+    clip: float | None = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if (self.minutes is None) == (self.steps is None):
             got = f"minutes {self.minutes} and steps {self.steps}"
             raise ValueError(f"minutes, steps: expected exactly one of them, got {got}")
-        for name in ("minutes", "steps", "rows", "muon_lr", "adamw_lr"):
+        for name in ("minutes", "steps", "rows", "muon_lr", "adamw_lr", "accumulate", "clip"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}: expected more than 0, got {value}")
         if self.seed < 0:
             raise ValueError(f"seed: expected at least 0, got {self.seed}")
-        if self.precision not in PRECISIONS:
-            expected = f"one of {sorted(PRECISIONS)}"
-            raise ValueError(f"precision: expected {expected}, got {self.precision!r}")
+        for name, choices in (("precision", sorted(PRECISIONS)), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: expected one of {choices}, got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Mean nats per valid byte of a step, and the bytes it read, over all processes.
+    """What a step did, over all processes. Who reads a value of its tensors waits for the step.
 
     Words count as bytes by the mean length of an id in the corpus.
+
+    Args:
+        loss: 0-d, mean nats per valid byte.
+        n_bytes: read.
+        lost_patches: 0-d, patches that found no slot; None where patches have no capacity.
     """
 
-    loss: Tensor  # 0-d, on the device: who reads its value waits for the step
+    loss: Tensor
     n_bytes: int
+    lost_patches: Tensor | None = None
 
 
 class Trainer:
@@ -82,13 +102,19 @@ class Trainer:
         corpus: of which the `train` split is used.
         options: see `TrainOptions`.
         ranks: the processes that train together, each with the same other arguments.
+        patcher: finds the patches by a rule of your own; None is that of the config.
 
     Raises:
         ValueError: where the corpus is shorter than a window, or rows cannot be shared evenly.
     """
 
     def __init__(
-        self, config: ModelConfig, corpus: Corpus, options: TrainOptions, ranks: Ranks = ALONE
+        self,
+        config: ModelConfig,
+        corpus: Corpus,
+        options: TrainOptions,
+        ranks: Ranks = ALONE,
+        patcher: Patcher | None = None,
     ) -> None:
         self.words: WordVocabulary | None = None
         documents: Sequence[Document] = corpus.train
@@ -96,22 +122,27 @@ class Trainer:
             self.words = WordVocabulary.of(corpus.train, config.vocab_size)
             documents = [self.words.encode(document) for document in corpus.train]
         self.bytes_per_id = sum(map(len, corpus.train)) / max(1, sum(map(len, documents)))
+        patcher = patcher_of(config) if patcher is None else patcher
+        self.patch_capacity: int | None = getattr(patcher, "capacity", None)
         self.windows = TrainingWindows(
             documents,
             context=config.context,
-            rows=options.rows,
+            rows=_rows_at_once(options, ranks),
             seed=options.seed,
+            patcher=patcher,
             rank=ranks.rank,
             world=ranks.world,
         )
         self.config, self.corpus, self.options, self.ranks = config, corpus, options, ranks
         self.step, self.seconds = 0, 0.0
         self.device = ranks.device
+        self.loader = Loader(self.windows.batch, self.device)
         with torch.random.fork_rng():
             torch.manual_seed(options.seed)
             self.model = STLM(config)
         self.model.to(self.device)
         self.wrapped = ranks.wrap(self.model)
+        self.compute = torch.compile(self.wrapped) if options.compile else self.wrapped
         self.optimizers = Optimizers(self.model, muon_lr=options.muon_lr, adamw_lr=options.adamw_lr)
 
     @property
@@ -123,19 +154,49 @@ class Trainer:
         return self.seconds / (60 * self.options.minutes)
 
     def train_step(self) -> StepResult:
-        """Read a batch, move the parameters."""
-        batch = self.windows.batch(self.step).to(self.device)
+        """Read the step's batches, move the parameters."""
+        parts = self.options.accumulate
+        batches = [self.loader.batch(self.step * parts + part) for part in range(parts)]
+        if self.options.compile and self.patch_capacity is None:
+            batches = [batch.with_open_sizes() for batch in batches]
+        n_valid = torch.stack([(batch.targets != IGNORED).sum() for batch in batches]).sum()
         self.model.train()
-        with self.autocast():
-            loss_sum, n_valid = self.wrapped(
-                batch.byte_ids, batch.targets, cu_seqlens=batch.cu_seqlens
-            )
-        loss, mean = mean_loss(loss_sum, n_valid)
-        loss.backward()
-        self.optimizers.step(lr_scale(self.progress))
+        means = [
+            self._add_gradients(batch, n_valid, is_last=batch is batches[-1]) for batch in batches
+        ]
+        if self.options.clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip)
+        self.optimizers.step(lr_scale(self.progress, self.options.schedule))
         self.step += 1
-        n_bytes = round(batch.n_bytes * self.ranks.world * self.bytes_per_id)
-        return StepResult(mean / self.bytes_per_id, n_bytes)
+        n_ids = sum(batch.n_bytes for batch in batches) * self.ranks.world
+        return StepResult(
+            torch.stack(means).sum() / self.bytes_per_id,
+            round(n_ids * self.bytes_per_id),
+            self._lost_patches(batches),
+        )
+
+    def _add_gradients(self, batch: Batch, n_valid: Tensor, *, is_last: bool) -> Tensor:
+        """Backward of a part of a step of n_valid bytes; its share of the step's mean loss."""
+        # Processes exchange gradients at every backward pass; once a step is enough.
+        waiting: AbstractContextManager[None] = contextlib.nullcontext()
+        if isinstance(self.wrapped, DistributedDataParallel) and not is_last:
+            waiting = self.wrapped.no_sync()
+        with waiting:
+            with self.autocast():
+                loss_sum, _ = self.compute(
+                    batch.byte_ids,
+                    batch.targets,
+                    cu_seqlens=batch.cu_seqlens,
+                    patches=batch.patches,
+                )
+            loss, mean = mean_loss(loss_sum, n_valid)
+            loss.backward()
+        return mean
+
+    def _lost_patches(self, batches: list[Batch]) -> Tensor | None:
+        if self.patch_capacity is None:
+            return None
+        return self.ranks.total(torch.stack([batch.lost_patches for batch in batches]).sum())
 
     def run(
         self,
@@ -151,11 +212,14 @@ class Trainer:
         """
         started = time.monotonic() - self.seconds
         self.seconds, stop = self.ranks.agree(self.seconds, should_stop())
-        while self.progress < 1 and not stop:
-            result = self.train_step()
-            self.seconds = time.monotonic() - started
-            report(result)
-            self.seconds, stop = self.ranks.agree(time.monotonic() - started, should_stop())
+        try:
+            while self.progress < 1 and not stop:
+                result = self.train_step()
+                self.seconds = time.monotonic() - started
+                report(result)
+                self.seconds, stop = self.ranks.agree(time.monotonic() - started, should_stop())
+        finally:
+            self.loader.close()
         return self.progress >= 1
 
     def autocast(self) -> torch.autocast:
@@ -170,7 +234,7 @@ class Trainer:
             "step": self.step,
             "seconds": self.seconds,
             "options": dataclasses.asdict(self.options),
-            "train_sha256": sha256_of(self.corpus.train),
+            "train_sha256": self.corpus.train_sha256,
         }
         tensors = self.optimizers.state_tensors()
         return save_checkpoint(
@@ -187,10 +251,10 @@ class Trainer:
             ValueError: where the corpus is another one, or tensors do not fit.
         """
         state = checkpoint.state
-        if sha256_of(corpus.train) != state["train_sha256"]:
+        if corpus.train_sha256 != state["train_sha256"]:
             raise ValueError(
                 f"data: expected the bytes that the run began with, sha256 {state['train_sha256']},"
-                f" got {sha256_of(corpus.train)}"
+                f" got {corpus.train_sha256}"
             )
         trainer = cls(checkpoint.config, corpus, options, ranks)
         if trainer.words != checkpoint.words:
@@ -199,6 +263,14 @@ class Trainer:
         trainer.optimizers.load_state_tensors(checkpoint.optimizer)
         trainer.step, trainer.seconds = int(state["step"]), float(state["seconds"])
         return trainer
+
+
+def _rows_at_once(options: TrainOptions, ranks: Ranks) -> int:
+    parts = options.accumulate
+    if options.rows % (parts * ranks.world):
+        expected = f"a multiple of {parts} parts x {ranks.world} processes"
+        raise ValueError(f"rows: expected {expected}, got {options.rows}")
+    return options.rows // parts
 
 
 def fastest_precision() -> str:

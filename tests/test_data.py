@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from stlm_models import data
 from stlm_models.config import DOCUMENT_START
-from stlm_models.data import TrainingWindows, default_corpus, document_stream, load_corpus
+from stlm_models.data import DocumentStream, TrainingWindows, default_corpus, load_corpus
 
 
 def write(root: Path, files: dict[str, bytes]) -> None:
-    for name, data in files.items():
+    for name, content in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(data)
+        (root / name).write_bytes(content)
 
 
 class TestCorpus:
@@ -81,13 +83,74 @@ class TestCorpus:
             default_corpus(tmp_path)
 
 
+class TestLargeFiles:
+    def test_are_mapped_and_read_as_those_in_memory(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        texts = [bytes([n]) * (90 + n) for n in range(1, 12)]
+        write(tmp_path, {f"{n:02}": text for n, text in enumerate(texts)})
+        in_memory = load_corpus([str(tmp_path)])
+        monkeypatch.setattr(data, "LEAST_MAPPED", 95)
+        monkeypatch.setattr(data, "MOST_MAPPED", 5)
+        corpus = load_corpus([str(tmp_path)])
+        kinds = [type(document) for document in corpus.train]
+        assert kinds == [bytes] * 6 + [memoryview] * 4  # what is held out is read
+        assert {type(document) for document in corpus.held_out} == {bytes}
+        assert corpus == in_memory
+        assert corpus.describe() == in_memory.describe()
+        for step in range(5):
+            here, there = (
+                TrainingWindows(each.train, context=64, rows=3, seed=2).batch(step)
+                for each in (corpus, in_memory)
+            )
+            assert torch.equal(here.byte_ids, there.byte_ids)
+            assert torch.equal(here.targets, there.targets)
+
+    def test_stay_on_disk(self, tmp_path: Path) -> None:
+        with (tmp_path / "big").open("wb") as file:
+            file.truncate(64 << 20)
+        tracemalloc.start()
+        corpus = load_corpus([str(tmp_path)])
+        batch = TrainingWindows(corpus.train, context=1024, rows=8, seed=0).batch(3)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert batch.n_bytes == 8192
+        # An order of the windows, and the permutation that made it, beside what is held out.
+        assert peak < data.MAX_HELD_OUT + 2 * 8 * (64 << 20) / 1024 + 1e6
+
+
 DOCUMENTS = [bytes([n]) * (5 + 7 * n) for n in range(1, 20)]
+
+
+class TestDocumentStream:
+    def test_is_the_documents_behind_each_other(self) -> None:
+        words = [np.array([300, 7, 50_000], np.int32), np.array([256 + 9], np.int32)]
+        for documents, dtype in ((DOCUMENTS[:4], np.int16), (words, np.int32)):
+            stream = DocumentStream(documents)
+            pieces = [[DOCUMENT_START, *document] for document in documents]
+            whole = np.concatenate(pieces).astype(dtype)
+            assert len(stream) == len(whole)
+            for start, stop in itertools.combinations_with_replacement(range(len(whole) + 1), 2):
+                got = stream[start:stop]
+                assert got.dtype == dtype
+                assert np.array_equal(got, whole[start:stop])
+
+    @pytest.mark.parametrize("length", [1, 2, 5, 6, 7, 30])
+    def test_most_documents_of_a_window(self, length: int) -> None:
+        documents = [b"abcdef", b"a", b"b", b"cd", b"efghijklmn" * 2, b"o"]
+        stream = DocumentStream(documents)
+        whole = stream[:]
+        begun = [
+            1 + int((whole[start + 1 : start + length] == DOCUMENT_START).sum())
+            for start in range(len(whole) - length + 1)
+        ]
+        assert stream.most_documents(length) == max(begun)
 
 
 class TestTrainingWindows:
     def test_targets_are_the_next_ids(self) -> None:
         windows = TrainingWindows(DOCUMENTS, context=16, rows=4, seed=1)
-        stream = document_stream(DOCUMENTS)
+        stream = DocumentStream(DOCUMENTS)
         for step in range(20):
             batch = windows.batch(step)
             inputs, targets = batch.byte_ids.view(4, 16), batch.targets.view(4, 16)

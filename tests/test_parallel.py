@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from stlm_models import STLM
+from stlm_models import STLM, BytePatcher
 from stlm_models.checkpoint import load_model
 from stlm_models.data import Corpus, TrainingWindows
 from stlm_models.optim import Optimizers
@@ -60,12 +60,20 @@ def give_gradients(model: torch.nn.Module) -> None:
         parameter.grad = distribute_tensor(grad, mesh, parameter.placements) if mesh else grad
 
 
-def trained(ranks: Ranks) -> tuple[Trainer, list[float]]:
+def trained(ranks: Ranks, parts: int = 1) -> tuple[Trainer, list[float]]:
     corpus = Corpus("words", [WORDS], [])
-    trainer = Trainer(TINY, corpus, TrainOptions(steps=2, rows=2), ranks)
+    patcher = BytePatcher("space", max_patch_len=TINY.max_patch_len, capacity=100)
+    options = TrainOptions(steps=2, rows=4, accumulate=parts)
+    trainer = Trainer(TINY, corpus, options, ranks, patcher)
     losses: list[float] = []
     trainer.run(lambda result: losses.append(float(result.loss)))
     return trainer, losses
+
+
+def lost_patches(ranks: Ranks) -> Tensor | None:
+    patcher = BytePatcher("fixed", patch_size=2, capacity=10)
+    corpus, options = Corpus("words", [WORDS], []), TrainOptions(steps=1, rows=2)
+    return Trainer(TINY, corpus, options, ranks, patcher).train_step().lost_patches
 
 
 def in_two_processes(rank: int, folder: str) -> None:
@@ -96,9 +104,10 @@ def in_two_processes(rank: int, folder: str) -> None:
     load_sharded(root / "by_one", other.state_dict())
     results["loaded"] = {n: whole(p.detach()) for n, p in other.named_parameters()}
     results["untrained"] = dict(scrambled().named_parameters())
-    trainer, results["losses"] = trained(Ranks(rank, 2))
+    trainer, results["losses"] = trained(Ranks(rank, 2), parts=2)
     results["trained"] = dict(trainer.model.named_parameters())
     results["agreed"] = Ranks(rank, 2).agree(7.0 + rank, should_stop=rank == 1)
+    results["lost"] = lost_patches(Ranks(rank, 2))
     torch.save(results, root / f"results-{rank}")
     dist.destroy_process_group()
 
@@ -160,13 +169,18 @@ def test_all_follow_the_first_clock_and_stop_together(seen: dict[str, Any]) -> N
     assert seen["agreed"] == (7.0, True)
 
 
-def test_the_trainer_in_two_processes_equals_one(seen: dict[str, Any]) -> None:
+def test_the_trainer_in_two_processes_and_two_parts_equals_one(seen: dict[str, Any]) -> None:
     trainer, losses = trained(Ranks())
     assert seen["losses"] == pytest.approx(losses, rel=1e-4)
     table = "embedding.weight"  # moved by AdamW, which amplifies no rounding
     torch.testing.assert_close(
         seen["trained"][table], trainer.model.embedding.weight.detach(), rtol=1e-3, atol=1e-5
     )
+
+
+def test_patches_without_a_slot_are_those_of_all_processes(seen: dict[str, Any]) -> None:
+    # Each process has 10 slots for the 16 patches of its window of 32 bytes, or a few more.
+    assert int(seen["lost"]) >= 2 * 6
 
 
 def test_the_command_under_torchrun(full: bool, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from stlm_models.data import Corpus
 from stlm_models.trainer import Trainer, TrainOptions
 
 CORPUS = Corpus("words", [b"the cat sat on the mat, and the dog sat by the door. " * 100], [])
-PARTS = {"patcher", "ngrams", "to_core", "core", "from_core", "unpooling", "decoder", "to_output"}
+PARTS = {"ngrams", "to_core", "core", "from_core", "unpooling", "decoder", "to_output"}
 
 
 def test_parts_add_up_to_the_step() -> None:

@@ -19,7 +19,7 @@ from test_models import TINY, scrambled
 from stlm_kernels import find_patches
 from stlm_models import DOCUMENT_START, bits_per_byte, words
 from stlm_models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from stlm_models.data import document_stream
+from stlm_models.data import DocumentStream
 from stlm_models.words import FIRST_WORD, WordVocabulary
 
 TEXTS = [
@@ -167,10 +167,10 @@ class TestKeeping:
 
 def test_documents_of_ids_are_streamed_as_they_are() -> None:
     documents = [VOCABULARY.encode(text) for text in TEXTS]
-    stream = document_stream(documents)
+    stream = DocumentStream(documents)[:]
     assert stream.dtype == np.int32
     assert stream.tolist() == [x for ids in documents for x in (DOCUMENT_START, *ids.tolist())]
-    assert document_stream(TEXTS).dtype == np.int16
+    assert DocumentStream(TEXTS)[:].dtype == np.int16
 
 
 @pytest.mark.parametrize(("context", "stride"), [(None, None), (8, 3), (1, 1), (1000, 500)])
