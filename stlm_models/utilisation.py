@@ -15,7 +15,7 @@ ENOUGH_SECONDS = 0.02
 
 
 def flops_per_byte(trainer: Trainer) -> float:
-    """Floating-point operations of forward and backward per byte, counted on the first window.
+    """Floating-point operations of forward and backward per real byte, counted on the first window.
 
     A multiply and an add are two; unused slots of patches are left out. Parameters, their gradients
     and random numbers stay as they are.
@@ -35,7 +35,7 @@ def flops_per_byte(trainer: Trainer) -> float:
                 batch.byte_ids, batch.targets, cu_seqlens=batch.cu_seqlens, patches=patches
             )
         torch.autograd.grad(loss_sum, parameters, allow_unused=True)
-    return counter.get_total_flops() / batch.n_bytes
+    return counter.get_total_flops() / (batch.n_bytes * trainer.bytes_per_id)
 
 
 def matmul_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
