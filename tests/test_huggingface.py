@@ -106,6 +106,20 @@ def test_beams_go_on_from_a_cache(model: STLMForCausalLM, tokenizer: ByteTokeniz
     assert torch.equal(*runs)
 
 
+def test_reordered_rows_go_on_from_their_own_text(model: STLMForCausalLM) -> None:
+    """What beam search asks of a cache when a beam continues another one."""
+    from stlm_models.huggingface.modeling_stlm import GrowingTexts
+
+    ids = torch.tensor([[256, *b"one row"], [256, *b"another"], [256, *b"a third"]])
+    texts = GrowingTexts(model.stlm, ids, None)
+    order = torch.tensor([1, 1, 0])
+    texts.reorder_cache(order)
+    new = torch.tensor([[ord("x")], [ord("y")], [ord(" ")]])
+    texts.append(new)
+    whole = model.stlm.hidden(torch.cat([ids[order], new], 1))[:, -1]
+    torch.testing.assert_close(texts.run.hidden, whole, rtol=1e-4, atol=1e-5)
+
+
 def test_what_would_be_ignored_is_refused(model: STLMForCausalLM, tokenizer: ByteTokenizer) -> None:
     batch = tokenizer(PROMPTS, padding=True, return_tensors="pt")
     with pytest.raises(ValueError, match="prompts padded on the left"):
