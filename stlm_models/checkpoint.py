@@ -36,12 +36,14 @@ class Checkpoint:
         model: its state dict; a tied table is one tensor in it.
         optimizer: its tensors by name.
         state: plain values, among them "step".
+        digest: of one that was loaded, SHA-256 of the SHA-256 of its config and of its model.
     """
 
     config: ModelConfig
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     state: dict[str, Any]
+    digest: str = ""
 
 
 def require_extra(packages: Sequence[str]) -> None:
@@ -112,7 +114,8 @@ def load_checkpoint(run: Path) -> Checkpoint:
     state = _parse(folder / "state.json", files["state.json"])
     config = config_from_dict(_parse(folder / "config.json", files["config.json"]))
     model, optimizer = (load(files[name]) for name in names[:2])
-    return Checkpoint(config, model, optimizer, state)
+    digest = hashlib.sha256((manifest["config.json"] + manifest["model.safetensors"]).encode())
+    return Checkpoint(config, model, optimizer, state, digest.hexdigest())
 
 
 def load_model(run: Path) -> STLM:
@@ -121,7 +124,15 @@ def load_model(run: Path) -> STLM:
     Raises:
         ValueError: as `load_checkpoint`, and where the tensors are not those of the config.
     """
-    checkpoint = load_checkpoint(run)
+    return model_of(load_checkpoint(run))
+
+
+def model_of(checkpoint: Checkpoint) -> STLM:
+    """The model of a checkpoint, on the CPU and in eval mode.
+
+    Raises:
+        ValueError: where the tensors are not those of the config.
+    """
     model = STLM(checkpoint.config)
     load_tensors(model, checkpoint.model)
     return model.eval()
