@@ -138,9 +138,12 @@ def test_any_file_comes_back(model: STLM, name: str, lanes: int) -> None:
     data = FILES[name]
     lanes = min(lanes, max(1, len(data)))
     threads = torch.get_num_threads()
+    done = [0]
     model.train()
-    file = compress(model, data, checkpoint=MINE, lanes=lanes)
+    file = compress(model, data, checkpoint=MINE, lanes=lanes, on_progress=done.append)
     assert len(unpack(file).codes) == lanes
+    # Each byte once: a lane that has ended is asked for no more.
+    assert done[-1] == len(data)
     # Neither the mode nor the threads nor autocast of a caller make a difference.
     model.eval()
     torch.set_num_threads(2)
