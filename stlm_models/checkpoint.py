@@ -40,6 +40,7 @@ class Checkpoint:
         optimizer: its tensors by name.
         state: plain values, among them "step".
         words: the vocabulary of a model of words.
+        digest: of one that was loaded, SHA-256 of the SHA-256 of its config and of its model.
     """
 
     config: ModelConfig
@@ -47,6 +48,7 @@ class Checkpoint:
     optimizer: dict[str, Tensor]
     state: dict[str, Any]
     words: WordVocabulary | None = None
+    digest: str = ""
 
 
 def require_extra(packages: Sequence[str], extra: str = "train") -> None:
@@ -122,7 +124,8 @@ def load_checkpoint(run: Path) -> Checkpoint:
     words = None
     if WORDS in manifest:
         words = WordVocabulary.from_json(_verified(folder / WORDS, manifest))
-    return Checkpoint(config, model, optimizer, state, words)
+    digest = hashlib.sha256((manifest["config.json"] + manifest["model.safetensors"]).encode())
+    return Checkpoint(config, model, optimizer, state, words, digest.hexdigest())
 
 
 def load_model(run: Path) -> STLM:
@@ -131,7 +134,15 @@ def load_model(run: Path) -> STLM:
     Raises:
         ValueError: as `load_checkpoint`, and where the tensors are not those of the config.
     """
-    checkpoint = load_checkpoint(run)
+    return model_of(load_checkpoint(run))
+
+
+def model_of(checkpoint: Checkpoint) -> STLM:
+    """The model of a checkpoint, on the CPU and in eval mode.
+
+    Raises:
+        ValueError: where the tensors are not those of the config.
+    """
     model = STLM(checkpoint.config)
     load_tensors(model, checkpoint.model)
     return model.eval()

@@ -226,22 +226,34 @@ def _run_steps(
             yield
             if all(row.done for row in rows) or step == max_new_bytes - 1:
                 return
-            _advance(run, rows, ids)
+            active = [i for i, row in enumerate(rows) if not row.done]
+            advance(run, [row.window for row in rows], ids, active)
     finally:
         model.train(training)
 
 
-def _advance(run: CachedRun, rows: list[_Row], ids: Tensor) -> None:
-    """Show each row its last byte, ids (B,), or the window it goes on with beyond the context."""
-    active = [i for i, row in enumerate(rows) if not row.done]
-    outgrown = [i for i in active if len(rows[i].window) > run.model.config.context]
-    going = [i for i in active if len(rows[i].window) <= run.model.config.context]
+def advance(
+    run: CachedRun,
+    windows: Sequence[list[int]],
+    ids: Tensor,  # (B,) integers
+    rows: Sequence[int],
+) -> None:
+    """Show each of these rows (ascending) its next id, or the window that it goes on with.
+
+    Args:
+        windows: what each row sees, its next id included. One that has outgrown the context is
+            cut by `fit_context`, in place.
+        ids: of all rows; those of rows left out are not read.
+    """
+    context = run.model.config.context
+    going = [i for i in rows if len(windows[i]) <= context]
+    outgrown = [i for i in rows if len(windows[i]) > context]
     if going:
         run.step(ids, going)
     if outgrown:
         for i in outgrown:
-            rows[i].window = fit_context(run.model, rows[i].window)
-        run.restart(outgrown, [rows[i].window for i in outgrown])
+            windows[i][:] = fit_context(run.model, windows[i])
+        run.restart(outgrown, [windows[i] for i in outgrown])
 
 
 def fit_context(model: STLM, window: list[int]) -> list[int]:

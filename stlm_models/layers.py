@@ -15,6 +15,8 @@ from stlm_kernels import (
     byte_pool,
     find_patches,
     linear_cross_entropy,
+    linear_kl_div,
+    linear_logprobs,
     linear_sample,
 )
 
@@ -149,6 +151,43 @@ class TiedEmbedding(nn.Module):
             valid_vocab=self.vocab_size,
         )
         return loss_sum, (targets.long() != ignore_index).sum()
+
+    def logprobs(self, x: Tensor, targets: Tensor, *, ignore_index: int = -100) -> Tensor:
+        """Log-probability of each target (...) after x (..., D), fp32; 0 where it is ignored."""
+        logprobs, _ = linear_logprobs(
+            x,
+            self._table(),
+            targets,
+            ignore_index=ignore_index,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+            valid_vocab=self.vocab_size,
+        )
+        return logprobs
+
+    def kl_div(
+        self,
+        x: Tensor,
+        teacher_logits: Tensor,
+        *,
+        temperature: float = 1.0,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """The sum of temperature^2 * KL(teacher || this) over x (..., D) where mask (...) is True.
+
+        teacher_logits (..., vocab_size) are taken as given: see `stlm_kernels.linear_kl_div`.
+        """
+        return linear_kl_div(
+            x,
+            self._table(),
+            teacher_logits,
+            temperature=temperature,
+            mask=mask,
+            reduction="sum",
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+            valid_vocab=self.vocab_size,
+        )
 
     def sample(
         self,

@@ -1,0 +1,99 @@
+"""What a model expects of the bytes of a text, byte by byte: the part that coder and decoder share.
+
+Both run `code_lanes` and nothing else of the model, with the same rows in every step: that makes
+its probabilities the same on both sides, bit for bit, on the same software and kind of device. A
+byte is shown to the model after it was coded: one that leaks has nothing to look ahead at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .arithmetic import TOTAL_BITS
+from .cached import CachedRun
+from .config import BYTES, DOCUMENT_START
+from .decoding import advance
+
+if TYPE_CHECKING:
+    from .model import STLM
+
+BYTES_OF_A_LANE = 4096
+MOST_LANES = 64
+
+NextBytes = Callable[[int, Sequence[int], NDArray[np.int64]], list[int]]
+"""(step, lanes that have a byte there, cumulative shares of all lanes) -> the bytes of those."""
+
+
+def default_lanes(length: int) -> int:
+    """A lane for every 4 KiB, at most 64. Each begins without context, which costs a little."""
+    return min(MOST_LANES, max(1, -(-length // BYTES_OF_A_LANE)))
+
+
+def lane_borders(length: int, lanes: int) -> list[int]:
+    """Where lanes begin in a text of this length, and its end; they differ by a byte at most."""
+    return [length * lane // lanes for lane in range(lanes + 1)]
+
+
+@torch.no_grad()
+def code_lanes(model: STLM, length: int, lanes: int, next_bytes: NextBytes) -> None:
+    """Ask for the bytes of all lanes, step by step, telling what the model expects them to be.
+
+    Each lane begins a document; beyond the context it goes on as generation does.
+
+    Raises:
+        ValueError: where the model's logits are not finite.
+    """
+    if length == 0:
+        return
+    borders = lane_borders(length, lanes)
+    lengths = [end - begin for begin, end in pairwise(borders)]
+    windows = [[DOCUMENT_START] for _ in lengths]
+    run = CachedRun(model, windows)
+    ids = [0] * lanes
+    for step in range(max(lengths)):
+        rows = [lane for lane in range(lanes) if step < lengths[lane]]
+        logits = model.embedding.logits(run.hidden, valid_vocab=BYTES)
+        for lane, byte in zip(rows, next_bytes(step, rows, cumulative_shares(logits)), strict=True):
+            ids[lane] = byte
+            windows[lane].append(byte)
+        advance(run, windows, torch.tensor(ids, device=run.device), rows)
+
+
+def cumulative_shares(logits: Tensor) -> NDArray[np.int64]:
+    """(..., V) -> (..., V + 1) from 0 to 2 ** TOTAL_BITS; no share is empty.
+
+    Raises:
+        ValueError: where logits are not finite.
+    """
+    if not logits.isfinite().all():
+        raise ValueError("model: expected finite logits, got NaN or infinity")
+    probabilities = logits.cpu().double().softmax(-1).numpy()
+    total, vocab = 1 << TOTAL_BITS, logits.shape[-1]
+    shares = (probabilities * (total - vocab)).astype(np.int64) + 1
+    likeliest = probabilities.argmax(-1)[..., None]
+    left = total - shares.sum(-1, keepdims=True)
+    np.put_along_axis(shares, likeliest, np.take_along_axis(shares, likeliest, -1) + left, -1)
+    none = np.zeros((*shares.shape[:-1], 1), np.int64)
+    return np.concatenate((none, shares.cumsum(-1)), -1)
+
+
+@contextmanager
+def reproducible(model: STLM) -> Iterator[None]:
+    """Eval mode, no autocast, and one thread: several may sum a product in another order."""
+    training, threads_before = model.training, torch.get_num_threads()
+    model.eval()
+    torch.set_num_threads(1)
+    try:
+        with torch.autocast(model.embedding.weight.device.type, enabled=False):
+            yield
+    finally:
+        torch.set_num_threads(threads_before)
+        model.train(training)
