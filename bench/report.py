@@ -130,7 +130,8 @@ def _case_lines(case: str, records: list[Record]) -> Iterator[str]:
     yield "".join([" " * NAME_WIDTH, *(f"{p:>26}" for p in passes)])
     for entry in entries:
         cells = [_cell(found.get((entry, p)), first.get(p)) for p in passes]
-        yield "".join([f"  {entry:<{NAME_WIDTH - 2}}", *cells])
+        rates = [_bytes_per_s(found.get((entry, p))) for p in passes]
+        yield "".join([f"  {entry:<{NAME_WIDTH - 2}}", *cells, *rates])
     shares = [_share(first.get(p)) for p in passes]
     yield "".join([f"  {f'roofline share of {ours}':<{NAME_WIDTH - 2}}", *shares])
 
@@ -143,6 +144,12 @@ def _cell(record: Record | None, ours: Record | None) -> str:
     ratio = f"{median / ours['stats']['median']:.2f}x" if ours is not None else ""
     mib = record["extra_info"]["peak_bytes"] / 2**20
     return f"{median * 1e6:>9.0f} {spread:>4} {ratio:>5} {mib:>5.0f}"
+
+
+def _bytes_per_s(record: Record | None) -> str:
+    """Of the text that a model reads or writes; ops have none."""
+    rate = None if record is None else record["extra_info"].get("bytes_per_s")
+    return "" if rate is None else f" {rate:>12,.0f} bytes/s"
 
 
 def _share(record: Record | None) -> str:
