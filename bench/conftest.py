@@ -15,7 +15,7 @@ import torch
 
 from stlm_kernels.registry import OPS
 
-from . import report
+from . import report, resources
 from .model_work import ModelJob
 from .session import Session
 from .timing import Cpu, Gpu
@@ -85,4 +85,6 @@ def pytest_terminal_summary(
     for table in report.tables(session.records, left_out(OPS.values(), session.tag)):
         terminalreporter.write_line("")
         terminalreporter.write_line(table)
+    if isinstance(session.machine, Cpu):
+        terminalreporter.write_line(f"\n{resources.summary()}")
     terminalreporter.write_line(f"\nJSON: {config.option.benchmark_json}")

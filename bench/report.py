@@ -189,6 +189,9 @@ def _section(path: Path) -> tuple[str, str]:
         lines = "\n".join(
             _part_line(name, x) for name in values["steps"] for x in values["steps"][name]
         )
+    elif "resources" in values:
+        about, kind = values["machine"], "python -m bench.resources"
+        lines = "\n".join(_resource_line(row) for row in values["resources"])
     elif "command" in values:
         about, kind = values, values["command"]
         lines = "\n".join(f"{key}: {value}" for key, value in _plain_values(values))
@@ -211,6 +214,13 @@ def _comparison_line(row: Record) -> str:
 def _part_line(preset: str, part: Record) -> str:
     ms, work = part["seconds"] * 1e3, part["flops"] / 1e9
     return f"{preset} {part['name']:<12} {ms:9.2f} ms {work:9.2f} GFLOP"
+
+
+def _resource_line(row: Record) -> str:
+    return (
+        f"{row['kernel']:<36} sm_{row['arch']} {row['registers']:>3} registers,"
+        f" {row['spill_instructions']} spills, {row['shared_bytes']:>6} B shared  {row['config']}"
+    )
 
 
 def _plain_values(values: Record) -> Iterator[tuple[str, object]]:

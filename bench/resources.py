@@ -64,7 +64,7 @@ def lines(values: dict[str, Any], sources: str) -> list[str]:
         sources: `sources_sha256` of the kernels here.
     """
     about = values["machine"]
-    rows = [Report(**row, **dict.fromkeys(CODE, "")) for row in values["resources"]]
+    rows = [Report(**row, ptx="", sass="") for row in values["resources"]]
     stamp = (
         f"compiled ahead of time for sm_{rows[0].arch}, bfloat16, triton {about['triton']}, "
         f"commit {about['commit']}, {about['date']}"
@@ -97,11 +97,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     about = report.machine(torch.device("cpu"), options.commit)
     with_kernels = [name for name, spec in OPS.items() if spec.kernels]
     rows = rows_of(list(compiled(with_kernels, options.arch)))
-    values = {"machine": about, "sources": sources_sha256(), "resources": rows}
+    sources = sources_sha256()
+    values = {"machine": about, "sources": sources, "resources": rows}
     path = options.json or path_of(options.arch)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(values, indent=1) + "\n")
-    print("\n".join(lines(values, values["sources"])))
+    print("\n".join(lines(values, sources)))
     print(path)
 
 
