@@ -8,6 +8,10 @@ from .session import Session
 from .work import Job
 
 
+def jobs_of(session: Session) -> list[Job]:
+    return session.jobs()
+
+
 def test_speed(job: Job, session: Session, timer: Any, benchmark: Any) -> None:
     task, errors = session.judged_task(job)
     plan = session.machine.plan(task, timer)

@@ -1,7 +1,7 @@
 """The benchmark run around the jobs: what is collected, recorded, and shown at the end.
 
-`--benchmark-disable` rehearses: each op's first smoke case, each body once, compiled peers traced
-but not compiled.
+`--benchmark-disable` rehearses: each op's first smoke case and a step and a text of a few bytes,
+each body once, compiled peers traced but not compiled.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import torch
 
 from stlm_kernels.registry import OPS
 
-from . import report
+from . import report, resources
+from .model_work import ModelJob
 from .session import Session
 from .timing import Cpu, Gpu
 from .work import Job, left_out
@@ -46,7 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "job" in metafunc.fixturenames:
-        found = metafunc.config.stash[SESSION].jobs()
+        found = metafunc.module.jobs_of(metafunc.config.stash[SESSION])
         metafunc.parametrize("job", found, ids=[job.id for job in found])
 
 
@@ -56,7 +57,7 @@ def session(request: pytest.FixtureRequest) -> Session:
 
 
 @pytest.fixture
-def timer(request: pytest.FixtureRequest, session: Session, job: Job) -> Any:
+def timer(request: pytest.FixtureRequest, session: Session, job: Job | ModelJob) -> Any:
     """Comes before `benchmark` in a test's arguments, which reads the mark when it is made."""
     timer = session.machine.timer()
     mark = pytest.mark.benchmark(group=job.group, timer=timer, disable_gc=True)
@@ -84,4 +85,6 @@ def pytest_terminal_summary(
     for table in report.tables(session.records, left_out(OPS.values(), session.tag)):
         terminalreporter.write_line("")
         terminalreporter.write_line(table)
+    if isinstance(session.machine, Cpu):
+        terminalreporter.write_line(f"\n{resources.summary()}")
     terminalreporter.write_line(f"\nJSON: {config.option.benchmark_json}")

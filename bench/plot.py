@@ -1,58 +1,88 @@
-"""`python -m bench.plot FILE...`: one PNG of bars for each op of each benchmark JSON."""
+"""`python -m bench.plot FILE...`: what `pytest bench/` measured, as PNG.
+
+For each op and family bars of every case, and time over size where it has several; for a GPU's file
+the roofline as well, under the ceilings that the same run measured.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .report import Record
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 def plot_file(path: Path, folder: Path) -> list[Path]:
-    """Draw every op of one file: a panel for each case, passes side by side, a bar per entry."""
-    results = json.loads(path.read_text())
-    about = results["machine_info"]["stlm"]
-    by_op: dict[str, dict[str, list[Record]]] = {}
-    for record in results["benchmarks"]:
-        info = record["extra_info"]
-        by_op.setdefault(info["op"], {}).setdefault(info["case"], []).append(record)
+    """Draw one benchmark JSON into a folder; the pictures' paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, figure in figures(json.loads(path.read_text())):
+        written.append(folder / f"{path.stem}-{name}.png")
+        figure.savefig(written[-1], dpi=110)
+    return written
+
+
+def figures(results: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
+    """(name, figure) of everything that the results of one run can show."""
+    about, records = results["machine_info"]["stlm"], results["benchmarks"]
     title = f"{about['device']}, torch {about['torch']}, {about['commit']}, {about['date']}"
-    return [
-        _draw(op, cases, title, folder / f"{path.stem}-{op}.png") for op, cases in by_op.items()
-    ]
+    for op, mine in _grouped(records, "op").items():
+        yield op, bars(op, mine, title)
+        if len({x["extra_info"].get("bytes") for x in mine} - {None}) > 1:
+            yield f"{op}-size", over_size(op, mine, title)
+    counted = [x for x in records if x["extra_info"].get("bytes") and x["extra_info"].get("flops")]
+    if about["gpu_state"] and about["ceilings"] and counted:
+        yield "roofline", roofline(counted, about["ceilings"], title)
 
 
-def _draw(op: str, cases: dict[str, list[Record]], title: str, path: Path) -> Path:
-    import matplotlib
+def _grouped(records: Sequence[Record], key: str) -> dict[str, list[Record]]:
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(record["extra_info"][key], []).append(record)
+    return groups
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(
-        len(cases), 1, figsize=(11, 3.2 * len(cases) + 1), squeeze=False, layout="constrained"
-    )
-    entries = list(dict.fromkeys(x["extra_info"]["entry"] for rs in cases.values() for x in rs))
-    for axes, (case, records) in zip(panels[:, 0], cases.items(), strict=True):
-        _bars(axes, records, entries)
-        axes.set_title(case, fontsize=9, loc="left")
+def _figure(rows: int, height: float) -> tuple[Figure, Sequence[Any]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, height * rows + 1), layout="constrained")
+    return figure, list(figure.subplots(rows, 1, squeeze=False)[:, 0])
+
+
+def _legend(figure: Figure) -> None:
+    """One for all panels, each label once."""
     handles = {
         label: handle
-        for axes in panels[:, 0]
+        for axes in figure.axes
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
-    figure.suptitle(f"{op}: median time, spread (IQR), log scale\n{title}", fontsize=9)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-    return path
+
+
+# Bars
+
+
+def bars(op: str, records: list[Record], title: str) -> Figure:
+    """A panel for each case, passes side by side, a bar per entry."""
+    cases = _grouped(records, "case")
+    figure, panels = _figure(len(cases), 3.2)
+    entries = list(_grouped(records, "entry"))
+    for axes, (case, mine) in zip(panels, cases.items(), strict=True):
+        _bars(axes, mine, entries)
+        axes.set_title(case, fontsize=9, loc="left")
+    figure.suptitle(f"{op}: median time, spread (IQR), log scale\n{title}", fontsize=9)
+    _legend(figure)
+    return figure
 
 
 def _bars(axes: Any, records: list[Record], entries: Sequence[str]) -> None:
-    passes = list(dict.fromkeys(x["extra_info"]["pass"] for x in records))
+    passes = list(_grouped(records, "pass"))
     width = 0.85 / len(entries)
     for k, entry in enumerate(entries):
         mine = [x for x in records if x["extra_info"]["entry"] == entry]
@@ -70,8 +100,72 @@ def _bars(axes: Any, records: list[Record], entries: Sequence[str]) -> None:
     axes.set_ylabel("us")
 
 
+# Time over size
+
+
+def over_size(op: str, records: list[Record], title: str) -> Figure:
+    """A panel for each pass, a line per entry over the bytes that the case must move."""
+    passes = _grouped([x for x in records if "bytes" in x["extra_info"]], "pass")
+    figure, panels = _figure(len(passes), 3.2)
+    colours = {entry: f"C{k % 10}" for k, entry in enumerate(_grouped(records, "entry"))}
+    for axes, (direction, mine) in zip(panels, passes.items(), strict=True):
+        for entry, points in _grouped(mine, "entry").items():
+            points.sort(key=_bytes)
+            style = "o-" if points[0]["extra_info"]["ours"] else "x--"
+            sizes, medians = map(_bytes, points), (x["stats"]["median"] * 1e6 for x in points)
+            axes.loglog(list(sizes), list(medians), style, color=colours[entry], label=entry)
+        axes.set_title(direction, fontsize=9, loc="left")
+        axes.set_xlabel("bytes that the case must move")
+        axes.set_ylabel("us")
+    figure.suptitle(f"{op}: median time over size, log scales\n{title}", fontsize=9)
+    _legend(figure)
+    return figure
+
+
+def _bytes(record: Record) -> int:
+    return record["extra_info"]["bytes"]
+
+
+# Roofline
+
+
+def roofline(records: list[Record], ceilings: dict[str, float], title: str) -> Figure:
+    """Achieved FLOP/s over FLOPs per byte, of whatever multiplies or adds."""
+    copy, matmul = ceilings["copy_bytes_per_s"], ceilings["matmul_flops_per_s"]
+    figure, (axes,) = _figure(1, 7)
+    knee = matmul / copy
+    reach = [*(_intensity(x) for x in records), knee]
+    ends = [min(reach) / 2, knee, max(reach) * 2]
+    axes.loglog(ends, [min(matmul, x * copy) / 1e12 for x in ends], "k-", label="ceilings")
+    for k, (op, mine) in enumerate(_grouped(records, "op").items()):
+        for ours, style in ((True, "o"), (False, "x")):
+            some = [x for x in mine if x["extra_info"]["ours"] is ours]
+            label = op if ours else f"{op}, peers"
+            _points(axes, some, style, f"C{k % 10}", label)
+    axes.set_xlabel("FLOPs per byte that the case must move")
+    axes.set_ylabel("TFLOP/s")
+    rates = f"copy {copy / 1e9:.0f} GB/s, matmul {matmul / 1e12:.0f} TFLOP/s of the same run"
+    figure.suptitle(f"roofline: {rates}\n{title}", fontsize=9)
+    _legend(figure)
+    return figure
+
+
+def _points(axes: Any, records: list[Record], style: str, colour: str, label: str) -> None:
+    if records:
+        rates = [x["extra_info"]["flops"] / x["stats"]["median"] / 1e12 for x in records]
+        axes.loglog([*map(_intensity, records)], rates, style, color=colour, label=label)
+
+
+def _intensity(record: Record) -> float:
+    return record["extra_info"]["flops"] / record["extra_info"]["bytes"]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.plot", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.plot",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("files", nargs="+", type=Path, help="JSON of `pytest bench/`")
     parser.add_argument("--out", type=Path, help="folder of the PNGs (default: beside each file)")
     options = parser.parse_args(arguments)

@@ -130,7 +130,8 @@ def _case_lines(case: str, records: list[Record]) -> Iterator[str]:
     yield "".join([" " * NAME_WIDTH, *(f"{p:>26}" for p in passes)])
     for entry in entries:
         cells = [_cell(found.get((entry, p)), first.get(p)) for p in passes]
-        yield "".join([f"  {entry:<{NAME_WIDTH - 2}}", *cells])
+        rates = [_bytes_per_s(found.get((entry, p))) for p in passes]
+        yield "".join([f"  {entry:<{NAME_WIDTH - 2}}", *cells, *rates])
     shares = [_share(first.get(p)) for p in passes]
     yield "".join([f"  {f'roofline share of {ours}':<{NAME_WIDTH - 2}}", *shares])
 
@@ -143,6 +144,12 @@ def _cell(record: Record | None, ours: Record | None) -> str:
     ratio = f"{median / ours['stats']['median']:.2f}x" if ours is not None else ""
     mib = record["extra_info"]["peak_bytes"] / 2**20
     return f"{median * 1e6:>9.0f} {spread:>4} {ratio:>5} {mib:>5.0f}"
+
+
+def _bytes_per_s(record: Record | None) -> str:
+    """Of the text that a model reads or writes; ops have none."""
+    rate = None if record is None else record["extra_info"].get("bytes_per_s")
+    return "" if rate is None else f" {rate:>12,.0f} bytes/s"
 
 
 def _share(record: Record | None) -> str:
@@ -186,6 +193,9 @@ def _section(path: Path) -> tuple[str, str]:
         about = values["machine"]
         kind = f"python -m bench.twins {values['preset']} --minutes {values['minutes']:g}"
         lines = "\n".join([*values["corpus"], *twin_lines(values["twins"])])
+    elif "resources" in values:
+        about, kind = values["machine"], "python -m bench.resources"
+        lines = "\n".join(_resource_line(row) for row in values["resources"])
     elif "command" in values:
         about, kind = values, values["command"]
         lines = "\n".join(f"{key}: {value}" for key, value in _plain_values(values))
@@ -220,6 +230,13 @@ def twin_lines(twins: dict[str, Record]) -> Iterator[str]:
         )
     x = next(iter(twins.values()))
     yield f"gzip -9 {x['gzip_9_bits_per_byte']:.4f}, xz -9 {x['xz_9_bits_per_byte']:.4f}"
+
+
+def _resource_line(row: Record) -> str:
+    return (
+        f"{row['kernel']:<36} sm_{row['arch']} {row['registers']:>3} registers,"
+        f" {row['spill_instructions']} spills, {row['shared_bytes']:>6} B shared  {row['config']}"
+    )
 
 
 def _plain_values(values: Record) -> Iterator[tuple[str, object]]:

@@ -7,6 +7,7 @@ from typing import Any
 from stlm_kernels.registry import OPS
 
 from . import report
+from .model_work import ModelJob, Models, ModelWork, model_jobs
 from .timing import Ceilings, Cpu, Gpu
 from .work import CaseData, Job, Task, jobs, task_of
 
@@ -21,6 +22,7 @@ class Session:
         self.rehearsal, self.full = rehearsal, full
         self.records: list[report.Record] = []
         self.about = report.machine(machine.device, commit)
+        self.models = Models(machine, self.backend)
         self._ceilings: Ceilings | None = None
         self._data: CaseData | None = None
 
@@ -32,6 +34,11 @@ class Session:
         return self._ceilings
 
     @property
+    def backend(self) -> str:
+        """Of torch.compile: a rehearsal traces only."""
+        return "eager" if self.rehearsal else "inductor"
+
+    @property
     def tag(self) -> str:
         if self.rehearsal:
             return "smoke"
@@ -40,6 +47,9 @@ class Session:
     def jobs(self) -> list[Job]:
         return list(jobs(OPS.values(), self.tag, self.machine.impls, not self.full))
 
+    def model_jobs(self) -> list[ModelJob]:
+        return model_jobs(self.machine, self.rehearsal, self.full)
+
     def judged_task(self, job: Job) -> tuple[Task, dict[str, float]]:
         """The task of a job whose results were found right, and their errors."""
         data = self._data
@@ -47,7 +57,7 @@ class Session:
             self._data = data = None  # the old inputs go before the new ones come
             machine = self.machine
             self._data = data = CaseData(job.spec, job.case, machine.dtype, machine.device)
-        function = data.function_of(job.entry, "eager" if self.rehearsal else "inductor")
+        function = data.function_of(job.entry, self.backend)
         errors = data.errors_of(job.entry, function)
         samples = data.samples(self.machine.sample_count(data.sample_bytes()))
         return task_of(job, samples, function), errors
@@ -75,3 +85,9 @@ class Session:
         if ceilings is not None:
             floor = ceilings.floor_seconds(info["bytes"], info["flops"])
             info["roofline_share"] = floor / seconds
+
+    def add_model_rates(self, work: ModelWork, info: dict[str, Any], seconds: float) -> None:
+        info["bytes_per_s"] = work.real_bytes / seconds
+        if info["flops"] and self.ceilings is not None:
+            info["tflop_per_s"] = info["flops"] / seconds / 1e12
+            info["roofline_share"] = self.ceilings.floor_seconds(0, info["flops"]) / seconds

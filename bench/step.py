@@ -2,7 +2,8 @@
 
 Each part of the model is run again alone, forward and backward, on what it got in a real step;
 parts and whole steps take turns. What the parts do not add up to is the rest: gathers, sums,
-launches, the work between them. Beside each stands the time of its products at full rate.
+launches, the work between them, and on a GPU its idle time. Beside each stands the time of its
+products at full rate.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import datetime
 import json
 import statistics
 from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,14 @@ def _works(trainer: Trainer) -> dict[str, Callable[[], None]]:
                 model.hidden(batch.byte_ids, cu_seqlens=batch.cu_seqlens, patches=batch.patches)
             )
 
+    def pooling() -> None:
+        assert batch.patches is not None
+        with trainer.autocast():
+            embedded = model.embedding.embed(batch.byte_ids)
+            encoded = model.encode(embedded, batch.cu_seqlens).detach().requires_grad_()
+            pooled = model.pool(batch.byte_ids, encoded, batch.patches, batch.cu_seqlens)
+        torch.autograd.backward(pooled, [torch.ones_like(x) for x in pooled])
+
     def run_layers(group: list[nn.Module]) -> None:
         for layer in group:
             args, kwargs = calls[layer]
@@ -87,7 +96,7 @@ def _works(trainer: Trainer) -> dict[str, Callable[[], None]]:
             out, _ = model.embedding.loss(last[0].requires_grad_(), batch.targets)
         out.backward()
 
-    works: dict[str, Callable[[], None]] = {}
+    works: dict[str, Callable[[], None]] = {} if model.is_flat else {"pooling": pooling}
     for name, child in children.items():
         if called := list(_called(child, calls)):
             works[name] = lambda called=called: run_layers(called)  # type: ignore[misc]
@@ -175,6 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("presets", nargs="*", default=["demo"], metavar="preset")
     parser.add_argument("--rows", type=int, default=8, help="windows of one context in a step")
+    parser.add_argument("--context", type=int, help="bytes in a window (default: the preset's)")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--precision", choices=sorted(PRECISIONS), help="default: the faster one")
     parser.add_argument("--json", type=Path, help="where the result goes (default: out/bench/)")
@@ -188,14 +198,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in options.presets:
         # The rates never change here: a budget of many steps keeps the schedule at its peak.
         settings = TrainOptions(steps=1 << 30, rows=options.rows, precision=precision)
-        trainer = Trainer(preset(name), corpus, settings)
+        config = preset(name)
+        config = replace(config, context=options.context or config.context)
+        trainer = Trainer(config, corpus, settings)
         parts = budget(trainer, machine.timer(), options.rounds, ceilings.matmul_flops_per_s)
-        print(table(f"{name}, {options.rows} windows, {precision}", parts), flush=True)
+        what = f"{name}, {options.rows} windows of {config.context}, {precision}"
+        print(table(what, parts), flush=True)
         results[name] = [asdict(part) for part in parts]
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
     path = options.json or Path("out/bench") / f"step-{stamp}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    values = {"machine": about, "rows": options.rows, "precision": precision, "steps": results}
+    values = {"machine": about, "rows": options.rows, "context": options.context}
+    values |= {"precision": precision, "steps": results}
     path.write_text(json.dumps(values, indent=1))
     print(path)
 

@@ -118,7 +118,7 @@ class Cpu:
         # The caller's check and memory run have warmed up what takes long; short work needs more.
         begin = time.perf_counter()
         timed_rounds(task.run, setup, timer, 1)
-        rounds = rounds_for(time.perf_counter() - begin, 0.25, 3, 60)
+        rounds = rounds_for(time.perf_counter() - begin, 0.2, 3, 60)
         timed_rounds(task.run, setup, timer, min(2, rounds // 3))
         return Plan(task.run, setup, rounds, {"timed_as": "clock", "samples": 1})
 

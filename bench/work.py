@@ -112,8 +112,8 @@ class Sample:
 class Task:
     """A job on its inputs: `run(prepare(sample))`, of which only `run` is timed."""
 
-    samples: Sequence[Sample]
-    prepare: Callable[[Sample], Any]
+    samples: Sequence[Any]
+    prepare: Callable[[Any], Any]
     run: Callable[[Any], Any]
 
 
@@ -222,7 +222,7 @@ class CaseData:
             for name, x, want, stock in zip(names, got, self._want, self._stock, strict=True):
                 self._assert_right(entry, name, x, want, stock)
             self._errors[entry.name] = {
-                name: _relative_rms(x, want)
+                name: relative_rms(x, want)
                 for name, x, want in zip(names, got, self._want, strict=True)
             }
         return self._errors[entry.name]
@@ -246,7 +246,7 @@ class CaseData:
             assert_matches(got, want, stock, name=label, exact=exact, rows=rows)
         elif not (entry.loose_gradients and name.startswith("gradient")):
             # Half the digits: a peer may round more often than we do, but not compute another thing
-            error, allowed = _relative_rms(got, want), torch.finfo(got.dtype).eps ** 0.5
+            error, allowed = relative_rms(got, want), torch.finfo(got.dtype).eps ** 0.5
             assert error <= allowed, f"{label}: relative RMS error {error:.2e} > {allowed:.2e}"
 
 
@@ -279,7 +279,7 @@ def _spread_rows(x: Tensor) -> Tensor:
     return x[torch.linspace(0, x.shape[0] - 1, count, dtype=torch.float64).long().to(x.device)]
 
 
-def _relative_rms(got: Tensor, want: Tensor) -> float:
+def relative_rms(got: Tensor, want: Tensor) -> float:
     """NaN where only one of them is: it passes no comparison."""
     got, want = got.double().cpu(), want.double().cpu()
     if want.numel() == 0 or torch.equal(got, want):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from stlm_models.data import Corpus
 from stlm_models.trainer import Trainer, TrainOptions
 
 CORPUS = Corpus("words", [b"the cat sat on the mat, and the dog sat by the door. " * 100], [])
-PARTS = {"ngrams", "to_core", "core", "from_core", "unpooling", "decoder", "to_output"}
+PARTS = {"pooling", "ngrams", "to_core", "core", "from_core", "unpooling", "decoder", "to_output"}
 
 
 def test_parts_add_up_to_the_step() -> None:
@@ -47,12 +48,27 @@ def test_measuring_leaves_the_model_as_it_was() -> None:
     assert all(map(torch.equal, before, trainer.model.parameters()))
 
 
+@pytest.mark.parametrize("name", sorted(stlm_models.config.PRESETS))
+def test_every_preset_has_the_same_parts(name: str) -> None:
+    """One layer of each kind, in the preset's own widths and heads."""
+    config = replace(stlm_models.config.preset(name), context=32, core_layers=1, decoder_layers=1)
+    trainer = Trainer(config, CORPUS, TrainOptions(steps=1 << 30, rows=1))
+    works = step._works(trainer)
+    assert works.keys() == {*PARTS, "loss", "optimiser", step.WHOLE}
+    for part in PARTS | {"loss"}:
+        works[part]()
+    assert all(p.grad is not None for p in trainer.model.parameters() if p.dim() == 2)
+
+
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setitem(stlm_models.config.PRESETS, "demo", TINY)
     monkeypatch.setattr(step, "load_corpus", lambda paths: CORPUS)
     monkeypatch.setattr(timing.Cpu, "ceilings", lambda self: timing.Ceilings(1e9, 1e9))
     path = tmp_path / "step.json"
-    step.main(["demo", "--rows", "1", "--rounds", "1", "--json", str(path), "--precision", "fp32"])
-    assert "whole step" in capsys.readouterr().out
+    words = ["demo", "--rows", "1", "--context", "24", "--rounds", "1", "--precision", "fp32"]
+    step.main([*words, "--json", str(path)])
+    shown = capsys.readouterr().out
+    assert "demo, 1 windows of 24, fp32" in shown
+    assert "whole step" in shown
     names = {part["name"] for part in json.loads(path.read_text())["steps"]["demo"]}
     assert names >= PARTS

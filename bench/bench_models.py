@@ -1,0 +1,22 @@
+"""Whole training steps of the presets, and generation: equal first, then fast."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .model_work import ModelJob
+from .session import Session
+
+
+def jobs_of(session: Session) -> list[ModelJob]:
+    return session.model_jobs()
+
+
+def test_model_speed(job: ModelJob, session: Session, timer: Any, benchmark: Any) -> None:
+    with session.models.judged(job) as work:
+        plan = session.machine.plan(work.task, timer)
+        benchmark.extra_info |= session.models.describe(job, work) | plan.info
+        benchmark.pedantic(plan.target, setup=plan.setup, rounds=plan.rounds)
+    if benchmark.stats is not None:
+        session.add_model_rates(work, benchmark.extra_info, benchmark.stats.stats.median)
+        session.records.append(benchmark.stats.as_dict(include_data=False))

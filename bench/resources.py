@@ -1,0 +1,110 @@
+"""`python -m bench.resources`: registers, spills and shared memory of every kernel, as data.
+
+Compiles all kernels at their default configurations for a GPU that need not be here, and writes
+`bench/results/kernels-sm90.json`. That takes minutes, so a benchmark run without a GPU shows what
+the file holds, with its stamp, and says so where kernels changed since.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import stlm_kernels
+from stlm_kernels.inspect import LIMITS, Report, inspect_op, merged, table
+from stlm_kernels.registry import OPS
+
+from . import report
+
+PACKAGE = Path(stlm_kernels.__file__).parent
+DTYPE = torch.bfloat16
+CODE = ("ptx", "sass")
+"""Of a compiled kernel, what is no figure."""
+
+
+def path_of(arch: int) -> Path:
+    return report.RESULTS / f"kernels-sm{arch}.json"
+
+
+def sources_sha256(package: Path = PACKAGE) -> str:
+    """Of every file that holds kernels or their configurations."""
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        text = path.read_text()
+        if path.stem.endswith("launch") or "@triton.jit" in text:
+            digest.update(f"{path.relative_to(package)}\n{text}".encode())
+    return digest.hexdigest()
+
+
+def compiled(ops: Sequence[str], arch: int) -> Iterator[Report]:
+    """Every launch of the ops' ahead-of-time cases."""
+    for name in ops:
+        for case in OPS[name].tagged("aot"):
+            yield from inspect_op(OPS[name], case, arch, DTYPE)
+
+
+def rows_of(reports: Sequence[Report]) -> list[dict[str, Any]]:
+    return [
+        {key: value for key, value in asdict(x).items() if key not in CODE} for x in merged(reports)
+    ]
+
+
+def lines(values: dict[str, Any], sources: str) -> list[str]:
+    """The table of a file, below its stamp.
+
+    Args:
+        values: what the file holds.
+        sources: `sources_sha256` of the kernels here.
+    """
+    about = values["machine"]
+    rows = [Report(**row, ptx="", sass="") for row in values["resources"]]
+    stamp = (
+        f"compiled ahead of time for sm_{rows[0].arch}, bfloat16, triton {about['triton']}, "
+        f"commit {about['commit']}, {about['date']}"
+    )
+    changed = [] if sources == values["sources"] else [CHANGED]
+    return [f"kernels: {stamp}", *changed, "", table(rows)]
+
+
+CHANGED = "KERNELS OR CONFIGURATIONS CHANGED SINCE: run  python -m bench.resources"
+
+
+def summary(arch: int = 90) -> str:
+    """What a run without a GPU shows of the kernels; nothing where no file is there."""
+    path = path_of(arch)
+    if not path.exists():
+        return "kernels: not compiled yet: python -m bench.resources"
+    return "\n".join(lines(json.loads(path.read_text()), sources_sha256()))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.resources",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--arch", type=int, default=90, choices=sorted(LIMITS))
+    parser.add_argument("--json", type=Path, help="where the result goes (default: bench/results/)")
+    parser.add_argument("--commit", help="what to record as the commit, where git is not there")
+    options = parser.parse_args(arguments)
+    about = report.machine(torch.device("cpu"), options.commit)
+    with_kernels = [name for name, spec in OPS.items() if spec.kernels]
+    rows = rows_of(list(compiled(with_kernels, options.arch)))
+    sources = sources_sha256()
+    values = {"machine": about, "sources": sources, "resources": rows}
+    path = options.json or path_of(options.arch)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values, indent=1) + "\n")
+    print("\n".join(lines(values, sources)))
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Steps and generation as lines of the benchmarks: the same model in each entry, or no figure."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from test_bench import FakeBenchmark, FakeCuda
+
+import stlm_models.layers
+from bench import model_work, report
+from bench.bench_models import test_model_speed as model_speed
+from bench.model_work import CACHED, GENERATE, OURS, RECOMPUTED, STEP, STOCK_OPS, ModelJob
+from bench.session import Session
+from bench.stock import STOCK, ops_replaced
+from bench.timing import Cpu, Gpu
+from stlm_models.data import Corpus
+
+CORPUS = Corpus("words", [b"the cat sat on the mat, and the dog sat by the door. " * 20], [])
+STEP_SIZES = (("rows", 2), ("context", 32))
+TEXT_SIZES = (("batch", 3), ("prompt", 9), ("new", 5))
+
+
+@pytest.fixture
+def session(monkeypatch: pytest.MonkeyPatch) -> Session:
+    monkeypatch.setattr(model_work, "_corpus", lambda: CORPUS)
+    return Session(Cpu(), rehearsal=True)
+
+
+def timed(session: Session, job: ModelJob) -> dict[str, Any]:
+    benchmark = FakeBenchmark()
+    model_speed(job, session, time.perf_counter, benchmark)
+    assert benchmark.rounds >= 3
+    return benchmark.extra_info
+
+
+def test_steps_of_ours_and_of_stock_ops_are_timed(session: Session) -> None:
+    first, second = (
+        timed(session, ModelJob(STEP, "demo", entry, STEP_SIZES)) for entry in (OURS, STOCK_OPS)
+    )
+    assert first["flops"] == second["flops"] > 6 * 2 * 32 * 500_000
+    assert first["peak_bytes"] > 0
+    assert first["real_bytes"] in (63, 64)  # a document's start is none
+    assert (first["ours"], second["ours"]) == (True, False)
+
+
+def test_texts_are_timed(session: Session) -> None:
+    for entry in (CACHED, RECOMPUTED):
+        info = timed(session, ModelJob(GENERATE, "demo", entry, TEXT_SIZES))
+        assert info["real_bytes"] == 15
+        session.add_model_rates(model_work.ModelWork(None, 15, {}), info, 3.0)  # type: ignore[arg-type]
+        assert info["bytes_per_s"] == 5.0
+
+
+@pytest.mark.parametrize(
+    ("name", "factor", "message"),
+    [
+        ("linear_cross_entropy", 1.001, "loss: relative error"),
+        ("linear_cross_entropy", float("nan"), "the loss is nan"),
+        ("segment_pool", 1.1, "gradient: relative error"),
+    ],
+)
+def test_another_model_is_never_timed(
+    session: Session, name: str, factor: float, message: str
+) -> None:
+    def wrong(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return factor * STOCK[name](*args, **kwargs)
+
+    timed(session, ModelJob(STEP, "demo", OURS, STEP_SIZES))
+    entry = replace(STOCK_OPS, ops={**STOCK, name: wrong})
+    with pytest.raises(AssertionError, match=message):
+        timed(session, ModelJob(STEP, "demo", entry, STEP_SIZES))
+
+
+def test_another_text_is_never_timed(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed(session, ModelJob(GENERATE, "demo", CACHED, TEXT_SIZES))
+    monkeypatch.setattr(model_work, "recomputed", lambda *_: [b"other"] * 3)
+    with pytest.raises(AssertionError, match="another text"):
+        timed(session, ModelJob(GENERATE, "demo", RECOMPUTED, TEXT_SIZES))
+
+
+def test_stock_ops_replace_every_op_of_a_step(session: Session) -> None:
+    """Each is called, and what is left of the library is what generation alone calls."""
+    called: set[str] = set()
+
+    def watched(name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            called.add(name)
+            return STOCK[name](*args, **kwargs)
+
+        return call
+
+    job = ModelJob(STEP, "demo", STOCK_OPS, STEP_SIZES)
+    before = stlm_models.layers.byte_pool
+    with ops_replaced({name: watched(name) for name in STOCK}):
+        model_work.loss_and_gradients(model_work.trainer_of(job, session.machine))
+    assert called == set(STOCK)
+    assert stlm_models.layers.byte_pool is before
+
+
+@pytest.mark.parametrize("rehearsal", [True, False])
+def test_model_jobs_have_distinct_names(rehearsal: bool) -> None:
+    for machine in (Cpu(), Gpu(FakeCuda(), torch.device("cpu"), flush_bytes=1 << 10)):
+        jobs = model_work.model_jobs(machine, rehearsal, full=True)
+        assert len({job.id for job in jobs}) == len(jobs)
+        for group in {job.group for job in jobs}:
+            assert {job.entry.ours for job in jobs if job.group == group} == {True, False}
+
+
+def test_the_table_shows_bytes_per_second() -> None:
+    info = {"op": STEP, "case": "demo", "pass": "step", "entry": "ours", "ours": True,
+            "dtype": "float32", "peak_bytes": 1 << 20, "bytes_per_s": 12345.6}  # fmt: skip
+    stats = {"median": 1e-3, "iqr": 1e-5, "q1": 1e-3, "q3": 1e-3}
+    (text,) = report.tables([{"extra_info": info, "stats": stats}])
+    assert "12,346 bytes/s" in text

@@ -1,0 +1,98 @@
+"""Pictures of the benchmarks: every measurement is in them, and the axes say what they are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import plot
+
+pytest.importorskip("matplotlib")
+
+CEILINGS = {"copy_bytes_per_s": 4e12, "matmul_flops_per_s": 8e14}
+
+
+def record(
+    entry: str, direction: str, case: str, median: float, nbytes: int | None, flops: int = 0
+) -> dict[str, Any]:
+    sizes = {} if nbytes is None else {"bytes": nbytes}
+    info = {"op": "byte_pool", "case": case, "pass": direction, "entry": entry, "flops": flops,
+            "ours": entry == "triton", **sizes}  # fmt: skip
+    stats = {"median": median, "q1": median * 0.9, "q3": median * 1.1}
+    return {"extra_info": info, "stats": stats}
+
+
+RECORDS = [
+    record("triton", "bwd", "T9", 2e-6, 1_000_000, 100_000_000),
+    record("triton", "fwd", "T9", 1e-6, 1_000_000),
+    record("EmbeddingBag", "fwd", "T9", 3e-6, 1_000_000, 50_000_000),
+    record("triton", "fwd", "T4", 4e-7, 400_000),
+    record("EmbeddingBag", "fwd", "T4", 2e-6, 400_000, 1_000),
+]
+
+
+def results(gpu_state: str, records: list[dict[str, Any]] = RECORDS) -> dict[str, Any]:
+    about = {"device": "A GPU", "torch": "2", "commit": "abc", "date": "2026-01-02",
+             "gpu_state": gpu_state, "ceilings": CEILINGS}  # fmt: skip
+    return {"machine_info": {"stlm": about}, "benchmarks": records}
+
+
+def lines_of(axes: Any) -> dict[str, list[tuple[float, float]]]:
+    return {
+        line.get_label(): list(zip(*(x.tolist() for x in line.get_data()), strict=True))
+        for line in axes.get_lines()
+    }
+
+
+def test_bars_of_every_case_and_pass() -> None:
+    figure = dict(plot.figures(results("")))["byte_pool"]
+    first, second = figure.axes
+    assert (first.get_title(loc="left"), second.get_title(loc="left")) == ("T9", "T4")
+    heights = sorted(bar.get_height() for axes in figure.axes for bar in axes.patches)
+    assert heights == pytest.approx([0.4, 1, 2, 2, 3])
+    assert first.get_ylabel() == "us"
+    assert "A GPU" in figure.get_suptitle()
+
+
+def test_time_over_size() -> None:
+    forward = {axes.get_title(loc="left"): axes for axes in
+               dict(plot.figures(results("")))["byte_pool-size"].axes}["fwd"]  # fmt: skip
+    lines = lines_of(forward)
+    assert lines["triton"] == [(400_000, pytest.approx(0.4)), (1_000_000, pytest.approx(1.0))]
+    assert [x for x, _ in lines["EmbeddingBag"]] == [400_000, 1_000_000]
+    assert forward.get_xlabel() == "bytes that the case must move"
+    assert forward.get_ylabel() == "us"
+
+
+def test_roofline_under_the_ceilings_of_the_run() -> None:
+    figure = dict(plot.figures(results("550, 1980 MHz")))["roofline"]
+    (axes,) = figure.axes
+    lines = lines_of(axes)
+    assert lines["byte_pool"] == [(100.0, pytest.approx(50.0))]
+    assert len(lines["byte_pool, peers"]) == 2
+    left, knee, right = lines["ceilings"]
+    assert knee == (200.0, pytest.approx(800.0))
+    assert left[1] == pytest.approx(left[0] * 4)  # 4 TB/s
+    assert (right[0], right[1]) == (400.0, pytest.approx(800.0))
+    assert "FLOPs per byte" in axes.get_xlabel()
+    assert axes.get_ylabel() == "TFLOP/s"
+
+
+def test_what_cannot_be_drawn_is_not() -> None:
+    """No roofline of a CPU, no line over one size, and none of whole models."""
+    assert list(dict(plot.figures(results("", RECORDS[:3])))) == ["byte_pool"]
+    models = [record("ours", "step", case, 1e-3, None, 10) for case in ("demo", "10m")]
+    assert list(dict(plot.figures(results("550", models)))) == ["byte_pool"]
+
+
+def test_the_command(tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(results("550")))
+    plot.main([str(path), "--out", str(tmp_path / "pictures")])
+    shown = capsys.readouterr().out.split()
+    expected = [f"run-{name}.png" for name in ("byte_pool", "byte_pool-size", "roofline")]
+    assert [Path(name).name for name in shown] == expected
+    assert all(Path(name).read_bytes().startswith(b"\x89PNG") for name in shown)
