@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from stlm_kernels import attention, decode_attention, qk_norm_rope
+from stlm_kernels import attention, decode_attention, patch_attention, qk_norm_rope
 
 from .cache import CacheRows, KVCache
 from .config import check_heads
@@ -116,9 +116,11 @@ class Attention(nn.Module):
         q, k, v = self._heads(x, x.shape[-2], positions)
         if cache is not None and cu_seqlens is not None:
             cache.fill(k, v, cu_seqlens)
-        out = attention(q, k, v, window=self.window, cu_seqlens=cu_seqlens)
-        out = self.output(out.flatten(-2))
+        out = self.output(self._mix(q, k, v, cu_seqlens).flatten(-2))
         return out if unused is None else out.masked_fill(unused, 0)  # nor is it on the way back
+
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        return attention(q, k, v, window=self.window, cu_seqlens=cu_seqlens)
 
     def _step(self, x: Tensor, cache: KVCache | CacheRows) -> Tensor:
         """x (B, 1, D), the next position of each row."""
@@ -146,6 +148,19 @@ class Attention(nn.Module):
             q, k, cos, sin, q_weight=self.query_norm, k_weight=self.key_norm, positions=positions
         )
         return q, k, v
+
+
+class PatchAttention(Attention):
+    """Attention of every byte to all bytes of its patch, later ones too: the leak rule applies.
+
+    Arguments as `Attention`; beside x (T, D), cu_seqlens are the borders of the patches, and
+    rotary positions count from the start of each patch. There is no window and no cache.
+    """
+
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        if cu_seqlens is None:
+            raise ValueError("cu_seqlens: expected the borders of the patches, got None")
+        return patch_attention(q, k, v, cu_seqlens)
 
 
 def document_starts(cu_seqlens: Tensor, length: int) -> Tensor:

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from stlm_kernels import unpool
 
+from .build import ngram_mode
 from .cached_core import cached_core, caches_at
+from .cached_pool import pool_of
 from .incremental import NgramState, PatchState, PoolState
-from .norms import rms_norm
 from .transformer import new_caches
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ class FlatRows:
 
 
 class PatchedRows:
-    """A model with patches: where each row stands in its patch, and which state it reads."""
+    """A model with patches: where each row stands in its patch, and what its next bytes read."""
 
     def __init__(self, model: STLM, batch: int) -> None:
         config, device = model.config, model.embedding.weight.device
@@ -102,30 +103,38 @@ class PatchedRows:
             max_patch_len=config.max_patch_len,
             device=device,
         )
-        self.pools = [PoolState(batch, config.byte_dim, config.pooling, device=device)]
+        self.pool = pool_of(model, batch)
         self.ngrams = _ngram_state(model, batch)
-        if self.ngrams is not None:
-            self.pools.append(PoolState(batch, config.ngram_dim, config.pooling, device=device))
+        self.ngram_pool = PoolState(batch, config.ngram_dim, ngram_mode(config), device=device)
         self.core = cached_core(model.core, batch)
-        self.caches = new_caches(model.decoder, batch)
+        self.encoder_caches = [] if config.encoder == "patch" else new_caches(model.encoder, batch)
+        parallel = model.head is not None
+        self.caches = [] if parallel else new_caches(model.decoder, batch)
         self.reads: Tensor | None = None
-        """(B, D) the patch states that the next bytes read."""
+        """(B, D) the patch states that the next bytes read, or the slots of a parallel output that
+        they take, (B, L, D).
+        """
 
     def step(self, byte_ids: Tensor, rows: Tensor) -> Tensor:
         model = self.model
         assert self.reads is not None
         closed = self.patches.step(byte_ids)
-        embedded = model.embedding.embed(byte_ids)
-        states = [embedded]
-        if model.ngrams is not None and self.ngrams is not None:
-            states.append(model.ngrams.embed(self.ngrams.step(byte_ids)))
-        pooled = [pool.step(x, closed) for pool, x in zip(self.pools, states, strict=True)]
         # How many rows these are is all that the host waits for.
         closing = rows[closed[rows]]
+        embedded = model.embedding.embed(byte_ids)
+        caches = caches_at(self.encoder_caches, rows)
+        encoded = model.encode(embedded[rows][:, None], None, caches)[:, 0]
+        pooled = [self.pool.step(embedded, rows, encoded, closed, closing)]
+        if model.ngrams is not None and self.ngrams is not None:
+            ngrams = model.ngrams.embed(self.ngrams.step(byte_ids))
+            pooled.append(self.ngram_pool.step(ngrams, closed)[closing])
         if len(closing):
-            inputs = model.core_inputs(*(x[closing] for x in pooled))
-            self.reads[closing] = model.patch_states(self.core.append(closing, inputs), inputs)
-        x = rms_norm(embedded[rows]) + self.reads[rows]
+            inputs = model.core_inputs(*pooled)
+            states = model.core_states(self.core.append(closing, inputs), inputs)
+            self.reads[closing] = self._made_of(states)
+        if model.head is not None:
+            return model.output_states(self.reads[rows, self.patches.lengths[rows].long()])
+        x = encoded + self.reads[rows]
         return model.decode(x[:, None], None, caches_at(self.caches, rows))[:, 0]
 
     def start(self, rows: Tensor, byte_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -134,22 +143,37 @@ class PatchedRows:
         last = cu_seqlens[1:].long() - 1
         self.patches.resume(rows, byte_ids, cu_seqlens, patches)
         open_bytes = self.patches.lengths[rows]
-        pooled = model.pool(byte_ids, patches, cu_seqlens)
-        for pool, x in zip(self.pools, pooled, strict=True):
-            pool.resume(rows, x[patches.patch_ids[last]], open_bytes)
+        caches = caches_at(self.encoder_caches, rows)
+        encoded = model.encode(model.embedding.embed(byte_ids), cu_seqlens, caches)
+        pooled = model.pool(byte_ids, encoded, patches, cu_seqlens)
+        open_patches = patches.patch_ids[last]
+        self.pool.resume(rows, pooled[0][open_patches], encoded, last, open_bytes)
         if self.ngrams is not None:
+            self.ngram_pool.resume(rows, pooled[1][open_patches], open_bytes)
             self.ngrams.resume(rows, byte_ids, cu_seqlens)
         inputs = model.core_inputs(*pooled)
         out = self.core.start(rows, inputs, patches.cu_seqlens, open_bytes > 0)
-        patch_states = model.patch_states(out, inputs)
+        states = model.core_states(out, inputs)
+        if model.head is not None:
+            reads = self._made_of(model.head.with_null(states)[patches.read_ids[last].long()])
+            self._keep(rows, reads)
+            return model.output_states(reads[torch.arange(len(rows)), open_bytes.long()])
+        patch_states = self._made_of(states)
         null_state = model.unpooling.null_state
-        reads = unpool(patch_states, patches.read_ids[last], null_state=null_state)
+        self._keep(rows, unpool(patch_states, patches.read_ids[last], null_state=null_state))
+        x = model.unpooling(patch_states, patches, residual=encoded)
+        return model.decode(x, cu_seqlens, caches_at(self.caches, rows))[last]
+
+    def _made_of(self, states: Tensor) -> Tensor:
+        """What bytes read of states (N, core_dim)."""
+        model = self.model
+        return model.from_core(states) if model.head is None else model.decode_slots(states)
+
+    def _keep(self, rows: Tensor, reads: Tensor) -> None:
         if self.reads is None:
             self.reads = reads
         else:
             self.reads[rows] = reads
-        x = model.byte_inputs(byte_ids, patch_states, patches)
-        return model.decode(x, cu_seqlens, caches_at(self.caches, rows))[last]
 
 
 def _ngram_state(model: STLM, batch: int) -> NgramState | None:

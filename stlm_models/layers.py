@@ -57,8 +57,12 @@ class BytePatcher(nn.Module):
         self,
         byte_ids: Tensor,  # (T,) or (B, T)
         cu_seqlens: Tensor | None = None,  # (S+1,) int32
+        *,
+        capacity: int | None = None,
     ) -> Patches:
         """The patches of packed byte_ids, or of the rows of dense ones, counted as if packed.
+
+        A capacity of this call stands in place of the patcher's own.
 
         Raises:
             ValueError: for dense byte_ids with cu_seqlens, and as `find_patches`.
@@ -72,7 +76,27 @@ class BytePatcher(nn.Module):
             patch_size=self.patch_size,
             max_patch_len=self.max_patch_len,
             cu_seqlens=cu_seqlens,
-            capacity=self.capacity,
+            capacity=self.capacity if capacity is None else capacity,
+        )
+
+
+class GivenPatches(BytePatcher):
+    """Stands where a model has no rule: patches must be given."""
+
+    def __init__(self) -> None:
+        super().__init__("given")
+
+    def forward(
+        self,
+        byte_ids: Tensor,
+        cu_seqlens: Tensor | None = None,
+        *,
+        capacity: int | None = None,
+    ) -> Patches:
+        """Raises a ValueError."""
+        raise ValueError(
+            'patches: expected patches of your own with patch_rule "given", got None; such a model'
+            " has no rule to cut bytes by, so it writes none"
         )
 
 
@@ -107,14 +131,21 @@ class TiedEmbedding(nn.Module):
         self.weight = nn.Parameter(torch.randn(rows, dim) * dim**-0.5)
 
     def _table(self) -> Tensor:
-        """The table, whole; one shard of it would give wrong losses or none."""
-        if hasattr(self.weight, "placements"):
+        """The table of the input, whole; one shard of it would give wrong losses or none."""
+        return self._whole(self.weight)
+
+    def _output_table(self) -> Tensor:
+        """The table of the output, whole: the same."""
+        return self._table()
+
+    def _whole(self, weight: Tensor) -> Tensor:
+        if hasattr(weight, "placements"):
             raise ValueError(
                 "weight: expected the whole table, got a DTensor; under FSDP2 keep it in the "
                 "root's group (fully_shard the blocks, then the model that holds it) and call "
                 "its methods in the model's forward"
             )
-        return self.weight
+        return weight
 
     def embed(self, byte_ids: Tensor) -> Tensor:
         """byte_ids (...) -> (..., D)."""
@@ -126,7 +157,7 @@ class TiedEmbedding(nn.Module):
 
     def logits(self, x: Tensor, *, valid_vocab: int | None = None) -> Tensor:
         """x (..., D) -> (..., V) fp32, V = valid_vocab or vocab_size."""
-        weight = self._table()[: self.vocab_size if valid_vocab is None else valid_vocab]
+        weight = self._output_table()[: self.vocab_size if valid_vocab is None else valid_vocab]
         # The loss is a small difference of large logits: bf16 ones would cost it 1e-2.
         with torch.autocast(x.device.type, enabled=False):
             logits = self.logit_scale * F.linear(x.float(), weight.float())
@@ -142,7 +173,7 @@ class TiedEmbedding(nn.Module):
         """
         loss_sum = linear_cross_entropy(
             x,
-            self._table(),
+            self._output_table(),
             targets,
             reduction="sum",
             ignore_index=ignore_index,
@@ -202,7 +233,7 @@ class TiedEmbedding(nn.Module):
         """Next ids of x (..., D), (...) int64: see `stlm_kernels.linear_sample`."""
         return linear_sample(
             x,
-            self._table(),
+            self._output_table(),
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
@@ -211,6 +242,25 @@ class TiedEmbedding(nn.Module):
             logit_scale=self.logit_scale,
             valid_vocab=self.vocab_size if valid_vocab is None else valid_vocab,
         )
+
+
+class UntiedEmbedding(TiedEmbedding):
+    """The same with a second table, of the same shape, for the output projection alone."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        dim: int,
+        *,
+        pad_to: int = 64,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+    ) -> None:
+        super().__init__(vocab_size, dim, pad_to=pad_to, logit_scale=logit_scale, softcap=softcap)
+        self.output_weight = nn.Parameter(torch.randn_like(self.weight) * dim**-0.5)
+
+    def _output_table(self) -> Tensor:
+        return self._whole(self.output_weight)
 
 
 def dense_cu_seqlens(byte_ids: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import overload
 
 from torch import Tensor, nn
@@ -10,13 +11,14 @@ from torch import Tensor, nn
 from stlm_kernels import Patches
 
 from . import decoding
-from .attention import Attention
+from .build import decoder_blocks, encoder_blocks, initialise, ngram_mode, patcher_of, pooling_of
 from .cache import CacheRows, KVCache
-from .config import ModelConfig
+from .config import BYTES, ModelConfig
+from .head import ParallelHead
 from .inputs import check_inputs, check_patches, document_borders
-from .layers import BytePatcher, ByteUnpooling, NgramPooling, TiedEmbedding
+from .layers import BytePatcher, ByteUnpooling, NgramPooling, TiedEmbedding, UntiedEmbedding
 from .norms import rms_norm
-from .transformer import PatchCore, TransformerBlock, run_blocks
+from .transformer import PatchCore, run_blocks
 
 IGNORED = -100
 """The target of a position that counts for nothing."""
@@ -41,13 +43,15 @@ class STLM(nn.Module):
     patcher: BytePatcher
     to_core: nn.Linear
     core: nn.Module
+    # Of models with patches whose output is autoregressive.
     from_core: nn.Linear
     unpooling: ByteUnpooling
 
     def __init__(self, config: ModelConfig, core: nn.Module | None = None) -> None:
         super().__init__()
         self.config = config
-        self.embedding = TiedEmbedding(
+        table = TiedEmbedding if config.tied else UntiedEmbedding
+        self.embedding = table(
             config.vocab_size,
             config.byte_dim,
             logit_scale=config.logit_scale,
@@ -64,19 +68,24 @@ class STLM(nn.Module):
             raise ValueError('core: expected None with patch_rule "none", got a module')
         if not self.is_flat:
             self._add_patch_rate(PatchCore(config) if core is None else core)
-        self.decoder = nn.ModuleList(_decoder_block(config) for _ in range(config.decoder_layers))
+        self.decoder, self.decoder_feed_forward = decoder_blocks(config)
         self.to_output = nn.Linear(config.byte_dim, config.byte_dim, bias=False)
-        _initialise(self)
+        initialise(self)
 
     def _add_patch_rate(self, core: nn.Module) -> None:
         config = self.config
-        self.patcher = BytePatcher(
-            config.patch_rule, patch_size=config.patch_size, max_patch_len=config.max_patch_len
-        )
+        self.patcher = patcher_of(config)
+        self.encoder, self.encoder_feed_forward = encoder_blocks(config)
+        self.pooling = pooling_of(config)
         self.to_core = nn.Linear(config.byte_dim, config.core_dim, bias=False)
         self.core = core
-        self.from_core = nn.Linear(config.core_dim, config.byte_dim, bias=False)
-        self.unpooling = ByteUnpooling(config.byte_dim)
+        self.head: ParallelHead | None = None
+        if config.output == "parallel":
+            assert config.slots is not None
+            self.head = ParallelHead(config.core_dim, config.byte_dim, config.slots)
+        else:
+            self.from_core = nn.Linear(config.core_dim, config.byte_dim, bias=False)
+            self.unpooling = ByteUnpooling(config.byte_dim)
 
     @property
     def is_flat(self) -> bool:
@@ -131,10 +140,11 @@ class STLM(nn.Module):
             IndexError: for ids or targets out of range (on the CPU).
         """
         check_inputs(byte_ids, targets)
-        hidden = self.hidden(byte_ids, cu_seqlens=cu_seqlens, patches=patches)
+        hidden, auxiliary = self._run(byte_ids, cu_seqlens, patches)
         if targets is None:
             return self.embedding.logits(hidden)
-        return self.embedding.loss(hidden, targets, ignore_index=IGNORED)
+        loss_sum, n_valid = self.embedding.loss(hidden, targets, ignore_index=IGNORED)
+        return loss_sum if auxiliary is None else loss_sum + auxiliary() * n_valid, n_valid
 
     def hidden(
         self,
@@ -144,27 +154,51 @@ class STLM(nn.Module):
         patches: Patches | None = None,
     ) -> Tensor:
         """The states that the output projection reads, (..., byte_dim); arguments as `forward`."""
-        borders = document_borders(byte_ids, cu_seqlens)
-        flat = byte_ids.flatten()
+        return self._run(byte_ids, cu_seqlens, patches)[0]
+
+    def _run(
+        self, byte_ids: Tensor, cu_seqlens: Tensor | None, patches: Patches | None
+    ) -> tuple[Tensor, Callable[[], Tensor] | None]:
+        """The states of `hidden`, and what gives the weighed auxiliary loss, where there is one."""
+        borders, flat = document_borders(byte_ids, cu_seqlens), byte_ids.flatten()
         if self.is_flat:
             if patches is not None:
                 raise ValueError('patches: expected None with patch_rule "none", got patches')
-            x = self.flat_inputs(flat, borders)
-        else:
-            x = self._patched_inputs(flat, borders, patches)
-        dense = byte_ids.dim() == 2
-        return self.decode(x.unflatten(0, byte_ids.shape), None if dense else borders)
-
-    def _patched_inputs(
-        self, byte_ids: Tensor, cu_seqlens: Tensor, patches: Patches | None
-    ) -> Tensor:
+            return self._decode_as(byte_ids, self.flat_inputs(flat, borders), borders), None
         if patches is None:
-            patches = self.patcher(byte_ids, cu_seqlens)
+            patches = self._own_patches(flat, borders)
         else:
-            check_patches(patches, cu_seqlens, byte_ids.shape[0])
-        inputs = self.core_inputs(*self.pool(byte_ids, patches, cu_seqlens))
-        patch_states = self.patch_states(self.core(inputs, patches.cu_seqlens), inputs)
-        return self.byte_inputs(byte_ids, patch_states, patches)
+            check_patches(patches, borders, flat.shape[0])
+        encoded = self.encode(self.embedding.embed(flat), borders)
+        inputs = self.core_inputs(*self.pool(flat, encoded, patches, borders))
+        states = self.core_states(self.core(inputs, patches.cu_seqlens), inputs)
+        if self.head is None:
+            x = self.unpooling(self.from_core(states), patches, residual=encoded)
+            return self._decode_as(byte_ids, x, borders), None
+        slots = self.decode_slots(self.head.with_null(states)).flatten(0, 1)
+        hidden = self.output_states(slots[self.head.next_rows(patches)])
+        wanted = self.training and self.config.reconstruction_weight > 0
+        return hidden.unflatten(0, byte_ids.shape), (
+            partial(self._reconstruction, flat, inputs, patches) if wanted else None
+        )
+
+    def _own_patches(self, byte_ids: Tensor, cu_seqlens: Tensor) -> Patches:
+        capacity = self.config.patch_capacity if self.training else None
+        return self.patcher(byte_ids, cu_seqlens, capacity=capacity)
+
+    def _decode_as(self, byte_ids: Tensor, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """The decoder over x (T, byte_dim), dense where byte_ids are."""
+        dense = byte_ids.dim() == 2
+        return self.decode(x.unflatten(0, byte_ids.shape), None if dense else cu_seqlens)
+
+    def _reconstruction(self, byte_ids: Tensor, inputs: Tensor, patches: Patches) -> Tensor:
+        """Weighed mean nats of the bytes (T,) that the head finds in what the core was given."""
+        assert self.head is not None
+        rows = self.decode_slots(inputs).flatten(0, 1)[self.head.own_rows(patches)]
+        counted = (patches.patch_ids >= 0) & (byte_ids < BYTES)
+        targets = byte_ids.long().masked_fill(~counted, IGNORED)
+        nats, count = self.embedding.loss(self.output_states(rows), targets, ignore_index=IGNORED)
+        return self.config.reconstruction_weight * nats / count.clamp(min=1)
 
     # The stages of `hidden`, which `CachedRun` takes one by one.
 
@@ -179,13 +213,44 @@ class STLM(nn.Module):
             embedded = embedded + self.ngrams.projection(ngrams)
         return rms_norm(embedded)
 
-    def pool(self, byte_ids: Tensor, patches: Patches, cu_seqlens: Tensor) -> list[Tensor]:
-        """What the bytes of each patch amount to: embeddings (P, byte_dim), n-grams (P, dim)."""
-        mode = self.config.pooling
-        pooled = [self.embedding.pool(byte_ids, patches, mode=mode)]
+    def encode(
+        self,
+        embedded: Tensor,
+        cu_seqlens: Tensor | None,
+        caches: Sequence[KVCache | CacheRows] | None = None,
+    ) -> Tensor:
+        """The states of bytes that the decoder adds, of their embeddings (..., byte_dim): causal.
+
+        cu_seqlens and caches as in `Attention.forward`.
+        """
+        # Rows of the table are small, as an output projection wants them: patch states would drown
+        # them.
+        own = rms_norm(embedded)
+        if self.config.encoder == "patch":
+            return own
+        return run_blocks(self.encoder, own, cu_seqlens, caches, self.encoder_feed_forward)
+
+    def pool(
+        self, byte_ids: Tensor, encoded: Tensor, patches: Patches, cu_seqlens: Tensor
+    ) -> list[Tensor]:
+        """What the bytes of each patch amount to: states (P, byte_dim), n-grams (P, ngram_dim)."""
+        if self.pooling is None:
+            pooled = [self.embedding.pool(byte_ids, patches, mode=self.config.pooling)]
+        else:
+            pooled = [self.pool_states(encoded, patches.cu_patchlens)]
         if self.ngrams is not None:
-            pooled.append(self.ngrams.pool(byte_ids, patches, cu_seqlens, mode=mode))
+            pooled.append(
+                self.ngrams.pool(byte_ids, patches, cu_seqlens, mode=ngram_mode(self.config))
+            )
         return pooled
+
+    def pool_states(self, encoded: Tensor, cu_patchlens: Tensor) -> Tensor:
+        """Of states from `encode` (T, byte_dim) one for each patch, (P, byte_dim)."""
+        assert self.pooling is not None
+        if self.config.encoder == "patch":
+            shared = self.encoder_feed_forward
+            encoded = run_blocks(self.encoder, encoded, cu_patchlens, None, shared)
+        return self.pooling.pool(encoded, cu_patchlens)
 
     def core_inputs(self, pooled: Tensor, ngrams: Tensor | None = None) -> Tensor:
         """(P, core_dim) of what `pool` gives."""
@@ -193,18 +258,19 @@ class STLM(nn.Module):
             pooled = pooled + self.ngrams.projection(ngrams)
         return rms_norm(self.to_core(pooled))
 
-    def patch_states(self, core_outputs: Tensor, core_inputs: Tensor) -> Tensor:
-        """What bytes read, (P, byte_dim), of what the core made of its inputs (P, core_dim)."""
+    def core_states(self, core_outputs: Tensor, core_inputs: Tensor) -> Tensor:
+        """What is made of the core's outputs (P, core_dim), which have its inputs' shape."""
         expected, got = tuple(core_inputs.shape), tuple(core_outputs.shape)
         if got != expected:
             raise ValueError(f"core: expected states of {expected}, got {got}")
-        return self.from_core(rms_norm(core_outputs))
+        return rms_norm(core_outputs)
 
-    def byte_inputs(self, byte_ids: Tensor, patch_states: Tensor, patches: Patches) -> Tensor:
-        """The decoder's input (T, byte_dim): the bytes (T,) and the patch states that they read."""
-        # Its rows are small, as an output projection wants them: unpooled states would drown them.
-        own = rms_norm(self.embedding.embed(byte_ids))
-        return self.unpooling(patch_states, patches, residual=own)
+    def decode_slots(self, states: Tensor) -> Tensor:
+        """The parallel output's decoder: (N, core_dim) -> (N, L, byte_dim)."""
+        assert self.head is not None
+        x, borders = self.head(states)
+        x = run_blocks(self.decoder, x, borders, None, self.decoder_feed_forward)
+        return x.unflatten(0, (-1, self.head.slots))
 
     def decode(
         self,
@@ -213,35 +279,13 @@ class STLM(nn.Module):
         caches: Sequence[KVCache | CacheRows] | None = None,
     ) -> Tensor:
         """The decoder over bytes, as x; cu_seqlens and caches as in `Attention.forward`."""
-        return self.to_output(rms_norm(run_blocks(self.decoder, x, cu_seqlens, caches)))
+        shared = self.decoder_feed_forward
+        return self.output_states(run_blocks(self.decoder, x, cu_seqlens, caches, shared))
+
+    def output_states(self, x: Tensor) -> Tensor:
+        """What the output projection reads, of the decoder's stream (..., byte_dim)."""
+        return self.to_output(rms_norm(x))
 
     generate = decoding.generate
     generate_batch = decoding.generate_batch
     stream = decoding.stream
-
-
-def _decoder_block(config: ModelConfig) -> TransformerBlock:
-    attention = Attention(
-        config.byte_dim,
-        config.decoder_heads,
-        kv_heads=config.decoder_kv_heads,
-        window=config.decoder_window,
-        qk_norm=config.qk_norm,
-        rope_base=config.rope_base,
-    )
-    return TransformerBlock(attention, config.decoder_ff)
-
-
-def _initialise(model: nn.Module) -> None:
-    """Linear maps keep the scale of their input; residual branches and the output begin at zero.
-
-    A byte's own state, sent back through the tied table, would predict that byte again: the map in
-    between, at zero, lets the first step predict what is frequent instead.
-    """
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear):
-            continue
-        if name.endswith(("attention.output", "feed_forward.down", "to_output")):
-            nn.init.zeros_(module.weight)
-        else:
-            nn.init.normal_(module.weight, std=module.in_features**-0.5)

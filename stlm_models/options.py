@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 TOKENS = ("bytes", "words")
-PATCH_RULES = ("space", "fixed", "none")
-POOLINGS = ("mean", "sum")
+PATCH_RULES = ("space", "fixed", "given", "none")
+POOLINGS = ("mean", "sum", "max", "first", "last", "attention")
+ENCODERS = ("causal", "patch")
+OUTPUTS = ("autoregressive", "parallel")
 BYTES = 256
 DOCUMENT_START = 256
 """The id put before each document, and before an empty prompt; never a target."""
@@ -23,15 +25,40 @@ class ModelConfig:
         tokens: what an id stands for: "bytes", or "words", the baseline of byte models, which goes
             with patch_rule "none" and can be trained and judged, but writes no bytes.
         byte_dim: width D at byte rate, and of the tied table.
-        patch_rule, patch_size, max_patch_len: as in `stlm_kernels.find_patches`; patch_rule "none"
-            is a flat model, a decoder over all positions: it has no patches, pooling and core
-            (core_layers 0), and whatever else belongs to these is not read.
-        pooling: how the bytes of a patch become its input: "mean" or "sum".
+        tied: the output projection shares the table of the embeddings; otherwise it has its own.
+        patch_rule, patch_size, max_patch_len: as in `stlm_kernels.find_patches`. Rule "given": each
+            call brings its `patches`, such as those of a tokenizer, and nothing can be generated.
+            Rule "none" is a flat model, a decoder over all positions: it has no patches, pooling
+            and core (core_layers 0); the other core options are not read.
+        patch_capacity: slots of a whole call in training, for static shapes where the model makes
+            its patches itself; what finds no slot reads the last slot of its document. Evaluation
+            and generation take as many as there are. None: so does training.
+        pooling: how the bytes of a patch become its input, as in `BytePooling`; "attention" with
+            `pooling_heads` heads. The seed paper's code averages over padded slots, so that a
+            patch depends on how much padding it has; here only real bytes count.
+        encoder, encoder_layers, encoder_heads, encoder_kv_heads, encoder_ff: attention over bytes
+            before they are pooled; no layers is none. "causal": within decoder_window; its states
+            are pooled and are what the decoder adds. "patch": within each patch and both ways, as
+            in the paper; its states know bytes that are yet to be predicted, so they are pooled and
+            never added: the decoder adds plain embeddings.
         ngram_sizes: lengths of the hashed n-grams whose embeddings join the pooled input, in a flat
             model each position's own; () is none. Each has a table of `ngram_buckets` rows,
             `ngram_dim` wide.
         core_layers, core_dim, core_heads, core_kv_heads, core_ff: the transformer over patches.
         decoder_layers, decoder_heads, decoder_kv_heads, decoder_ff: the transformer over bytes.
+        share_ff: one SwiGLU for all layers of the encoder, one for the core's, one for the
+            decoder's, as in the paper's feed-forward sharing.
+        output: "autoregressive": the decoder runs over bytes and predicts each from those before
+            it. "parallel": the paper's head: all bytes of a patch at once from the state of the
+            patch before, by attention both ways between the slots of a patch (decoder_window None).
+            Its slots are patch_size or max_patch_len, which must be set. logits[t] is the slot of
+            byte t+1: slot 0 where t closes its patch. Real bytes alone are counted in the loss;
+            the paper's code masks an id that never occurs and so counts padding. It doubles the
+            slots where it adds their positions (2x + pe); here a linear map and rotary positions
+            tell slots apart.
+        reconstruction_weight: of the parallel output's second loss in training: the same head
+            decodes each patch's core input back to its bytes (mean over bytes; special ids do not
+            count, right padding does).
         decoder_window: how many bytes back, itself included, a byte attends to; None is all.
         qk_norm, rope_base: of every attention.
         logit_scale, softcap: of the tied output projection.
@@ -43,11 +70,19 @@ class ModelConfig:
 
     vocab_size: int = 257
     tokens: str = "bytes"
+    tied: bool = True
     byte_dim: int = 128
     patch_rule: str = "space"
     patch_size: int | None = None
     max_patch_len: int | None = 16
+    patch_capacity: int | None = None
     pooling: str = "mean"
+    pooling_heads: int | None = None
+    encoder: str = "causal"
+    encoder_layers: int = 0
+    encoder_heads: int = 2
+    encoder_kv_heads: int = 2
+    encoder_ff: int = 320
     ngram_sizes: tuple[int, ...] = (2,)
     ngram_buckets: int = 4096
     ngram_dim: int = 32
@@ -61,6 +96,9 @@ class ModelConfig:
     decoder_kv_heads: int = 2
     decoder_ff: int = 320
     decoder_window: int | None = 128
+    share_ff: bool = False
+    output: str = "autoregressive"
+    reconstruction_weight: float = 1.0
     qk_norm: bool = True
     rope_base: float = 10000.0
     logit_scale: float = 1.0
@@ -74,6 +112,16 @@ class ModelConfig:
         self._check_types()
         self._check_ranges()
         self._check_patching()
+        self._check_pooling()
+        self._check_output()
+        if self.patch_rule == "none":
+            self._check_flat()
+
+    @property
+    def slots(self) -> int | None:
+        """The most bytes that a patch may have, where that is known."""
+        limits = [n for n in (self.patch_size, self.max_patch_len) if n is not None]
+        return min(limits, default=None)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for `json.dumps`."""
@@ -91,11 +139,11 @@ class ModelConfig:
 
     def _check_ranges(self) -> None:
         _at_least("vocab_size", BYTES + 1, self.vocab_size)
-        for name in ("byte_dim", "ngram_buckets", "ngram_dim", "core_dim", "core_ff"):
+        for name in ("byte_dim", "ngram_buckets", "ngram_dim", "core_dim", "core_ff", "encoder_ff"):
             _at_least(name, 1, getattr(self, name))
-        for name in ("core_layers", "decoder_layers"):
+        for name in ("core_layers", "decoder_layers", "encoder_layers"):
             _at_least(name, 0, getattr(self, name))
-        for name in ("decoder_ff", "decoder_window", "max_patch_len"):
+        for name in ("decoder_ff", "decoder_window", "max_patch_len", "patch_capacity"):
             if getattr(self, name) is not None:
                 _at_least(name, 1, getattr(self, name))
         _at_least("context", 2, self.context)
@@ -106,12 +154,15 @@ class ModelConfig:
             if value is not None and not value > 0:
                 _refuse(name, "a number above 0", value)
         check_heads("core", self.core_dim, self.core_heads, self.core_kv_heads)
+        if not self.reconstruction_weight >= 0:
+            _refuse("reconstruction_weight", "at least 0", self.reconstruction_weight)
+        if self.encoder_layers:
+            check_heads("encoder", self.byte_dim, self.encoder_heads, self.encoder_kv_heads)
         check_heads("decoder", self.byte_dim, self.decoder_heads, self.decoder_kv_heads)
 
     def _check_patching(self) -> None:
         _one_of("tokens", TOKENS, self.tokens)
         _one_of("patch_rule", PATCH_RULES, self.patch_rule)
-        _one_of("pooling", POOLINGS, self.pooling)
         if self.patch_rule == "fixed":
             if self.patch_size is None or self.patch_size < 1:
                 _refuse(
@@ -121,8 +172,39 @@ class ModelConfig:
             _refuse("patch_size", f'None with patch_rule "{self.patch_rule}"', self.patch_size)
         if self.tokens == "words" and self.patch_rule != "none":
             _refuse("patch_rule", '"none" with tokens "words"', self.patch_rule)
-        if self.patch_rule == "none" and self.core_layers:
-            _refuse("core_layers", '0 with patch_rule "none"', self.core_layers)
+        if self.patch_rule == "given" and self.patch_capacity is not None:
+            _refuse("patch_capacity", 'None with patch_rule "given"', self.patch_capacity)
+
+    def _check_pooling(self) -> None:
+        _one_of("pooling", POOLINGS, self.pooling)
+        _one_of("encoder", ENCODERS, self.encoder)
+        heads, dim = self.pooling_heads, self.byte_dim
+        if self.pooling != "attention":
+            if heads is not None:
+                _refuse("pooling_heads", f'None with pooling "{self.pooling}"', heads)
+        elif heads is None or heads < 1 or dim % heads:
+            _refuse("pooling_heads", f'a divisor of {dim} with pooling "attention"', heads)
+
+    def _check_output(self) -> None:
+        _one_of("output", OUTPUTS, self.output)
+        if self.output == "autoregressive":
+            return
+        if self.decoder_window is not None:
+            _refuse("decoder_window", 'None with output "parallel"', self.decoder_window)
+        if self.slots is None:
+            _refuse("max_patch_len", 'at least 1 with output "parallel"', None)
+
+    def _check_flat(self) -> None:
+        without = {
+            "core_layers": 0,
+            "encoder_layers": 0,
+            "pooling": "mean",
+            "patch_capacity": None,
+            "output": "autoregressive",
+        }
+        for name, value in without.items():
+            if getattr(self, name) != value:
+                _refuse(name, f'{value!r} with patch_rule "none"', getattr(self, name))
 
 
 def check_heads(

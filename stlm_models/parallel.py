@@ -114,8 +114,12 @@ def apply_fsdp2(model: STLM, mesh: DeviceMesh | None = None, **options: Any) -> 
     Returns:
         The same model.
     """
-    core = None if model.is_flat else model.core
-    blocks = [*model.decoder, *(core.blocks if isinstance(core, PatchCore) else [])]
+    blocks = [*model.decoder]
+    if not model.is_flat:
+        blocks += [
+            *model.encoder,
+            *(model.core.blocks if isinstance(model.core, PatchCore) else []),
+        ]
     for block in blocks:
         fully_shard(block, mesh=mesh, **options)
     fully_shard(model, mesh=mesh, **options)

@@ -47,11 +47,14 @@ class BytePooling(nn.Module):
 
     def forward(self, x: Tensor, patches: Patches) -> Tensor:
         """x (T, D) or (B, T, D) -> (P, D)."""
-        x = x.reshape(-1, x.shape[-1])
+        return self.pool(x.reshape(-1, x.shape[-1]), patches.cu_patchlens)
+
+    def pool(self, x: Tensor, cu_patchlens: Tensor) -> Tensor:
+        """x (T, D) between the borders (P+1,) int32 -> (P, D)."""
         if self.mode != "attention":
-            return segment_pool(x, patches.cu_patchlens, mode=self.mode)
+            return segment_pool(x, cu_patchlens, mode=self.mode)
         key, value = self.key_value(x).unflatten(-1, (2, *self.query.shape)).unbind(1)
-        pooled = attention_pool(self.query, key, value, patches.cu_patchlens)
+        pooled = attention_pool(self.query, key, value, cu_patchlens)
         return self.output(pooled.flatten(1))
 
 

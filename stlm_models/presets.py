@@ -99,8 +99,38 @@ def _words(
     )
 
 
+_PAPER_BYTE = ModelConfig(
+    tied=False,
+    byte_dim=256,
+    max_patch_len=12,
+    encoder="patch",
+    encoder_layers=4,
+    encoder_heads=8,
+    encoder_kv_heads=8,
+    encoder_ff=512,
+    ngram_sizes=(),
+    core_layers=11,
+    core_dim=512,
+    core_heads=8,
+    core_kv_heads=8,
+    core_ff=1408,
+    decoder_layers=7,
+    decoder_heads=8,
+    decoder_kv_heads=8,
+    decoder_ff=512,
+    decoder_window=None,
+    output="parallel",
+    context=4096,
+)
+"""The seed paper's order of things (arXiv 2405.14159) without its leaks and lost bytes: attention
+inside patches of at most 12 bytes, their mean, a core, all bytes of the next patch at once, the
+reconstruction. Its patches are tokens of GPT-2, whose borders depend on later bytes; here spaces
+close them, and no byte is cut off.
+"""
+
 PRESETS: dict[str, ModelConfig] = {
     **_POOLED,
+    "paper-byte": _PAPER_BYTE,
     "demo-flat": _flat("demo", 192, 4, 3, 3, 624),
     "10m-flat": _flat("10m", 384, 6, 6, 2, 1120),
     "50m-flat": _flat("50m", 512, 18, 8, 2, 1376),

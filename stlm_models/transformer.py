@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch.nn.functional as F
@@ -28,22 +28,30 @@ class SwiGLU(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm attention and SwiGLU on a residual stream, (B, T, D) or packed (T, D)."""
+    """Pre-norm attention and SwiGLU on a residual stream, (B, T, D) or packed (T, D).
 
-    def __init__(self, attention: Attention, hidden_dim: int) -> None:
+    Args:
+        attention: of the stream's width.
+        hidden_dim: of the SwiGLU; None: each call brings the one that several blocks share.
+    """
+
+    def __init__(self, attention: Attention, hidden_dim: int | None) -> None:
         super().__init__()
         self.attention = attention
-        self.feed_forward = SwiGLU(attention.dim, hidden_dim)
+        self.feed_forward = None if hidden_dim is None else SwiGLU(attention.dim, hidden_dim)
 
     def forward(
         self,
         x: Tensor,
         cu_seqlens: Tensor | None = None,
         cache: KVCache | CacheRows | None = None,
+        feed_forward: SwiGLU | None = None,
     ) -> Tensor:
         """See `Attention.forward`."""
         x = x + self.attention(rms_norm(x), cu_seqlens=cu_seqlens, cache=cache)
-        return x + self.feed_forward(rms_norm(x))
+        own = feed_forward if self.feed_forward is None else self.feed_forward
+        assert own is not None
+        return x + own(rms_norm(x))
 
 
 class PatchCore(nn.Module):
@@ -51,18 +59,17 @@ class PatchCore(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(
-            TransformerBlock(
-                Attention(
-                    config.core_dim,
-                    config.core_heads,
-                    kv_heads=config.core_kv_heads,
-                    qk_norm=config.qk_norm,
-                    rope_base=config.rope_base,
-                ),
-                config.core_ff,
-            )
-            for _ in range(config.core_layers)
+        self.blocks, self.feed_forward = build_blocks(
+            lambda: Attention(
+                config.core_dim,
+                config.core_heads,
+                kv_heads=config.core_kv_heads,
+                qk_norm=config.qk_norm,
+                rope_base=config.rope_base,
+            ),
+            config.core_ff,
+            config.core_layers,
+            share_ff=config.share_ff,
         )
 
     def forward(
@@ -72,11 +79,28 @@ class PatchCore(nn.Module):
         caches: Sequence[KVCache | CacheRows] | None = None,
     ) -> Tensor:
         """The patches of whole documents, or beside caches the next one of each row, (B, 1, D)."""
-        return run_blocks(self.blocks, x, cu_seqlens, caches)
+        return run_blocks(self.blocks, x, cu_seqlens, caches, self.feed_forward)
 
     def new_caches(self, batch: int) -> list[KVCache]:
         """Empty caches of the layers, for this many rows."""
         return new_caches(self.blocks, batch)
+
+
+def build_blocks(
+    attention: Callable[[], Attention], hidden_dim: int, layers: int, *, share_ff: bool
+) -> tuple[nn.ModuleList, SwiGLU | None]:
+    """That many blocks, and the SwiGLU of all of them, where they share one.
+
+    It belongs to none of the blocks: so it is stored once, and FSDP2 can hold it in the group above
+    theirs, where it is whole while each of them runs.
+    """
+    shared = share_ff and layers > 0
+    blocks = nn.ModuleList(
+        TransformerBlock(attention(), None if shared else hidden_dim) for _ in range(layers)
+    )
+    if not shared:
+        return blocks, None
+    return blocks, SwiGLU(cast(TransformerBlock, blocks[0]).attention.dim, hidden_dim)
 
 
 def run_blocks(
@@ -84,10 +108,15 @@ def run_blocks(
     x: Tensor,
     cu_seqlens: Tensor | None,
     caches: Sequence[KVCache | CacheRows] | None,
+    feed_forward: SwiGLU | None = None,
 ) -> Tensor:
     """One block after another, each with its cache where there are caches."""
     for i, block in enumerate(blocks):
-        x = block(x, cu_seqlens, None if caches is None else caches[i])
+        cache = None if caches is None else caches[i]
+        if feed_forward is None:
+            x = block(x, cu_seqlens, cache)
+        else:
+            x = block(x, cu_seqlens, cache, feed_forward)
     return x
 
 

@@ -295,7 +295,7 @@ class TestConfig:
             ({"patch_rule": "bpe"}, "patch_rule: expected one of"),
             ({"patch_rule": "fixed"}, "patch_size: expected an int of at least 1"),
             ({"patch_size": 4}, 'patch_size: expected None with patch_rule "space", got 4'),
-            ({"pooling": "first"}, "pooling: expected one of"),
+            ({"pooling": "median"}, "pooling: expected one of"),
             ({"max_patch_len": 0}, "max_patch_len: expected at least 1, got 0"),
             ({"softcap": 0.0}, "softcap: expected a number above 0, got 0.0"),
             ({"ngram_sizes": (0,)}, "ngram_sizes: expected at least 1, got 0"),

@@ -1,0 +1,80 @@
+"""The parts at byte rate that a config asks for, and how all parameters of a model begin."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .attention import Attention, PatchAttention
+from .config import ModelConfig
+from .layers import BytePatcher, BytePooling, GivenPatches
+from .transformer import SwiGLU, build_blocks
+
+
+def patcher_of(config: ModelConfig) -> BytePatcher:
+    """What cuts bytes into patches."""
+    if config.patch_rule == "given":
+        return GivenPatches()
+    size, longest = config.patch_size, config.max_patch_len
+    return BytePatcher(config.patch_rule, patch_size=size, max_patch_len=longest)
+
+
+def pooling_of(config: ModelConfig) -> BytePooling | None:
+    """None where embeddings are pooled as they are looked up, and no state of a byte exists."""
+    if config.pooling in ("mean", "sum") and not config.encoder_layers:
+        return None
+    dim = config.byte_dim if config.pooling == "attention" else None
+    return BytePooling(config.pooling, dim=dim, heads=config.pooling_heads)
+
+
+def encoder_blocks(config: ModelConfig) -> tuple[nn.ModuleList, SwiGLU | None]:
+    """Of the local encoder; no blocks where there is none."""
+    heads = config.encoder_heads, config.encoder_kv_heads
+    return _blocks(
+        config, *heads, config.encoder_ff, config.encoder_layers, inside=config.encoder == "patch"
+    )
+
+
+def decoder_blocks(config: ModelConfig) -> tuple[nn.ModuleList, SwiGLU | None]:
+    """Over bytes, or over the slots of each patch where the output is parallel."""
+    heads = config.decoder_heads, config.decoder_kv_heads
+    inside = config.output == "parallel"
+    return _blocks(config, *heads, config.decoder_ff, config.decoder_layers, inside=inside)
+
+
+def _blocks(
+    config: ModelConfig, heads: int, kv_heads: int, ff: int, layers: int, *, inside: bool
+) -> tuple[nn.ModuleList, SwiGLU | None]:
+    """Attention inside each patch, or causal over documents within the decoder's window."""
+
+    def attention() -> Attention:
+        kind = PatchAttention if inside else Attention
+        return kind(
+            config.byte_dim,
+            heads,
+            kv_heads=kv_heads,
+            window=None if inside else config.decoder_window,
+            qk_norm=config.qk_norm,
+            rope_base=config.rope_base,
+        )
+
+    return build_blocks(attention, ff, layers, share_ff=config.share_ff)
+
+
+def ngram_mode(config: ModelConfig) -> str:
+    """How n-grams are pooled: as bytes are; by their mean where those are attended to."""
+    return "mean" if config.pooling == "attention" else config.pooling
+
+
+def initialise(model: nn.Module) -> None:
+    """Linear maps keep the scale of their input; residual branches and the output begin at zero.
+
+    A byte's own state, sent back through the tied table, would predict that byte again: the map in
+    between, at zero, lets the first step predict what is frequent instead.
+    """
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        if name.endswith(("attention.output", "feed_forward.down", "to_output")):
+            nn.init.zeros_(module.weight)
+        else:
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)

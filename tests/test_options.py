@@ -1,0 +1,265 @@
+"""Every pair of options, in a few tiny models: shapes, leaks, gradients, generation, JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from test_cached import varied, write_greedily
+from test_models import CLOSE, TEXT, TINY, ids_of, packed, scrambled
+from torch import Tensor
+
+from stlm_kernels import Patches, find_patches
+from stlm_kernels.testing import assert_causal
+from stlm_models import STLM, ModelConfig
+
+NONE = {"encoder_layers": 0}
+OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "rule": {
+        "space": {},
+        "fixed": {"patch_rule": "fixed", "patch_size": 4, "max_patch_len": None},
+        "given": {"patch_rule": "given"},
+        "none": {"patch_rule": "none", "core_layers": 0},
+    },
+    "pooling": {
+        **{mode: {"pooling": mode} for mode in ("mean", "sum", "max", "first", "last")},
+        "attention": {"pooling": "attention", "pooling_heads": 2},
+    },
+    "encoder": {
+        "none": NONE,
+        "causal": {"encoder_layers": 1, "encoder_ff": 24},
+        "patch": {"encoder": "patch", "encoder_layers": 2, "encoder_kv_heads": 1, "encoder_ff": 24},
+    },
+    "output": {"autoregressive": {}, "parallel": {"output": "parallel"}},
+    "share": {"no": {}, "yes": {"share_ff": True}},
+    "tied": {"yes": {}, "no": {"tied": False}},
+    "n-grams": {"some": {}, "none": {"ngram_sizes": ()}},
+    "capacity": {"none": {}, "some": {"patch_capacity": 40}},
+    "window": {"some": {}, "none": {"decoder_window": None}},
+    "norm": {"yes": {}, "no": {"qk_norm": False}},
+}
+EXCLUDED = {
+    *((("rule", "none"), ("pooling", mode)) for mode in OPTIONS["pooling"] if mode != "mean"),
+    *((("rule", "none"), ("encoder", kind)) for kind in ("causal", "patch")),
+    (("rule", "none"), ("output", "parallel")),
+    (("rule", "none"), ("capacity", "some")),
+    (("rule", "given"), ("capacity", "some")),
+    (("output", "parallel"), ("window", "some")),
+}
+"""What a config refuses."""
+Choice = dict[str, str]
+
+
+def pairs_of(choice: Choice) -> set[tuple[tuple[str, str], tuple[str, str]]]:
+    return set(itertools.combinations(choice.items(), 2))
+
+
+def allowed_choices() -> list[Choice]:
+    every = itertools.product(*OPTIONS.values())
+    choices = [dict(zip(OPTIONS, values, strict=True)) for values in every]
+    return [choice for choice in choices if not pairs_of(choice) & EXCLUDED]
+
+
+def covering_set() -> tuple[list[Choice], set[Any]]:
+    """Few choices in which every allowed pair occurs, each the one that adds most; all pairs."""
+    candidates = [(choice, pairs_of(choice)) for choice in allowed_choices()]
+    wanted = set().union(*(pairs for _, pairs in candidates))
+    chosen: list[Choice] = []
+    missing = set(wanted)
+    while missing:
+        best, pairs = max(candidates, key=lambda c: len(c[1] & missing))
+        chosen.append(best)
+        missing -= pairs
+        candidates = [c for c in candidates if c[1] & missing]
+    return chosen, wanted
+
+
+CHOICES, PAIRS = covering_set()
+
+
+def config_of(choice: Choice) -> ModelConfig:
+    values = {k: v for name, value in choice.items() for k, v in OPTIONS[name][value].items()}
+    return dataclasses.replace(TINY, **values)
+
+
+def given_patches(ids: Tensor, cu_seqlens: Tensor | None = None) -> Patches:
+    """Borders from outside, known when they are reached."""
+    return find_patches(ids, closes=ids % 3 == 0, max_patch_len=5, cu_seqlens=cu_seqlens)
+
+
+def caller(model: STLM) -> Callable[..., Any]:
+    """The model, with patches where its rule wants them."""
+
+    def call(ids: Tensor, targets: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Any:
+        given = model.config.patch_rule == "given"
+        patches = given_patches(ids, cu_seqlens) if given else None
+        return model(ids, targets, cu_seqlens=cu_seqlens, patches=patches)
+
+    return call
+
+
+@pytest.fixture(params=CHOICES, ids=lambda c: "-".join(c.values()), name="model")
+def model_of_each_choice(request: pytest.FixtureRequest) -> STLM:
+    return varied(config_of(request.param))
+
+
+def test_every_allowed_pair_occurs() -> None:
+    assert len(CHOICES) <= 24
+    assert set().union(*map(pairs_of, CHOICES)) == PAIRS
+    every = {
+        pair
+        for (a, xs), (b, ys) in itertools.combinations(OPTIONS.items(), 2)
+        for pair in itertools.product([(a, x) for x in xs], [(b, y) for y in ys])
+    }
+    assert every - PAIRS == EXCLUDED
+    for (a, x), (b, y) in EXCLUDED:
+        with pytest.raises(ValueError, match="expected"):
+            config_of({a: x, b: y})
+
+
+def test_json(model: STLM) -> None:
+    assert ModelConfig(**json.loads(json.dumps(model.config.to_dict()))) == model.config
+
+
+def test_nothing_leaks(model: STLM) -> None:
+    assert_causal(caller(model.double()), 257, length=12)
+
+
+@torch.no_grad()
+def test_documents_and_rows(model: STLM) -> None:
+    call = caller(model)
+    ids, cu_seqlens = packed([TEXT, b"", b"x y"])
+    together = call(ids, None, cu_seqlens)
+    assert together.shape == (len(ids), 257)
+    torch.testing.assert_close(together[-4:], call(ids_of(b"x y")), **CLOSE)
+    if model.config.patch_rule != "given":
+        dense = model(ids_of(TEXT)[None])[0]
+        torch.testing.assert_close(dense, together[: len(TEXT) + 1], **CLOSE)
+
+
+def test_every_parameter_gets_a_gradient(model: STLM) -> None:
+    # Without id 256 and its closed patch, the first bytes read the null state.
+    ids = ids_of(TEXT)[2:]
+    loss_sum, n_valid = caller(model.train())(ids, ids.long())
+    (loss_sum / n_valid).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+    assert len(model.state_dict()) == len(list(model.parameters()))
+
+
+@torch.no_grad()
+def test_capacity_in_training(model: STLM) -> None:
+    """Enough slots give what exact patches give; the mode changes nothing else but the loss."""
+    ids = ids_of(TEXT)
+    call = caller(model)
+    expected = call(ids)
+    torch.testing.assert_close(caller(model.train())(ids), expected, **CLOSE)
+
+
+@torch.no_grad()
+def test_greedy_writing_is_that_of_full_runs(model: STLM) -> None:
+    if model.config.patch_rule == "given":
+        with pytest.raises(ValueError, match=r"patches: expected patches of your own.*no rule"):
+            model.generate(TEXT, max_new_bytes=1)
+        return
+    prompts = [b"", b"ab c", TEXT]
+    expected = write_greedily(model, prompts, 20)
+    assert model.generate_batch(prompts, max_new_bytes=20, temperature=0) == expected
+
+
+class TestParallel:
+    CONFIG = dataclasses.replace(TINY, output="parallel", decoder_window=None)
+
+    def test_the_slot_of_each_byte(self) -> None:
+        """By hand: a byte's logits come from the state read before it, at its place there."""
+        model = scrambled(self.CONFIG)
+        ids = ids_of(b"ab cdefgh i")
+        with torch.no_grad():
+            logits = model(ids)
+            patches = model.patcher(ids)
+            inputs = model.core_inputs(
+                *model.pool(ids, ids, patches, torch.tensor([0, len(ids)], dtype=torch.int32))
+            )
+            states = model.core_states(model.core(inputs, patches.cu_seqlens), inputs)
+            starts = patches.cu_patchlens.tolist()
+            # 256 is a patch, then "ab ", then "cdefg" cut at five bytes, "h ", and "i".
+            assert starts == [0, 1, 4, 9, 11, 12]
+            for t in range(len(ids)):
+                own = max(p for p in range(5) if starts[p] <= t)
+                closes = t + 1 == starts[own + 1] and own < 4
+                read, slot = (own, 0) if closes else (own - 1, t + 1 - starts[own])
+                state = states[read] if read >= 0 else model.head.null_state
+                slots = model.decode_slots(state[None])[0]
+                want = model.embedding.logits(model.output_states(slots[slot]))
+                torch.testing.assert_close(logits[t], want, **CLOSE)
+
+    def test_reconstruction_counts_bytes_alone(self) -> None:
+        model = scrambled(self.CONFIG)
+        ids = ids_of(TEXT)
+        targets = ids.long().roll(-1)
+        targets[-3:] = -100
+        plain, n_valid = model(ids, targets)
+        both, _ = model.train()(ids, targets)
+        patches = model.patcher(ids)
+        borders = torch.tensor([0, len(ids)], dtype=torch.int32)
+        inputs = model.core_inputs(*model.pool(ids, ids, patches, borders))
+        slots = model.embedding.logits(model.output_states(model.decode_slots(inputs)))
+        nats = []
+        for t in range(1, len(ids)):  # the first id stands before the document
+            patch = int(patches.patch_ids[t])
+            row = slots[patch, t - int(patches.cu_patchlens[patch])]
+            nats.append(-row.log_softmax(-1)[int(ids[t])])
+        want = plain + torch.stack(nats).mean() * n_valid
+        torch.testing.assert_close(both, want)
+        light = dataclasses.replace(self.CONFIG, reconstruction_weight=0.0)
+        torch.testing.assert_close(scrambled(light).train()(ids, targets)[0], plain)
+
+    def test_patches_longer_than_the_slots_are_refused(self) -> None:
+        ids = ids_of(TEXT)
+        config = dataclasses.replace(self.CONFIG, patch_rule="given")
+        with pytest.raises(ValueError, match="patches: expected patches of at most 5 bytes"):
+            scrambled(config)(ids, patches=find_patches(ids, rule="fixed", patch_size=7))
+
+
+def test_shapes_of_training_with_a_capacity_are_static() -> None:
+    model = scrambled(dataclasses.replace(TINY, patch_capacity=12)).train()
+    shapes = []
+    model.core.register_forward_hook(lambda _, inputs, __: shapes.append(inputs[0].shape))
+    for text in (b"a b c d", b"abcdefg"):
+        model(ids_of(text))
+    assert shapes == [(12, TINY.core_dim)] * 2
+    # More patches than slots: the rest reads the last of them, and nothing fails.
+    assert model(ids_of(TEXT * 2)).isfinite().all()
+    assert len(model.patcher(ids_of(TEXT * 2)).cu_patchlens) > 13
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"tied": 1}, "tied: expected bool, got 1"),
+        ({"patch_capacity": 0}, "patch_capacity: expected at least 1, got 0"),
+        ({"pooling": "attention"}, "pooling_heads: expected a divisor of 128"),
+        ({"pooling": "attention", "pooling_heads": 3}, "pooling_heads: expected a divisor of 128"),
+        ({"pooling_heads": 2}, 'pooling_heads: expected None with pooling "mean", got 2'),
+        ({"encoder": "both"}, "encoder: expected one of"),
+        ({"encoder_layers": -1}, "encoder_layers: expected at least 0, got -1"),
+        ({"encoder_layers": 1, "encoder_heads": 3, "encoder_kv_heads": 1}, "encoder_heads: expect"),
+        ({"encoder_ff": 0}, "encoder_ff: expected at least 1, got 0"),
+        ({"output": "both"}, "output: expected one of"),
+        ({"output": "parallel"}, 'decoder_window: expected None with output "parallel", got 128'),
+        (
+            {"output": "parallel", "decoder_window": None, "max_patch_len": None},
+            'max_patch_len: expected at least 1 with output "parallel", got None',
+        ),
+        ({"reconstruction_weight": -1.0}, "reconstruction_weight: expected at least 0, got -1.0"),
+    ],
+)
+def test_wrong_values(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(**values)
