@@ -27,7 +27,8 @@ from stlm_models.data import load_corpus
 from stlm_models.trainer import PRECISIONS, Trainer, TrainOptions, fastest_precision
 
 from . import report
-from .naive import naive_ops
+from .naive import NAIVE
+from .stock import ops_replaced
 
 WAYS = ("ours", "naive")
 MIB = 2**20
@@ -88,7 +89,7 @@ def _serve(pipe: Connection, way: str, settings: Settings) -> None:
     """One process: a step when asked, until its peak of memory is asked for."""
     torch.set_num_threads(settings.threads)
     trainer = _trainer(settings)
-    with naive_ops() if way == "naive" else nullcontext():
+    with ops_replaced(NAIVE) if way == "naive" else nullcontext():
         while pipe.recv() == "step":
             began = time.perf_counter()
             result = trainer.train_step()

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.naive import naive_ops
+from bench.naive import NAIVE
 from bench.naive_step import Result, Settings, measure, table
+from bench.stock import ops_replaced
 from stlm_models import STLM, ModelConfig
 
 TINY = ModelConfig(
@@ -28,7 +29,7 @@ def tiny() -> STLM:
 def loss_and_gradients(model: STLM, naive: bool, **inputs: Tensor) -> list[Tensor]:
     model.zero_grad()
     if naive:
-        with naive_ops():
+        with ops_replaced(NAIVE):
             loss, _ = model(**inputs)
             loss.backward()
     else:
@@ -55,15 +56,6 @@ def test_naive_model_equals_ours(dense: bool) -> None:
     for got, stock, reference in zip(ours, naive, exact, strict=True):
         torch.testing.assert_close(stock.double(), reference, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(got.double(), reference, rtol=1e-4, atol=1e-5)
-
-
-def test_naive_ops_are_called_within_and_only_within() -> None:
-    from stlm_models import layers
-
-    ours = layers.byte_pool
-    with naive_ops():
-        assert layers.byte_pool is not ours
-    assert layers.byte_pool is ours
 
 
 def test_both_processes_train_the_same(full: bool) -> None:
