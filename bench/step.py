@@ -142,8 +142,9 @@ class _noting:
 
 
 def _backward(out: Any) -> None:
-    if isinstance(out, Tensor) and out.requires_grad:
-        out.backward(torch.ones_like(out))
+    for x in out if isinstance(out, tuple) else (out,):
+        if isinstance(x, Tensor) and x.requires_grad:
+            x.backward(torch.ones_like(x))
 
 
 def _optimise(trainer: Trainer) -> None:
