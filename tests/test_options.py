@@ -6,17 +6,22 @@ import dataclasses
 import itertools
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from test_cached import varied, write_greedily
 from test_models import CLOSE, TEXT, TINY, ids_of, packed, scrambled
 from torch import Tensor
 
 from stlm_kernels import Patches, find_patches
 from stlm_kernels.testing import assert_causal
-from stlm_models import STLM, ModelConfig
+from stlm_models import PRESETS, STLM, ModelConfig
+from stlm_models.config import config_from_dict
+from stlm_models.optim import Optimizers
+from stlm_models.parallel import apply_fsdp2
 
 NONE = {"encoder_layers": 0}
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
@@ -227,6 +232,56 @@ class TestParallel:
             scrambled(config)(ids, patches=find_patches(ids, rule="fixed", patch_size=7))
 
 
+class TestSharedFeedForward:
+    CONFIG = dataclasses.replace(TINY, share_ff=True, encoder_layers=2)
+
+    def test_it_is_stored_and_moved_once(self) -> None:
+        model = scrambled(self.CONFIG)
+        names = [name for name in model.state_dict() if "feed_forward.up" in name]
+        assert names == [
+            "encoder_feed_forward.up.weight",
+            "core.feed_forward.up.weight",
+            "decoder_feed_forward.up.weight",
+        ]
+        optimizers = Optimizers(model, muon_lr=0.1, adamw_lr=0.1)
+        groups = [group for part in optimizers.parts.values() for group in part.param_groups]
+        moved = [parameter for group in groups for parameter in group["params"]]
+        assert len(moved) == len({id(p) for p in moved}) == len(list(model.parameters()))
+
+    def test_it_adds_the_same_map_in_every_layer(self) -> None:
+        own = scrambled(dataclasses.replace(self.CONFIG, share_ff=False))
+        shared = scrambled(self.CONFIG)
+        values = shared.state_dict()
+        copies = {}
+        for name in own.state_dict():
+            before, _, weight = name.partition(".feed_forward.")
+            # core.blocks.1 -> core, decoder.1 -> decoder
+            stack = before.removesuffix(".0").removesuffix(".1").removesuffix(".blocks")
+            joint = (
+                f"core.feed_forward.{weight}"
+                if stack == "core"
+                else (f"{stack}_feed_forward.{weight}")
+            )
+            copies[name] = values[joint if weight else name]
+        own.load_state_dict(copies)
+        torch.testing.assert_close(own(ids_of(TEXT)), shared(ids_of(TEXT)))
+
+    def test_sharded_parameters(self, tmp_path: Path) -> None:
+        ids = ids_of(TEXT)
+        expected = scrambled(self.CONFIG)
+        expected(ids, ids.long())[0].backward()
+        store = dist.FileStore(str(tmp_path / "store"), 1)
+        dist.init_process_group("gloo", rank=0, world_size=1, store=store)
+        try:
+            sharded = apply_fsdp2(scrambled(self.CONFIG))
+            sharded(ids, ids.long())[0].backward()
+            grads = {name: p.grad.full_tensor() for name, p in sharded.named_parameters()}
+        finally:
+            dist.destroy_process_group()
+        for name, parameter in expected.named_parameters():
+            torch.testing.assert_close(grads[name], parameter.grad, **CLOSE)
+
+
 def test_shapes_of_training_with_a_capacity_are_static() -> None:
     model = scrambled(dataclasses.replace(TINY, patch_capacity=12)).train()
     shapes = []
@@ -263,3 +318,28 @@ def test_shapes_of_training_with_a_capacity_are_static() -> None:
 def test_wrong_values(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ModelConfig(**values)
+
+
+def test_configs_written_before_these_options_existed() -> None:
+    values = {
+        name: TINY.to_dict()[name]
+        for name in (
+            "vocab_size", "byte_dim", "patch_rule", "patch_size", "max_patch_len", "pooling",
+            "ngram_sizes", "ngram_buckets", "ngram_dim", "core_layers", "core_dim", "core_heads",
+            "core_kv_heads", "core_ff", "decoder_layers", "decoder_heads", "decoder_kv_heads",
+            "decoder_ff", "decoder_window", "qk_norm", "rope_base", "logit_scale", "softcap",
+            "context",
+        )
+    }  # fmt: skip
+    assert config_from_dict(json.loads(json.dumps(values))) == TINY
+
+
+def test_the_papers_own_order() -> None:
+    config = PRESETS["paper-byte"]
+    with torch.device("meta"):
+        size = sum(p.numel() for p in STLM(config).parameters())
+    assert 40e6 < size < 55e6
+    small = dataclasses.replace(
+        config, byte_dim=16, core_dim=16, core_layers=1, encoder_layers=1, decoder_layers=1
+    )
+    assert_causal(caller(varied(small).double()), 257, length=14)
