@@ -23,7 +23,13 @@ MODELS = {
     "defaults": SMALL,
     "flat": dataclasses.replace(SMALL, patch_rule="none", core_layers=0),
     "attention pooling of a causal encoder": dataclasses.replace(
-        SMALL, pooling="attention", pooling_heads=2, encoder_layers=1, ngram_sizes=(), tied=False
+        SMALL,
+        pooling="attention",
+        pooling_heads=2,
+        encoder_layers=1,
+        ngram_sizes=(),
+        tied=False,
+        unpooling="ema",
     ),
     "a parallel output behind an encoder inside patches": dataclasses.replace(
         SMALL,
@@ -38,7 +44,7 @@ MODELS = {
 KERNELS = {
     "defaults": {"byte_pool", "find_patches", "unpool", "attention", "segment_pool"},
     "flat": {"attention", "qk_norm_rope", "ngram_embedding"},
-    "attention pooling of a causal encoder": {"attention_pool", "attention"},
+    "attention pooling of a causal encoder": {"attention_pool", "attention", "ema_unpool"},
     "a parallel output behind an encoder inside patches": {"patch_attention", "segment_pool"},
 }
 
