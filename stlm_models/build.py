@@ -6,7 +6,8 @@ from torch import nn
 
 from .attention import Attention, PatchAttention
 from .config import ModelConfig
-from .layers import BytePatcher, BytePooling, GivenPatches
+from .layers import BytePatcher, BytePooling, ByteUnpooling, GivenPatches
+from .pooling import EmaUnpooling
 from .transformer import SwiGLU, build_blocks
 
 
@@ -24,6 +25,13 @@ def pooling_of(config: ModelConfig) -> BytePooling | None:
         return None
     dim = config.byte_dim if config.pooling == "attention" else None
     return BytePooling(config.pooling, dim=dim, heads=config.pooling_heads)
+
+
+def unpooling_of(config: ModelConfig) -> ByteUnpooling | EmaUnpooling:
+    """What gives bytes the states of patches."""
+    if config.unpooling == "ema":
+        return EmaUnpooling(config.core_dim)
+    return ByteUnpooling(config.byte_dim)
 
 
 def encoder_blocks(config: ModelConfig) -> tuple[nn.ModuleList, SwiGLU | None]:

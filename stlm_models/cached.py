@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from stlm_kernels import unpool
+from stlm_kernels import Patches, ema_unpool, unpool
 
 from .build import ngram_mode
 from .cached_core import cached_core, caches_at
 from .cached_pool import pool_of
 from .incremental import NgramState, PatchState, PoolState
+from .pooling import EmaUnpooling
 from .transformer import new_caches
 
 if TYPE_CHECKING:
@@ -111,8 +112,8 @@ class PatchedRows:
         parallel = model.head is not None
         self.caches = [] if parallel else new_caches(model.decoder, batch)
         self.reads: Tensor | None = None
-        """(B, D) the patch states that the next bytes read, or the slots of a parallel output that
-        they take, (B, L, D).
+        """What the next bytes read: (B, D) patch states or their running average, or (B, L, D) the
+        slots of a parallel output.
         """
 
     def step(self, byte_ids: Tensor, rows: Tensor) -> Tensor:
@@ -131,7 +132,7 @@ class PatchedRows:
         if len(closing):
             inputs = model.core_inputs(*pooled)
             states = model.core_states(self.core.append(closing, inputs), inputs)
-            self.reads[closing] = self._made_of(states)
+            self.reads[closing] = self._next_reads(states, self.reads[closing])
         if model.head is not None:
             return model.output_states(self.reads[rows, self.patches.lengths[rows].long()])
         x = encoded + self.reads[rows]
@@ -155,19 +156,31 @@ class PatchedRows:
         out = self.core.start(rows, inputs, patches.cu_seqlens, open_bytes > 0)
         states = model.core_states(out, inputs)
         if model.head is not None:
-            reads = self._made_of(model.head.with_null(states)[patches.read_ids[last].long()])
+            reads = model.decode_slots(model.head.with_null(states)[patches.read_ids[last].long()])
             self._keep(rows, reads)
             return model.output_states(reads[torch.arange(len(rows)), open_bytes.long()])
-        patch_states = self._made_of(states)
-        null_state = model.unpooling.null_state
-        self._keep(rows, unpool(patch_states, patches.read_ids[last], null_state=null_state))
-        x = model.unpooling(patch_states, patches, residual=encoded)
+        self._keep(rows, self._reads_at(patches.read_ids[last], states, patches))
+        x = model.byte_inputs(states, patches, encoded)
         return model.decode(x, cu_seqlens, caches_at(self.caches, rows))[last]
 
-    def _made_of(self, states: Tensor) -> Tensor:
-        """What bytes read of states (N, core_dim)."""
+    def _reads_at(self, read_ids: Tensor, states: Tensor, patches: Patches) -> Tensor:
+        """(R, D) of the patches that the ends of texts read, (R,)."""
+        model, h = self.model, self.model.from_core(states)
+        if isinstance(model.unpooling, EmaUnpooling):
+            gates = model.unpooling.gates(states)
+            return ema_unpool(h, gates, read_ids, cu_seqlens=patches.cu_seqlens)
+        return unpool(h, read_ids, null_state=model.unpooling.null_state)
+
+    def _next_reads(self, states: Tensor, before: Tensor) -> Tensor:
+        """What rows read from here on: core states (R, core_dim), what they read before."""
         model = self.model
-        return model.from_core(states) if model.head is None else model.decode_slots(states)
+        if model.head is not None:
+            return model.decode_slots(states)
+        h = model.from_core(states)
+        if isinstance(model.unpooling, EmaUnpooling):
+            gates = model.unpooling.gates(states)[:, None]
+            return gates * h + (1 - gates) * before
+        return h
 
     def _keep(self, rows: Tensor, reads: Tensor) -> None:
         if self.reads is None:

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from stlm_kernels import Patches
 
-from . import decoding
-from .build import decoder_blocks, encoder_blocks, initialise, ngram_mode, patcher_of, pooling_of
+from . import build, decoding
 from .cache import CacheRows, KVCache
 from .config import BYTES, ModelConfig
 from .head import ParallelHead
 from .inputs import check_inputs, check_patches, document_borders
 from .layers import BytePatcher, ByteUnpooling, NgramPooling, TiedEmbedding, UntiedEmbedding
 from .norms import rms_norm
+from .pooling import EmaUnpooling
 from .transformer import PatchCore, run_blocks
 
 IGNORED = -100
@@ -45,7 +45,7 @@ class STLM(nn.Module):
     core: nn.Module
     # Of models with patches whose output is autoregressive.
     from_core: nn.Linear
-    unpooling: ByteUnpooling
+    unpooling: ByteUnpooling | EmaUnpooling
 
     def __init__(self, config: ModelConfig, core: nn.Module | None = None) -> None:
         super().__init__()
@@ -68,15 +68,15 @@ class STLM(nn.Module):
             raise ValueError('core: expected None with patch_rule "none", got a module')
         if not self.is_flat:
             self._add_patch_rate(PatchCore(config) if core is None else core)
-        self.decoder, self.decoder_feed_forward = decoder_blocks(config)
+        self.decoder, self.decoder_feed_forward = build.decoder_blocks(config)
         self.to_output = nn.Linear(config.byte_dim, config.byte_dim, bias=False)
-        initialise(self)
+        build.initialise(self)
 
     def _add_patch_rate(self, core: nn.Module) -> None:
         config = self.config
-        self.patcher = patcher_of(config)
-        self.encoder, self.encoder_feed_forward = encoder_blocks(config)
-        self.pooling = pooling_of(config)
+        self.patcher = build.patcher_of(config)
+        self.encoder, self.encoder_feed_forward = build.encoder_blocks(config)
+        self.pooling = build.pooling_of(config)
         self.to_core = nn.Linear(config.byte_dim, config.core_dim, bias=False)
         self.core = core
         self.head: ParallelHead | None = None
@@ -85,7 +85,7 @@ class STLM(nn.Module):
             self.head = ParallelHead(config.core_dim, config.byte_dim, config.slots)
         else:
             self.from_core = nn.Linear(config.core_dim, config.byte_dim, bias=False)
-            self.unpooling = ByteUnpooling(config.byte_dim)
+            self.unpooling = build.unpooling_of(config)
 
     @property
     def is_flat(self) -> bool:
@@ -173,7 +173,7 @@ class STLM(nn.Module):
         inputs = self.core_inputs(*self.pool(flat, encoded, patches, borders))
         states = self.core_states(self.core(inputs, patches.cu_seqlens), inputs)
         if self.head is None:
-            x = self.unpooling(self.from_core(states), patches, residual=encoded)
+            x = self.byte_inputs(states, patches, encoded)
             return self._decode_as(byte_ids, x, borders), None
         slots = self.decode_slots(self.head.with_null(states)).flatten(0, 1)
         hidden = self.output_states(slots[self.head.next_rows(patches)])
@@ -223,8 +223,7 @@ class STLM(nn.Module):
 
         cu_seqlens and caches as in `Attention.forward`.
         """
-        # Rows of the table are small, as an output projection wants them: patch states would drown
-        # them.
+        # Rows of the table are small, as an output projection wants them: patches would drown them.
         own = rms_norm(embedded)
         if self.config.encoder == "patch":
             return own
@@ -235,14 +234,13 @@ class STLM(nn.Module):
     ) -> list[Tensor]:
         """What the bytes of each patch amount to: states (P, byte_dim), n-grams (P, ngram_dim)."""
         if self.pooling is None:
-            pooled = [self.embedding.pool(byte_ids, patches, mode=self.config.pooling)]
+            pooled = self.embedding.pool(byte_ids, patches, mode=self.config.pooling)
         else:
-            pooled = [self.pool_states(encoded, patches.cu_patchlens)]
-        if self.ngrams is not None:
-            pooled.append(
-                self.ngrams.pool(byte_ids, patches, cu_seqlens, mode=ngram_mode(self.config))
-            )
-        return pooled
+            pooled = self.pool_states(encoded, patches.cu_patchlens)
+        if self.ngrams is None:
+            return [pooled]
+        mode = build.ngram_mode(self.config)
+        return [pooled, self.ngrams.pool(byte_ids, patches, cu_seqlens, mode=mode)]
 
     def pool_states(self, encoded: Tensor, cu_patchlens: Tensor) -> Tensor:
         """Of states from `encode` (T, byte_dim) one for each patch, (P, byte_dim)."""
@@ -264,6 +262,13 @@ class STLM(nn.Module):
         if got != expected:
             raise ValueError(f"core: expected states of {expected}, got {got}")
         return rms_norm(core_outputs)
+
+    def byte_inputs(self, states: Tensor, patches: Patches, encoded: Tensor) -> Tensor:
+        """The decoder's input: bytes' own states (T, byte_dim) and what they read of the core's."""
+        patch_states = self.from_core(states)
+        if isinstance(self.unpooling, EmaUnpooling):
+            return self.unpooling(patch_states, states, patches, residual=encoded)
+        return self.unpooling(patch_states, patches, residual=encoded)
 
     def decode_slots(self, states: Tensor) -> Tensor:
         """The parallel output's decoder: (N, core_dim) -> (N, L, byte_dim)."""

@@ -10,6 +10,7 @@ TOKENS = ("bytes", "words")
 PATCH_RULES = ("space", "fixed", "given", "none")
 POOLINGS = ("mean", "sum", "max", "first", "last", "attention")
 ENCODERS = ("causal", "patch")
+UNPOOLINGS = ("read", "ema")
 OUTPUTS = ("autoregressive", "parallel")
 BYTES = 256
 DOCUMENT_START = 256
@@ -45,6 +46,9 @@ class ModelConfig:
             model each position's own; () is none. Each has a table of `ngram_buckets` rows,
             `ngram_dim` wide.
         core_layers, core_dim, core_heads, core_kv_heads, core_ff: the transformer over patches.
+        unpooling: how bytes read patch states: "read", the last complete one; "ema", a running
+            average of them, each new one weighed by a gate of its own (H-Net's smoothing), of which
+            generation keeps one for each text. The parallel output reads core states alone.
         decoder_layers, decoder_heads, decoder_kv_heads, decoder_ff: the transformer over bytes.
         share_ff: one SwiGLU for all layers of the encoder, one for the core's, one for the
             decoder's, as in the paper's feed-forward sharing.
@@ -91,6 +95,7 @@ class ModelConfig:
     core_heads: int = 4
     core_kv_heads: int = 4
     core_ff: int = 512
+    unpooling: str = "read"
     decoder_layers: int = 3
     decoder_heads: int = 2
     decoder_kv_heads: int = 2
@@ -187,10 +192,13 @@ class ModelConfig:
 
     def _check_output(self) -> None:
         _one_of("output", OUTPUTS, self.output)
+        _one_of("unpooling", UNPOOLINGS, self.unpooling)
         if self.output == "autoregressive":
             return
         if self.decoder_window is not None:
             _refuse("decoder_window", 'None with output "parallel"', self.decoder_window)
+        if self.unpooling != "read":
+            _refuse("unpooling", '"read" with output "parallel"', self.unpooling)
         if self.slots is None:
             _refuse("max_patch_len", 'at least 1 with output "parallel"', None)
 
@@ -200,6 +208,7 @@ class ModelConfig:
             "encoder_layers": 0,
             "pooling": "mean",
             "patch_capacity": None,
+            "unpooling": "read",
             "output": "autoregressive",
         }
         for name, value in without.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from stlm_kernels import Patches, attention_pool, segment_pool, unpool
+from stlm_kernels import Patches, attention_pool, ema_unpool, segment_pool, unpool
 
 
 class BytePooling(nn.Module):
@@ -97,6 +97,41 @@ class ByteUnpooling(nn.Module):
         flat = None if residual is None else residual.reshape(-1, residual.shape[-1])
         out = unpool(patch_states, patches.read_ids, null_state=self.null_state, residual=flat)
         return out if residual is None else out.view(residual.shape)
+
+
+class EmaUnpooling(nn.Module):
+    """Give each byte a running average of the patch states that are complete at it.
+
+    z[j] = g[j] h[j] + (1 - g[j]) z[j-1], from z = 0 at each document's start; a byte gets the z of
+    the patch that it may read. The gate g is the sigmoid of a linear map of the core's state.
+
+    Args:
+        core_dim: width of the core's states.
+
+    Source: the smoothing of H-Net (arXiv 2507.07955), whose gates come from its router instead.
+    """
+
+    def __init__(self, core_dim: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(core_dim, 1, bias=False)
+
+    def gates(self, core_states: Tensor) -> Tensor:
+        """(P, core_dim) -> (P,) between 0 and 1."""
+        return self.gate(core_states)[:, 0].sigmoid()
+
+    def forward(
+        self,
+        patch_states: Tensor,  # (P, D)
+        core_states: Tensor,  # (P, core_dim)
+        patches: Patches,
+        residual: Tensor,  # (T, D)
+    ) -> Tensor:
+        """(T, D); the residual and patches as in `ByteUnpooling.forward`."""
+        if patches.read_ids.is_cpu and not torch.compiler.is_compiling():
+            _refuse_reading_ahead(patches)
+        borders, gates = patches.cu_seqlens, self.gates(core_states)
+        read = patches.read_ids
+        return ema_unpool(patch_states, gates, read, cu_seqlens=borders, residual=residual)
 
 
 def reads_ahead(patches: Patches) -> Tensor:

@@ -64,7 +64,8 @@ def summarise(config: ModelConfig, text: bytes) -> Summary:
     n_patches = len(read) if model.is_flat else int(model.patcher(ids).n_patches)
     kept = _Kept(model)
     with FlopCounterMode(display=False) as forward, torch.no_grad():
-        model(ids, targets)
+        model.eval()(ids, targets)
+    model.train()
     with FlopCounterMode(display=False) as step:
         with kept.counting():
             loss_sum, n_valid = model(ids, targets)

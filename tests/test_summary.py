@@ -66,6 +66,16 @@ def test_flat_models_of_bytes_and_words() -> None:
     assert found.n_bytes == len(TEXT)
 
 
+def test_the_second_loss_of_the_parallel_output_belongs_to_training() -> None:
+    plain = dataclasses.replace(
+        TINY, output="parallel", decoder_window=None, reconstruction_weight=0.0
+    )
+    found = summary.summarise(plain, TEXT)
+    both = summary.summarise(dataclasses.replace(plain, reconstruction_weight=1.0), TEXT)
+    assert both.forward_flops == found.forward_flops
+    assert both.step_flops > 1.3 * found.step_flops
+
+
 def test_an_empty_text_is_refused() -> None:
     with pytest.raises(ValueError, match="text: expected at least one byte"):
         summary.summarise(TINY, b"")
