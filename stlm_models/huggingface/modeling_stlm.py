@@ -121,15 +121,19 @@ class STLMForCausalLM(PreTrainedModel, GenerationMixin):
             return CausalLMOutputWithPast(logits=self._logits(hidden, logits_to_keep))
         ids, labels = _reorder(input_ids, order), _reorder(labels, order)
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-        loss_sum, n_valid = self.stlm(ids, targets)
+        if self.training:
+            loss_sum, n_valid = self.stlm(ids, targets)
+        else:
+            hidden = self.stlm.hidden(ids)
+            loss_sum, n_valid = self.stlm.embedding.loss(hidden, targets)
         if num_items_in_batch is None:
             loss = loss_sum / n_valid.clamp(min=1)
         else:
             loss = loss_sum / torch.as_tensor(num_items_in_batch, device=loss_sum.device)
         if self.training:
             return CausalLMOutputWithPast(loss=loss)
-        hidden = _restore(self.stlm.hidden(ids), order)
-        return CausalLMOutputWithPast(loss=loss, logits=self._logits(hidden, logits_to_keep))
+        logits = self._logits(_restore(hidden, order), logits_to_keep)
+        return CausalLMOutputWithPast(loss=loss, logits=logits)
 
     @torch.no_grad()
     def _grow(
