@@ -79,9 +79,10 @@ def _works(trainer: Trainer) -> dict[str, Callable[[], None]]:
     def pooling() -> None:
         assert batch.patches is not None
         with trainer.autocast():
-            embedded = model.embedding.embed(batch.byte_ids)
-            encoded = model.encode(embedded, batch.cu_seqlens).detach().requires_grad_()
-            pooled = model.pool(batch.byte_ids, encoded, batch.patches, batch.cu_seqlens)
+            ngrams = model.ngram_rows(batch.byte_ids, batch.cu_seqlens)
+            own = model.own_states(model.embedding.embed(batch.byte_ids), ngrams)
+            encoded = model.encode(own, batch.cu_seqlens).detach().requires_grad_()
+            pooled = model.pool(batch.byte_ids, encoded, batch.patches, ngrams)
         torch.autograd.backward(pooled, [torch.ones_like(x) for x in pooled])
 
     def run_layers(group: list[nn.Module]) -> None:

@@ -6,7 +6,7 @@ from torch import nn
 
 from .attention import Attention, PatchAttention
 from .config import ModelConfig
-from .layers import BytePatcher, BytePooling, ByteUnpooling, GivenPatches
+from .layers import BytePatcher, BytePooling, ByteUnpooling, GivenPatches, NgramPooling
 from .pooling import EmaUnpooling
 from .transformer import SwiGLU, build_blocks
 
@@ -66,6 +66,15 @@ def _blocks(
         )
 
     return build_blocks(attention, ff, layers, share_ff=config.share_ff)
+
+
+def ngrams_of(config: ModelConfig) -> tuple[NgramPooling | None, nn.Linear | None]:
+    """The tables, and the map by which their rows join the own states of a pooled model's bytes."""
+    if not config.ngram_sizes:
+        return None, None
+    dim, out_dim = config.ngram_dim, config.byte_dim
+    ngrams = NgramPooling(config.ngram_sizes, config.ngram_buckets, dim, out_dim)
+    return ngrams, nn.Linear(dim, out_dim, bias=False) if config.byte_ngrams else None
 
 
 def ngram_mode(config: ModelConfig) -> str:

@@ -79,15 +79,17 @@ class FlatRows:
     def start(self, rows: Tensor, byte_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
         if self.ngrams is not None:
             self.ngrams.resume(rows, byte_ids, cu_seqlens)
-        x = self.model.flat_inputs(byte_ids, cu_seqlens)
-        out = self.model.decode(x, cu_seqlens, caches_at(self.caches, rows))
+        model = self.model
+        ngrams = model.ngram_rows(byte_ids, cu_seqlens)
+        x = model.own_states(model.embedding.embed(byte_ids), ngrams)
+        out = model.decode(x, cu_seqlens, caches_at(self.caches, rows))
         return out[cu_seqlens[1:].long() - 1]
 
     def step(self, byte_ids: Tensor, rows: Tensor) -> Tensor:
         model, ngrams = self.model, None
         if model.ngrams is not None and self.ngrams is not None:
             ngrams = model.ngrams.embed(self.ngrams.step(byte_ids))[rows]
-        x = model.position_inputs(model.embedding.embed(byte_ids[rows]), ngrams)
+        x = model.own_states(model.embedding.embed(byte_ids[rows]), ngrams)
         return model.decode(x[:, None], None, caches_at(self.caches, rows))[:, 0]
 
 
@@ -124,10 +126,13 @@ class PatchedRows:
         closing = rows[closed[rows]]
         embedded = model.embedding.embed(byte_ids)
         caches = caches_at(self.encoder_caches, rows)
-        encoded = model.encode(embedded[rows][:, None], None, caches)[:, 0]
-        pooled = [self.pool.step(embedded, rows, encoded, closed, closing)]
+        ngrams = None
         if model.ngrams is not None and self.ngrams is not None:
             ngrams = model.ngrams.embed(self.ngrams.step(byte_ids))
+        own = model.own_states(embedded[rows], None if ngrams is None else ngrams[rows])
+        encoded = model.encode(own[:, None], None, caches)[:, 0]
+        pooled = [self.pool.step(embedded, rows, encoded, closed, closing)]
+        if ngrams is not None:
             pooled.append(self.ngram_pool.step(ngrams, closed)[closing])
         if len(closing):
             inputs = model.core_inputs(*pooled)
@@ -145,8 +150,10 @@ class PatchedRows:
         self.patches.resume(rows, byte_ids, cu_seqlens, patches)
         open_bytes = self.patches.lengths[rows]
         caches = caches_at(self.encoder_caches, rows)
-        encoded = model.encode(model.embedding.embed(byte_ids), cu_seqlens, caches)
-        pooled = model.pool(byte_ids, encoded, patches, cu_seqlens)
+        ngrams = model.ngram_rows(byte_ids, cu_seqlens)
+        own = model.own_states(model.embedding.embed(byte_ids), ngrams)
+        encoded = model.encode(own, cu_seqlens, caches)
+        pooled = model.pool(byte_ids, encoded, patches, ngrams)
         open_patches = patches.patch_ids[last]
         self.pool.resume(rows, pooled[0][open_patches], encoded, last, open_bytes)
         if self.ngrams is not None:

@@ -8,14 +8,14 @@ from typing import overload
 
 from torch import Tensor, nn
 
-from stlm_kernels import Patches
+from stlm_kernels import Patches, segment_pool
 
 from . import build, decoding
 from .cache import CacheRows, KVCache
 from .config import BYTES, ModelConfig
 from .head import ParallelHead
 from .inputs import check_inputs, check_patches, document_borders
-from .layers import BytePatcher, ByteUnpooling, NgramPooling, TiedEmbedding, UntiedEmbedding
+from .layers import BytePatcher, ByteUnpooling, TiedEmbedding, UntiedEmbedding
 from .norms import rms_norm
 from .pooling import EmaUnpooling
 from .transformer import PatchCore, run_blocks
@@ -57,13 +57,7 @@ class STLM(nn.Module):
             logit_scale=config.logit_scale,
             softcap=config.softcap,
         )
-        self.ngrams = (
-            NgramPooling(
-                config.ngram_sizes, config.ngram_buckets, config.ngram_dim, config.byte_dim
-            )
-            if config.ngram_sizes
-            else None
-        )
+        self.ngrams, self.ngrams_to_bytes = build.ngrams_of(config)
         if self.is_flat and core is not None:
             raise ValueError('core: expected None with patch_rule "none", got a module')
         if not self.is_flat:
@@ -161,16 +155,18 @@ class STLM(nn.Module):
     ) -> tuple[Tensor, Callable[[], Tensor] | None]:
         """The states of `hidden`, and what gives the weighed auxiliary loss, where there is one."""
         borders, flat = document_borders(byte_ids, cu_seqlens), byte_ids.flatten()
+        ngrams = self.ngram_rows(flat, borders)
+        own = self.own_states(self.embedding.embed(flat), ngrams)
         if self.is_flat:
             if patches is not None:
                 raise ValueError('patches: expected None with patch_rule "none", got patches')
-            return self._decode_as(byte_ids, self.flat_inputs(flat, borders), borders), None
+            return self._decode_as(byte_ids, own, borders), None
         if patches is None:
             patches = self._own_patches(flat, borders)
         else:
             check_patches(patches, borders, flat.shape[0])
-        encoded = self.encode(self.embedding.embed(flat), borders)
-        inputs = self.core_inputs(*self.pool(flat, encoded, patches, borders))
+        encoded = self.encode(own, borders)
+        inputs = self.core_inputs(*self.pool(flat, encoded, patches, ngrams))
         states = self.core_states(self.core(inputs, patches.cu_seqlens), inputs)
         if self.head is None:
             x = self.byte_inputs(states, patches, encoded)
@@ -202,45 +198,45 @@ class STLM(nn.Module):
 
     # The stages of `hidden`, which `CachedRun` takes one by one.
 
-    def flat_inputs(self, byte_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """A flat model's decoder input (T, byte_dim) of packed ids (T,)."""
-        ngrams = None if self.ngrams is None else self.ngrams.rows(byte_ids, cu_seqlens)
-        return self.position_inputs(self.embedding.embed(byte_ids), ngrams)
+    def ngram_rows(self, byte_ids: Tensor, cu_seqlens: Tensor) -> Tensor | None:
+        """(T, ngram_dim) of packed ids (T,), where the config has n-grams."""
+        return None if self.ngrams is None else self.ngrams.rows(byte_ids, cu_seqlens)
 
-    def position_inputs(self, embedded: Tensor, ngrams: Tensor | None = None) -> Tensor:
-        """The same of embeddings (T, byte_dim) and n-gram rows (T, ngram_dim)."""
-        if self.ngrams is not None:
-            embedded = embedded + self.ngrams.projection(ngrams)
-        return rms_norm(embedded)
+    def own_states(self, embedded: Tensor, ngrams: Tensor | None) -> Tensor:
+        """What bytes are by themselves, of embeddings (..., byte_dim) and n-gram rows."""
+        # Rows of the table are small, as an output projection wants them: patches would drown them.
+        own = rms_norm(embedded)
+        if self.ngrams is None:
+            return own
+        project = self.ngrams.projection if self.is_flat else self.ngrams_to_bytes
+        return own if project is None else own + rms_norm(project(ngrams))
 
     def encode(
         self,
-        embedded: Tensor,
+        own: Tensor,
         cu_seqlens: Tensor | None,
         caches: Sequence[KVCache | CacheRows] | None = None,
     ) -> Tensor:
-        """The states of bytes that the decoder adds, of their embeddings (..., byte_dim): causal.
+        """The states of bytes that the decoder adds, of their own states (..., byte_dim): causal.
 
         cu_seqlens and caches as in `Attention.forward`.
         """
-        # Rows of the table are small, as an output projection wants them: patches would drown them.
-        own = rms_norm(embedded)
         if self.config.encoder == "patch":
             return own
         return run_blocks(self.encoder, own, cu_seqlens, caches, self.encoder_feed_forward)
 
     def pool(
-        self, byte_ids: Tensor, encoded: Tensor, patches: Patches, cu_seqlens: Tensor
+        self, byte_ids: Tensor, encoded: Tensor, patches: Patches, ngrams: Tensor | None
     ) -> list[Tensor]:
         """What the bytes of each patch amount to: states (P, byte_dim), n-grams (P, ngram_dim)."""
         if self.pooling is None:
             pooled = self.embedding.pool(byte_ids, patches, mode=self.config.pooling)
         else:
             pooled = self.pool_states(encoded, patches.cu_patchlens)
-        if self.ngrams is None:
+        if ngrams is None:
             return [pooled]
         mode = build.ngram_mode(self.config)
-        return [pooled, self.ngrams.pool(byte_ids, patches, cu_seqlens, mode=mode)]
+        return [pooled, segment_pool(ngrams, patches.cu_patchlens, mode=mode)]
 
     def pool_states(self, encoded: Tensor, cu_patchlens: Tensor) -> Tensor:
         """Of states from `encode` (T, byte_dim) one for each patch, (P, byte_dim)."""

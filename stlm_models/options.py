@@ -45,6 +45,8 @@ class ModelConfig:
         ngram_sizes: lengths of the hashed n-grams whose embeddings join the pooled input, in a flat
             model each position's own; () is none. Each has a table of `ngram_buckets` rows,
             `ngram_dim` wide.
+        byte_ngrams: those that end at a byte join its own state too, which the encoder reads and
+            the decoder adds; flat models do so anyway, the parallel output reads no bytes.
         core_layers, core_dim, core_heads, core_kv_heads, core_ff: the transformer over patches.
         unpooling: how bytes read patch states: "read", the last complete one; "ema", a running
             average of them, each new one weighed by a gate of its own (H-Net's smoothing), of which
@@ -90,6 +92,7 @@ class ModelConfig:
     ngram_sizes: tuple[int, ...] = (2,)
     ngram_buckets: int = 4096
     ngram_dim: int = 32
+    byte_ngrams: bool = False
     core_layers: int = 2
     core_dim: int = 256
     core_heads: int = 4
@@ -154,6 +157,8 @@ class ModelConfig:
         _at_least("context", 2, self.context)
         for size in self.ngram_sizes:
             _at_least("ngram_sizes", 1, size)
+        if self.byte_ngrams and not self.ngram_sizes:
+            _refuse("byte_ngrams", "False without ngram_sizes", True)
         for name in ("rope_base", "logit_scale", "softcap"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -199,6 +204,8 @@ class ModelConfig:
             _refuse("decoder_window", 'None with output "parallel"', self.decoder_window)
         if self.unpooling != "read":
             _refuse("unpooling", '"read" with output "parallel"', self.unpooling)
+        if self.byte_ngrams:
+            _refuse("byte_ngrams", 'False with output "parallel"', True)
         if self.slots is None:
             _refuse("max_patch_len", 'at least 1 with output "parallel"', None)
 
@@ -208,6 +215,7 @@ class ModelConfig:
             "encoder_layers": 0,
             "pooling": "mean",
             "patch_capacity": None,
+            "byte_ngrams": False,
             "unpooling": "read",
             "output": "autoregressive",
         }

@@ -44,7 +44,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "unpooling": {"read": {}, "ema": {"unpooling": "ema"}},
     "share": {"no": {}, "yes": {"share_ff": True}},
     "tied": {"yes": {}, "no": {"tied": False}},
-    "n-grams": {"some": {}, "none": {"ngram_sizes": ()}},
+    "n-grams": {"some": {}, "none": {"ngram_sizes": ()}, "at bytes": {"byte_ngrams": True}},
     "capacity": {"none": {}, "some": {"patch_capacity": 40}},
     "window": {"some": {}, "none": {"decoder_window": None}},
     "norm": {"yes": {}, "no": {"qk_norm": False}},
@@ -56,6 +56,8 @@ EXCLUDED = {
     (("rule", "none"), ("unpooling", "ema")),
     (("output", "parallel"), ("unpooling", "ema")),
     (("rule", "none"), ("capacity", "some")),
+    (("rule", "none"), ("n-grams", "at bytes")),
+    (("output", "parallel"), ("n-grams", "at bytes")),
     (("rule", "given"), ("capacity", "some")),
     (("output", "parallel"), ("window", "some")),
 }
@@ -191,9 +193,8 @@ class TestParallel:
         with torch.no_grad():
             logits = model(ids)
             patches = model.patcher(ids)
-            inputs = model.core_inputs(
-                *model.pool(ids, ids, patches, torch.tensor([0, len(ids)], dtype=torch.int32))
-            )
+            ngrams = model.ngram_rows(ids, torch.tensor([0, len(ids)], dtype=torch.int32))
+            inputs = model.core_inputs(*model.pool(ids, ids, patches, ngrams))
             states = model.core_states(model.core(inputs, patches.cu_seqlens), inputs)
             starts = patches.cu_patchlens.tolist()
             # "cdefgh " is cut at five bytes; the first two bytes read the null state.
@@ -216,7 +217,8 @@ class TestParallel:
         both, _ = model.train()(ids, targets)
         patches = model.patcher(ids)
         borders = torch.tensor([0, len(ids)], dtype=torch.int32)
-        inputs = model.core_inputs(*model.pool(ids, ids, patches, borders))
+        ngrams = model.ngram_rows(ids, borders)
+        inputs = model.core_inputs(*model.pool(ids, ids, patches, ngrams))
         slots = model.embedding.logits(model.output_states(model.decode_slots(inputs)))
         nats = []
         for t in range(1, len(ids)):  # the first id stands before the document
