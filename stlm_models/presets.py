@@ -23,10 +23,15 @@ from .options import ModelConfig
 BYTES_PER_WORD = 4.5
 """Of English text and of source code, roughly: words and what stands between them."""
 
+NGRAMS = (2, 3, 4)
+"""Of the pooled presets: bytes then know what ends at them, without a layer that finds out."""
+
 _POOLED: dict[str, ModelConfig] = {
-    "demo": ModelConfig(),
+    "demo": ModelConfig(ngram_sizes=NGRAMS, byte_ngrams=True),
     "10m": ModelConfig(
         byte_dim=256,
+        ngram_sizes=NGRAMS,
+        byte_ngrams=True,
         decoder_heads=4,
         decoder_kv_heads=4,
         decoder_ff=512,
@@ -35,12 +40,14 @@ _POOLED: dict[str, ModelConfig] = {
         core_dim=384,
         core_heads=6,
         core_kv_heads=2,
-        core_ff=1024,
+        core_ff=960,
         context=4096,
     ),
     "50m": ModelConfig(
         byte_dim=256,
+        ngram_sizes=NGRAMS,
         ngram_buckets=8192,
+        byte_ngrams=True,
         decoder_layers=5,
         decoder_heads=4,
         decoder_kv_heads=4,
@@ -55,7 +62,9 @@ _POOLED: dict[str, ModelConfig] = {
     ),
     "100m": ModelConfig(
         byte_dim=256,
+        ngram_sizes=NGRAMS,
         ngram_buckets=8192,
+        byte_ngrams=True,
         decoder_layers=6,
         decoder_heads=4,
         decoder_kv_heads=4,
@@ -131,12 +140,12 @@ close them, and no byte is cut off.
 PRESETS: dict[str, ModelConfig] = {
     **_POOLED,
     "paper-byte": _PAPER_BYTE,
-    "demo-flat": _flat("demo", 192, 4, 3, 3, 624),
-    "10m-flat": _flat("10m", 384, 6, 6, 2, 1120),
+    "demo-flat": _flat("demo", 192, 4, 3, 3, 736),
+    "10m-flat": _flat("10m", 384, 6, 6, 2, 1088),
     "50m-flat": _flat("50m", 512, 18, 8, 2, 1376),
     "100m-flat": _flat("100m", 768, 16, 12, 4, 2048),
-    "demo-word": _words("demo", 8192, 128, 4, 2, 2, 528),
-    "10m-word": _words("10m", 50257, 128, 20, 2, 2, 336),
+    "demo-word": _words("demo", 8192, 128, 4, 2, 2, 704),
+    "10m-word": _words("10m", 50257, 128, 20, 2, 2, 320),
     "50m-word": _words("50m", 50257, 512, 8, 8, 2, 1536),
     "100m-word": _words("100m", 50257, 768, 10, 12, 4, 2016),
 }

@@ -172,9 +172,9 @@ def stepwise_bits(model: STLM, data: bytes) -> float:
 class LookingAhead(STLM):
     """In a full run it knows the next byte."""
 
-    def hidden(self, byte_ids: Tensor, **borders: Any) -> Tensor:
-        honest = super().hidden(byte_ids, **borders)
-        return honest + 8 * self.embedding.embed(byte_ids.roll(-1))
+    def _run(self, byte_ids: Tensor, *borders: Any) -> Any:
+        honest, auxiliary = super()._run(byte_ids, *borders)
+        return honest + 8 * self.embedding.embed(byte_ids.roll(-1)), auxiliary
 
 
 class TestSize:
