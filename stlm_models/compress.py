@@ -51,7 +51,8 @@ def compress(
         on_progress: called with how many bytes are done.
 
     Raises:
-        ValueError: for lanes below 1 or more than bytes, and a model whose logits are not finite.
+        ValueError: for lanes below 1 or more than bytes, a model that writes no bytes,
+            and one whose logits are not finite.
     """
     lanes = default_lanes(len(data)) if lanes is None else lanes
     if not 1 <= lanes <= max(1, len(data)):

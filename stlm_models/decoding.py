@@ -128,6 +128,8 @@ class _Sampling:
     seed: int | None
 
     def __post_init__(self) -> None:
+        if self.seed is not None and not _is_int(self.seed):
+            raise ValueError(f"seed: expected None or an int, got {self.seed!r}")
         # The op knows what is allowed. Asked here, it says so before the first byte is awaited.
         nothing = torch.zeros(1, 1)
         options = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
@@ -191,16 +193,30 @@ def _stops(stop: Stop) -> list[bytes]:
     return stops
 
 
-def _steps(
-    model: STLM, rows: list[_Row], max_new_bytes: int, settings: _Sampling
-) -> Iterator[None]:
+def check_writes_bytes(model: STLM) -> None:
+    """Refuse a model that cannot go on byte by byte with a ValueError."""
     if model.config.tokens == "words":
         raise ValueError(
             'tokens: expected "bytes" to generate, got "words": the word model is a baseline that'
             " is judged by bits per byte and writes no bytes"
         )
-    if max_new_bytes < 0:
-        raise ValueError(f"max_new_bytes: expected at least 0, got {max_new_bytes}")
+    if model.config.patch_rule == "given":
+        raise ValueError(
+            'patch_rule: expected a rule to generate, got "given": the patches of bytes that are'
+            " yet to be written are unknown"
+        )
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _steps(
+    model: STLM, rows: list[_Row], max_new_bytes: int, settings: _Sampling
+) -> Iterator[None]:
+    check_writes_bytes(model)
+    if not _is_int(max_new_bytes) or max_new_bytes < 0:
+        raise ValueError(f"max_new_bytes: expected an int of at least 0, got {max_new_bytes!r}")
     base = torch.randint(2**62, ()).item() if settings.seed is None else settings.seed
     return _run_steps(model, rows, max_new_bytes, settings, int(base))
 

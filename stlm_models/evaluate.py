@@ -47,6 +47,8 @@ def bits_per_byte(
     """
     _check_vocabulary(model, vocabulary)
     documents = [data] if isinstance(data, bytes) else data
+    if isinstance(data, str) or not all(isinstance(document, bytes) for document in documents):
+        raise ValueError(f"data: expected bytes or a list of them, got {data!r:.80}")
     n_bytes = sum(len(document) for document in documents)
     if n_bytes == 0:
         raise ValueError("data: expected at least one byte, got none")

@@ -42,6 +42,7 @@ def check_patches(patches: Patches, cu_seqlens: Tensor, length: int) -> None:
 
     Raises:
         ValueError: naming the field, and for a leak the byte and the patch that it reads.
+        IndexError: for a read_id that is no patch.
     """
     for name in ("patch_ids", "read_ids"):
         shape = tuple(getattr(patches, name).shape)
@@ -52,7 +53,15 @@ def check_patches(patches: Patches, cu_seqlens: Tensor, length: int) -> None:
         raise ValueError(f"patches.cu_seqlens: expected {tuple(cu_seqlens.shape)}, got {got}")
     if patches.read_ids.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    read = patches.read_ids.long()
+    _check_patch_borders(patches, cu_seqlens)
+    read, last = patches.read_ids.long(), len(patches.cu_patchlens) - 1
+    unknown = ((read < -1) | (read >= last)).nonzero().flatten()
+    if unknown.numel():
+        at = int(unknown[0])
+        raise IndexError(
+            f"patches.read_ids: expected values in [-1, {last - 1}], got {int(read[at])} at"
+            f" position {at}"
+        )
     foreign = patches.cu_patchlens[read.clamp(min=0)] < document_starts(cu_seqlens, length)
     wrong = (reads_ahead(patches) | (foreign & (read >= 0))).nonzero().flatten()
     if wrong.numel():
@@ -63,4 +72,20 @@ def check_patches(patches: Patches, cu_seqlens: Tensor, length: int) -> None:
             "patches.read_ids: expected only patches of the own document that are complete at the"
             f" byte that reads them, got byte {at} reading patch {patch}, bytes {start} to"
             f" {end - 1}: it would see bytes that it must predict or that are not its own"
+        )
+
+
+def _check_patch_borders(patches: Patches, cu_seqlens: Tensor) -> None:
+    """The core sees the documents of patches.cu_seqlens: they must be those of the bytes."""
+    last = len(patches.cu_patchlens) - 1
+    borders = patches.cu_seqlens.long()
+    begins = patches.cu_patchlens[borders.clamp(0, last)]
+    # Bytes behind the last patch belong to none, and so do borders there.
+    expected = cu_seqlens.clamp(max=int(patches.cu_patchlens[-1]))
+    wrong = ((begins != expected) | (borders < 0) | (borders > last)).nonzero().flatten()
+    if wrong.numel():
+        at = int(wrong[0])
+        raise ValueError(
+            f"patches.cu_seqlens: expected entry {at} to be the patch that begins at byte"
+            f" {int(expected[at])}, the border of a document, got {int(borders[at])}"
         )

@@ -20,7 +20,7 @@ from torch import Tensor
 from .arithmetic import TOTAL_BITS
 from .cached import CachedRun
 from .config import BYTES, DOCUMENT_START
-from .decoding import advance
+from .decoding import advance, check_writes_bytes
 
 if TYPE_CHECKING:
     from .model import STLM
@@ -49,8 +49,9 @@ def code_lanes(model: STLM, length: int, lanes: int, next_bytes: NextBytes) -> N
     Each lane begins a document; beyond the context it goes on as generation does.
 
     Raises:
-        ValueError: where the model's logits are not finite.
+        ValueError: for a model that writes no bytes, and where its logits are not finite.
     """
+    check_writes_bytes(model)
     if length == 0:
         return
     borders = lane_borders(length, lanes)

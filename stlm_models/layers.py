@@ -19,6 +19,7 @@ from stlm_kernels import (
     linear_logprobs,
     linear_sample,
 )
+from stlm_kernels.testing import check_ids
 
 from .attention import Attention
 from .ngrams import NgramPooling
@@ -148,11 +149,13 @@ class TiedEmbedding(nn.Module):
         return weight
 
     def embed(self, byte_ids: Tensor) -> Tensor:
-        """byte_ids (...) -> (..., D)."""
+        """byte_ids (...) -> (..., D); IndexError for one of no byte (values: CPU, eager)."""
+        _refuse_padded_ids(byte_ids, self.vocab_size)
         return F.embedding(byte_ids.int(), self._table())
 
     def pool(self, byte_ids: Tensor, patches: Patches, *, mode: str = "mean") -> Tensor:
         """The pooled embeddings of each patch, (P, D); the (T, D) embeddings never exist."""
+        _refuse_padded_ids(byte_ids, self.vocab_size)
         return byte_pool(byte_ids.flatten(), self._table(), patches.cu_patchlens, mode=mode)
 
     def logits(self, x: Tensor, *, valid_vocab: int | None = None) -> Tensor:
@@ -187,7 +190,7 @@ class TiedEmbedding(nn.Module):
         """Log-probability of each target (...) after x (..., D), fp32; 0 where it is ignored."""
         logprobs, _ = linear_logprobs(
             x,
-            self._table(),
+            self._output_table(),
             targets,
             ignore_index=ignore_index,
             softcap=self.softcap,
@@ -210,7 +213,7 @@ class TiedEmbedding(nn.Module):
         """
         return linear_kl_div(
             x,
-            self._table(),
+            self._output_table(),
             teacher_logits,
             temperature=temperature,
             mask=mask,
@@ -269,3 +272,11 @@ def dense_cu_seqlens(byte_ids: Tensor, cu_seqlens: Tensor | None = None) -> Tens
         raise ValueError("cu_seqlens: expected None with dense byte_ids, got a tensor")
     rows, length = byte_ids.shape
     return torch.arange(rows + 1, dtype=torch.int32, device=byte_ids.device) * length
+
+
+def _refuse_padded_ids(byte_ids: Tensor, vocab_size: int) -> None:
+    """A lookup would find the rows behind the vocabulary, which stand for nothing."""
+    if type(byte_ids) is not Tensor or not byte_ids.is_cpu or torch.compiler.is_compiling():
+        return
+    if not torch._C._functorch.is_functorch_wrapped_tensor(byte_ids):
+        check_ids(byte_ids, vocab_size)

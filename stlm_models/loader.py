@@ -32,7 +32,7 @@ def patcher_of(config: ModelConfig) -> Patcher | None:
         config.patch_rule,
         patch_size=config.patch_size,
         max_patch_len=config.max_patch_len,
-        capacity=getattr(config, "patch_capacity", None),
+        capacity=config.patch_capacity,
     )
 
 

@@ -76,8 +76,8 @@ class Optimizers:
             if tensor.shape not in ((), parameter.shape):
                 expected, got = tuple(parameter.shape), tuple(tensor.shape)
                 raise ValueError(f"checkpoint: {name}: expected shape {expected}, got {got}")
-            device = parameter.device if tensor.shape == parameter.shape else tensor.device
-            optimizer.state[parameter][key] = tensor.to(device)
+            # Counts of steps too: a fused AdamW reads them on the device.
+            optimizer.state[parameter][key] = tensor.to(parameter.device)
 
 
 def lr_scale(progress: float, schedule: str = "wsd") -> float:

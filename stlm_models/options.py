@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,11 +162,13 @@ class ModelConfig:
             _refuse("byte_ngrams", "False without ngram_sizes", True)
         for name in ("rope_base", "logit_scale", "softcap"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                _refuse(name, "a number above 0", value)
+            if value is not None and not 0 < value < math.inf:
+                _refuse(name, "a finite number above 0", value)
         check_heads("core", self.core_dim, self.core_heads, self.core_kv_heads)
-        if not self.reconstruction_weight >= 0:
-            _refuse("reconstruction_weight", "at least 0", self.reconstruction_weight)
+        if not 0 <= self.reconstruction_weight < math.inf:
+            _refuse(
+                "reconstruction_weight", "a finite number of at least 0", self.reconstruction_weight
+            )
         if self.encoder_layers:
             check_heads("encoder", self.byte_dim, self.encoder_heads, self.encoder_kv_heads)
         check_heads("decoder", self.byte_dim, self.decoder_heads, self.decoder_kv_heads)

@@ -129,8 +129,9 @@ class EmaUnpooling(nn.Module):
         """(T, D); the residual and patches as in `ByteUnpooling.forward`."""
         if patches.read_ids.is_cpu and not torch.compiler.is_compiling():
             _refuse_reading_ahead(patches)
-        borders, gates = patches.cu_seqlens, self.gates(core_states)
-        read = patches.read_ids
+        borders, read = patches.cu_seqlens, patches.read_ids
+        # A patch without bytes says nothing: the average goes on as it was.
+        gates = self.gates(core_states).masked_fill(patches.cu_patchlens.diff() == 0, 0)
         return ema_unpool(patch_states, gates, read, cu_seqlens=borders, residual=residual)
 
 

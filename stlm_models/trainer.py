@@ -243,9 +243,14 @@ class Trainer:
 
     @classmethod
     def resume(
-        cls, checkpoint: Checkpoint, corpus: Corpus, options: TrainOptions, ranks: Ranks = ALONE
+        cls,
+        checkpoint: Checkpoint,
+        corpus: Corpus,
+        options: TrainOptions,
+        ranks: Ranks = ALONE,
+        patcher: Patcher | None = None,
     ) -> Trainer:
-        """A trainer that goes on where the checkpoint was written.
+        """A trainer that goes on where the checkpoint was written, with the patcher it had.
 
         Raises:
             ValueError: where the corpus is another one, or tensors do not fit.
@@ -256,7 +261,7 @@ class Trainer:
                 f"data: expected the bytes that the run began with, sha256 {state['train_sha256']},"
                 f" got {corpus.train_sha256}"
             )
-        trainer = cls(checkpoint.config, corpus, options, ranks)
+        trainer = cls(checkpoint.config, corpus, options, ranks, patcher)
         if trainer.words != checkpoint.words:
             raise ValueError("checkpoint: expected the words that its data makes, got others")
         load_tensors(trainer.model, checkpoint.model)

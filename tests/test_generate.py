@@ -127,7 +127,7 @@ class TestGenerate:
             ({"temperature": float("nan")}, "temperature: expected a finite number >= 0"),
             ({"top_k": 0}, "top_k: expected an int >= 1, got 0"),
             ({"top_p": 0.0}, r"top_p: expected None or a number in \(0, 1\], got 0.0"),
-            ({"max_new_bytes": -1}, "max_new_bytes: expected at least 0, got -1"),
+            ({"max_new_bytes": -1}, "max_new_bytes: expected an int of at least 0, got -1"),
             ({"stop": b""}, "stop: expected None, bytes or a list"),
             ({"stop": "x"}, "stop: expected None, bytes or a list"),
             ({"prompt": [65]}, "prompt: expected bytes or str, got list"),

@@ -297,7 +297,7 @@ class TestConfig:
             ({"patch_size": 4}, 'patch_size: expected None with patch_rule "space", got 4'),
             ({"pooling": "median"}, "pooling: expected one of"),
             ({"max_patch_len": 0}, "max_patch_len: expected at least 1, got 0"),
-            ({"softcap": 0.0}, "softcap: expected a number above 0, got 0.0"),
+            ({"softcap": 0.0}, "softcap: expected a finite number above 0, got 0.0"),
             ({"ngram_sizes": (0,)}, "ngram_sizes: expected at least 1, got 0"),
             ({"context": 1}, "context: expected at least 2, got 1"),
         ],

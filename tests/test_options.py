@@ -318,7 +318,10 @@ def test_shapes_of_training_with_a_capacity_are_static() -> None:
             {"output": "parallel", "decoder_window": None, "max_patch_len": None},
             'max_patch_len: expected at least 1 with output "parallel", got None',
         ),
-        ({"reconstruction_weight": -1.0}, "reconstruction_weight: expected at least 0, got -1.0"),
+        (
+            {"reconstruction_weight": -1.0},
+            "reconstruction_weight: expected a finite number of at least 0",
+        ),
     ],
 )
 def test_wrong_values(values: dict[str, Any], message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,13 +10,14 @@ import pytest
 import torch
 from test_models import TINY
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import stlm_models.config
 import stlm_models.train
 from stlm_models import BytePatcher
 from stlm_models.checkpoint import load_checkpoint, save_checkpoint
 from stlm_models.data import IGNORED, Corpus
-from stlm_models.optim import WARM_UP, lr_scale
+from stlm_models.optim import WARM_UP, Optimizers, lr_scale
 from stlm_models.trainer import Trainer, TrainOptions
 from stlm_models.utilisation import flops_per_byte, matmul_flops_per_second
 
@@ -168,3 +170,36 @@ class TestCommand:
         assert "clip: expected None as the run began with, got 1.0" in capsys.readouterr().err
         assert main([*common, "--out", str(old), "--resume", "--steps", "2"]) == 0
         assert load_checkpoint(old).state["options"]["schedule"] == "wsd"
+
+
+class TestResume:
+    def test_with_the_patcher_of_the_beginning(self, tmp_path: Path) -> None:
+        config = dataclasses.replace(TINY, patch_rule="given")
+        patcher = BytePatcher("fixed", patch_size=3)
+        options = TrainOptions(steps=3, rows=2)
+        through, begun = (Trainer(config, CORPUS, options, patcher=patcher) for _ in range(2))
+        through.run()
+        begun.train_step()
+        begun.loader.close()
+        begun.save(tmp_path)
+        resumed = Trainer.resume(load_checkpoint(tmp_path), CORPUS, options, patcher=patcher)
+        assert resumed.run()
+        for name, tensor in through.model.state_dict().items():
+            assert torch.equal(resumed.model.state_dict()[name], tensor), name
+
+    def test_counts_of_steps_go_to_the_device(self) -> None:
+        """Where AdamW is fused it reads them there; a checkpoint is read on the CPU."""
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model = torch.nn.Linear(4, 4, device="meta")
+            model.weight = torch.nn.Parameter(torch.empty(4, 4, device="cuda"))
+            model.bias = torch.nn.Parameter(torch.empty(4, device="cuda"))
+            optimizers = Optimizers(model, muon_lr=0.1, adamw_lr=0.1)
+            optimizers.load_state_tensors(
+                {
+                    "adamw.bias.step": torch.tensor(3.0),
+                    "muon.weight.momentum_buffer": torch.ones(4, 4),
+                }
+            )
+            state = optimizers.state_tensors()
+        assert {tensor.device.type for tensor in state.values()} == {"cuda"}
+        assert len(state) == 2

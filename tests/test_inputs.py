@@ -1,0 +1,169 @@
+"""What a model is shown: ids, patches of the caller, and models that cannot write bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from test_models import CLOSE, TEXT, TINY, ids_of, scrambled
+from torch import Tensor
+
+from stlm_kernels import Patches, find_patches
+from stlm_models import STLM, ModelConfig, TiedEmbedding
+from stlm_models.compress import compress
+from stlm_models.evaluate import bits_per_byte
+from stlm_models.layers import UntiedEmbedding
+
+GIVEN = dataclasses.replace(TINY, patch_rule="given")
+WORDS = dataclasses.replace(
+    TINY, tokens="words", patch_rule="none", core_layers=0, max_patch_len=None
+)
+BORDERS = torch.tensor([0, 10, 20], dtype=torch.int32)
+
+
+class TestIds:
+    @pytest.mark.parametrize("bad", [257, 319, 300, -1])
+    def test_rows_behind_the_vocabulary_are_no_ids(self, bad: int) -> None:
+        table = TiedEmbedding(257, 8)
+        ids = torch.tensor([65, bad, 66])
+        message = rf"byte_ids: expected values in \[0, 256\], got {bad} at position 1"
+        with pytest.raises(IndexError, match=message):
+            table.embed(ids)
+        with pytest.raises(IndexError, match=message):
+            table.pool(ids, find_patches(ids.clamp(0, 256), rule="space"))
+
+    @pytest.mark.parametrize("rule", ["space", "none"])
+    def test_a_model_refuses_them(self, rule: str) -> None:
+        flat = {"patch_rule": rule, "core_layers": 0} if rule == "none" else {}
+        model = scrambled(dataclasses.replace(TINY, **flat))  # type: ignore[arg-type]
+        with pytest.raises(IndexError, match="got 300 at position 2"):
+            model(torch.tensor([256, 65, 300]))
+
+    def test_looking_up_under_vmap(self) -> None:
+        table, ids = TiedEmbedding(257, 8), torch.arange(6).view(2, 3)
+        assert torch.equal(torch.vmap(table.embed)(ids), table.embed(ids))
+
+
+def test_an_untied_output_is_judged_by_its_own_table() -> None:
+    torch.manual_seed(0)
+    table = UntiedEmbedding(257, 8)
+    hidden, teacher = torch.randn(5, 8), torch.randn(5, 257)
+    targets = torch.tensor([0, 65, 255, -100, 7])
+    logq = table.logits(hidden).log_softmax(-1)
+    want = logq.gather(1, targets.clamp(min=0)[:, None])[:, 0] * (targets >= 0)
+    torch.testing.assert_close(table.logprobs(hidden, targets), want, **CLOSE)
+    divergence = torch.nn.functional.kl_div(logq, teacher.softmax(-1), reduction="sum")
+    torch.testing.assert_close(table.kl_div(hidden, teacher), divergence, **CLOSE)
+
+
+class TestPatches:
+    ids = ids_of(TEXT)[:20].long()
+
+    def patches(self, **changed: Tensor) -> Patches:
+        found = find_patches(self.ids, rule="fixed", patch_size=5, cu_seqlens=BORDERS)
+        return found._replace(**changed)
+
+    def refuses(self, error: type[Exception], message: str, **changed: Tensor) -> None:
+        with pytest.raises(error, match=message):
+            scrambled(GIVEN)(self.ids, cu_seqlens=BORDERS, patches=self.patches(**changed))
+
+    @pytest.mark.parametrize("wrong", [[0, 0, 4], [0, 3, 4], [0, 2, 3], [1, 2, 4], [0, 2, 5]])
+    def test_documents_of_the_core_are_those_of_the_bytes(self, wrong: list[int]) -> None:
+        """Or patches of one document would attend to those of another."""
+        cu_seqlens = torch.tensor(wrong, dtype=torch.int32)
+        self.refuses(ValueError, "patches.cu_seqlens: expected entry", cu_seqlens=cu_seqlens)
+
+    @pytest.mark.parametrize("capacity", [1, 2, 3, 4, 9])
+    def test_lost_patches_are_no_wrong_borders(self, capacity: int) -> None:
+        found = find_patches(
+            self.ids, rule="fixed", patch_size=5, cu_seqlens=BORDERS, capacity=capacity
+        )
+        assert scrambled(GIVEN)(self.ids, cu_seqlens=BORDERS, patches=found).isfinite().all()
+
+    @pytest.mark.parametrize("output", ["autoregressive", "parallel"])
+    @pytest.mark.parametrize("bad", [4, -2])
+    def test_ids_of_no_patch(self, output: str, bad: int) -> None:
+        model = scrambled(dataclasses.replace(GIVEN, output=output, decoder_window=None))
+        read_ids = self.patches().read_ids.clone()
+        read_ids[-1] = bad
+        message = rf"patches.read_ids: expected values in \[-1, 3\], got {bad} at position 19"
+        with pytest.raises(IndexError, match=message):
+            model(self.ids, cu_seqlens=BORDERS, patches=self.patches(read_ids=read_ids))
+
+    def test_an_empty_patch_leaves_the_running_average(self) -> None:
+        torch.manual_seed(0)
+        core = IgnoresOthers()
+        model = STLM(dataclasses.replace(GIVEN, unpooling="ema", core_dim=16), core)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        borders, found = torch.tensor([0, 20], dtype=torch.int32), []
+        for offsets in ([0, 5, 10, 20], [0, 5, 5, 10, 10, 20]):
+            cu_patchlens = torch.tensor(offsets, dtype=torch.int32)
+            ends = torch.arange(1, 21)
+            own = torch.bucketize(ends, cu_patchlens[1:].long())
+            read = torch.bucketize(ends, cu_patchlens[1:].long(), right=True) - 1
+            patches = Patches(
+                cu_patchlens,
+                own.int(),
+                read.int(),
+                torch.tensor(len(offsets) - 1, dtype=torch.int32),
+                torch.tensor([0, len(offsets) - 1], dtype=torch.int32),
+            )
+            found.append(model(self.ids, cu_seqlens=borders, patches=patches))
+        torch.testing.assert_close(found[1], found[0], **CLOSE)
+
+
+class IgnoresOthers(torch.nn.Module):
+    """A core of one patch at a time, for which an empty patch is not nothing."""
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+        return x + 1
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [(GIVEN, 'patch_rule: expected a rule to generate, got "given"'), (WORDS, "tokens: expected")],
+)
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda model: model.generate(b"a", max_new_bytes=2),
+        lambda model: model.stream(b"a", max_new_bytes=2),
+        lambda model: compress(model, b"abc", checkpoint="00" * 32),
+    ],
+)
+def test_models_that_write_no_bytes(
+    config: ModelConfig, message: str, write: Callable[[STLM], object]
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        write(STLM(config))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_new_bytes": 2.5}, "max_new_bytes: expected an int of at least 0, got 2.5"),
+        ({"max_new_bytes": True}, "max_new_bytes: expected an int of at least 0, got True"),
+        ({"max_new_bytes": "3"}, "max_new_bytes: expected an int of at least 0, got '3'"),
+        ({"max_new_bytes": 3, "seed": 1.5}, "seed: expected None or an int, got 1.5"),
+        ({"max_new_bytes": 3, "seed": "a"}, "seed: expected None or an int, got 'a'"),
+    ],
+)
+def test_wrong_arguments_of_generate(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        STLM(TINY).generate(b"a", **arguments)
+
+
+@pytest.mark.parametrize("data", ["abc", bytearray(b"abc"), ["abc"], [b"abc", None]])
+def test_bits_of_what_is_not_bytes(data: Any) -> None:
+    with pytest.raises(ValueError, match="data: expected bytes or a list of them, got"):
+        bits_per_byte(STLM(TINY), data)
+
+
+@pytest.mark.parametrize("name", ["softcap", "rope_base", "logit_scale"])
+def test_infinite_options(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}: expected a finite number above 0, got inf"):
+        dataclasses.replace(TINY, **{name: float("inf")})  # type: ignore[arg-type]
