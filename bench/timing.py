@@ -220,7 +220,7 @@ class Gpu:
         rounds = rounds_for((time.perf_counter() - begin) / 5, 0.12, 10, 100)
         info = {"timed_as": "events", "samples": len(task.samples), "host_us": host * 1e6}
         plan = Plan(task.run, setup, rounds, info)
-        if device < host:
+        if task.capturable and device < host:
             self._use_graph(plan, task, timer)
         return plan
 
