@@ -248,6 +248,22 @@ def test_rehearsal_of_the_whole_run() -> None:
     assert " passed" in done.stdout
 
 
+def test_no_line_begins_after_the_minutes(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pytest", "bench", "--benchmark-only", "--minutes=0", "-q"]
+    done = subprocess.run(
+        [*command, f"--benchmark-json={tmp_path / 'none.json'}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "no minutes are left" in done.stdout
+    assert "passed" not in done.stdout
+    # Models take longest, so they come last.
+    assert done.stdout.index("bench_ops.py") < done.stdout.index("bench_models.py")
+
+
 # The check
 
 
