@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench import naive_step
 from bench.naive import NAIVE
 from bench.naive_step import Result, Settings, measure, table
 from bench.stock import ops_replaced
@@ -65,6 +66,22 @@ def test_both_processes_train_the_same(full: bool) -> None:
     found = measure(Settings("demo", 1, 64, "fp32", 1), steps=1)
     assert found["naive"].losses == pytest.approx(found["ours"].losses, rel=1e-4)
     assert all(x.peak_bytes > 2**26 and len(x.seconds) == 1 for x in found.values())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["no-such"], "preset"),
+        (["demo", "--rows", "0"], "rows: expected more than 0"),
+        (["demo", "--steps", "0"], "expected at least 1, got 0"),
+    ],
+)
+def test_bad_words_are_refused_before_a_process_starts(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        naive_step.main([*words, "--precision", "fp32"])
+    assert message in capsys.readouterr().err
 
 
 def test_table_compares_the_two() -> None:
