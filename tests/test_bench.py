@@ -169,6 +169,23 @@ def test_peak_memory_counts_what_is_freed_again() -> None:
     assert Cpu().peak_bytes(task) == pytest.approx(1.5 * (1 << 20), rel=0.01)
 
 
+def test_slow_work_is_run_no_more_than_it_must() -> None:
+    """Once to find out how long it takes, which warms up as well; short work gets more of both."""
+    calls: list[float] = []
+
+    def run(seconds: float) -> None:
+        calls.append(seconds)
+        time.sleep(seconds)
+
+    machine = Cpu()
+    for seconds, before, rounds in ((0.1, 1, 3), (0.02, 3, 10)):
+        calls.clear()
+        task = Task([seconds], lambda sample: sample, run)
+        plan = machine.plan(task, machine.timer())
+        assert len(calls) == before
+        assert plan.rounds == pytest.approx(rounds, abs=2)
+
+
 def test_interleaved_medians_take_turns() -> None:
     order: list[str] = []
     tasks = [
