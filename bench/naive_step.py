@@ -31,7 +31,6 @@ from .naive import NAIVE
 from .stock import ops_replaced
 
 WAYS = ("ours", "naive")
-MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -124,19 +123,6 @@ def _trainer(settings: Settings) -> Trainer:
     return Trainer(config, load_corpus(None), options)
 
 
-def table(results: dict[str, Result]) -> str:
-    """A line for each way, then what ours gains."""
-    lines = [
-        f"  {way:<6} {statistics.median(x.seconds):8.2f} s {x.bytes_per_second:9,.0f} bytes/s"
-        f" {x.peak_bytes / MIB:8,.0f} MiB"
-        for way, x in results.items()
-    ]
-    ours, naive = (results[way] for way in WAYS)
-    faster = ours.bytes_per_second / naive.bytes_per_second
-    smaller = ours.peak_bytes / naive.peak_bytes
-    return "\n".join([*lines, f"  ours: {faster:.2f} times the speed, {smaller:.2f} of the peak"])
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.naive_step",
@@ -165,11 +151,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     about = report.machine(device, options.commit)
     print(report.header(about, None))
     results = measure(settings, options.steps)
-    print(f"{settings}\n{table(results)}")
+    found = {way: asdict(result) for way, result in results.items()}
+    print("\n".join([str(settings), *report.naive_lines(found)]))
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
     path = options.json or Path("out/bench") / f"naive-step-{stamp}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    found = {way: asdict(result) for way, result in results.items()}
     values = {"machine": about, "settings": asdict(settings), "results": found}
     path.write_text(json.dumps(values, indent=1))
     print(path)
