@@ -15,6 +15,8 @@ GPU_PYTHON ?= python3
 WHEELS ?=
 OUT ?= out
 LANE ?= gpu
+# The machine may be lent for ten at a time, and results are written at the end.
+GPU_MINUTES ?= 7
 
 .PHONY: help test test-full lint lanes lane-cpu lane-interpret lane-aot bench check train \
         gpu-test gpu-bench gpu-tune gpu-site full-triton36 clean
@@ -26,7 +28,7 @@ help:
 	@echo "make check      our torch path against the best stock composition, turn by turn"
 	@echo "make train      train PRESET=$(PRESET) for MINUTES=$(MINUTES) into RUN=$(RUN)"
 	@echo "make gpu-test   the gpu lane: WHEELS=dir OUT=dir; LANE=cpu rehearses it"
-	@echo "make gpu-bench  the benchmarks on a GPU: WHEELS=dir OUT=dir; FULL=--full sweeps"
+	@echo "make gpu-bench  the benchmarks on a GPU: WHEELS=dir OUT=dir; FULL=--full GPU_MINUTES=60 sweeps"
 	@echo "make gpu-tune   the offline sweep of launch configurations: WHEELS=dir OUT=dir"
 
 $(READY): pyproject.toml constraints.txt
@@ -77,11 +79,12 @@ gpu-site:
 
 # The work tree may travel without its history.
 COMMIT ?= $(shell git rev-parse --short HEAD 2>/dev/null || echo unknown)
-GPU_RUN = PYTHONPATH=/tmp/stlm-site:$$PYTHONPATH $(GPU_PYTHON) -m
+WITH_SITE = PYTHONPATH=/tmp/stlm-site:$$PYTHONPATH $(GPU_PYTHON)
+GPU_RUN = $(WITH_SITE) -m
 
 # Most of the lane's time is compiling, which many processes share where pytest-xdist is installed.
 JOBS ?= 12
-SPREAD = $(shell $(GPU_PYTHON) -c 'import xdist' 2>/dev/null && echo -n $(JOBS))
+SPREAD = $(shell $(WITH_SITE) -c 'import xdist' 2>/dev/null && echo "-n $(JOBS)")
 GPU_TEST = $(GPU_RUN) pytest tests -q --lane $(LANE)
 
 gpu-test: gpu-site
@@ -92,7 +95,7 @@ gpu-test: gpu-site
 	    | tee $(OUT)/gpu-test-alone.log && exit $$together
 
 gpu-bench: gpu-site
-	$(GPU_RUN) pytest bench --benchmark-only $(FULL) --commit $(COMMIT) \
+	$(GPU_RUN) pytest bench --benchmark-only $(FULL) --minutes $(GPU_MINUTES) --commit $(COMMIT) \
 	    --benchmark-json=$(OUT)/gpu-bench.json 2>&1 | tee $(OUT)/gpu-bench.log
 
 gpu-tune: gpu-site

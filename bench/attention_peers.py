@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from stlm_kernels._spec import Case, Inputs
 from stlm_kernels.ops.attention.reference import seen_mask
 
-from .entry import Entry, compiled
+from .entry import Entry, compiled, lengths_of
 from .packed_peers import FLA, VARLEN, on_gpu
 from .window_peers import BLOCKS
 
@@ -82,8 +82,8 @@ def _masked(case: Case) -> str | None:
 
 
 def _with_lengths(inputs: Inputs) -> Inputs:
-    lengths = inputs["cu_seqlens"].diff().tolist()
-    return {name: inputs[name] for name in ("q", "k", "v", "scale")} | {"lengths": lengths}
+    own = {name: inputs[name] for name in ("q", "k", "v", "scale")}
+    return own | {"lengths": lengths_of(inputs["cu_seqlens"])}
 
 
 def _by_document(

@@ -40,7 +40,7 @@ def changes(old: Path, new: Path) -> tuple[list[Change], list[str]]:
     Raises:
         ValueError: for a file that is not of `pytest bench/`, or files of two devices.
     """
-    before, after = _load(old), _load(new)
+    before, after = load(old), load(new)
     devices = [found["machine_info"]["stlm"]["device"] for found in (before, after)]
     if devices[0] != devices[1]:
         raise ValueError(f"NEW: expected a file of {devices[0]}, got one of {devices[1]}")
@@ -49,7 +49,12 @@ def changes(old: Path, new: Path) -> tuple[list[Change], list[str]]:
     return found, [name for name in was if name not in now]
 
 
-def _load(path: Path) -> dict[str, Any]:
+def load(path: Path) -> dict[str, Any]:
+    """What `pytest bench/` wrote.
+
+    Raises:
+        ValueError: for a file that it did not write, or that cannot be read.
+    """
     try:
         values = json.loads(path.read_text())
         if "stlm" in values["machine_info"] and "benchmarks" in values:

@@ -7,6 +7,8 @@ each body once, compiled peers traced but not compiled.
 from __future__ import annotations
 
 import datetime
+import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +24,19 @@ from .timing import Cpu, Gpu
 from .work import Job, left_out
 
 SESSION = pytest.StashKey[Session]()
+ENDS = pytest.StashKey[float]()
+NO_TIME = "no minutes are left"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--commit", help="what to record as the commit, where git is not there")
     parser.addoption("--full", action="store_true", help="every case, and every compiled peer")
     parser.addoption("--threads", type=int, help="threads of torch (default: torch's own choice)")
+    parser.addoption("--minutes", type=float, default=math.inf, help="then no line is begun")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.stash[ENDS] = time.monotonic() + 60 * config.getoption("--minutes")
     rehearsal = bool(config.getoption("benchmark_disable"))
     if config.getoption("--threads") is not None:
         torch.set_num_threads(config.getoption("--threads"))
@@ -51,6 +57,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("job", found, ids=[job.id for job in found])
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Ops come first: models take longest, and minutes may be counted."""
+    items.sort(key=lambda item: "bench_models" in item.nodeid)
+
+
 @pytest.fixture
 def session(request: pytest.FixtureRequest) -> Session:
     return request.config.stash[SESSION]
@@ -59,6 +70,8 @@ def session(request: pytest.FixtureRequest) -> Session:
 @pytest.fixture
 def timer(request: pytest.FixtureRequest, session: Session, job: Job | ModelJob) -> Any:
     """Comes before `benchmark` in a test's arguments, which reads the mark when it is made."""
+    if time.monotonic() > request.config.stash[ENDS]:
+        pytest.skip(NO_TIME)
     timer = session.machine.timer()
     mark = pytest.mark.benchmark(group=job.group, timer=timer, disable_gc=True)
     request.node.add_marker(mark)
@@ -87,4 +100,8 @@ def pytest_terminal_summary(
         terminalreporter.write_line(table)
     if isinstance(session.machine, Cpu):
         terminalreporter.write_line(f"\n{resources.summary()}")
+    if skipped := [
+        x for x in terminalreporter.stats.get("skipped", ()) if NO_TIME in str(x.longrepr)
+    ]:
+        terminalreporter.write_line(f"\n{len(skipped)} lines were not measured: {NO_TIME}")
     terminalreporter.write_line(f"\nJSON: {config.option.benchmark_json}")

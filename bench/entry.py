@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
+
+from torch import Tensor
 
 from stlm_kernels._spec import Case, Inputs
 
@@ -34,3 +37,10 @@ class Entry:
 
 def compiled(peer: Entry) -> Entry:
     return replace(peer, name=f"compiled {peer.name}", compiled=True)
+
+
+@functools.lru_cache(maxsize=16)
+def lengths_of(borders: Tensor) -> list[int]:
+    """Rows of each document; on a GPU it waits, so layers that share the tensor ask once."""
+    lengths: list[int] = borders.diff().tolist()
+    return lengths

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from stlm_models import STLM
 from stlm_models.config import BYTES, DOCUMENT_START, preset
 from stlm_models.data import Corpus, load_corpus
+from stlm_models.loader import Batch, Loader
 from stlm_models.trainer import Trainer, TrainOptions
 
 from .stock import STOCK, Ops, ops_replaced, with_impl
@@ -78,14 +79,17 @@ class ModelJob:
 
 
 def model_jobs(machine: Cpu | Gpu, rehearsal: bool, full: bool) -> list[ModelJob]:
-    """Steps of the presets that this machine takes a moment for, and texts of few bytes."""
+    """Steps of the presets that this machine takes a moment for, and texts of few bytes.
+
+    Compiling takes a minute or more: of one preset on a GPU, of more with `full`.
+    """
     on_gpu = isinstance(machine, Gpu)
     steps = ["demo", "10m", *(["50m", "100m"] if on_gpu else [])][: 1 if rehearsal else None]
     generator = "10m" if on_gpu else "demo"
     jobs = [
         ModelJob(STEP, name, entry, _step_sizes(name, on_gpu, rehearsal))
         for name in steps
-        for entry in step_entries(on_gpu, on_gpu or full or rehearsal)
+        for entry in step_entries(on_gpu, full or rehearsal or (on_gpu and name == generator))
     ]
     prompt, new = (64, 32) if on_gpu else (32, 8)
     batches = (2,) if rehearsal else (1, 64)
@@ -148,7 +152,7 @@ class Models:
         trainer = trainer_of(job, self.machine)
         if job.entry.compiled:
             torch.compiler.reset()
-            trainer.wrapped = torch.compile(trainer.wrapped, dynamic=False, backend=self.backend)  # type: ignore[assignment]
+            trainer.compute = torch.compile(trainer.compute, dynamic=False, backend=self.backend)  # type: ignore[assignment]
         got = loss_and_gradients(trainer)
         assert math.isfinite(got[0].item()), f"{job.id}: the loss is {got[0].item()}"
         if self._is_first(job, got):
@@ -160,11 +164,11 @@ class Models:
             assert error <= eps**0.5, f"{job.id}: {name}: relative error {error:.2e}"
 
         def rewind(trainer: Trainer) -> Trainer:
-            trainer.step = 0  # the same windows each time
+            trainer.step = 0  # the same learning rate each time
             return trainer
 
-        task = Task([trainer], rewind, Trainer.train_step)
-        ids = trainer.windows.batch(0).byte_ids
+        task = Task([trainer], rewind, Trainer.train_step, capturable=False)
+        ids = trainer.loader.batch(0).byte_ids
         facts = {"dtype": str(self.machine.dtype).removeprefix("torch."), "flops": self._flops}
         return ModelWork(task, int((ids < BYTES).sum()), facts)
 
@@ -175,7 +179,7 @@ class Models:
         got = run(model, prompts, job["new"])
         self._is_first(job, got)
         assert got == self._want[1], f"{job.id}: another text than {CACHED.name}"
-        task = Task([prompts], lambda x: x, lambda x: run(model, x, job["new"]))
+        task = Task([prompts], lambda x: x, lambda x: run(model, x, job["new"]), capturable=False)
         facts = {"dtype": "float32", "flops": 0}
         return ModelWork(task, job["batch"] * job["new"], facts)
 
@@ -204,20 +208,43 @@ def _corpus() -> Corpus:
     return load_corpus(None)
 
 
+class SameBatch(Loader):
+    """The first batch for every step: a trainer's own thread has it ready when a step begins."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._batch = trainer.windows.batch(0).to(trainer.device)
+
+    def batch(self, index: int) -> Batch:
+        return self._batch
+
+
 def trainer_of(job: ModelJob, machine: Cpu | Gpu) -> Trainer:
-    """A trainer whose model has the same parameters for every entry."""
+    """A trainer whose model has the same parameters for every entry, and the same batch."""
     precision = "bf16" if machine.dtype == torch.bfloat16 else "fp32"
     # So many steps that the learning rate never changes.
     options = TrainOptions(steps=1 << 30, rows=job["rows"], precision=precision)
-    return Trainer(replace(preset(job.preset), context=job["context"]), _corpus(), options)
+    trainer = Trainer(replace(preset(job.preset), context=job["context"]), _corpus(), options)
+    trainer.loader = SameBatch(trainer)
+    leave_zero(trainer.model)
+    return trainer
+
+
+@torch.no_grad()
+def leave_zero(model: STLM) -> None:
+    """Fill what begins at zero: it would hide every other gradient, and make all texts the same."""
+    rng = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if not parameter.any():
+            noise = torch.randn(parameter.shape, generator=rng)
+            parameter.copy_(noise * parameter.shape[-1] ** -0.5)
 
 
 def loss_and_gradients(trainer: Trainer) -> tuple[Tensor, Tensor]:
-    """Mean nats per byte of the first batch, and all gradients behind each other."""
-    batch = trainer.windows.batch(0).to(trainer.device)
+    """Mean nats per byte of the batch, and all gradients behind each other."""
+    batch = trainer.loader.batch(0)
     with trainer.autocast():
-        loss_sum, n_valid = trainer.wrapped(
-            batch.byte_ids, batch.targets, cu_seqlens=batch.cu_seqlens
+        loss_sum, n_valid = trainer.compute(
+            batch.byte_ids, batch.targets, cu_seqlens=batch.cu_seqlens, patches=batch.patches
         )
     loss = loss_sum / n_valid
     gradients = torch.autograd.grad(loss, list(trainer.model.parameters()))
@@ -234,7 +261,9 @@ def _flops(trainer: Trainer) -> int:
 def model_of(job: ModelJob, machine: Cpu | Gpu) -> STLM:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return STLM(preset(job.preset)).to(machine.device)
+        model = STLM(preset(job.preset))
+    leave_zero(model)
+    return model.to(machine.device)
 
 
 def prompts_of(job: ModelJob) -> list[bytes]:

@@ -51,7 +51,7 @@ def _padded(x: Tensor, cu_rows: Tensor) -> tuple[Tensor, Tensor]:
     """Segments of x (T, ...) as a rectangle (n, longest, ...) with zeros, and where they are."""
     borders = cu_rows.long()
     lengths = borders.diff()
-    inside = torch.arange(int(lengths.max())) < lengths[:, None]
+    inside = torch.arange(int(lengths.max()), device=x.device) < lengths[:, None]
     padded = x.new_zeros(*inside.shape, *x.shape[1:])
     padded[inside] = x[: int(borders[-1])]
     return padded, inside
@@ -59,7 +59,7 @@ def _padded(x: Tensor, cu_rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def _masked_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
     """(B, T, H, K) under a dense (T, T) mask, key heads repeated."""
-    places = torch.arange(q.shape[1])
+    places = torch.arange(q.shape[1], device=q.device)
     back = places[:, None] - places
     mask = (back >= 0) & (back < (q.shape[1] if window is None else window))
     repeats = q.shape[2] // k.shape[2]

@@ -16,13 +16,13 @@ import statistics
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 
-from stlm_models.config import preset
+from stlm_models.config import ModelConfig, preset
 from stlm_models.data import load_corpus
 from stlm_models.trainer import PRECISIONS, Trainer, TrainOptions, fastest_precision
 
@@ -31,7 +31,6 @@ from .naive import NAIVE
 from .stock import ops_replaced
 
 WAYS = ("ours", "naive")
-MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -95,29 +94,33 @@ def _serve(pipe: Connection, way: str, settings: Settings) -> None:
             result = trainer.train_step()
             loss = float(result.loss)
             pipe.send((time.perf_counter() - began, loss, result.n_bytes))
-    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    pipe.send(_peak_bytes(trainer.device))
+
+
+def _peak_bytes(device: torch.device) -> int:
+    """Of the device that trains: all that a process had on a CPU, torch's tensors on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _config_and_options(settings: Settings) -> tuple[ModelConfig, TrainOptions]:
+    """What both train, and how.
+
+    Raises:
+        ValueError: for an unknown preset, or a value out of range.
+    """
+    config = preset(settings.preset)
+    if settings.context is not None:
+        config = replace(config, context=settings.context)
+    # The rates never change here: a budget of many steps keeps the schedule at its peak.
+    options = TrainOptions(steps=1 << 30, rows=settings.rows, precision=settings.precision)
+    return config, options
 
 
 def _trainer(settings: Settings) -> Trainer:
-    config = preset(settings.preset)
-    if settings.context is not None:
-        config = type(config)(**config.to_dict() | {"context": settings.context})
-    # The rates never change here: a budget of many steps keeps the schedule at its peak.
-    options = TrainOptions(steps=1 << 30, rows=settings.rows, precision=settings.precision)
+    config, options = _config_and_options(settings)
     return Trainer(config, load_corpus(None), options)
-
-
-def table(results: dict[str, Result]) -> str:
-    """A line for each way, then what ours gains."""
-    lines = [
-        f"  {way:<6} {statistics.median(x.seconds):8.2f} s {x.bytes_per_second:9,.0f} bytes/s"
-        f" {x.peak_bytes / MIB:8,.0f} MiB"
-        for way, x in results.items()
-    ]
-    ours, naive = (results[way] for way in WAYS)
-    faster = ours.bytes_per_second / naive.bytes_per_second
-    smaller = ours.peak_bytes / naive.peak_bytes
-    return "\n".join([*lines, f"  ours: {faster:.2f} times the speed, {smaller:.2f} of the peak"])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -137,14 +140,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     precision = options.precision or fastest_precision()
     settings = Settings(options.preset, options.rows, options.context, precision, options.threads)
-    about = report.machine(torch.device("cpu"), options.commit)
+    try:
+        _config_and_options(settings)
+        if options.steps < 1 or options.threads < 1:
+            got = f"{options.steps} and {options.threads}"
+            raise ValueError(f"--steps, --threads: expected at least 1, got {got}")
+    except ValueError as error:
+        parser.error(str(error))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    about = report.machine(device, options.commit)
     print(report.header(about, None))
     results = measure(settings, options.steps)
-    print(f"{settings}\n{table(results)}")
+    found = {way: asdict(result) for way, result in results.items()}
+    print("\n".join([str(settings), *report.naive_lines(found)]))
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
     path = options.json or Path("out/bench") / f"naive-step-{stamp}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    found = {way: asdict(result) for way, result in results.items()}
     values = {"machine": about, "settings": asdict(settings), "results": found}
     path.write_text(json.dumps(values, indent=1))
     print(path)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stlm_kernels._spec import Case, Inputs
 
-from .entry import Entry
+from .entry import Entry, lengths_of
 
 
 def on_gpu(case: Case) -> str | None:
@@ -39,6 +39,11 @@ def _varlen_function() -> Any:
     return _function("torch.nn.attention.varlen", "varlen_attn")
 
 
+@functools.cache
+def _asks_for_groups() -> bool:
+    return "enable_gqa" in inspect.signature(_varlen_function()).parameters
+
+
 def _fla_function() -> Any:
     return _function("fla.ops.attn", "parallel_attn")
 
@@ -55,11 +60,13 @@ def _varlen_inputs(inputs: Inputs) -> Inputs:
     if cu is None:
         rows = q.shape[:-2].numel()
         cu = torch.arange(0, rows + 1, q.shape[-3], dtype=torch.int32, device=q.device)
+    # A torch that does not ask whether heads are grouped takes them as they come.
+    grouped = {"enable_gqa": q.shape[-2] != inputs["k"].shape[-2]} if _asks_for_groups() else {}
     return {name: inputs[name] for name in ("q", "k", "v", "scale")} | {
         "cu": cu,
-        "longest": int(cu.diff().max()),
+        "longest": max(lengths_of(cu), default=0),
         "window_size": (-1 if window is None else window - 1, 0),
-        "enable_gqa": q.shape[-2] != inputs["k"].shape[-2],
+        **grouped,
     }
 
 

@@ -7,11 +7,11 @@ the roofline as well, under the ceilings that the same run measured.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .compare import load
 from .report import Record
 
 if TYPE_CHECKING:
@@ -19,10 +19,15 @@ if TYPE_CHECKING:
 
 
 def plot_file(path: Path, folder: Path) -> list[Path]:
-    """Draw one benchmark JSON into a folder; the pictures' paths."""
+    """Draw one benchmark JSON into a folder; the pictures' paths.
+
+    Raises:
+        ValueError: for a file that `pytest bench/` did not write.
+    """
+    results = load(path)
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for name, figure in figures(json.loads(path.read_text())):
+    for name, figure in figures(results):
         written.append(folder / f"{path.stem}-{name}.png")
         figure.savefig(written[-1], dpi=110)
     return written
@@ -169,9 +174,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("files", nargs="+", type=Path, help="JSON of `pytest bench/`")
     parser.add_argument("--out", type=Path, help="folder of the PNGs (default: beside each file)")
     options = parser.parse_args(arguments)
-    for path in options.files:
-        for picture in plot_file(path, options.out or path.parent):
-            print(picture)
+    try:
+        for path in options.files:
+            for picture in plot_file(path, options.out or path.parent):
+                print(picture)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

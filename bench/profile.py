@@ -162,6 +162,9 @@ def _pass_of(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Pa
         parser.error(f"op: expected one that has kernels ({known}), got {options.op}")
     if options.direction == "bwd" and not spec.grad_args:
         parser.error(f"--pass: {options.op} has no backward pass")
+    rates = [options.copy_gb_s, options.matmul_tflop_s]
+    if rates != [None, None] and not all(rate is not None and rate > 0 for rate in rates):
+        parser.error(f"--copy-gb-s, --matmul-tflop-s: expected both above 0, or none, got {rates}")
     cases = {case.name: case for case in spec.cases}
     name = options.case or spec.tagged("bench", "bench_full")[0].name
     if name not in cases:
@@ -171,7 +174,7 @@ def _pass_of(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Pa
 
 
 def _ceilings(options: argparse.Namespace, gpu: Gpu | None) -> Ceilings | None:
-    if options.copy_gb_s and options.matmul_tflop_s:
+    if options.copy_gb_s is not None:
         return Ceilings(options.copy_gb_s * 1e9, options.matmul_tflop_s * 1e12)
     return None if gpu is None else gpu.ceilings()
 

@@ -53,13 +53,14 @@ def under_proton(task: Task, path: Path, scope: dict[str, int], flops: dict[str,
     Returns:
         A line for each kernel of ours, or why there is none.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         import triton.profiler as proton
-    except ImportError as error:
-        return f"Proton is not usable here: {error}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with launch_metadata(flops):
+
         proton.start(str(path), hook="triton")
+    except (ImportError, RuntimeError) as error:  # not built in, or CUPTI is not to be had
+        return f"Proton is not usable here: {error}"
+    with launch_metadata(flops):
         with proton.scope(path.name, scope):
             for _ in range(ROUNDS):
                 task.run(task.prepare(task.samples[0]))

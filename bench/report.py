@@ -10,6 +10,7 @@ import datetime
 import json
 import os
 import platform
+import statistics
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -88,9 +89,7 @@ def header(about: dict[str, Any], ceilings: Ceilings | None) -> str:
         f"triton {about['triton']}, Python {about['python']}",
         f"commit {about['commit']}, {about['date']}, {configs}",
     ]
-    # This process alone makes a load of its threads once it runs; at the start it should be idle.
-    if about["load"] > 0.5:
-        lines.append(f"THE MACHINE WAS BUSY (load {about['load']:.1f} at the start): do not quote")
+    lines += _busy(about)
     if about["gpu_state"]:
         lines.append(f"driver, clocks, power, temperature: {about['gpu_state']}")
     if ceilings is not None:
@@ -99,6 +98,13 @@ def header(about: dict[str, Any], ceilings: Ceilings | None) -> str:
             f"matmul {ceilings.matmul_flops_per_s / 1e12:.3f} TFLOP/s"
         )
     return "\n".join(lines)
+
+
+def _busy(about: dict[str, Any]) -> list[str]:
+    """A process makes a load of its own threads once it runs; at the start it should be idle."""
+    if about.get("load", 0.0) <= 0.5:
+        return []
+    return [f"THE MACHINE WAS BUSY (load {about['load']:.1f} at the start): do not quote"]
 
 
 def tables(records: Iterable[Record], left_out: Iterable[tuple[str, str]] = ()) -> Iterator[str]:
@@ -193,6 +199,11 @@ def _section(path: Path) -> tuple[str, str]:
         about = values["machine"]
         kind = f"python -m bench.twins {values['preset']} --minutes {values['minutes']:g}"
         lines = "\n".join([*values["corpus"], *twin_lines(values["twins"])])
+    elif "results" in values:
+        about = values["machine"]
+        kind = f"python -m bench.naive_step {values['settings']['preset']}"
+        said = ", ".join(f"{key} {value}" for key, value in values["settings"].items())
+        lines = "\n".join([said, *naive_lines(values["results"])])
     elif "resources" in values:
         about, kind = values["machine"], "python -m bench.resources"
         lines = "\n".join(_resource_line(row) for row in values["resources"])
@@ -205,7 +216,9 @@ def _section(path: Path) -> tuple[str, str]:
         f"{key} {about[key]}" for key in ("threads", "torch", "triton", "python") if key in about
     )
     head = f"## `{kind}`, {about['date']}\n\n{about['device']}; {facts}; commit {about['commit']}."
-    return about["date"], f"{head} Raw: [{path.name}](results/{path.name})\n\n```\n{lines}\n```"
+    head += f" Raw: [{path.name}](results/{path.name})"
+    busy = [] if "resources" in values else _busy(about)  # those time nothing
+    return about["date"], "\n\n".join([head, *busy, f"```\n{lines}\n```"])
 
 
 def _comparison_line(row: Record) -> str:
@@ -230,6 +243,19 @@ def twin_lines(twins: dict[str, Record]) -> Iterator[str]:
         )
     x = next(iter(twins.values()))
     yield f"gzip -9 {x['gzip_9_bits_per_byte']:.4f}, xz -9 {x['xz_9_bits_per_byte']:.4f}"
+
+
+def naive_lines(results: dict[str, Record]) -> Iterator[str]:
+    """A line for each way to compute a step, then what ours gains."""
+    for way, x in results.items():
+        yield (
+            f"  {way:<6} {statistics.median(x['seconds']):8.2f} s"
+            f" {x['bytes_per_second']:9,.0f} bytes/s {x['peak_bytes'] / 2**20:8,.0f} MiB"
+        )
+    ours, naive = results["ours"], results["naive"]
+    faster = ours["bytes_per_second"] / naive["bytes_per_second"]
+    smaller = ours["peak_bytes"] / naive["peak_bytes"]
+    yield f"  ours: {faster:.2f} times the speed, {smaller:.2f} of the peak"
 
 
 def _resource_line(row: Record) -> str:

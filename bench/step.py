@@ -192,6 +192,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="where the result goes (default: out/bench/)")
     parser.add_argument("--commit", help="what to record as the commit, where git is not there")
     options = parser.parse_args(arguments)
+    try:
+        for name in options.presets:
+            preset(name)
+        if options.rows < 1 or options.rounds < 1:
+            got = f"{options.rows} and {options.rounds}"
+            raise ValueError(f"--rows, --rounds: expected at least 1, got {got}")
+    except ValueError as error:
+        parser.error(str(error))
     machine = Gpu() if torch.cuda.is_available() else Cpu()
     about, ceilings = report.machine(machine.device, options.commit), machine.ceilings()
     print(report.header(about, ceilings))

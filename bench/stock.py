@@ -1,6 +1,7 @@
 """The ops as a model in stock PyTorch would spell them, called as `stlm_models` calls ours.
 
-Each is the eager peer that the benchmarks of its op know, its preparation part of the step.
+Each is the eager peer that the benchmarks of its op know. Its preparation is part of the step:
+lengths of documents are asked for once, rotary tables are laid out for the rows in every layer.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ Prepared = tuple[tuple[Any, ...], dict[str, Any]]
 FLUSH_BYTES = 256 << 20
 GRAPH_CALLS = 16
 MOST_FLUSHES = 20
+LEAST_ROUNDS = 3
 
 
 @dataclass
@@ -118,8 +119,8 @@ class Cpu:
         # The caller's check and memory run have warmed up what takes long; short work needs more.
         begin = time.perf_counter()
         timed_rounds(task.run, setup, timer, 1)
-        rounds = rounds_for(time.perf_counter() - begin, 0.2, 3, 60)
-        timed_rounds(task.run, setup, timer, min(2, rounds // 3))
+        rounds = rounds_for(time.perf_counter() - begin, 0.2, LEAST_ROUNDS, 60)
+        timed_rounds(task.run, setup, timer, 0 if rounds == LEAST_ROUNDS else min(2, rounds // 3))
         return Plan(task.run, setup, rounds, {"timed_as": "clock", "samples": 1})
 
     def peak_bytes(self, task: Task) -> int:
@@ -220,7 +221,7 @@ class Gpu:
         rounds = rounds_for((time.perf_counter() - begin) / 5, 0.12, 10, 100)
         info = {"timed_as": "events", "samples": len(task.samples), "host_us": host * 1e6}
         plan = Plan(task.run, setup, rounds, info)
-        if device < host:
+        if task.capturable and device < host:
             self._use_graph(plan, task, timer)
         return plan
 

@@ -110,11 +110,15 @@ class Sample:
 
 @dataclass(frozen=True)
 class Task:
-    """A job on its inputs: `run(prepare(sample))`, of which only `run` is timed."""
+    """A job on its inputs: `run(prepare(sample))`, of which only `run` is timed.
+
+    What users never run as a CUDA graph is not capturable.
+    """
 
     samples: Sequence[Any]
     prepare: Callable[[Any], Any]
     run: Callable[[Any], Any]
+    capturable: bool = True
 
 
 def task_of(job: Job, samples: Sequence[Sample], function: Callable[..., Any]) -> Task:

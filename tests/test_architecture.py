@@ -171,6 +171,15 @@ def test_documents_name_what_exists(document: Path) -> None:
     assert MODULE_COMMAND.search(text), "the scan finds no command at all"
 
 
+@pytest.mark.parametrize(("python", "spread"), [("true", "-n 7 -m 'not alone'"), ("false", None)])
+def test_the_gpu_lane_is_spread_where_xdist_is_there(python: str, spread: str | None) -> None:
+    """`true` imports whatever it is asked to, `false` nothing."""
+    command = ["make", "-n", "gpu-test", f"GPU_PYTHON={python}", "JOBS=7"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert f"--lane gpu {spread or ''}".strip() in done.stdout
+    assert spread is not None or "-n 7" not in done.stdout
+
+
 SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
 
 

@@ -169,6 +169,23 @@ def test_peak_memory_counts_what_is_freed_again() -> None:
     assert Cpu().peak_bytes(task) == pytest.approx(1.5 * (1 << 20), rel=0.01)
 
 
+def test_slow_work_is_run_no_more_than_it_must() -> None:
+    """Once to find out how long it takes, which warms up as well; short work gets more of both."""
+    calls: list[float] = []
+
+    def run(seconds: float) -> None:
+        calls.append(seconds)
+        time.sleep(seconds)
+
+    machine = Cpu()
+    for seconds, before, rounds in ((0.1, 1, 3), (0.02, 3, 10)):
+        calls.clear()
+        task = Task([seconds], lambda sample: sample, run)
+        plan = machine.plan(task, machine.timer())
+        assert len(calls) == before
+        assert plan.rounds == pytest.approx(rounds, abs=2)
+
+
 def test_interleaved_medians_take_turns() -> None:
     order: list[str] = []
     tasks = [
@@ -246,6 +263,22 @@ def test_rehearsal_of_the_whole_run() -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
+
+
+def test_no_line_begins_after_the_minutes(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pytest", "bench", "--benchmark-only", "--minutes=0", "-q"]
+    done = subprocess.run(
+        [*command, f"--benchmark-json={tmp_path / 'none.json'}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "no minutes are left" in done.stdout
+    assert "passed" not in done.stdout
+    # Models take longest, so they come last.
+    assert done.stdout.index("bench_ops.py") < done.stdout.index("bench_models.py")
 
 
 # The check

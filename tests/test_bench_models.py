@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from test_bench import FakeBenchmark, FakeCuda
 
 import stlm_models.layers
-from bench import model_work, report
+from bench import model_work, packed_peers, report
 from bench.bench_models import test_model_speed as model_speed
 from bench.model_work import CACHED, GENERATE, OURS, RECOMPUTED, STEP, STOCK_OPS, ModelJob
 from bench.session import Session
@@ -60,7 +61,6 @@ def test_texts_are_timed(session: Session) -> None:
     [
         ("linear_cross_entropy", 1.001, "loss: relative error"),
         ("linear_cross_entropy", float("nan"), "the loss is nan"),
-        ("segment_pool", 1.1, "gradient: relative error"),
     ],
 )
 def test_another_model_is_never_timed(
@@ -73,6 +73,64 @@ def test_another_model_is_never_timed(
     entry = replace(STOCK_OPS, ops={**STOCK, name: wrong})
     with pytest.raises(AssertionError, match=message):
         timed(session, ModelJob(STEP, "demo", entry, STEP_SIZES))
+
+
+@pytest.mark.parametrize("name", ["attention", "segment_pool", "unpool"])
+def test_another_gradient_is_never_timed(session: Session, name: str) -> None:
+    """Where branches begin at zero, nothing would come back to these."""
+
+    def wrong(*args: Any, **kwargs: Any) -> torch.Tensor:
+        out: torch.Tensor = STOCK[name](*args, **kwargs)
+        out.register_hook(lambda grad: 1.1 * grad)
+        return out
+
+    timed(session, ModelJob(STEP, "demo", OURS, STEP_SIZES))
+    entry = replace(STOCK_OPS, ops={**STOCK, name: wrong})
+    with pytest.raises(AssertionError, match="gradient: relative error"):
+        timed(session, ModelJob(STEP, "demo", entry, STEP_SIZES))
+
+
+def test_a_compiled_entry_is_what_is_timed(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    def compile(model: Any, **options: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            calls.append(1)
+            return model(*args, **kwargs)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compile)
+    job = ModelJob(STEP, "demo", replace(OURS, compiled=True), STEP_SIZES)
+    with session.models.judged(job) as work:
+        calls.clear()
+        work.task.run(work.task.prepare(work.task.samples[0]))
+    assert calls == [1]
+
+
+def test_no_thread_makes_data_within_a_timed_step(session: Session) -> None:
+    before = set(threading.enumerate())
+    with session.models.judged(ModelJob(STEP, "demo", OURS, STEP_SIZES)) as work:
+        work.task.run(work.task.prepare(work.task.samples[0]))
+        assert not [x for x in set(threading.enumerate()) - before if "loader" in x.name]
+
+
+def test_a_text_is_more_than_one_byte_again_and_again(session: Session) -> None:
+    job = ModelJob(GENERATE, "demo", CACHED, TEXT_SIZES)
+    model, prompts = model_work.model_of(job, session.machine), model_work.prompts_of(job)
+    texts = model_work.cached(model, prompts, job["new"])
+    assert len(set(texts)) > 1
+
+
+def test_a_model_is_no_graph_on_a_gpu(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever launching costs is part of a step."""
+    gpu = Gpu(FakeCuda(), torch.device("cpu"), flush_bytes=1 << 10)
+    monkeypatch.setattr(gpu, "_host_seconds", lambda task: 1.0)
+    for sizes, family, entry in ((STEP_SIZES, STEP, OURS), (TEXT_SIZES, GENERATE, CACHED)):
+        with session.models.judged(ModelJob(family, "demo", entry, sizes)) as work:
+            assert gpu.plan(work.task, gpu.timer()).info["timed_as"] == "events"
 
 
 def test_another_text_is_never_timed(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,6 +157,29 @@ def test_stock_ops_replace_every_op_of_a_step(session: Session) -> None:
         model_work.loss_and_gradients(model_work.trainer_of(job, session.machine))
     assert called == set(STOCK)
     assert stlm_models.layers.byte_pool is before
+
+
+@pytest.mark.parametrize("asks", [True, False])
+def test_varlen_attn_of_each_torch_gets_what_it_takes(
+    asks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch 2.12 added enable_gqa."""
+
+    def newer(q, k, v, cq, ck, mq, mk, *, scale, window_size, enable_gqa):  # type: ignore[no-untyped-def]
+        assert enable_gqa
+        return older(q, k, v, cq, ck, mq, mk, scale=scale, window_size=window_size)
+
+    def older(q, k, v, cq, ck, mq, mk, *, scale, window_size):  # type: ignore[no-untyped-def]
+        assert (cq.tolist(), mk, window_size) == ([0, 2, 5], 3, (1, 0))
+        return q
+
+    monkeypatch.setattr(packed_peers, "_varlen_function", lambda: newer if asks else older)
+    packed_peers._asks_for_groups.cache_clear()
+    q, k = torch.randn(5, 4, 8), torch.randn(5, 2, 8)
+    inputs = {"q": q, "k": k, "v": k, "window": 2, "scale": None}
+    inputs["cu_seqlens"] = torch.tensor([0, 2, 5], dtype=torch.int32)
+    assert torch.equal(packed_peers._varlen(**packed_peers._varlen_inputs(inputs)), q)
+    packed_peers._asks_for_groups.cache_clear()
 
 
 @pytest.mark.parametrize("rehearsal", [True, False])

@@ -795,6 +795,7 @@ def assert_sampled_rows_are_right(inputs: Inputs, impl: str) -> None:
 
 
 @ON_GPU
+@pytest.mark.alone
 @pytest.mark.parametrize("impl", ["triton"])
 def test_more_than_2_to_31_elements(impl: str) -> None:
     for case in SPEC.tagged("huge"):

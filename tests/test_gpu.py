@@ -86,6 +86,18 @@ def test_graph_replay_with_changed_contents(spec: OpSpec, case: Case, way: Way) 
         torch.testing.assert_close(a, b.detach(), rtol=0, atol=0, equal_nan=True)
 
 
+def spread_over(rows: int) -> Tensor:
+    """The first row, the last, and others between them; fp32 counts to 2^24 only."""
+    return torch.linspace(0, max(rows - 1, 0), SAMPLED_ROWS, dtype=torch.float64).long()
+
+
+def test_sampled_rows_of_a_huge_tensor_are_in_it() -> None:
+    for rows in (1, 999, 17_000_000, 2**31 + 1):
+        found = spread_over(rows)
+        assert (found[0], found[-1]) == (0, rows - 1)
+        assert bool((found.diff() >= 0).all())
+
+
 def last_rows_match(spec: OpSpec, inputs: dict[str, Any], impl: str) -> None:
     """Sampled elements of the result, the last row among them, against the torch path's."""
     with torch.no_grad():
@@ -94,7 +106,7 @@ def last_rows_match(spec: OpSpec, inputs: dict[str, Any], impl: str) -> None:
     pairs = [(got, want)] if isinstance(got, Tensor) else zip(got, want, strict=True)
     for a, b in pairs:
         a, b = torch.atleast_1d(a, b)
-        rows = torch.linspace(0, max(a.shape[0] - 1, 0), SAMPLED_ROWS, device=a.device).long()
+        rows = spread_over(a.shape[0]).to(a.device)
         wide_a, wide_b = a[rows].double(), b[rows].double()
         eps = torch.finfo(a.dtype).eps if a.is_floating_point() else 0.0
         torch.testing.assert_close(wide_a, wide_b, rtol=4 * eps, atol=16 * eps, equal_nan=True)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
+from bench import naive_step, report
 from bench.naive import NAIVE
-from bench.naive_step import Result, Settings, measure, table
+from bench.naive_step import Result, Settings, measure
 from bench.stock import ops_replaced
 from stlm_models import STLM, ModelConfig
 
@@ -67,6 +70,37 @@ def test_both_processes_train_the_same(full: bool) -> None:
     assert all(x.peak_bytes > 2**26 and len(x.seconds) == 1 for x in found.values())
 
 
-def test_table_compares_the_two() -> None:
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["no-such"], "preset"),
+        (["demo", "--rows", "0"], "rows: expected more than 0"),
+        (["demo", "--steps", "0"], "expected at least 1, got 0"),
+    ],
+)
+def test_bad_words_are_refused_before_a_process_starts(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        naive_step.main([*words, "--precision", "fp32"])
+    assert message in capsys.readouterr().err
+
+
+def test_the_command_and_its_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     results = {"ours": Result([1.0], 200.0, 2**20, []), "naive": Result([2.0], 100.0, 2**22, [])}
-    assert "2.00 times the speed, 0.25 of the peak" in table(results)
+    monkeypatch.setattr(naive_step, "measure", lambda settings, steps: results)
+    out = tmp_path / "naive.json"
+    words = ["demo", "--precision", "fp32", "--commit", "abc", "--json", str(out)]
+    monkeypatch.setattr(report.os, "getloadavg", lambda: (1.5, 0.0, 0.0))
+    naive_step.main(words)
+    page = report.page(tmp_path)
+    for text in (capsys.readouterr().out, page):
+        assert "2.00 times the speed, 0.25 of the peak" in text
+        assert "THE MACHINE WAS BUSY (load 1.5" in text
+    assert "`python -m bench.naive_step demo`" in page
+    assert "commit abc" in page
+    monkeypatch.setattr(report.os, "getloadavg", lambda: (0.1, 0.0, 0.0))
+    naive_step.main(words)
+    assert "BUSY" not in report.page(tmp_path)

@@ -103,6 +103,7 @@ def test_a_slow_variant_shows() -> None:
 
 
 @pytest.mark.lanes("gpu")
+@pytest.mark.alone
 def test_a_slow_variant_shows_on_a_gpu() -> None:
     def slow(**inputs: Any) -> Tensor:
         from spin import spin
@@ -132,6 +133,7 @@ def test_the_clock_against_a_known_duration() -> None:
 
 
 @pytest.mark.lanes("gpu")
+@pytest.mark.alone
 @pytest.mark.parametrize("microseconds", [200, 2000])
 def test_events_against_a_known_duration(microseconds: int) -> None:
     from spin import spin
@@ -142,6 +144,7 @@ def test_events_against_a_known_duration(microseconds: int) -> None:
 
 
 @pytest.mark.lanes("gpu")
+@pytest.mark.alone
 def test_a_graph_against_a_known_duration() -> None:
     """Sixteen calls in one graph: the time of one, without the launches between them."""
     from spin import spin
@@ -149,13 +152,13 @@ def test_a_graph_against_a_known_duration() -> None:
     gpu = Gpu()
     out = torch.empty(1, dtype=torch.int64, device="cuda")
     timer = gpu.timer()
-    task = Task([None], lambda sample: sample, lambda _: spin(out, 50_000))
+    task = Task([None], lambda sample: sample, lambda _: spin(out, 200_000))
     task.run(None)
     plan = Plan(task.run, lambda: ((None,), {}), 5)
     gpu._use_graph(plan, task, timer)
     assert plan.info["timed_as"].startswith("graph")
     seconds = timed_rounds(plan.target, plan.setup, timer, 5)
-    assert statistics.median(seconds) == pytest.approx(50e-6, rel=0.05, abs=3e-6)
+    assert statistics.median(seconds) == pytest.approx(200e-6, rel=0.03, abs=3e-6)
 
 
 @pytest.mark.lanes("aot")

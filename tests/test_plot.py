@@ -96,3 +96,13 @@ def test_the_command(tmp_path: Path, capsys: Any) -> None:
     expected = [f"run-{name}.png" for name in ("byte_pool", "byte_pool-size", "roofline")]
     assert [Path(name).name for name in shown] == expected
     assert all(Path(name).read_bytes().startswith(b"\x89PNG") for name in shown)
+
+
+@pytest.mark.parametrize("text", ["{}", "no json", None])
+def test_another_file_is_refused(text: str | None, tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "run.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(SystemExit, match="2"):
+        plot.main([str(path)])
+    assert "expected JSON of `pytest bench/`" in capsys.readouterr().err

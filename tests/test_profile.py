@@ -166,6 +166,8 @@ def test_the_command_without_a_gpu(
         (["byte_pool", "--case", "T1"], BACKWARD.case.name),
         (["find_patches", "--pass", "bwd"], "no backward pass"),
         (["byte_pool", "--digest", "missing.csv"], "missing.csv"),
+        (["byte_pool", "--copy-gb-s", "4000"], "expected both above 0, or none"),
+        (["byte_pool", "--copy-gb-s", "0", "--matmul-tflop-s", "1"], "expected both above 0"),
         (["byte_pool", "--once"], "needs a CUDA device"),
     ],
 )
@@ -196,6 +198,18 @@ def test_what_proton_wrote() -> None:
     assert first.split() == [KERNEL, "2.00", "us", "a", "launch", "2000", "GB/s", "50.00",
                              "TFLOP/s"]  # fmt: skip
     assert "TFLOP" not in second
+
+
+def test_without_cupti_proton_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    proton_of_triton = pytest.importorskip("triton.profiler")
+
+    def start(*args: Any, **options: Any) -> None:
+        raise RuntimeError("CUPTI_ERROR_INSUFFICIENT_PRIVILEGES")
+
+    monkeypatch.setattr(proton_of_triton, "start", start)
+    task = Task([1], lambda x: x, lambda x: x)
+    text = proton.under_proton(task, tmp_path / "run", {}, {})
+    assert text == "Proton is not usable here: CUPTI_ERROR_INSUFFICIENT_PRIVILEGES"
 
 
 @pytest.mark.lanes("aot")

@@ -87,3 +87,13 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: An
     assert "whole step" in shown
     names = {part["name"] for part in json.loads(path.read_text())["steps"]["demo"]}
     assert names >= PARTS
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["no-such"], "no-such"), (["--rounds", "0"], "expected at least 1, got 8 and 0")],
+)
+def test_bad_words_are_refused(words: list[str], message: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        step.main(words)
+    assert message in capsys.readouterr().err

@@ -36,6 +36,7 @@ CASES = (
     case("bench_cpu", N=8192, D=128, V=257, reduction="mean"),
     case("bench_cpu", N=4096, D=512, V=256, reduction="mean"),
     case("bench_cpu", N=512, D=256, V=8192, reduction="mean"),
+    case("bench_cpu", N=384, D=64, V=50_257, reduction="mean"),
 )
 
 
