@@ -163,6 +163,15 @@ class PatchAttention(Attention):
         return patch_attention(q, k, v, cu_seqlens)
 
 
+def clear_unused(x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """x (N, D) with zeros in the rows of no document, whatever they hold, NaN even.
+
+    Nothing reads them, but in the gradient of a linear map zero times NaN is not zero.
+    """
+    unused = torch.arange(len(x), device=x.device) >= cu_seqlens[-1]
+    return x.masked_fill(unused[:, None], 0)
+
+
 def document_starts(cu_seqlens: Tensor, length: int) -> Tensor:
     """For each of `length` rows the first row of its document, (length,) int64."""
     rows = torch.arange(length, device=cu_seqlens.device)

@@ -122,7 +122,7 @@ class PatchedRows:
         model = self.model
         assert self.reads is not None
         closed = self.patches.step(byte_ids)
-        # How many rows these are is all that the host waits for.
+        # The host waits for how many rows these are, and where bytes are kept for their room.
         closing = rows[closed[rows]]
         embedded = model.embedding.embed(byte_ids)
         caches = caches_at(self.encoder_caches, rows)

@@ -54,7 +54,8 @@ class ParallelHead(nn.Module):
         return own * self.slots + self._clamp(_places(patches))
 
     def _clamp(self, slot: Tensor) -> Tensor:
-        # Bytes that belong to no patch have no slot; what they get is finite and not counted.
+        # Bytes that belong to no patch have no slot. They are predicted from the last one of what
+        # they read, and the reconstruction leaves them out.
         return slot.clamp(0, self.slots - 1)
 
     def _check(self, slot: Tensor) -> None:

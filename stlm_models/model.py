@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from stlm_kernels import Patches, segment_pool
 
 from . import build, decoding
+from .attention import clear_unused
 from .cache import CacheRows, KVCache
 from .config import BYTES, ModelConfig
 from .head import ParallelHead
@@ -167,7 +168,8 @@ class STLM(nn.Module):
             check_patches(patches, borders, flat.shape[0])
         encoded = self.encode(own, borders)
         inputs = self.core_inputs(*self.pool(flat, encoded, patches, ngrams))
-        states = self.core_states(self.core(inputs, patches.cu_seqlens), inputs)
+        outputs = clear_unused(self.core(inputs, patches.cu_seqlens), patches.cu_seqlens)
+        states = self.core_states(outputs, inputs)
         if self.head is None:
             x = self.byte_inputs(states, patches, encoded)
             return self._decode_as(byte_ids, x, borders), None

@@ -167,3 +167,23 @@ def test_bits_of_what_is_not_bytes(data: Any) -> None:
 def test_infinite_options(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}: expected a finite number above 0, got inf"):
         dataclasses.replace(TINY, **{name: float("inf")})  # type: ignore[arg-type]
+
+
+class LeavesUnusedSlots(torch.nn.Module):
+    """A core that writes nothing useful where no document is."""
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+        unused = torch.arange(len(x)) >= cu_seqlens[-1]
+        return x.masked_fill(unused[:, None], torch.nan)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"unpooling": "ema"}, {"output": "parallel", "decoder_window": None}]
+)
+def test_what_a_core_leaves_in_unused_slots_reaches_no_gradient(options: dict[str, Any]) -> None:
+    config = dataclasses.replace(TINY, patch_capacity=40, **options)
+    model, ids = scrambled(config, LeavesUnusedSlots()).train(), ids_of(TEXT)[2:]
+    loss_sum, _ = model(ids, ids)
+    loss_sum.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None or parameter.grad.isfinite().all(), name
