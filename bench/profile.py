@@ -203,13 +203,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def known_arch(arch: int) -> int:
+    """The newest architecture up to this one of which the limits are known."""
+    return max((known for known in LIMITS if known <= arch), default=min(LIMITS))
+
+
 def _show(
     what: Pass, options: argparse.Namespace, gpu: Gpu | None, ceilings: Ceilings | None
 ) -> None:
     arch = options.arch
     if arch is None and gpu is not None:
         major, minor = torch.cuda.get_device_capability(gpu.device)
-        arch = 10 * major + minor
+        arch = known_arch(10 * major + minor)
     print(f"{what.spec.name} {what.case.name}, {what.direction}, bfloat16")
     print("\n".join(floor_lines(what, ceilings)))
     print(f"compiled for sm_{arch or 90} on {what.compiled_case.name}:", flush=True)
