@@ -94,7 +94,7 @@ def floor_lines(what: Pass, ceilings: Ceilings | None) -> list[str]:
 
 def ncu_commands(what: Pass, out: Path) -> dict[str, str]:
     """The shell line for each kernel of the pass."""
-    workload = ["python", "-m", "bench.profile", what.spec.name]
+    workload = ["python3", "-m", "bench.profile", what.spec.name]
     workload += ["--case", what.case.name, "--pass", what.direction, "--once"]
     return {
         kernel: ncu.command(kernel, out / f"{what.label}-{kernel}.csv", workload)
@@ -223,7 +223,7 @@ def _show(
     print("what ncu measures, one launch of one kernel each:")
     for line in ncu_commands(what, options.out).values():
         print(f"  {line}")
-    again = ["python", "-m", "bench.profile", what.spec.name, "--case", what.case.name]
+    again = ["python3", "-m", "bench.profile", what.spec.name, "--case", what.case.name]
     print(f"then: {shlex.join([*again, '--pass', what.direction, '--digest', 'CSV'])}")
     if gpu is None:
         print("no CUDA device here: nothing ran, and no time is known")
