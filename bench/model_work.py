@@ -225,12 +225,12 @@ def trainer_of(job: ModelJob, machine: Cpu | Gpu) -> Trainer:
     options = TrainOptions(steps=1 << 30, rows=job["rows"], precision=precision)
     trainer = Trainer(replace(preset(job.preset), context=job["context"]), _corpus(), options)
     trainer.loader = SameBatch(trainer)
-    leave_zero(trainer.model)
+    fill_zeros(trainer.model)
     return trainer
 
 
 @torch.no_grad()
-def leave_zero(model: STLM) -> None:
+def fill_zeros(model: STLM) -> None:
     """Fill what begins at zero: it would hide every other gradient, and make all texts the same."""
     rng = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
@@ -262,7 +262,7 @@ def model_of(job: ModelJob, machine: Cpu | Gpu) -> STLM:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = STLM(preset(job.preset))
-    leave_zero(model)
+    fill_zeros(model)
     return model.to(machine.device)
 
 

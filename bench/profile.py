@@ -94,7 +94,7 @@ def floor_lines(what: Pass, ceilings: Ceilings | None) -> list[str]:
 
 def ncu_commands(what: Pass, out: Path) -> dict[str, str]:
     """The shell line for each kernel of the pass."""
-    workload = ["python", "-m", "bench.profile", what.spec.name]
+    workload = ["python3", "-m", "bench.profile", what.spec.name]
     workload += ["--case", what.case.name, "--pass", what.direction, "--once"]
     return {
         kernel: ncu.command(kernel, out / f"{what.label}-{kernel}.csv", workload)
@@ -203,13 +203,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def known_arch(arch: int) -> int:
+    """The newest architecture up to this one of which the limits are known."""
+    return max((known for known in LIMITS if known <= arch), default=min(LIMITS))
+
+
 def _show(
     what: Pass, options: argparse.Namespace, gpu: Gpu | None, ceilings: Ceilings | None
 ) -> None:
     arch = options.arch
     if arch is None and gpu is not None:
         major, minor = torch.cuda.get_device_capability(gpu.device)
-        arch = 10 * major + minor
+        arch = known_arch(10 * major + minor)
     print(f"{what.spec.name} {what.case.name}, {what.direction}, bfloat16")
     print("\n".join(floor_lines(what, ceilings)))
     print(f"compiled for sm_{arch or 90} on {what.compiled_case.name}:", flush=True)
@@ -218,7 +223,7 @@ def _show(
     print("what ncu measures, one launch of one kernel each:")
     for line in ncu_commands(what, options.out).values():
         print(f"  {line}")
-    again = ["python", "-m", "bench.profile", what.spec.name, "--case", what.case.name]
+    again = ["python3", "-m", "bench.profile", what.spec.name, "--case", what.case.name]
     print(f"then: {shlex.join([*again, '--pass', what.direction, '--digest', 'CSV'])}")
     if gpu is None:
         print("no CUDA device here: nothing ran, and no time is known")

@@ -14,6 +14,7 @@ from test_compile import CORPUS, SMALL
 from test_gpu import synchronisation_is_an_error
 from torch import Tensor
 
+from bench.model_work import fill_zeros
 from stlm_models import BytePatcher
 from stlm_models.config import preset
 from stlm_models.data import Corpus
@@ -27,7 +28,9 @@ Step = Callable[[], None]
 
 def trainer_of_static_shapes() -> Trainer:
     patcher = BytePatcher("space", max_patch_len=5, capacity=40)
-    return Trainer(SMALL, CORPUS, TrainOptions(steps=9, rows=2), patcher=patcher)
+    trainer = Trainer(SMALL, CORPUS, TrainOptions(steps=9, rows=2), patcher=patcher)
+    fill_zeros(trainer.model)
+    return trainer
 
 
 def tensors_of(batch: Batch) -> list[Tensor]:
@@ -62,6 +65,7 @@ def replays_equal_fresh_steps(capture: Callable[[Trainer, Step], Step]) -> None:
         want = gradients(fresh)
         assert got.keys() == want.keys()
         for name, grad in want.items():
+            assert grad.any(), f"step {index}, {name}: nothing to compare"
             torch.testing.assert_close(got[name], grad, msg=f"step {index}, {name}")
 
 

@@ -179,6 +179,11 @@ def test_what_cannot_be_profiled(arguments: list[str], message: str, capsys: Any
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("device", "known"), [(75, 80), (80, 80), (87, 86), (90, 90), (103, 100)])
+def test_a_device_between_those_known(device: int, known: int) -> None:
+    assert profile.known_arch(device) == known
+
+
 # Proton
 
 
