@@ -31,8 +31,8 @@ from . import report
 
 KINDS = ("", "-flat", "-word")
 RATES = {"": (0.04, 0.008), "-flat": (0.04, 0.008), "-word": (0.04, 0.008)}
-"""Peak learning rates (Muon's, AdamW's) of each kind: the best of half, once and twice the default
-ones for each of the three demo models, in a minute each (rows 2, about 100 steps); try others by
+"""Peak learning rates (Muon's, AdamW's) of each kind: the best of these, half and a quarter of them
+for each of the three demo models, in a minute each (rows 2, about 100 steps); try others by
 `--rates`."""
 TURN_SECONDS = 5.0
 
