@@ -108,7 +108,8 @@ class Loader:
             Exception: what `make` raised for it.
         """
         if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, "stlm-loader")
+            # One core: a second team of threads would fight over cores with the model's.
+            self._thread = ThreadPoolExecutor(1, "stlm-loader", torch.set_num_threads, (1,))
         wanted = range(index, index + 1 + self._ahead)
         for other in self._made.keys() - set(wanted):
             self._made.pop(other).cancel()

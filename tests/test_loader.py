@@ -208,3 +208,23 @@ class TestTrainer:
         told = f"warning: {record['lost_patches']} patches since the last record found no slot"
         assert told in capsys.readouterr().err
         assert load_checkpoint(run).state["step"] == 3
+
+
+def test_the_thread_takes_one_core() -> None:
+    """A second team of threads beside the model's makes every step of it wait."""
+    seen: list[int] = []
+
+    def make(index: int) -> Batch:
+        seen.append(torch.get_num_threads())
+        return Batch(torch.zeros(1), torch.zeros(1), torch.zeros(1))
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        loader = Loader(make, torch.device("cpu"))
+        loader.batch(0)
+        loader.close()
+        assert set(seen) == {1}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
