@@ -11,12 +11,16 @@ from .pooling import EmaUnpooling
 from .transformer import SwiGLU, build_blocks
 
 
-def patcher_of(config: ModelConfig) -> BytePatcher:
-    """What cuts bytes into patches."""
+def patcher_of(config: ModelConfig, *, capacity: int | None = None) -> BytePatcher:
+    """What cuts bytes into patches, as many as there are or so many slots."""
     if config.patch_rule == "given":
         return GivenPatches()
-    size, longest = config.patch_size, config.max_patch_len
-    return BytePatcher(config.patch_rule, patch_size=size, max_patch_len=longest)
+    return BytePatcher(
+        config.patch_rule,
+        patch_size=config.patch_size,
+        max_patch_len=config.max_patch_len,
+        capacity=capacity,
+    )
 
 
 def pooling_of(config: ModelConfig) -> BytePooling | None:

@@ -66,14 +66,13 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint) -> Path:
 
     Raises:
         OSError: where it cannot be written; what was there before stays, nothing half-written does.
+        FileExistsError: where the folder holds another checkpoint of the same step.
     """
     from safetensors.torch import save
 
     root = run / "checkpoints"
     root.mkdir(parents=True, exist_ok=True)
     name = f"{PREFIX}{checkpoint.state['step']:08d}"
-    if (root / name).exists():
-        return root / name
     files = {
         "model.safetensors": save(_contiguous(checkpoint.model)),
         "optimizer.safetensors": save(_contiguous(checkpoint.optimizer)),
@@ -83,6 +82,9 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint) -> Path:
     if checkpoint.words is not None:
         files[WORDS] = checkpoint.words.to_json()
     manifest = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    if (root / name).exists():
+        _require_same(root / name, manifest)
+        return root / name
     unfinished = root / f"{UNFINISHED}{name}"
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
@@ -174,6 +176,15 @@ def _write_synced(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _require_same(folder: Path, manifest: Mapping[str, str]) -> None:
+    """Raise a FileExistsError where the folder holds other parameters than the manifest lists."""
+    found = _parse(folder / MANIFEST, _read(folder / MANIFEST))
+    # How a run came to a step (its seconds, its options) may be told twice; what it is, once.
+    found["state.json"] = manifest["state.json"]
+    if found != manifest:
+        raise FileExistsError(f"checkpoint: {folder} holds another one of the same step: move it")
 
 
 def _sync_folder(folder: Path) -> None:

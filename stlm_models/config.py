@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
-from .options import BYTES, DOCUMENT_START, ModelConfig, check_heads
+from .options import BYTES, DOCUMENT_START, IGNORED, ModelConfig, check_heads
 from .presets import PRESETS
 
 __all__ = [
     "BYTES",
     "DOCUMENT_START",
+    "IGNORED",
     "PRESETS",
     "ModelConfig",
     "check_heads",

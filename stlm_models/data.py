@@ -16,12 +16,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .config import DOCUMENT_START
+from .config import DOCUMENT_START, IGNORED
 from .loader import Batch, Patcher
 
 Document = bytes | memoryview | NDArray[np.int32]
 """Real bytes, in memory or in a mapped file, or ids (N,) of a vocabulary."""
-IGNORED = -100
 HELD_OUT_SHARE = 0.1
 MAX_HELD_OUT = 2_000_000
 LEAST_MAPPED = 1 << 20

@@ -11,14 +11,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .config import DOCUMENT_START
+from .config import DOCUMENT_START, IGNORED
 
 if TYPE_CHECKING:
     from .model import STLM
     from .words import WordVocabulary
 
 IDS_PER_CALL = 16_384
-IGNORED = -100
 
 
 @torch.no_grad()

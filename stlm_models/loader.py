@@ -11,8 +11,8 @@ from torch import Tensor
 
 from stlm_kernels import Patches
 
+from . import build
 from .config import ModelConfig
-from .layers import BytePatcher
 
 Patcher = Callable[[Tensor, Tensor], Patches]
 """The patches of packed byte_ids (T,) with document borders cu_seqlens (S+1,)."""
@@ -28,12 +28,7 @@ def patcher_of(config: ModelConfig) -> Patcher | None:
         return None
     if config.patch_rule == "given":
         raise ValueError('patcher: expected one of your own with patch_rule "given", got None')
-    return BytePatcher(
-        config.patch_rule,
-        patch_size=config.patch_size,
-        max_patch_len=config.max_patch_len,
-        capacity=config.patch_capacity,
-    )
+    return build.patcher_of(config, capacity=config.patch_capacity)
 
 
 @dataclass(frozen=True)

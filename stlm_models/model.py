@@ -13,16 +13,13 @@ from stlm_kernels import Patches, segment_pool
 from . import build, decoding
 from .attention import clear_unused
 from .cache import CacheRows, KVCache
-from .config import BYTES, ModelConfig
+from .config import BYTES, IGNORED, ModelConfig
 from .head import ParallelHead
 from .inputs import check_inputs, check_patches, document_borders
 from .layers import BytePatcher, ByteUnpooling, TiedEmbedding, UntiedEmbedding
 from .norms import rms_norm
 from .pooling import EmaUnpooling
 from .transformer import PatchCore, run_blocks
-
-IGNORED = -100
-"""The target of a position that counts for nothing."""
 
 
 class STLM(nn.Module):

@@ -40,9 +40,9 @@ from torch import Tensor, nn
 from stlm_kernels import segment_pool
 
 from .attention import document_starts
-from .config import DOCUMENT_START
+from .config import DOCUMENT_START, IGNORED
 from .layers import TiedEmbedding, dense_cu_seqlens
-from .model import IGNORED, STLM
+from .model import STLM
 
 
 class MultiByteHeads(nn.Module):

@@ -16,6 +16,8 @@ OUTPUTS = ("autoregressive", "parallel")
 BYTES = 256
 DOCUMENT_START = 256
 """The id put before each document, and before an empty prompt; never a target."""
+IGNORED = -100
+"""The target of a position that counts for nothing."""
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from .checkpoint import Checkpoint, load_tensors, save_checkpoint
-from .config import ModelConfig
-from .data import IGNORED, Corpus, Document, TrainingWindows
+from .config import IGNORED, ModelConfig
+from .data import Corpus, Document, TrainingWindows
 from .loader import Batch, Loader, Patcher, patcher_of
 from .model import STLM
 from .optim import SCHEDULES, Optimizers, lr_scale

@@ -58,6 +58,19 @@ def test_the_tied_table_is_stored_once(tmp_path: Path) -> None:
     assert sum(map(torch.numel, stored.values())) == sum(map(torch.numel, model.parameters()))
 
 
+def test_another_checkpoint_of_the_same_step_is_refused(tmp_path: Path) -> None:
+    first = checkpoint_at(7)
+    folder = save_checkpoint(tmp_path, first)
+    later = dataclasses.replace(first, state={"step": 7, "seconds": 2.0})
+    assert save_checkpoint(tmp_path, later) == folder, "the same parameters are kept as they are"
+    other = dataclasses.replace(first, optimizer={"muon.x.momentum_buffer": torch.zeros(2, 3)})
+    with pytest.raises(FileExistsError, match="step-00000007 holds another one of the same step"):
+        save_checkpoint(tmp_path, other)
+    assert torch.equal(
+        load_checkpoint(tmp_path).optimizer["muon.x.momentum_buffer"].unique(), torch.tensor([7.0])
+    )
+
+
 def test_only_the_newest_is_kept(tmp_path: Path) -> None:
     for step in (9, 10, 100_000_000):
         save_checkpoint(tmp_path, checkpoint_at(step))

@@ -13,8 +13,7 @@ from test_models import CLOSE, TEXT, TINY, packed, scrambled
 from torch import Tensor, nn
 
 from stlm_models import STLM, TiedEmbedding
-from stlm_models.config import DOCUMENT_START
-from stlm_models.model import IGNORED
+from stlm_models.config import DOCUMENT_START, IGNORED
 from stlm_models.objectives import (
     MultiByteHeads,
     continuation_logprobs,

@@ -16,7 +16,8 @@ import stlm_models.config
 import stlm_models.train
 from stlm_models import BytePatcher
 from stlm_models.checkpoint import load_checkpoint, save_checkpoint
-from stlm_models.data import IGNORED, Corpus
+from stlm_models.config import IGNORED
+from stlm_models.data import Corpus
 from stlm_models.optim import WARM_UP, Optimizers, lr_scale
 from stlm_models.trainer import Trainer, TrainOptions
 from stlm_models.utilisation import flops_per_byte, matmul_flops_per_second

@@ -13,11 +13,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from stlm_models import DOCUMENT_START, STLM
 from stlm_models.cached import CachedRun
 from stlm_models.checkpoint import load_tensors
+from stlm_models.config import BYTES, IGNORED
 
 from .configuration_stlm import STLMHFConfig
-
-IGNORED = -100
-BYTES = 256
 
 
 class STLMForCausalLM(PreTrainedModel, GenerationMixin):
