@@ -17,8 +17,8 @@ from torch import Tensor
 
 LEAST_ROWS, MOST_ROWS = 32, 256
 """Of a block: half a window wastes a third of the products, but short products are slow."""
-MASK_ENTRIES = 1 << 21
-"""Of the blocks of one call; 8 MB."""
+MASK_ENTRIES = 3 << 17
+"""Of the blocks of one call: 1.5 MB, which with its keys stays in a cache."""
 
 
 class Bands(NamedTuple):
@@ -139,18 +139,22 @@ def _keys(x: Tensor, bands: Bands, first: int, last: int) -> Tensor:
 def _mask(sight: Sight, bands: Bands, q: Tensor, k: Tensor, first: int, last: int) -> Tensor:
     """(n, 1, G L, (m + 1) L): 0 where a row sees a key, -inf elsewhere."""
     rows = torch.arange(first * bands.rows, last * bands.rows, device=q.device)
-    rows = rows.view(-1, bands.rows, 1)
-    keys = torch.arange(-bands.before * bands.rows, bands.rows, device=q.device)
-    keys = rows[:, :1] + keys  # (n, 1, (m + 1) L)
     start, end = (
         F.pad(x[first * bands.rows : last * bands.rows], (0, max(0, last * bands.rows - len(x))))
-        .view(-1, bands.rows, 1)
         for x in sight
-    )  # fmt: skip
+    )
     # A row that sees nothing sees itself here: without a key it would turn into NaN.
-    hidden = ((keys < start) | (keys >= end)) & ((keys != rows) | (end > start))
-    mask = q.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)[:, None]
-    return mask.repeat(1, 1, q.shape[1] // k.shape[1], 1)
+    blind = end <= start
+    start, end = torch.where(blind, rows, start), torch.where(blind, rows + 1, end)
+    # Counted from the first row of each block, and narrow: the mask takes a tenth of the time.
+    low, high = (
+        (x.view(-1, bands.rows) - rows[:: bands.rows, None]).int()[:, None, :, None]
+        for x in (start, end)
+    )
+    keys = torch.arange(-bands.before * bands.rows, bands.rows, dtype=torch.int32, device=q.device)
+    hidden = ((keys < low) | (keys >= high)).expand(-1, q.shape[1] // k.shape[1], -1, -1)
+    mask = torch.where(hidden, q.new_tensor(-torch.inf), q.new_tensor(0))
+    return mask.flatten(1, 2)[:, None]
 
 
 def _blind(sight: Sight) -> Tensor:
