@@ -14,7 +14,7 @@ from op_helpers import assert_same
 from torch import Tensor
 
 from stlm_kernels import _launch, explain, qk_norm_rope
-from stlm_kernels.ops.qk_norm_rope import launch
+from stlm_kernels.ops.qk_norm_rope import launch, torch_impl
 from stlm_kernels.ops.qk_norm_rope.reference import reference, yardstick
 from stlm_kernels.testing import assert_matches
 
@@ -140,6 +140,35 @@ def test_weights_gradients_of_several_runs(
         pytest.skip("the torch path has no runs")
     monkeypatch.setattr(launch, "PROGRAMS", programs)
     assert_close_to_oracle(example(11, heads=3, kv_heads=1, width=16, way=way), way)
+
+
+@pytest.mark.parametrize("elements", [1, 60, 150, 400])
+@pytest.mark.parametrize("places", [None, [4, 0, 1, 1, 3]])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_pieces_of_a_batch_and_of_a_row(
+    elements: int, places: list[int] | None, interleaved: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU: a row, some rows, a document, two documents at a time; the last ones shorter."""
+    monkeypatch.setattr(torch_impl, "PIECE_ELEMENTS", elements)
+    way = Way("torch", "cpu", torch.float32)
+    call: dict[str, Any] = example(3, 5, heads=2, kv_heads=1, width=16, way=way)
+    if places is not None:
+        call["positions"] = torch.tensor(places)
+    assert_close_to_oracle(call | {"interleaved": interleaved}, way)
+
+
+def test_pieces_are_differentiated_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_impl, "PIECE_ELEMENTS", 8)
+    call = example(2, 2, heads=2, kv_heads=1, width=4, way=Way("torch", "cpu", torch.float64))
+    leaves = tuple(call[name] for name in NAMES)
+
+    def turned(q: Tensor, k: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+        return qk_norm_rope(
+            q, k, call["cos"], call["sin"], q_weight=weights[0], k_weight=weights[1]
+        )
+
+    assert torch.autograd.gradcheck(turned, leaves)
+    assert torch.autograd.gradgradcheck(turned, leaves)
 
 
 @EVERY_LANE
