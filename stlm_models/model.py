@@ -208,7 +208,7 @@ class STLM(nn.Module):
         if self.ngrams is None:
             return own
         project = self.ngrams.projection if self.is_flat else self.ngrams_to_bytes
-        return own if project is None else own + rms_norm(project(ngrams))
+        return own if project is None else own + project(ngrams)
 
     def encode(
         self,
