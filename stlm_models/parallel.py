@@ -8,6 +8,7 @@ The command trains by DistributedDataParallel; in your own loop, wrap the model 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,10 @@ class Ranks:
         """End the group, if there is one."""
         if self.world > 1:
             dist.destroy_process_group()
+            # A thread of gloo, which may outlive the group, takes Python's lock to release what it
+            # sent last; if it gets that when the interpreter ends, the process aborts (pytorch
+            # issue 190489). So give it the lock now.
+            time.sleep(0.1)
 
 
 def mean_loss(loss_sum: Tensor, n_valid: Tensor) -> tuple[Tensor, Tensor]:

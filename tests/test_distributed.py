@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import run_ranks
 from torch import Tensor, nn
 
 from stlm_kernels import linear_cross_entropy
@@ -38,14 +39,11 @@ def data() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return ids, targets, hidden, weight
 
 
-def rank(index: int, store: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=index, world_size=WORLD)
+def rank(index: int) -> None:
     mine = slice(index * ROWS // WORLD, (index + 1) * ROWS // WORLD)
     divided_rows_give_the_whole_gradient(mine)
     the_root_group_holds_the_table(mine)
     a_sharded_table_is_refused()
-    dist.destroy_process_group()
 
 
 def divided_rows_give_the_whole_gradient(mine: slice) -> None:
@@ -99,4 +97,4 @@ def a_sharded_table_is_refused() -> None:
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 def test_two_processes(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(rank, args=(str(tmp_path / "store"),), nprocs=WORLD)
+    run_ranks(rank, tmp_path, world=WORLD)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import run_ranks
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
@@ -104,16 +105,13 @@ def what_does_not_fit_is_refused(impl: str, mesh: DeviceMesh) -> None:
             call()
 
 
-def rank(index: int, store: str, impl: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=index, world_size=2)
+def rank(index: int, impl: str) -> None:
     mesh = init_device_mesh("cpu", (2,))
     assert isinstance(distribute(torch.zeros(2), mesh), DTensor)
     divided_rows_equal_one_process(impl, mesh, [Shard(0)])
     two_axes = init_device_mesh("cpu", (1, 2))
     divided_rows_equal_one_process(impl, two_axes, [Replicate(), Shard(0)])
     what_does_not_fit_is_refused(impl, mesh)
-    dist.destroy_process_group()
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
@@ -125,4 +123,4 @@ def rank(index: int, store: str, impl: str) -> None:
     ],
 )
 def test_rows_as_dtensors(impl: str, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(rank, args=(str(tmp_path / "store"), impl), nprocs=2)
+    run_ranks(rank, tmp_path, impl)

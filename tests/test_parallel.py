@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import run_ranks
 from test_models import TINY, ids_of, scrambled
 from torch import Tensor
 from torch.distributed.tensor import distribute_tensor
@@ -76,12 +75,8 @@ def lost_patches(ranks: Ranks) -> Tensor | None:
     return Trainer(TINY, corpus, options, ranks, patcher).train_step().lost_patches
 
 
-def in_two_processes(rank: int, folder: str) -> None:
+def in_two_processes(rank: int, root: Path) -> None:
     """What only a process of two can see, written down for the tests below."""
-    root = Path(folder)
-    dist.init_process_group(
-        "gloo", rank=rank, world_size=2, store=dist.FileStore(f"{root}/store", 2)
-    )
     results: dict[str, Any] = {}
     copies = DistributedDataParallel(scrambled())
     loss, results["mean"] = mean_loss(*loss_of(copies, TEXTS[rank]))
@@ -109,14 +104,13 @@ def in_two_processes(rank: int, folder: str) -> None:
     results["agreed"] = Ranks(rank, 2).agree(7.0 + rank, should_stop=rank == 1)
     results["lost"] = lost_patches(Ranks(rank, 2))
     torch.save(results, root / f"results-{rank}")
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module", name="folder")
 def folder_of_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("parallel")
     save_sharded(folder / "by_one", scrambled().state_dict())
-    mp.spawn(in_two_processes, (str(folder),), nprocs=2)
+    run_ranks(in_two_processes, folder, folder)
     return folder
 
 
