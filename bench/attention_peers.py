@@ -16,7 +16,8 @@ from stlm_kernels._spec import Case, Inputs
 from stlm_kernels.ops.attention.reference import seen_mask
 
 from .entry import Entry, compiled, lengths_of
-from .packed_peers import FLA, VARLEN, on_gpu
+from .others import on_gpu
+from .packed_peers import FLA, PATCH_VARLEN, VARLEN
 from .window_peers import BLOCKS
 
 DENSE_ROWS = 16_384
@@ -287,6 +288,7 @@ PEERS: dict[str, tuple[Entry, ...]] = {
         Entry("padded fold, bmm", partial(_folded, _folded_bmm, True), _folded_rows, _short),
         Entry("padded fold, SDPA", partial(_folded, _folded_sdpa, True), _folded_rows, _short),
         Entry("SDPA by patch", _by_patch, _with_borders, _few_patches),
+        PATCH_VARLEN,
         Entry("FlexAttention", _flex, _patch_block_mask, on_gpu, compiled=True),
         compiled(_EVEN_BMM),
     ),

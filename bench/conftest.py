@@ -83,19 +83,28 @@ def pytest_benchmark_update_machine_info(
 ) -> None:
     session = config.stash[SESSION]
     ceilings = None if session.ceilings is None else vars(session.ceilings)
-    after = report.machine(session.machine.device, session.about["commit"])
-    machine_info["stlm"] = session.about | {"ceilings": ceilings, "after": after}
+    machine_info["stlm"] = facts_of(session) | {"ceilings": ceilings}
+
+
+def facts_of(session: Session) -> dict[str, Any]:
+    """What a run says of itself at its end, and whom it did not time."""
+    return session.about | {
+        "after": report.machine(session.machine.device, session.about["commit"]),
+        "not_timed": session.not_timed,
+        "left_out": [*left_out(OPS.values(), session.tag)],
+    }
 
 
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
     session = config.stash[SESSION]
-    if not session.records:
+    if not session.records and not session.not_timed:
         return
     terminalreporter.section("stlm: speed and memory")
-    terminalreporter.write_line(report.header(session.about, session.ceilings))
-    for table in report.tables(session.records, left_out(OPS.values(), session.tag)):
+    about = facts_of(session)
+    terminalreporter.write_line(report.header(about, session.ceilings))
+    for table in report.tables(session.records, about):
         terminalreporter.write_line("")
         terminalreporter.write_line(table)
     if isinstance(session.machine, Cpu):
