@@ -128,6 +128,15 @@ def test_runs_share_the_work(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no time is left for 2 of them" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("spec", [pytest.param(x, id=n) for n, x in OPS.items() if x.kernels])
+def test_every_op_has_something_to_tune(spec: Any) -> None:
+    """Its kernels' configs or those of the op whose kernels it shares; nothing is launched."""
+    found = tune.all_targets([spec], "smoke", torch.bfloat16, CPU)
+    assert found
+    reached = [target.kernel for target in found]
+    assert {name for name in reached if not any(x.startswith(name) for x in spec.kernels)} == set()
+
+
 def test_what_is_not_usable_is_not_timed() -> None:
     def few(target: tune.Target, configs: Sequence[Config]) -> list[Config]:
         return [config for config in configs if config["num_warps"] == 4]
