@@ -104,9 +104,15 @@ def _documents_without_window(case: Case) -> str | None:
     return "it has no window" if "W" in case.sizes else None
 
 
-def _block_mask(inputs: Inputs) -> Any:
+def _made_block_mask(seen: Callable[..., Tensor], length: int, device: torch.device) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
+    # Eager, it forms the mask of all scores on its way.
+    make = torch.compile(create_block_mask) if length > DENSE_ROWS else create_block_mask
+    return make(seen, None, None, length, length, device=str(device))
+
+
+def _block_mask(inputs: Inputs) -> Any:
     q, window, borders = inputs["q"], inputs["window"], inputs.get("cu_seqlens")
     length = q.shape[-3]
     rows = torch.arange(length, device=q.device)
@@ -119,7 +125,7 @@ def _block_mask(inputs: Inputs) -> Any:
         near = (row >= key) & (row - key < reach)
         return near & (document[row] == document[key])
 
-    return create_block_mask(seen, None, None, length, length, device=str(q.device))
+    return _made_block_mask(seen, length, q.device)
 
 
 def _flex(
@@ -234,15 +240,13 @@ def _patch_block_mask(inputs: Inputs) -> Inputs:
     q, borders = inputs["q"], inputs["cu_patchlens"]
     if inputs["causal"]:
         return _flex_inputs(inputs | {"window": None, "cu_seqlens": borders})
-    from torch.nn.attention.flex_attention import create_block_mask
-
     total = q.shape[0]
     patch = torch.searchsorted(borders.long(), torch.arange(total, device=q.device), right=True)
-    mask = create_block_mask(
-        lambda b, h, row, key: patch[row] == patch[key], None, None, total, total,
-        device=str(q.device),
-    )  # fmt: skip
-    return _heads_first(inputs) | {"block_mask": mask}
+
+    def seen(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
+        return patch[row] == patch[key]
+
+    return _heads_first(inputs) | {"block_mask": _made_block_mask(seen, total, q.device)}
 
 
 def _by_patch(
