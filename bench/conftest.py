@@ -18,6 +18,7 @@ import torch
 from stlm_kernels.registry import OPS
 
 from . import report, resources
+from .command import positive
 from .model_work import ModelJob
 from .session import Session
 from .timing import Cpu, Gpu
@@ -31,7 +32,9 @@ NO_TIME = "no minutes are left"
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--commit", help="what to record as the commit, where git is not there")
     parser.addoption("--full", action="store_true", help="every case, and every compiled peer")
-    parser.addoption("--threads", type=int, help="threads of torch (default: torch's own choice)")
+    parser.addoption(
+        "--threads", type=positive, help="threads of torch (default: torch's own choice)"
+    )
     parser.addoption("--minutes", type=float, default=math.inf, help="then no line is begun")
 
 

@@ -209,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for path in options.files:
             for picture in plot_file(path, options.out or path.parent):
                 print(picture)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
 
 

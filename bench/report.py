@@ -99,6 +99,11 @@ def header(about: dict[str, Any], ceilings: Ceilings | None) -> str:
             f"measured in this run: copy {ceilings.copy_bytes_per_s / 1e9:.1f} GB/s, "
             f"matmul {ceilings.matmul_flops_per_s / 1e12:.3f} TFLOP/s"
         )
+        if not about["gpu_state"]:
+            lines.append(
+                "a roofline share above 100%: it stayed in caches, or needed less arithmetic than"
+                " the kernels' floor counts"
+            )
     return "\n".join(lines)
 
 
@@ -190,9 +195,11 @@ def page(folder: Path) -> str:
     """Markdown of every JSON file of the folder, the newest first.
 
     Raises:
-        ValueError: for a file that no command of this repository wrote.
+        ValueError: for a file that no command of this repository wrote, or a folder without any.
     """
     sections = [_section(path) for path in folder.glob("*.json")]
+    if not sections:
+        raise ValueError(f"{folder}: expected JSON files in it, got none")
     sections.sort(reverse=True)  # each begins with its date
     head = (
         "# Results\n\nWritten by `python -m bench.report` from the files in `bench/results/`; "
@@ -203,7 +210,10 @@ def page(folder: Path) -> str:
 
 def _section(path: Path) -> tuple[str, str]:
     """The date of a file and its part of the page."""
-    values = json.loads(path.read_text())
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, got {error}") from None
     if "benchmarks" in values:
         about, kind = values["machine_info"]["stlm"], "pytest bench/ --benchmark-only"
         lines = "\n\n".join(tables(values["benchmarks"], about))
@@ -299,7 +309,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
     parser.add_argument("--out", type=Path, default=PAGE, help="the page to write")
     options = parser.parse_args(arguments)
-    options.out.write_text(page(options.results))
+    try:
+        options.out.write_text(page(options.results))
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     print(options.out)
 
 

@@ -9,7 +9,6 @@ products at full rate.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import statistics
 from collections.abc import Callable, Container, Iterator, Sequence
@@ -21,11 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from stlm_models.config import preset
+from stlm_models.config import ModelConfig, preset
 from stlm_models.data import load_corpus
 from stlm_models.trainer import PRECISIONS, Trainer, TrainOptions, fastest_precision
 
 from . import report
+from .command import positive, result_path
 from .timing import Cpu, Gpu, Timer
 
 REST, WHOLE = "rest", "whole step"
@@ -178,6 +178,11 @@ def table(name: str, parts: Sequence[Part]) -> str:
     return "\n".join(lines)
 
 
+def _config(name: str, context: int | None) -> ModelConfig:
+    config = preset(name)
+    return config if context is None else replace(config, context=context)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.step",
@@ -185,21 +190,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("presets", nargs="*", default=["demo"], metavar="preset")
-    parser.add_argument("--rows", type=int, default=8, help="windows of one context in a step")
-    parser.add_argument("--context", type=int, help="bytes in a window (default: the preset's)")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rows", type=positive, default=8, help="windows of one context in a step")
+    parser.add_argument(
+        "--context", type=positive, help="bytes in a window (default: the preset's)"
+    )
+    parser.add_argument("--rounds", type=positive, default=9)
     parser.add_argument("--precision", choices=sorted(PRECISIONS), help="default: the faster one")
     parser.add_argument("--json", type=Path, help="where the result goes (default: out/bench/)")
     parser.add_argument("--commit", help="what to record as the commit, where git is not there")
     options = parser.parse_args(arguments)
     try:
-        for name in options.presets:
-            preset(name)
-        if options.rows < 1 or options.rounds < 1:
-            got = f"{options.rows} and {options.rounds}"
-            raise ValueError(f"--rows, --rounds: expected at least 1, got {got}")
+        configs = {name: _config(name, options.context) for name in options.presets}
     except ValueError as error:
         parser.error(str(error))
+    path = result_path(options.json, "step", parser)
     machine = Gpu() if torch.cuda.is_available() else Cpu()
     about, ceilings = report.machine(machine.device, options.commit), machine.ceilings()
     print(report.header(about, ceilings))
@@ -208,16 +212,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in options.presets:
         # The rates never change here: a budget of many steps keeps the schedule at its peak.
         settings = TrainOptions(steps=1 << 30, rows=options.rows, precision=precision)
-        config = preset(name)
-        config = replace(config, context=options.context or config.context)
+        config = configs[name]
         trainer = Trainer(config, corpus, settings)
         parts = budget(trainer, machine.timer(), options.rounds, ceilings.matmul_flops_per_s)
         what = f"{name}, {options.rows} windows of {config.context}, {precision}"
         print(table(what, parts), flush=True)
         results[name] = [asdict(part) for part in parts]
-    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
-    path = options.json or Path("out/bench") / f"step-{stamp}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     values = {"machine": about, "rows": options.rows, "context": options.context}
     values |= {"precision": precision, "steps": results}
     path.write_text(json.dumps(values, indent=1))

@@ -91,7 +91,11 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: An
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [(["no-such"], "no-such"), (["--rounds", "0"], "expected at least 1, got 8 and 0")],
+    [
+        (["no-such"], "no-such"),
+        (["--rounds", "0"], "expected a whole number from 1 on, got '0'"),
+        (["--context", "1"], "context: expected"),
+    ],
 )
 def test_bad_words_are_refused(words: list[str], message: str, capsys: Any) -> None:
     with pytest.raises(SystemExit, match="2"):
