@@ -16,7 +16,8 @@ from stlm_kernels._spec import Case, Inputs
 from stlm_kernels.ops.attention.reference import seen_mask
 
 from .entry import Entry, compiled, lengths_of
-from .packed_peers import FLA, VARLEN, on_gpu
+from .others import on_gpu
+from .packed_peers import FLA, PATCH_VARLEN, VARLEN
 from .window_peers import BLOCKS
 
 DENSE_ROWS = 16_384
@@ -103,9 +104,15 @@ def _documents_without_window(case: Case) -> str | None:
     return "it has no window" if "W" in case.sizes else None
 
 
-def _block_mask(inputs: Inputs) -> Any:
+def _made_block_mask(seen: Callable[..., Tensor], length: int, device: torch.device) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
+    # Eager, it forms the mask of all scores on its way.
+    make = torch.compile(create_block_mask) if length > DENSE_ROWS else create_block_mask
+    return make(seen, None, None, length, length, device=str(device))
+
+
+def _block_mask(inputs: Inputs) -> Any:
     q, window, borders = inputs["q"], inputs["window"], inputs.get("cu_seqlens")
     length = q.shape[-3]
     rows = torch.arange(length, device=q.device)
@@ -118,7 +125,7 @@ def _block_mask(inputs: Inputs) -> Any:
         near = (row >= key) & (row - key < reach)
         return near & (document[row] == document[key])
 
-    return create_block_mask(seen, None, None, length, length, device=str(q.device))
+    return _made_block_mask(seen, length, q.device)
 
 
 def _flex(
@@ -233,15 +240,13 @@ def _patch_block_mask(inputs: Inputs) -> Inputs:
     q, borders = inputs["q"], inputs["cu_patchlens"]
     if inputs["causal"]:
         return _flex_inputs(inputs | {"window": None, "cu_seqlens": borders})
-    from torch.nn.attention.flex_attention import create_block_mask
-
     total = q.shape[0]
     patch = torch.searchsorted(borders.long(), torch.arange(total, device=q.device), right=True)
-    mask = create_block_mask(
-        lambda b, h, row, key: patch[row] == patch[key], None, None, total, total,
-        device=str(q.device),
-    )  # fmt: skip
-    return _heads_first(inputs) | {"block_mask": mask}
+
+    def seen(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
+        return patch[row] == patch[key]
+
+    return _heads_first(inputs) | {"block_mask": _made_block_mask(seen, total, q.device)}
 
 
 def _by_patch(
@@ -287,6 +292,7 @@ PEERS: dict[str, tuple[Entry, ...]] = {
         Entry("padded fold, bmm", partial(_folded, _folded_bmm, True), _folded_rows, _short),
         Entry("padded fold, SDPA", partial(_folded, _folded_sdpa, True), _folded_rows, _short),
         Entry("SDPA by patch", _by_patch, _with_borders, _few_patches),
+        PATCH_VARLEN,
         Entry("FlexAttention", _flex, _patch_block_mask, on_gpu, compiled=True),
         compiled(_EVEN_BMM),
     ),

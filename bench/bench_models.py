@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from .model_work import ModelJob
 from .session import Session
 
@@ -13,10 +15,14 @@ def jobs_of(session: Session) -> list[ModelJob]:
 
 
 def test_model_speed(job: ModelJob, session: Session, timer: Any, benchmark: Any) -> None:
-    with session.models.judged(job) as work:
-        plan = session.machine.plan(work.task, timer)
-        benchmark.extra_info |= session.models.describe(job, work) | plan.info
-        benchmark.pedantic(plan.target, setup=plan.setup, rounds=plan.rounds)
+    def measure() -> None:
+        with session.models.judged(job) as work:
+            plan = session.machine.plan(work.task, timer)
+            benchmark.extra_info |= session.models.describe(job, work) | plan.info
+            benchmark.pedantic(plan.target, setup=plan.setup, rounds=plan.rounds)
+
+    if reason := session.attempt(job, measure):
+        pytest.skip(reason)
     if benchmark.stats is not None:
-        session.add_model_rates(work, benchmark.extra_info, benchmark.stats.stats.median)
+        session.add_model_rates(benchmark.extra_info, benchmark.stats.stats.median)
         session.records.append(benchmark.stats.as_dict(include_data=False))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from .session import Session
 from .work import Job
 
@@ -13,10 +15,14 @@ def jobs_of(session: Session) -> list[Job]:
 
 
 def test_speed(job: Job, session: Session, timer: Any, benchmark: Any) -> None:
-    task, errors = session.judged_task(job)
-    plan = session.machine.plan(task, timer)
-    benchmark.extra_info |= session.facts(job, task) | plan.info | {"rms_errors": errors}
-    benchmark.pedantic(plan.target, setup=plan.setup, rounds=plan.rounds)
+    def measure() -> None:
+        task, errors = session.judged_task(job)
+        plan = session.machine.plan(task, timer)
+        benchmark.extra_info |= session.facts(job, task) | plan.info | {"rms_errors": errors}
+        benchmark.pedantic(plan.target, setup=plan.setup, rounds=plan.rounds)
+
+    if reason := session.attempt(job, measure):
+        pytest.skip(reason)
     if benchmark.stats is not None:
         session.add_rates(job, benchmark.extra_info, benchmark.stats.stats.median)
         session.records.append(benchmark.stats.as_dict(include_data=False))

@@ -9,7 +9,6 @@ latter are shown, since an op may rightly do the work of one in the other.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ from stlm_kernels._spec import Case, OpSpec
 from stlm_kernels.registry import OPS
 
 from . import report
+from .command import positive, result_path
 from .timing import interleaved_medians
 from .work import CaseData, Job, Task, entries_of, passes_of, task_of
 
@@ -103,14 +103,17 @@ def line(found: Comparison) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.check", description=__doc__)
     parser.add_argument("ops", nargs="*", metavar="op", help="ops to check (default: all)")
-    parser.add_argument("--rounds", type=int, default=41, help="most rounds of one comparison")
-    parser.add_argument("--threads", type=int, help="threads of torch (default: its own choice)")
+    parser.add_argument("--rounds", type=positive, default=41, help="most rounds of one comparison")
+    parser.add_argument(
+        "--threads", type=positive, help="threads of torch (default: its own choice)"
+    )
     parser.add_argument("--json", type=Path, help="where the result goes (default: out/bench/)")
     parser.add_argument("--commit", help="what to record as the commit, where git is not there")
     options = parser.parse_args(arguments)
     unknown = sorted(set(options.ops) - OPS.keys())
     if unknown:
         parser.error(f"no such op: {', '.join(unknown)} (there are {', '.join(OPS)})")
+    path = result_path(options.json, "check", parser)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     about = report.machine(torch.device("cpu"), options.commit)
@@ -120,9 +123,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for each in comparisons([OPS[name] for name in options.ops or OPS], options.rounds):
         print(line(each), flush=True)
         found.append(each)
-    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
-    path = options.json or Path("out/bench") / f"check-{stamp}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     rows = [asdict(each) | {"verdict": each.verdict} for each in found]
     path.write_text(json.dumps({"machine": about, "comparisons": rows}, indent=1))
     counts = {verdict: sum(x.verdict == verdict for x in found) for verdict in VERDICTS}

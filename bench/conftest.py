@@ -18,6 +18,7 @@ import torch
 from stlm_kernels.registry import OPS
 
 from . import report, resources
+from .command import positive
 from .model_work import ModelJob
 from .session import Session
 from .timing import Cpu, Gpu
@@ -31,7 +32,9 @@ NO_TIME = "no minutes are left"
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--commit", help="what to record as the commit, where git is not there")
     parser.addoption("--full", action="store_true", help="every case, and every compiled peer")
-    parser.addoption("--threads", type=int, help="threads of torch (default: torch's own choice)")
+    parser.addoption(
+        "--threads", type=positive, help="threads of torch (default: torch's own choice)"
+    )
     parser.addoption("--minutes", type=float, default=math.inf, help="then no line is begun")
 
 
@@ -83,19 +86,28 @@ def pytest_benchmark_update_machine_info(
 ) -> None:
     session = config.stash[SESSION]
     ceilings = None if session.ceilings is None else vars(session.ceilings)
-    after = report.machine(session.machine.device, session.about["commit"])
-    machine_info["stlm"] = session.about | {"ceilings": ceilings, "after": after}
+    machine_info["stlm"] = facts_of(session) | {"ceilings": ceilings}
+
+
+def facts_of(session: Session) -> dict[str, Any]:
+    """What a run says of itself at its end, and whom it did not time."""
+    return session.about | {
+        "after": report.machine(session.machine.device, session.about["commit"]),
+        "not_timed": session.not_timed,
+        "left_out": [*left_out(OPS.values(), session.tag)],
+    }
 
 
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
     session = config.stash[SESSION]
-    if not session.records:
+    if not session.records and not session.not_timed:
         return
     terminalreporter.section("stlm: speed and memory")
-    terminalreporter.write_line(report.header(session.about, session.ceilings))
-    for table in report.tables(session.records, left_out(OPS.values(), session.tag)):
+    about = facts_of(session)
+    terminalreporter.write_line(report.header(about, session.ceilings))
+    for table in report.tables(session.records, about):
         terminalreporter.write_line("")
         terminalreporter.write_line(table)
     if isinstance(session.machine, Cpu):

@@ -10,6 +10,7 @@ from torch import Tensor
 from stlm_kernels._spec import Case, Inputs
 
 from .entry import Entry, compiled
+from .others import LOSSES
 
 
 def _logits(inputs: Inputs) -> Tensor:
@@ -71,6 +72,7 @@ PEERS: dict[str, tuple[Entry, ...]] = {
             _torch_linear_cross_entropy,
             unsupported=_has_torch_linear_cross_entropy,
         ),
+        *LOSSES,
         compiled(_LINEAR_CE),
     ),
     "linear_kl_div": (_LINEAR_KL, compiled(_LINEAR_KL)),

@@ -194,6 +194,7 @@ class Models:
         return work.facts | {
             "op": job.family,
             "case": job.case,
+            "sizes": {"preset": job.preset, **dict(job.sizes)},
             "pass": job.direction,
             "entry": job.entry.name,
             "ours": job.entry.ours,

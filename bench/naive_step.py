@@ -8,7 +8,6 @@ so that a drifting machine slows both alike, and each has its own peak of memory
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import multiprocessing
 import resource
@@ -27,6 +26,7 @@ from stlm_models.data import load_corpus
 from stlm_models.trainer import PRECISIONS, Trainer, TrainOptions, fastest_precision
 
 from . import report
+from .command import positive, result_path
 from .naive import NAIVE
 from .stock import ops_replaced
 
@@ -130,10 +130,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("preset", nargs="?", default="50m")
-    parser.add_argument("--rows", type=int, default=1, help="windows in a step")
-    parser.add_argument("--context", type=int, help="bytes in a window (default: the preset's)")
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rows", type=positive, default=1, help="windows in a step")
+    parser.add_argument(
+        "--context", type=positive, help="bytes in a window (default: the preset's)"
+    )
+    parser.add_argument("--steps", type=positive, default=5)
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
     parser.add_argument("--precision", choices=sorted(PRECISIONS), help="default: the faster one")
     parser.add_argument("--json", type=Path, help="where the result goes (default: out/bench/)")
     parser.add_argument("--commit", help="what to record as the commit, where git is not there")
@@ -142,20 +144,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = Settings(options.preset, options.rows, options.context, precision, options.threads)
     try:
         _config_and_options(settings)
-        if options.steps < 1 or options.threads < 1:
-            got = f"{options.steps} and {options.threads}"
-            raise ValueError(f"--steps, --threads: expected at least 1, got {got}")
     except ValueError as error:
         parser.error(str(error))
+    path = result_path(options.json, "naive-step", parser)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     about = report.machine(device, options.commit)
     print(report.header(about, None))
     results = measure(settings, options.steps)
     found = {way: asdict(result) for way, result in results.items()}
     print("\n".join([str(settings), *report.naive_lines(found)]))
-    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
-    path = options.json or Path("out/bench") / f"naive-step-{stamp}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     values = {"machine": about, "settings": asdict(settings), "results": found}
     path.write_text(json.dumps(values, indent=1))
     print(path)

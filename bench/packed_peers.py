@@ -6,8 +6,6 @@ Both serve dense batches too: every row of the batch as a document.
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 import inspect
 from typing import Any
 
@@ -17,24 +15,16 @@ from torch import Tensor
 from stlm_kernels._spec import Case, Inputs
 
 from .entry import Entry, lengths_of
+from .others import function_of, on_gpu
 
 
-def on_gpu(case: Case) -> str | None:
-    return None if torch.cuda.is_available() else "it needs a CUDA device"
+def _function(module: str, name: str) -> Any:
+    """The peer's function, or None where this machine has none with a window."""
+    found = function_of(module, name)
+    return found if found and "window_size" in inspect.signature(found).parameters else None
 
 
 @functools.cache  # called within what is timed
-def _function(module: str, name: str) -> Any:
-    """The peer's function, or None where this machine has none with a window."""
-    if importlib.util.find_spec(module.split(".", 1)[0]) is None:
-        return None
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except ImportError:
-        return None
-    return found if "window_size" in inspect.signature(found).parameters else None
-
-
 def _varlen_function() -> Any:
     return _function("torch.nn.attention.varlen", "varlen_attn")
 
@@ -44,6 +34,7 @@ def _asks_for_groups() -> bool:
     return "enable_gqa" in inspect.signature(_varlen_function()).parameters
 
 
+@functools.cache
 def _fla_function() -> Any:
     return _function("fla.ops.attn", "parallel_attn")
 
@@ -75,6 +66,13 @@ def _varlen_reason(case: Case) -> str | None:
     return on_gpu(case) or missing
 
 
+def _patch_inputs(inputs: Inputs) -> Inputs:
+    """Every patch as a document, without a window."""
+    borders = {"window": None, "cu_seqlens": inputs["cu_patchlens"]}
+    reach = -1, 0 if inputs["causal"] else -1
+    return _varlen_inputs(inputs | borders) | {"window_size": reach}
+
+
 def _fla(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     out: Tensor = _fla_function()(*(x if x.dim() == 4 else x[None] for x in (q, k, v)), **options)
     return out.view(q.shape)
@@ -95,4 +93,5 @@ def _fla_reason(case: Case) -> str | None:
 
 
 VARLEN = Entry("varlen_attn", _varlen, _varlen_inputs, _varlen_reason)
+PATCH_VARLEN = Entry("varlen_attn", _varlen, _patch_inputs, _varlen_reason)
 FLA = Entry("fla parallel_attn", _fla, _fla_inputs, _fla_reason)

@@ -24,6 +24,7 @@ from . import (
     patch_peers,
     pool_peers,
     rope_peers,
+    sample_peers,
 )
 from .entry import Entry, compiled
 
@@ -247,4 +248,5 @@ PEERS: dict[str, tuple[Entry, ...]] = {
     **patch_peers.PEERS,
     **pool_peers.PEERS,
     **rope_peers.PEERS,
+    **sample_peers.PEERS,
 }

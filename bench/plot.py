@@ -7,12 +7,16 @@ the roofline as well, under the ceilings that the same run measured.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .compare import load
 from .report import Record
+
+MOST_LINEAR = 10
+"""Times the shortest bar that the longest may have before a panel is logarithmic."""
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,8 +43,8 @@ def figures(results: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
     title = f"{about['device']}, torch {about['torch']}, {about['commit']}, {about['date']}"
     for op, mine in _grouped(records, "op").items():
         yield op, bars(op, mine, title)
-        if len({x["extra_info"].get("bytes") for x in mine} - {None}) > 1:
-            yield f"{op}-size", over_size(op, mine, title)
+        if sized := list(_of_several_sizes(mine)):
+            yield f"{op}-size", over_size(op, sized, title)
     counted = [x for x in records if x["extra_info"].get("bytes") and x["extra_info"].get("flops")]
     if about["gpu_state"] and about["ceilings"] and counted:
         yield "roofline", roofline(counted, about["ceilings"], title)
@@ -51,6 +55,23 @@ def _grouped(records: Sequence[Record], key: str) -> dict[str, list[Record]]:
     for record in records:
         groups.setdefault(record["extra_info"][key], []).append(record)
     return groups
+
+
+def _of_several_sizes(records: Sequence[Record]) -> Iterator[Record]:
+    """What a line can be drawn through: cases that differ in numbers only."""
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        if "bytes" in record["extra_info"]:
+            groups.setdefault((record["extra_info"]["pass"], _kind(record)), []).append(record)
+    for mine in groups.values():
+        if len({_bytes(x) for x in mine}) > 1:
+            yield from mine
+
+
+def _kind(record: Record) -> str:
+    """What a case is besides its sizes: modes, kinds of text and borders."""
+    sizes = record["extra_info"].get("sizes", {})
+    return "-".join(str(x) for x in sizes.values() if not isinstance(x, int | float))
 
 
 def _figure(rows: int, height: float) -> tuple[Figure, Sequence[Any]]:
@@ -81,7 +102,7 @@ def bars(op: str, records: list[Record], title: str) -> Figure:
     for axes, (case, mine) in zip(panels, cases.items(), strict=True):
         _bars(axes, mine, entries)
         axes.set_title(case, fontsize=9, loc="left")
-    figure.suptitle(f"{op}: median time, spread (IQR), log scale\n{title}", fontsize=9)
+    figure.suptitle(f"{op}: median time, spread (IQR)\n{title}", fontsize=9)
     _legend(figure)
     return figure
 
@@ -101,24 +122,34 @@ def _bars(axes: Any, records: list[Record], entries: Sequence[str]) -> None:
         ]
         axes.bar(places, medians, width, yerr=spreads, color=f"C{k % 10}", label=entry)
     axes.set_xticks([k + 0.425 - width / 2 for k in range(len(passes))], passes)
-    axes.set_yscale("log")
+    _scale(axes, [x["stats"]["median"] * 1e6 for x in records])
     axes.set_ylabel("us")
+
+
+def _scale(axes: Any, values: Sequence[float]) -> None:
+    """From zero, or, where the short bars would vanish, logarithmic from a whole power of ten."""
+    if max(values) > MOST_LINEAR * min(values):
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=10.0 ** math.floor(math.log10(min(values) / 2)))
+    else:
+        axes.set_ylim(bottom=0)
 
 
 # Time over size
 
 
 def over_size(op: str, records: list[Record], title: str) -> Figure:
-    """A panel for each pass, a line per entry over the bytes that the case must move."""
-    passes = _grouped([x for x in records if "bytes" in x["extra_info"]], "pass")
+    """A panel for each pass, a line per entry and kind over the bytes that a case must move."""
+    passes = _grouped(records, "pass")
     figure, panels = _figure(len(passes), 3.2)
     colours = {entry: f"C{k % 10}" for k, entry in enumerate(_grouped(records, "entry"))}
     for axes, (direction, mine) in zip(panels, passes.items(), strict=True):
         for entry, points in _grouped(mine, "entry").items():
-            points.sort(key=_bytes)
             style = "o-" if points[0]["extra_info"]["ours"] else "x--"
-            sizes, medians = map(_bytes, points), (x["stats"]["median"] * 1e6 for x in points)
-            axes.loglog(list(sizes), list(medians), style, color=colours[entry], label=entry)
+            for kind in dict.fromkeys(map(_kind, points)):
+                some = sorted((x for x in points if _kind(x) == kind), key=_bytes)
+                sizes, medians = map(_bytes, some), (x["stats"]["median"] * 1e6 for x in some)
+                axes.loglog(list(sizes), list(medians), style, color=colours[entry], label=entry)
         axes.set_title(direction, fontsize=9, loc="left")
         axes.set_xlabel("bytes that the case must move")
         axes.set_ylabel("us")
@@ -178,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for path in options.files:
             for picture in plot_file(path, options.out or path.parent):
                 print(picture)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
 
 

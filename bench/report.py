@@ -12,7 +12,7 @@ import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 from stlm_kernels._dispatch import has_triton
 from stlm_kernels._launch import device_file
 
+from . import targets
 from .timing import Ceilings
 
 Record = dict[str, Any]
@@ -36,7 +37,7 @@ def machine(device: torch.device, commit: str | None = None) -> dict[str, Any]:
         "device": name,
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
-        "gpu_state": _gpu_state() if device.type == "cuda" else "",
+        "gpu_state": (_gpu_state() or "unknown") if device.type == "cuda" else "",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _triton_version(),
@@ -91,12 +92,18 @@ def header(about: dict[str, Any], ceilings: Ceilings | None) -> str:
     ]
     lines += _busy(about)
     if about["gpu_state"]:
-        lines.append(f"driver, clocks, power, temperature: {about['gpu_state']}")
+        states = [about["gpu_state"], about.get("after", {}).get("gpu_state", "")]
+        lines.append(f"driver, clocks, power, temperature: {', then '.join(filter(None, states))}")
     if ceilings is not None:
         lines.append(
             f"measured in this run: copy {ceilings.copy_bytes_per_s / 1e9:.1f} GB/s, "
             f"matmul {ceilings.matmul_flops_per_s / 1e12:.3f} TFLOP/s"
         )
+        if not about["gpu_state"]:
+            lines.append(
+                "a roofline share above 100%: it stayed in caches, or needed less arithmetic than"
+                " the kernels' floor counts"
+            )
     return "\n".join(lines)
 
 
@@ -107,35 +114,53 @@ def _busy(about: dict[str, Any]) -> list[str]:
     return [f"THE MACHINE WAS BUSY (load {about['load']:.1f} at the start): do not quote"]
 
 
-def tables(records: Iterable[Record], left_out: Iterable[tuple[str, str]] = ()) -> Iterator[str]:
-    """One table for each op, from the entries of pytest-benchmark's JSON; who is not in it below.
+def tables(records: Sequence[Record], about: dict[str, Any]) -> Iterator[str]:
+    """One table for each op, from the entries of pytest-benchmark's JSON; then the targets.
 
     Args:
         records: entries of the JSON.
-        left_out: (op, sentence) for peers that cannot run some case.
+        about: what the run says of itself; below each table stands who was left out of it (pairs
+            of op and sentence), and who could not be timed.
     """
-    reasons = list(left_out)
+    sentences = [(op, f"left out: {sentence}") for op, sentence in about.get("left_out", ())]
+    failed = about.get("not_timed", ())
+    sentences += [(x["op"], f"not timed: {_name(x)}: {x['reason']}") for x in failed]
     by_op: dict[str, dict[str, list[Record]]] = {}
     for record in records:
         info = record["extra_info"]
         by_op.setdefault(info["op"], {}).setdefault(info["case"], []).append(record)
-    for op, cases in by_op.items():
+    for op in dict.fromkeys([*by_op, *(x["op"] for x in failed)]):
         blocks = [f"{op}: median us, spread (IQR), time over our first row's, peak extra MiB"]
-        blocks += ["\n".join(_case_lines(case, group)) for case, group in cases.items()]
-        sentences = [f"left out: {sentence}" for name, sentence in reasons if name == op]
-        yield "\n\n".join([*blocks, *(["\n".join(sentences)] if sentences else [])])
+        blocks += [
+            "\n".join(_case_lines(case, group, {(x["entry"], x["pass"]) for x in failed
+                                                if (x["op"], x["case"]) == (op, case)}))
+            for case, group in by_op.get(op, {}).items()
+        ]  # fmt: skip
+        mine = [sentence for name, sentence in sentences if name == op]
+        yield "\n\n".join([*blocks, *(["\n".join(mine)] if mine else [])])
+    if judged := list(targets.lines(records, about["device"], bool(about.get("gpu_state")))):
+        yield "\n".join(judged)
 
 
-def _case_lines(case: str, records: list[Record]) -> Iterator[str]:
+def _name(failed: dict[str, str]) -> str:
+    return f"{failed['entry']}, {failed['case']} {failed['pass']}"
+
+
+def _case_lines(case: str, records: list[Record], failed: set[tuple[str, str]]) -> Iterator[str]:
     passes = list(dict.fromkeys(x["extra_info"]["pass"] for x in records))
-    entries = list(dict.fromkeys(x["extra_info"]["entry"] for x in records))
+    entries = dict.fromkeys([x["extra_info"]["entry"] for x in records] + [x for x, _ in failed])
     found = {(x["extra_info"]["entry"], x["extra_info"]["pass"]): x for x in records}
     ours = next((x["extra_info"]["entry"] for x in records if x["extra_info"]["ours"]), None)
     first = {p: found[ours, p] for p in passes if ours is not None and (ours, p) in found}
     yield f"{case} ({records[0]['extra_info']['dtype']})"
     yield "".join([" " * NAME_WIDTH, *(f"{p:>26}" for p in passes)])
     for entry in entries:
-        cells = [_cell(found.get((entry, p)), first.get(p)) for p in passes]
+        cells = [
+            f"{'failed':>26}"
+            if (entry, p) in failed
+            else _cell(found.get((entry, p)), first.get(p))
+            for p in passes
+        ]
         rates = [_bytes_per_s(found.get((entry, p))) for p in passes]
         yield "".join([f"  {entry:<{NAME_WIDTH - 2}}", *cells, *rates])
     shares = [_share(first.get(p)) for p in passes]
@@ -170,9 +195,11 @@ def page(folder: Path) -> str:
     """Markdown of every JSON file of the folder, the newest first.
 
     Raises:
-        ValueError: for a file that no command of this repository wrote.
+        ValueError: for a file that no command of this repository wrote, or a folder without any.
     """
     sections = [_section(path) for path in folder.glob("*.json")]
+    if not sections:
+        raise ValueError(f"{folder}: expected JSON files in it, got none")
     sections.sort(reverse=True)  # each begins with its date
     head = (
         "# Results\n\nWritten by `python -m bench.report` from the files in `bench/results/`; "
@@ -183,10 +210,13 @@ def page(folder: Path) -> str:
 
 def _section(path: Path) -> tuple[str, str]:
     """The date of a file and its part of the page."""
-    values = json.loads(path.read_text())
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, got {error}") from None
     if "benchmarks" in values:
         about, kind = values["machine_info"]["stlm"], "pytest bench/ --benchmark-only"
-        lines = "\n\n".join(tables(values["benchmarks"]))
+        lines = "\n\n".join(tables(values["benchmarks"], about))
     elif "comparisons" in values:
         about, kind = values["machine"], "python -m bench.check"
         lines = "\n".join(_comparison_line(row) for row in values["comparisons"])
@@ -279,7 +309,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
     parser.add_argument("--out", type=Path, default=PAGE, help="the page to write")
     options = parser.parse_args(arguments)
-    options.out.write_text(page(options.results))
+    try:
+        options.out.write_text(page(options.results))
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     print(options.out)
 
 

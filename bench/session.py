@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+
+import torch
 
 from stlm_kernels.registry import OPS
 
 from . import report
-from .model_work import ModelJob, Models, ModelWork, model_jobs
+from .model_work import ModelJob, Models, model_jobs
 from .timing import Ceilings, Cpu, Gpu
 from .work import CaseData, Job, Task, jobs, task_of
+
+
+class Unjudged(Exception):
+    """There is no oracle for a case, so nobody may be timed on it."""
 
 
 class Session:
@@ -21,10 +28,12 @@ class Session:
         self.machine = machine
         self.rehearsal, self.full = rehearsal, full
         self.records: list[report.Record] = []
+        self.not_timed: list[dict[str, str]] = []
         self.about = report.machine(machine.device, commit)
         self.models = Models(machine, self.backend)
         self._ceilings: Ceilings | None = None
         self._data: CaseData | None = None
+        self._without_oracle: tuple[Any, str] = None, ""
 
     @property
     def ceilings(self) -> Ceilings | None:
@@ -50,13 +59,47 @@ class Session:
     def model_jobs(self) -> list[ModelJob]:
         return model_jobs(self.machine, self.rehearsal, self.full)
 
-    def judged_task(self, job: Job) -> tuple[Task, dict[str, float]]:
-        """The task of a job whose results were found right, and their errors."""
+    def attempt(self, job: Job | ModelJob, work: Callable[[], None]) -> str:
+        """Run what measures a job; of what cannot run here, note why, and return that.
+
+        A peer may need more memory than there is, or a kernel that this device lacks. Ours may not,
+        a wrong result is never excused, and a rehearsal is there to find errors.
+        """
+        try:
+            work()
+        except Exception as error:  # whatever a compiler, a launch or another library raises
+            excused = isinstance(error, Unjudged) or not job.entry.ours
+            if self.rehearsal or isinstance(error, AssertionError) or not excused:
+                raise
+            reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        else:
+            return ""
+        # Out here, since the error kept alive what filled the memory.
+        self.machine.clear()
+        op, case, direction = job.group.split("/")
+        names = {"op": op, "case": case, "pass": direction, "entry": job.entry.name}
+        self.not_timed.append(names | {"reason": reason})
+        return reason
+
+    def _case_data(self, job: Job) -> CaseData:
+        """Inputs and oracle of the job's case, kept until another case comes."""
+        if self._without_oracle[0] is job.case:
+            raise Unjudged(self._without_oracle[1])
         data = self._data
         if data is None or data.spec is not job.spec or data.case is not job.case:
             self._data = data = None  # the old inputs go before the new ones come
             machine = self.machine
-            self._data = data = CaseData(job.spec, job.case, machine.dtype, machine.device)
+            try:
+                data = CaseData(job.spec, job.case, machine.dtype, machine.device)
+            except torch.OutOfMemoryError:
+                self._without_oracle = job.case, "inputs and oracle do not fit in memory"
+                raise Unjudged(self._without_oracle[1]) from None
+            self._data = data
+        return data
+
+    def judged_task(self, job: Job) -> tuple[Task, dict[str, float]]:
+        """The task of a job whose results were found right, and their errors."""
+        data = self._case_data(job)
         function = data.function_of(job.entry, self.backend)
         errors = data.errors_of(job.entry, function)
         samples = data.samples(self.machine.sample_count(data.sample_bytes()))
@@ -68,6 +111,7 @@ class Session:
         return {
             "op": job.spec.name,
             "case": job.case.name,
+            "sizes": dict(job.case.sizes),
             "pass": job.direction,
             "entry": job.entry.name,
             "ours": job.entry.ours,
@@ -86,8 +130,8 @@ class Session:
             floor = ceilings.floor_seconds(info["bytes"], info["flops"])
             info["roofline_share"] = floor / seconds
 
-    def add_model_rates(self, work: ModelWork, info: dict[str, Any], seconds: float) -> None:
-        info["bytes_per_s"] = work.real_bytes / seconds
+    def add_model_rates(self, info: dict[str, Any], seconds: float) -> None:
+        info["bytes_per_s"] = info["real_bytes"] / seconds
         if info["flops"] and self.ceilings is not None:
             info["tflop_per_s"] = info["flops"] / seconds / 1e12
             info["roofline_share"] = self.ceilings.floor_seconds(0, info["flops"]) / seconds

@@ -2,38 +2,39 @@
 
 Each part of the model is run again alone, forward and backward, on what it got in a real step;
 parts and whole steps take turns. What the parts do not add up to is the rest: gathers, sums,
-launches, the work between them, and on a GPU its idle time. Beside each stands the time of its
-products at full rate.
+launches and the work between them; on a GPU its idle time in a step stands for itself. Beside each
+stands its floor: the time of its products at full rate, or of what an optimiser must move.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import statistics
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import DeviceType
 from torch.utils.flop_counter import FlopCounterMode
 
-from stlm_models.config import preset
+from stlm_models.config import ModelConfig, preset
 from stlm_models.data import load_corpus
 from stlm_models.trainer import PRECISIONS, Trainer, TrainOptions, fastest_precision
 
 from . import report
-from .timing import Cpu, Gpu, Timer
+from .command import positive, result_path
+from .timing import Ceilings, Cpu, Gpu, Timer
 
-REST, WHOLE = "rest", "whole step"
+OPTIMISER, REST, IDLE, WHOLE = "optimiser", "rest", "idle", "whole step"
 
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a step: seconds, and what its products would take at the rate of large ones."""
+    """One part of a step: seconds, FLOPs of its products, and the least that it can take."""
 
     name: str
     seconds: float
@@ -41,8 +42,8 @@ class Part:
     floor_seconds: float | None
 
 
-def budget(trainer: Trainer, timer: Timer, rounds: int, matmul_rate: float) -> list[Part]:
-    """The parts of one training step of `trainer`, the rest, and the whole."""
+def budget(trainer: Trainer, timer: Timer, rounds: int, ceilings: Ceilings) -> list[Part]:
+    """The parts of one training step of `trainer`, the rest, idle time of a GPU, and the whole."""
     trainer.train_step()  # gradients and optimiser states exist from here on
     works = _works(trainer)
     flops = {name: _flops(work) for name, work in works.items()}
@@ -54,13 +55,54 @@ def budget(trainer: Trainer, timer: Timer, rounds: int, matmul_rate: float) -> l
             times[name].append(timer() - begin)
     medians = {name: statistics.median(x) for name, x in times.items()}
     alone = sum(seconds for name, seconds in medians.items() if name != WHOLE)
+    moved = {OPTIMISER: _moved_bytes(trainer)}
     parts = [
-        Part(name, medians[name], flops[name], flops[name] / matmul_rate)
+        Part(
+            name,
+            medians[name],
+            flops[name],
+            ceilings.floor_seconds(moved.get(name, 0), flops[name]),
+        )
         for name in works
-        if name != WHOLE
     ]
-    rest = Part(REST, medians[WHOLE] - alone, 0, None)
-    return [*parts, rest, Part(WHOLE, medians[WHOLE], flops[WHOLE], flops[WHOLE] / matmul_rate)]
+    whole = parts.pop()
+    idle = _idle_seconds(trainer, whole.seconds)
+    rest = Part(REST, whole.seconds - alone - (idle or 0.0), 0, None)
+    return [*parts, rest, *([] if idle is None else [Part(IDLE, idle, 0, None)]), whole]
+
+
+def _moved_bytes(trainer: Trainer) -> int:
+    """What the optimiser reads and writes at least: parameters and states, and gradients once."""
+    parameters = sum(p.nbytes for p in trainer.model.parameters())
+    states = sum(x.nbytes for x in trainer.optimizers.state_tensors().values())
+    return 3 * parameters + 2 * states
+
+
+def _idle_seconds(trainer: Trainer, whole: float) -> float | None:
+    """Of a whole step on a GPU, as long as no kernel ran; None on a CPU, or where none was seen."""
+    if trainer.device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    kinds = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA]) as profiler:
+        trainer.train_step()
+        torch.cuda.synchronize()
+    busy = busy_seconds(profiler.profiler.kineto_results.events())  # type: ignore[union-attr]
+    return max(0.0, whole - busy) if busy else None
+
+
+def busy_seconds(events: Iterable[Any]) -> float:
+    """For how long at least one kernel or copy ran, of kineto's events; ranges are none."""
+    spans = sorted(
+        (event.start_ns(), event.start_ns() + event.duration_ns())
+        for event in events
+        if event.device_type() == DeviceType.CUDA and not event.is_user_annotation()
+    )
+    busy = end = 0
+    for begin, until in spans:
+        busy += max(0, until - max(begin, end))
+        end = max(end, until)
+    return busy * 1e-9
 
 
 def _works(trainer: Trainer) -> dict[str, Callable[[], None]]:
@@ -102,7 +144,7 @@ def _works(trainer: Trainer) -> dict[str, Callable[[], None]]:
         if called := list(_called(child, calls)):
             works[name] = lambda called=called: run_layers(called)  # type: ignore[misc]
     works["loss"] = loss
-    works["optimiser"] = lambda: _optimise(trainer)
+    works[OPTIMISER] = lambda: _optimise(trainer)
     works[WHOLE] = lambda: _discard(trainer.train_step())
     return works
 
@@ -168,7 +210,7 @@ def _flops(work: Callable[[], None]) -> int:
 def table(name: str, parts: Sequence[Part]) -> str:
     """One line for each part: ms, share of the step, GFLOP, and time over floor."""
     whole = parts[-1].seconds
-    lines = [f"{name}: ms, share of the step, GFLOP, times its products' floor"]
+    lines = [f"{name}: ms, share of the step, GFLOP, times its floor"]
     for part in parts:
         over = f"{part.seconds / part.floor_seconds:6.1f}x" if part.floor_seconds else f"{'-':>7}"
         lines.append(
@@ -178,6 +220,11 @@ def table(name: str, parts: Sequence[Part]) -> str:
     return "\n".join(lines)
 
 
+def _config(name: str, context: int | None) -> ModelConfig:
+    config = preset(name)
+    return config if context is None else replace(config, context=context)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.step",
@@ -185,21 +232,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("presets", nargs="*", default=["demo"], metavar="preset")
-    parser.add_argument("--rows", type=int, default=8, help="windows of one context in a step")
-    parser.add_argument("--context", type=int, help="bytes in a window (default: the preset's)")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rows", type=positive, default=8, help="windows of one context in a step")
+    parser.add_argument(
+        "--context", type=positive, help="bytes in a window (default: the preset's)"
+    )
+    parser.add_argument("--rounds", type=positive, default=9)
     parser.add_argument("--precision", choices=sorted(PRECISIONS), help="default: the faster one")
     parser.add_argument("--json", type=Path, help="where the result goes (default: out/bench/)")
     parser.add_argument("--commit", help="what to record as the commit, where git is not there")
     options = parser.parse_args(arguments)
     try:
-        for name in options.presets:
-            preset(name)
-        if options.rows < 1 or options.rounds < 1:
-            got = f"{options.rows} and {options.rounds}"
-            raise ValueError(f"--rows, --rounds: expected at least 1, got {got}")
+        configs = {name: _config(name, options.context) for name in options.presets}
     except ValueError as error:
         parser.error(str(error))
+    path = result_path(options.json, "step", parser)
     machine = Gpu() if torch.cuda.is_available() else Cpu()
     about, ceilings = report.machine(machine.device, options.commit), machine.ceilings()
     print(report.header(about, ceilings))
@@ -208,16 +254,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in options.presets:
         # The rates never change here: a budget of many steps keeps the schedule at its peak.
         settings = TrainOptions(steps=1 << 30, rows=options.rows, precision=precision)
-        config = preset(name)
-        config = replace(config, context=options.context or config.context)
+        config = configs[name]
         trainer = Trainer(config, corpus, settings)
-        parts = budget(trainer, machine.timer(), options.rounds, ceilings.matmul_flops_per_s)
+        parts = budget(trainer, machine.timer(), options.rounds, ceilings)
         what = f"{name}, {options.rows} windows of {config.context}, {precision}"
         print(table(what, parts), flush=True)
         results[name] = [asdict(part) for part in parts]
-    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
-    path = options.json or Path("out/bench") / f"step-{stamp}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     values = {"machine": about, "rows": options.rows, "context": options.context}
     values |= {"precision": precision, "steps": results}
     path.write_text(json.dumps(values, indent=1))

@@ -6,10 +6,12 @@ through it on a CPU with a stand-in.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,6 +102,19 @@ def _measure_ceilings(
     )
 
 
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage collection: a kernel or graph that it frees within a capture ends the capture."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 class Cpu:
     """One sample, no flush: the caches are what a CPU user has."""
 
@@ -113,6 +128,9 @@ class Cpu:
 
     def sample_count(self, sample_bytes: int) -> int:
         return 1
+
+    def clear(self) -> None:
+        gc.collect()
 
     def plan(self, task: Task, timer: Timer) -> Plan:
         setup = _rotation(task)
@@ -201,9 +219,17 @@ class Gpu:
             self._flushed.zero_()
 
     def sample_count(self, sample_bytes: int) -> int:
-        """Enough copies that three L2 caches' worth of input passes before one comes again."""
+        """Enough copies that three L2 caches' worth of input passes before one comes again.
+
+        Of small inputs as many as a graph has calls: each finds its own flushed from the cache.
+        """
         l2_bytes = self._cuda.get_device_properties(self.device).L2_cache_size
-        return max(1, min(8, -(-3 * l2_bytes // max(sample_bytes, 1))))
+        return max(1, min(GRAPH_CALLS, -(-3 * l2_bytes // max(sample_bytes, 1))))
+
+    def clear(self) -> None:
+        """Give back what nobody holds, so that the next one finds it whole."""
+        gc.collect()
+        self._cuda.empty_cache()
 
     def plan(self, task: Task, timer: EventTimer) -> Plan:
         rotated = _rotation(task)
@@ -272,7 +298,7 @@ class Gpu:
             task.run(task.prepare(task.samples[0]))
             prepared = [task.prepare(sample) for sample in turns]
         self._cuda.synchronize()
-        with self._cuda.graph(graph, stream=stream):
+        with _no_collection(), self._cuda.graph(graph, stream=stream):
             kept = [task.run(x) for x in prepared]
 
         def replay() -> None:
@@ -294,4 +320,9 @@ class Gpu:
     def ceilings(self) -> Ceilings:
         source = torch.randn(512 << 20, device=self.device)
         left = torch.randn(8192, 8192, dtype=self.dtype, device=self.device)
-        return _measure_ceilings(source, left, self.timer(), lambda: ((), {}))
+
+        def setup() -> Prepared:
+            self._flush(2)  # or the launch would count
+            return (), {}
+
+        return _measure_ceilings(source, left, self.timer(), setup)

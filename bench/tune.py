@@ -3,21 +3,22 @@
 From a kernel's default config the sweep goes downhill, one value at a time. Each config is compiled
 ahead on all cores, where one that spills or does not fit is dropped, and held to the same tolerance
 as a test before it is timed; one whose result is wrong is refused. What is found goes into
-`stlm_kernels/tuned/<device>.json`, to be reviewed and committed; kernels and buckets that were not
-swept keep their entries, so a second run goes on where the first one ended.
+`stlm_kernels/tuned/<device>.json` at once, to be reviewed and committed. Another run goes on where
+that file ends: with what was never swept, then with sweeps that had no time to reach their end.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import multiprocessing
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,17 @@ from stlm_kernels.inspect import inspect_op
 from stlm_kernels.registry import OPS
 
 from . import report
+from .resources import sources_sha256
 from .timing import Gpu, timed_rounds
 from .work import CaseData, Job, cases_of, heads_of, our_entries, passes_of, task_of
 
 LEAST, MOST = {"num_stages": 1}, {"num_warps": 16, "num_stages": 6}
 """Bounds of a config's values where they are not simply 1 and none."""
 
+LEAST_SECONDS = 15.0
+"""Of a sweep, while there is time: below that it would not get beyond its first neighbours."""
+
+Entry = dict[str, Any]
 Measure = Callable[[OpSpec, Case, str, CaseData], float]
 Usable = Callable[["Target", Sequence[Config]], list[Config]]
 
@@ -53,17 +59,26 @@ class Target:
     bucket: str
     default: Config
 
+    @property
+    def key(self) -> str:
+        return f"{self.kernel}/{self.bucket}"
 
-def lookups(spec: OpSpec, run: Callable[[], Any]) -> list[tuple[str, str, Config]]:
-    """(kernel, bucket, default) of each config that `run` asks for."""
-    launch = importlib.import_module(f"stlm_kernels.ops.{spec.name}.launch")
+
+def lookups(run: Callable[[], Any]) -> list[tuple[str, str, Config]]:
+    """(kernel, bucket, default) of each config that `run` asks for, its own ops or others'."""
     found: list[tuple[str, str, Config]] = []
 
     def watch(kernel: str, bucket: str, default: Config, device: torch.device) -> Config:
         found.append((kernel, bucket, default))
-        return _launch.config_for(kernel, bucket, default, device)
+        return default
 
-    with mock.patch.object(launch, "config_for", watch):
+    with ExitStack() as stack:
+        for path, module in list(sys.modules.items()):
+            asks = getattr(module, "config_for", None) is _launch.config_for
+            if asks and path.startswith("stlm_kernels.ops."):
+                stack.enter_context(mock.patch.object(module, "config_for", watch))
+        # Compiling every kernel for this would take minutes of a GPU's time.
+        stack.enter_context(_launch.recording(lambda *_: None))
         run()
     return found
 
@@ -72,7 +87,7 @@ def targets(
     spec: OpSpec, direction: str, case: Case, run: Callable[[], Any], known: set[str]
 ) -> Iterator[Target]:
     """What this case reaches in this pass that was not met before."""
-    for kernel, bucket, default in lookups(spec, run):
+    for kernel, bucket, default in lookups(run):
         key = f"{kernel}/{bucket}"
         if key not in known:
             known.add(key)
@@ -89,12 +104,17 @@ def neighbours(config: Config) -> Iterator[Config]:
 
 
 def sweep(
-    target: Target, data: CaseData, measure: Measure, usable: Usable, deadline: float
-) -> dict[str, Any] | None:
+    target: Target,
+    data: CaseData,
+    measure: Measure,
+    usable: Usable,
+    deadline: float,
+    start: Config | None = None,
+) -> Entry | None:
     """The fastest right config met on the way down from the default before `deadline`.
 
     From the best config so far all neighbours are tried, until none is faster. None where not even
-    the default was right.
+    the default was right. `start` is where an earlier sweep ended.
     """
     times: dict[tuple[int, ...], float | None] = {}
 
@@ -104,25 +124,30 @@ def sweep(
             times[key] = _measured(target, config, data, measure)
         return times[key]
 
-    best, best_us = target.default, time_of(target.default)
-    if best_us is None:
+    best, default_us = target.default, time_of(target.default)
+    if default_us is None:
         return None
-    moved = True
-    while moved:
+    best_us = default_us
+    fresh = [start] if start is not None and start.keys() == best.keys() else []
+    fresh += neighbours(best)
+    moved, done = True, True
+    while moved and done:
         moved = False
-        fresh = [c for c in neighbours(best) if tuple(c.values()) not in times]
-        for config in usable(target, fresh):
+        for config in usable(target, [c for c in fresh if tuple(c.values()) not in times]):
             if time.monotonic() > deadline:
+                done = False
                 break
             us = time_of(config)
             if us is not None and us < best_us:
                 best, best_us, moved = config, us, True
+        fresh = list(neighbours(best))
     return {
         "config": best,
         "us": round(best_us, 3),
-        "default_us": round(times[tuple(target.default.values())] or 0.0, 3),
+        "default_us": round(default_us, 3),
         "tried": len(times),
         "refused": sum(us is None for us in times.values()),
+        "done": done,
     }
 
 
@@ -182,12 +207,13 @@ def _objection(
             reports = inspect_op(spec, case, arch, dtype)
     except Exception as error:  # whatever a compiler raises
         return _first_line(error)
-    for found in reports:
-        if found.kernel == f"stlm_{kernel}":
-            if found.spill_instructions:
-                return f"{found.spill_instructions} spills"
-            if found.occupancy <= 0:
-                return f"{found.shared_bytes} bytes of shared memory"
+    name = f"stlm_{kernel}"
+    mine = [x for x in reports if x.kernel == name]
+    for found in mine or [x for x in reports if x.kernel.startswith(name)]:  # two share a config
+        if found.spill_instructions:
+            return f"{found.spill_instructions} spills"
+        if found.occupancy <= 0:
+            return f"{found.shared_bytes} bytes of shared memory"
     return ""
 
 
@@ -208,16 +234,52 @@ def measured_on(gpu: Gpu) -> Measure:
 
 
 def tune(
-    specs: Sequence[OpSpec],
-    tag: str,
+    found: Sequence[Target],
     dtype: torch.dtype,
     device: torch.device,
     measure: Measure,
     usable: Usable,
-    minutes: float,
-) -> dict[str, Any]:
-    """Entries of the config file by "<kernel>/<bucket>", within a time budget shared evenly."""
-    end = time.monotonic() + 60 * minutes
+    end: float,
+    old: dict[str, Entry],
+    stamp: str,
+) -> Iterator[tuple[str, Entry]]:
+    """Entries of the config file, ("<kernel>/<bucket>", what was found), as they are found.
+
+    Args:
+        found: what may be swept.
+        dtype: of the float inputs.
+        device: where the inputs go.
+        measure: seconds of a config, in force, whose result is right.
+        usable: which configs are worth a measurement.
+        end: no sweep begins after it, by the monotonic clock; what is left is shared evenly.
+        old: entries of earlier runs: those done under this stamp are kept.
+        stamp: names what makes an old entry worthless when it changes.
+    """
+    left = [x for x in found if not _settled(old.get(x.key), stamp)]
+    left.sort(key=lambda x: x.key in old)
+    print(f"{len(left)} of {len(found)} kernels and buckets to sweep", flush=True)
+    for k, target in enumerate(left):
+        now = time.monotonic()
+        if now >= end:
+            print(f"no time is left for {len(left) - k} of them: run it again", flush=True)
+            return
+        share = max(LEAST_SECONDS, (end - now) / (len(left) - k))
+        print(f"{target.key} on {target.case.name}, {share:.0f} s", flush=True)
+        data = CaseData(target.spec, target.case, dtype, device)
+        start = old.get(target.key, {}).get("config")
+        entry = sweep(target, data, measure, usable, now + share, start)
+        if entry is not None:
+            yield target.key, entry | {"of": stamp}
+
+
+def _settled(entry: Entry | None, stamp: str) -> bool:
+    return entry is not None and bool(entry.get("done")) and entry.get("of") == stamp
+
+
+def all_targets(
+    specs: Sequence[OpSpec], tag: str, dtype: torch.dtype, device: torch.device
+) -> list[Target]:
+    """Every kernel and bucket that the cases reach; nothing is launched to find out."""
     found: list[Target] = []
     known: set[str] = set()
     for spec in specs:
@@ -225,16 +287,7 @@ def tune(
             for direction in (p for p in ("no-grad", "bwd") if p in passes_of(spec)):
                 run = _runner(spec, case, direction, dtype, device)
                 found += targets(spec, direction, case, run, known)
-    entries = {}
-    for k, target in enumerate(found):
-        now = time.monotonic()
-        share = (end - now) / (len(found) - k)
-        print(f"{target.kernel}/{target.bucket} on {target.case.name}, {share:.0f} s", flush=True)
-        data = CaseData(target.spec, target.case, dtype, device)
-        entry = sweep(target, data, measure, usable, now + share)
-        if entry is not None:
-            entries[f"{target.kernel}/{target.bucket}"] = entry
-    return entries
+    return found
 
 
 def _runner(
@@ -255,9 +308,14 @@ def _runner(
     return run
 
 
-def write(path: Path, about: dict[str, Any], entries: dict[str, Any]) -> None:
+def entries_of_file(path: Path) -> dict[str, Entry]:
+    configs: dict[str, Entry] = json.loads(path.read_text())["configs"] if path.exists() else {}
+    return configs
+
+
+def write(path: Path, about: dict[str, Any], entries: dict[str, Entry]) -> None:
     """Merge into what the file already holds; whole or not at all."""
-    old = json.loads(path.read_text())["configs"] if path.exists() else {}
+    old = entries_of_file(path)
     kept = {key: about[key] for key in ("device", "torch", "triton", "commit", "date")}
     text = json.dumps(kept | {"configs": dict(sorted((old | entries).items()))}, indent=1)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -285,13 +343,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     dtype = getattr(torch, options.dtype)
     major, minor = torch.cuda.get_device_capability(gpu.device)
     usable = Compilers(10 * major + minor, dtype).usable
-    entries = tune(
-        specs, "bench_full", dtype, gpu.device, measured_on(gpu), usable, options.minutes
-    )
     path = _launch.device_file(about["device"])
     path = path if options.out is None else options.out / path.name
-    write(path, about, entries)
-    for key, entry in entries.items():
+    end = time.monotonic() + 60 * options.minutes
+    found = all_targets(specs, "bench_full", dtype, gpu.device)
+    stamp = f"triton {about['triton']}, kernels {sources_sha256()[:12]}, {options.dtype}"
+    new = {}
+    for key, entry in tune(
+        found, dtype, gpu.device, measured_on(gpu), usable, end, entries_of_file(path), stamp
+    ):
+        new[key] = entry
+        write(path, about, {key: entry})
+    for key, entry in new.items():
         print(f"{key}: {entry['default_us']} -> {entry['us']} us with {entry['config']}")
     print(path)
     return 0

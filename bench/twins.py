@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import json
 import math
 import os
@@ -28,6 +27,7 @@ from stlm_models.trainer import PRECISIONS, StepResult, Trainer, TrainOptions, f
 from stlm_models.words import WordVocabulary
 
 from . import report
+from .command import positive, result_path
 
 KINDS = ("", "-flat", "-word")
 RATES = {"": (0.04, 0.008), "-flat": (0.04, 0.008), "-word": (0.04, 0.008)}
@@ -176,6 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         corpus, contenders = contenders_of(parsed)
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    path = result_path(parsed.out, f"twins-{parsed.preset}", parser)
     described = [corpus.name, *corpus.describe()]
     print("corpus:", *described, sep="\n", flush=True)
     compete(contenders, parsed.turn)
@@ -191,15 +192,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "twins": {each.name: result_of(each) for each in contenders},
     }
     print("\n".join(report.twin_lines(result["twins"])))
-    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
-    path = parsed.out or Path("out/bench") / f"twins-{parsed.preset}-{stamp}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1))
     print(path)
 
 
 def _rates(text: str) -> tuple[float, float]:
-    muon_lr, adamw_lr = map(float, text.split("/"))
+    try:
+        muon_lr, adamw_lr = map(float, text.split("/"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected MUON/ADAMW, got {text!r}") from None
     return muon_lr, adamw_lr
 
 
@@ -213,11 +214,11 @@ def _parser() -> argparse.ArgumentParser:
     add("preset", nargs="?", default="demo", help="the pooled model (default: demo)")
     add("--minutes", type=float, default=10.0, help="of training, for each of the three")
     add("--data", nargs="+", metavar="PATH", help="files, folders or globs (default: the stdlib)")
-    add("--rows", type=int, default=8, help="windows in a step")
+    add("--rows", type=positive, default=8, help="windows in a step")
     add("--seed", type=int, default=0)
     add("--precision", choices=sorted(PRECISIONS), help="default: the faster one")
     add("--rates", nargs="+", type=_rates, metavar="MUON/ADAMW", help="each model at each of these")
-    add("--threads", type=int, help="threads of torch (default: its own choice)")
+    add("--threads", type=positive, help="threads of torch (default: its own choice)")
     add("--turn", type=float, default=TURN_SECONDS, help="seconds of a turn")
     add("--judge-bytes", type=int, help="judge by so many held-out bytes (default: all)")
     add("--out", type=Path, help="where the result goes (default: out/bench/)")

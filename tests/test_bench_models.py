@@ -52,7 +52,7 @@ def test_texts_are_timed(session: Session) -> None:
     for entry in (CACHED, RECOMPUTED):
         info = timed(session, ModelJob(GENERATE, "demo", entry, TEXT_SIZES))
         assert info["real_bytes"] == 15
-        session.add_model_rates(model_work.ModelWork(None, 15, {}), info, 3.0)  # type: ignore[arg-type]
+        session.add_model_rates(info, 3.0)
         assert info["bytes_per_s"] == 5.0
 
 
@@ -193,7 +193,8 @@ def test_model_jobs_have_distinct_names(rehearsal: bool) -> None:
 
 def test_the_table_shows_bytes_per_second() -> None:
     info = {"op": STEP, "case": "demo", "pass": "step", "entry": "ours", "ours": True,
-            "dtype": "float32", "peak_bytes": 1 << 20, "bytes_per_s": 12345.6}  # fmt: skip
+            "dtype": "float32", "peak_bytes": 1 << 20, "bytes_per_s": 12345.6,
+            "compiled": False}  # fmt: skip
     stats = {"median": 1e-3, "iqr": 1e-5, "q1": 1e-3, "q3": 1e-3}
-    (text,) = report.tables([{"extra_info": info, "stats": stats}])
+    (text,) = report.tables([{"extra_info": info, "stats": stats}], {"device": "A"})
     assert "12,346 bytes/s" in text

@@ -74,8 +74,8 @@ def test_both_processes_train_the_same(full: bool) -> None:
     ("words", "message"),
     [
         (["no-such"], "preset"),
-        (["demo", "--rows", "0"], "rows: expected more than 0"),
-        (["demo", "--steps", "0"], "expected at least 1, got 0"),
+        (["demo", "--rows", "0"], "argument --rows: expected a whole number"),
+        (["demo", "--steps", "0"], "expected a whole number from 1 on, got '0'"),
     ],
 )
 def test_bad_words_are_refused_before_a_process_starts(

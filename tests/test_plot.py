@@ -57,6 +57,30 @@ def test_bars_of_every_case_and_pass() -> None:
     assert "A GPU" in figure.get_suptitle()
 
 
+def test_short_bars_do_not_look_longer_than_they_are() -> None:
+    """From zero; or by powers of ten, from one that is well below the shortest."""
+
+    def axes_of(*medians: float) -> Any:
+        some = [record(f"e{k}", "fwd", "T9", x, 1) for k, x in enumerate(medians)]
+        (axes,) = dict(plot.figures(results("", some)))["byte_pool"].axes
+        return axes
+
+    assert axes_of(1e-6, 9e-6).get_yscale() == "linear"
+    assert axes_of(1e-6, 9e-6).get_ylim()[0] == 0
+    assert axes_of(30e-6, 600e-6).get_yscale() == "log"
+    assert axes_of(30e-6, 600e-6).get_ylim()[0] == pytest.approx(10)
+    assert axes_of(11e-6, 600e-6).get_ylim()[0] == pytest.approx(1)
+
+
+def test_lines_join_cases_of_one_kind_only() -> None:
+    some = [record("triton", "fwd", f"T{n}", n * 1e-6, n) for n in (1, 2, 3, 4)]
+    for x, mode in zip(some, ("mean", "max", "mean", "sum"), strict=True):
+        x["extra_info"]["sizes"] = {"T": x["extra_info"]["bytes"], "mode": mode}
+    (axes,) = dict(plot.figures(results("", some)))["byte_pool-size"].axes
+    assert [list(line.get_xdata()) for line in axes.get_lines()] == [[1, 3]]
+    assert "byte_pool-size" not in dict(plot.figures(results("", some[:2])))
+
+
 def test_time_over_size() -> None:
     forward = {axes.get_title(loc="left"): axes for axes in
                dict(plot.figures(results("")))["byte_pool-size"].axes}["fwd"]  # fmt: skip

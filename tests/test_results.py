@@ -47,6 +47,19 @@ def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
         report.page(tmp_path)
 
 
+@pytest.mark.parametrize("text", [None, "no json"])
+def test_nothing_to_show_leaves_the_page_as_it_was(
+    text: str | None, tmp_path: Path, capsys: Any
+) -> None:
+    if text is not None:
+        (tmp_path / "run.json").write_text(text)
+    out = tmp_path / "page.md"
+    with pytest.raises(SystemExit, match="2"):
+        report.main(["--results", str(tmp_path), "--out", str(out)])
+    assert "expected JSON" in capsys.readouterr().err
+    assert not out.exists()
+
+
 # Figures of the README
 
 

@@ -6,11 +6,13 @@ import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from test_models import TINY
+from torch.autograd import DeviceType
 
 import stlm_models.config
 from bench import step, timing
@@ -18,23 +20,51 @@ from stlm_models.data import Corpus
 from stlm_models.trainer import Trainer, TrainOptions
 
 CORPUS = Corpus("words", [b"the cat sat on the mat, and the dog sat by the door. " * 100], [])
+CEILINGS = timing.Ceilings(copy_bytes_per_s=1e3, matmul_flops_per_s=1e9)
 PARTS = {"pooling", "ngrams", "to_core", "core", "from_core", "unpooling", "decoder", "to_output"}
 
 
 def test_parts_add_up_to_the_step() -> None:
     trainer = Trainer(TINY, CORPUS, TrainOptions(steps=1 << 30, rows=2))
     ticks = itertools.count()
-    parts = step.budget(trainer, lambda: float(next(ticks)), rounds=3, matmul_rate=1e6)
+    parts = step.budget(trainer, lambda: float(next(ticks)), rounds=3, ceilings=CEILINGS)
     by_name = {part.name: part for part in parts}
     assert by_name.keys() == {*PARTS, "loss", "optimiser", step.REST, step.WHOLE}
     whole = by_name[step.WHOLE]
     assert sum(part.seconds for part in parts[:-1]) == pytest.approx(whole.seconds)
     assert sum(part.flops for part in parts[:-1]) == pytest.approx(whole.flops, rel=0.05)
-    assert whole.floor_seconds == whole.flops / 1e6
+    assert whole.floor_seconds == whole.flops / CEILINGS.matmul_flops_per_s
+    # It reads parameters, gradients, two states (Muon: one) in fp32, and writes all but gradients.
+    numbers = sum(p.numel() for p in trainer.model.parameters())
+    moved = by_name["optimiser"].floor_seconds * CEILINGS.copy_bytes_per_s
+    assert 4 * 5 * numbers <= moved < 4 * 7.1 * numbers
     # forward, and twice that backward, of each byte-rate matrix at each of the 2 windows' bytes
     bytes_read = 2 * TINY.context
     matrices = sum(p.numel() for p in trainer.model.decoder.parameters() if p.dim() == 2)
     assert by_name["decoder"].flops >= 6 * matrices * bytes_read
+
+
+def test_time_without_a_kernel_is_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels may overlap and follow each other; what is no kernel does not count."""
+
+    def event(begin: int, ns: int, device: Any = DeviceType.CUDA, annotation: bool = False) -> Any:
+        return SimpleNamespace(
+            start_ns=lambda: begin,
+            duration_ns=lambda: ns,
+            device_type=lambda: device,
+            is_user_annotation=lambda: annotation,
+        )
+
+    kernels = [event(500, 100), event(100, 200), event(150, 50), event(250, 100), event(600, 50)]
+    others = [event(0, 900, DeviceType.CPU), event(0, 900, annotation=True)]
+    assert step.busy_seconds([*kernels, *others]) == pytest.approx(400e-9)
+    assert step.busy_seconds(others) == 0
+    monkeypatch.setattr(step, "_idle_seconds", lambda trainer, whole: 0.25 * whole)
+    trainer = Trainer(TINY, CORPUS, TrainOptions(steps=1 << 30, rows=2))
+    ticks = itertools.count()
+    parts = step.budget(trainer, lambda: float(next(ticks)), rounds=1, ceilings=CEILINGS)
+    assert [part.name for part in parts[-3:]] == [step.REST, step.IDLE, step.WHOLE]
+    assert sum(part.seconds for part in parts[:-1]) == pytest.approx(parts[-1].seconds)
 
 
 def test_measuring_leaves_the_model_as_it_was() -> None:
@@ -91,7 +121,11 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: An
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [(["no-such"], "no-such"), (["--rounds", "0"], "expected at least 1, got 8 and 0")],
+    [
+        (["no-such"], "no-such"),
+        (["--rounds", "0"], "expected a whole number from 1 on, got '0'"),
+        (["--context", "1"], "context: expected"),
+    ],
 )
 def test_bad_words_are_refused(words: list[str], message: str, capsys: Any) -> None:
     with pytest.raises(SystemExit, match="2"):

@@ -71,12 +71,70 @@ def test_a_wrong_config_is_never_chosen() -> None:
 def test_no_time_leaves_the_default_and_a_wrong_default_nothing() -> None:
     found = swept(distance_from_64_and_2, seconds=-1)
     assert found is not None
-    assert found["config"] == DEFAULT
+    assert (found["config"], found["done"]) == (DEFAULT, False)
 
     def wrong(config: Config) -> float:
         raise AssertionError("out: RMS error")
 
     assert swept(wrong) is None
+
+
+def test_a_sweep_goes_on_where_an_earlier_one_ended() -> None:
+    def measure(*_: Any) -> float:
+        config = _launch.config_for("byte_pool_fwd", "D64-float32", DEFAULT, CPU)
+        seen.append(config)
+        return distance_from_64_and_2(config)
+
+    data = CaseData(SPEC, CASE, torch.float32, CPU)
+    last = {"BLOCK_P": 64, "num_warps": 2}
+    for start in (last, {"OTHER": 1}):
+        seen: list[Config] = []
+        found = tune.sweep(TARGET, data, measure, all_usable, time.monotonic() + 60, start)
+        assert found is not None
+        assert (found["config"], found["default_us"], found["done"]) == (last, 6.0, True)
+        assert seen[0] == DEFAULT
+        assert (seen[1] == start) == (start is last)
+
+
+def test_runs_share_the_work(capsys: pytest.CaptureFixture[str]) -> None:
+    """What was never swept comes first, then what had no time; what is done is done."""
+    found = tune.all_targets([SPEC], "smoke", torch.float32, CPU)
+    keys = [target.key for target in found]
+    assert len(keys) == len(set(keys)) >= 2
+    names = {target.kernel for target in found}
+    assert names == {"byte_pool_fwd", "byte_pool_bwd"}
+    first, second = found[:2]
+    swept_last: list[str] = []
+
+    def run(old: dict[str, Any], seconds: float = 60, stamp: str = "now") -> dict[str, Any]:
+        swept_last.clear()
+
+        def measure(spec: Any, case: Any, direction: str, data: Any) -> float:
+            swept_last.append(direction)
+            return 1e-6
+
+        end = time.monotonic() + seconds
+        tuned = tune.tune([first, second], torch.float32, CPU, measure, all_usable, end, old, stamp)
+        return dict(tuned)
+
+    done = run({})
+    assert list(done) == [first.key, second.key]
+    assert all(entry["done"] and entry["of"] == "now" for entry in done.values())
+    assert run(done) == {}
+    assert swept_last == []
+    assert list(run(done, stamp="other kernels")) == [first.key, second.key]
+    assert list(run({first.key: done[first.key] | {"done": False}})) == [second.key, first.key]
+    assert run({}, seconds=-1) == {}
+    assert "no time is left for 2 of them" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("spec", [pytest.param(x, id=n) for n, x in OPS.items() if x.kernels])
+def test_every_op_has_something_to_tune(spec: Any) -> None:
+    """Its kernels' configs or those of the op whose kernels it shares; nothing is launched."""
+    found = tune.all_targets([spec], "smoke", torch.bfloat16, CPU)
+    assert found
+    reached = [target.kernel for target in found]
+    assert {name for name in reached if not any(x.startswith(name) for x in spec.kernels)} == set()
 
 
 def test_what_is_not_usable_is_not_timed() -> None:

@@ -171,7 +171,7 @@ def test_first_bytes() -> None:
         (["none"], "preset: expected one of"),
         (["--minutes", "0"], "minutes: expected more than 0"),
         (["--judge-bytes", "0"], "judge-bytes: expected at least 1, got 0"),
-        (["--rates", "0.02"], "argument --rates: invalid _rates value: '0.02'"),
+        (["--rates", "0.02"], "argument --rates: expected MUON/ADAMW, got '0.02'"),
         (["--data", "/nowhere/at/all"], "data: expected a file"),
     ],
 )

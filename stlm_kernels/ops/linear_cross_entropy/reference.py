@@ -7,8 +7,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ..linear_logprobs.reference import reference_logits, stock_logits
+
+LOGITS = 1 << 29
+"""Formed at a time by the yardstick: 2 GiB in fp32."""
 
 
 def reference(
@@ -56,14 +60,31 @@ def yardstick(
     z_loss: float = 0.0,
     **head: Any,
 ) -> Tensor:
-    """Stock torch: the whole logits in fp32, F.cross_entropy, and the z-loss by hand."""
+    """Stock torch: logits in fp32, F.cross_entropy, and the z-loss by hand.
+
+    Rows whose logits would not fit go by blocks, which the backward forms again.
+    """
     head = {"linear_bias": None, "softcap": None, "logit_scale": 1.0, "valid_vocab": None} | head
-    z = stock_logits(input, linear_weight, **head)
-    wanted = target.long().flatten()
+    wide = torch.promote_types(input.dtype, torch.float32)
+    # Widened once, so that the blocks add up their gradients in fp32.
+    weight = linear_weight.to(input.dtype).to(wide)
+    if head["linear_bias"] is not None:
+        head["linear_bias"] = head["linear_bias"].to(wide)
+    rows, wanted = input.reshape(-1, input.shape[-1]).to(wide), target.long().flatten()
     kept = wanted != (-(2**63) if ignore_index is None else ignore_index)
     wanted = torch.where(kept, wanted, -100)
-    loss = F.cross_entropy(z, wanted, reduction="none", label_smoothing=label_smoothing)
-    loss = loss + torch.where(kept, z_loss * z.logsumexp(1).square(), 0.0)
+
+    def losses(rows: Tensor, wanted: Tensor) -> Tensor:
+        z = stock_logits(rows, weight, **head)
+        loss = F.cross_entropy(z, wanted, reduction="none", label_smoothing=label_smoothing)
+        return loss + torch.where(wanted != -100, z_loss * z.logsumexp(1).square(), 0.0)
+
+    count = max(1, LOGITS // weight.shape[0])
+    if rows.shape[0] <= count:
+        loss = losses(rows, wanted)
+    else:
+        blocks = zip(rows.split(count), wanted.split(count), strict=True)
+        loss = torch.cat([checkpoint(losses, *block, use_reentrant=False) for block in blocks])
     if reduction == "none":
         return loss.view(target.shape)
     return loss.sum() if reduction == "sum" else loss.sum() / kept.sum()

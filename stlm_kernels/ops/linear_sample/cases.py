@@ -29,6 +29,9 @@ CASES = (
     *(case("bench_full", N=n, D=512, V=256, k=1, p=0.9, seed="tensor") for n in (1, 4096)),
     case("bench_full", N=64, D=512, V=256, t=0.0, seed="tensor"),
     case("bench", N=64, D=512, V=50257, t=0.0, seed="tensor"),
+    case("bench_cpu", N=64, D=512, V=256, k=1, p=0.9, seed="tensor"),
+    case("bench_cpu", N=64, D=512, V=256, t=0.0, seed="tensor"),
+    case("bench_cpu", N=64, D=512, V=50257, t=0.0, seed="tensor"),
 )
 
 

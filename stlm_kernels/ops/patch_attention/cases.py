@@ -45,8 +45,8 @@ CASES = (
     case("bench_full", T=262_144, P=16_384, H=8, KV=8, K=32, borders="even"),
     case("bench_full", T=65_536, P=8, H=8, KV=2, K=64, borders="ragged", causal=1),
     *(
-        case("bench_cpu", T=12_288, P=1024, H=8, KV=8, K=16, borders=borders)
-        for borders in ("even", "ragged")
+        case("bench_cpu", T=total, P=total // 12, H=8, KV=8, K=16, borders=borders)
+        for total, borders in ((12_288, "even"), (4096, "ragged"))  # its peers pad: slow
     ),
 )
 
