@@ -16,7 +16,7 @@ WHEELS ?=
 OUT ?= out
 LANE ?= gpu
 # The machine may be lent for ten at a time, and results are written at the end.
-GPU_MINUTES ?= 7
+GPU_MINUTES ?= 6
 
 .PHONY: help test test-full lint lanes lane-cpu lane-interpret lane-aot bench check train \
         gpu-test gpu-bench gpu-tune gpu-site full-triton36 clean
@@ -82,17 +82,25 @@ COMMIT ?= $(shell git rev-parse --short HEAD 2>/dev/null || echo unknown)
 WITH_SITE = PYTHONPATH=/tmp/stlm-site:$$PYTHONPATH $(GPU_PYTHON)
 GPU_RUN = $(WITH_SITE) -m
 
-# Most of the lane's time is compiling, which many processes share where pytest-xdist is installed.
-JOBS ?= 12
-SPREAD = $(shell $(WITH_SITE) -c 'import xdist' 2>/dev/null && echo "-n $(JOBS)")
-GPU_TEST = $(GPU_RUN) pytest tests -q --lane $(LANE)
+# Most of the lane's time is compiling, which many processes share where pytest-xdist is there; a few
+# tests at a time, since some compile long. A test that hangs ends its process, and another begins.
+JOBS ?= 15
+TESTS ?= tests
+have = $(shell $(WITH_SITE) -c 'import $(1)' 2>/dev/null && echo "$(2)")
+SPREAD = $(call have,xdist,-n $(1) --dist load --maxschedchunk 5)
+PATIENCE = $(call have,pytest_timeout,--timeout 100 --timeout-method thread)
+GPU_TEST = $(GPU_RUN) pytest $(TESTS) -q --lane $(LANE) --tb=short --durations=10 $(PATIENCE) \
+    --ends-at $$(( $$(date +%s) + 60 * $(1) ))
+RESULTS = $(OUT)/gpu-test.xml $(OUT)/gpu-test-alone.xml
 
 gpu-test: gpu-site
-	$(GPU_RUN) stlm_kernels.env | tee $(OUT)/env.txt
-	$(GPU_TEST) $(SPREAD) -m 'not alone' --junitxml=$(OUT)/gpu-test.xml 2>&1 \
-	    | tee $(OUT)/gpu-test.log; together=$$?; \
-	$(GPU_TEST) -m alone --junitxml=$(OUT)/gpu-test-alone.xml 2>&1 \
-	    | tee $(OUT)/gpu-test-alone.log && exit $$together
+	@rm -f $(RESULTS)
+	$(GPU_RUN) stlm_kernels.env 2>&1 | tee $(OUT)/gpu-test.log
+	-$(call GPU_TEST,$(GPU_MINUTES)) $(call SPREAD,$(JOBS)) -m 'not alone' \
+	    --junitxml=$(OUT)/gpu-test.xml 2>&1 | tee -a $(OUT)/gpu-test.log
+	-$(call GPU_TEST,2) $(call SPREAD,1) -m alone \
+	    --junitxml=$(OUT)/gpu-test-alone.xml 2>&1 | tee -a $(OUT)/gpu-test.log
+	$(WITH_SITE) tests/digest.py $(RESULTS) 2>&1 | tee -a $(OUT)/gpu-test.log
 
 gpu-bench: gpu-site
 	$(GPU_RUN) pytest bench --benchmark-only $(FULL) --minutes $(GPU_MINUTES) --commit $(COMMIT) \

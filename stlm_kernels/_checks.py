@@ -72,7 +72,7 @@ def require_tensor(
     fits = x.ndim == len(shape)
     if fits:
         for have, want in zip(x.shape, shape, strict=True):
-            fits = fits and (want.__class__ is str or have == want)
+            fits = fits and (isinstance(want, str) or have == want)
     if not fits:
         wanted = "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"
         raise ValueError(f"{name}: expected shape {wanted}, got {tuple(x.shape)}")

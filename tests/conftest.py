@@ -11,13 +11,18 @@ gpu        everything on a CUDA device
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import pytest
 import torch
+from digest import NO_TIME
 from hypothesis import HealthCheck, settings
 
 LANES = ("cpu", "interpret", "aot", "gpu")
+# Values, then what only a GPU shows: minutes there may be cut off.
+FIRST_ON_A_GPU = {"test_ops": 0, "test_gpu": 1}
 FP32, FP16, BF16, FP64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
 
 
@@ -47,6 +52,7 @@ WAYS = {
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--lane", choices=LANES, default="cpu", help="which lane to run")
     parser.addoption("--full", action="store_true", help="the long form of the lane")
+    parser.addoption("--ends-at", type=int, help="no test begins after it (seconds since 1970)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -95,6 +101,45 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         (kept if wanted else dropped).append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=dropped)
+    if lane == "gpu":
+        items.sort(key=lambda item: FIRST_ON_A_GPU.get(item.path.stem, len(FIRST_ON_A_GPU)))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    ends_at = item.config.getoption("--ends-at")
+    if ends_at is not None and time.time() > ends_at:
+        pytest.skip(NO_TIME)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call() -> Generator[None, object, object]:
+    """What went wrong on the GPU fails the test that launched it, not a later one."""
+    done = yield
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return done
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Generator[None, object, object]:
+    """A process without its GPU ends and pytest-xdist begins another: no later test pays for it."""
+    done = yield
+    if cuda_is_lost():
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(3)
+        pytest.exit("this process has lost its GPU", returncode=3)
+    return done
+
+
+def cuda_is_lost() -> bool:
+    """An access out of bounds leaves a process with nothing but errors."""
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -24,7 +24,6 @@ MMA_OPCODE = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 TUNED_FOR_90 = "the default tile is sized for sm_90; a smaller one forms the logits more often"
 SPILLS_ALLOWED: dict[tuple[str, int], str] = {
     ("stlm_byte_pool_bwd", 100): "11 instructions, in fp32 alone, which no matrix unit serves",
-    ("stlm_linear_sample_fwd", 90): "3 instructions, in fp32 alone; models sample in 16 bits",
     ("stlm_ema_unpool_fwd", 100): "2 instructions, 8 bytes; the default tile is sized for sm_90",
     (
         "stlm_decode_attention_fwd",

@@ -171,13 +171,16 @@ def test_documents_name_what_exists(document: Path) -> None:
     assert MODULE_COMMAND.search(text), "the scan finds no command at all"
 
 
-@pytest.mark.parametrize(("python", "spread"), [("true", "-n 7 -m 'not alone'"), ("false", None)])
-def test_the_gpu_lane_is_spread_where_xdist_is_there(python: str, spread: str | None) -> None:
+@pytest.mark.parametrize(("python", "there"), [("true", True), ("false", False)])
+def test_the_gpu_lane_is_spread_where_xdist_is_there(python: str, there: bool) -> None:
     """`true` imports whatever it is asked to, `false` nothing."""
-    command = ["make", "-n", "gpu-test", f"GPU_PYTHON={python}", "JOBS=7"]
+    command = ["make", "-n", "gpu-test", f"GPU_PYTHON={python}", "JOBS=7", "TESTS=a_test.py"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert f"--lane gpu {spread or ''}".strip() in done.stdout
-    assert spread is not None or "-n 7" not in done.stdout
+    runs = [line for line in done.stdout.replace("\\\n", "").splitlines() if " -m pytest" in line]
+    assert [re.findall(r"-m '?((?:not )?alone)", run) for run in runs] == [["not alone"], ["alone"]]
+    assert all("pytest a_test.py -q --lane gpu" in run for run in runs)
+    assert [f" -n {n} " in run for n, run in zip((7, 1), runs, strict=True)] == [there, there]
+    assert all(("--timeout" in run) is there for run in runs)
 
 
 SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)

@@ -19,7 +19,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from stlm_kernels import _launch, byte_pool
 from stlm_kernels._inputs import random_ids, text_bytes
 from stlm_kernels._spec import Inputs
-from stlm_kernels.ops.byte_pool.cases import SPEC
 from stlm_kernels.ops.byte_pool.reference import yardstick
 from stlm_kernels.testing import GuardBand, assert_matches, poisoned_memory
 
@@ -757,56 +756,3 @@ def test_a_second_device() -> None:
     got = with_gradients(byte_pool, second, upstream.to("cuda:1"), impl="triton")
     assert got["out"].device == torch.device("cuda:1")
     assert_same(got, want)
-
-
-def sampled_patches(inputs: Inputs, upstream: Tensor, rows: Tensor) -> tuple[Inputs, Tensor]:
-    """The arguments of these patches alone, on the CPU, and their part of the upstream."""
-    borders = inputs["cu_patchlens"].cpu().long()
-    ids = inputs["byte_ids"].cpu()
-    pieces = [ids[borders[r] : borders[r + 1]] for r in rows.tolist()]
-    lengths = torch.tensor([0, *(len(piece) for piece in pieces)])
-    alone = {
-        "byte_ids": torch.cat(pieces),
-        "weight": inputs["weight"].detach().cpu(),
-        "cu_patchlens": lengths.cumsum(0).int(),
-        "mode": inputs["mode"],
-    }
-    return alone, upstream[rows.to(upstream.device)].cpu()
-
-
-def assert_sampled_rows_are_right(inputs: Inputs, impl: str) -> None:
-    """1,000 rows of the result, the last among them; their upstream alone makes the gradient."""
-    patches = inputs["cu_patchlens"].shape[0] - 1
-    rng = torch.Generator().manual_seed(0)
-    rows = torch.randint(0, patches, (999,), generator=rng)
-    rows = torch.cat([rows, torch.tensor([patches - 1])]).unique()
-    weight = inputs["weight"].requires_grad_()
-    out = byte_pool(**inputs, impl=impl)
-    upstream = torch.zeros_like(out)
-    picked = torch.randn(len(rows), weight.shape[1], generator=rng)
-    upstream[rows.to(out.device)] = picked.to(out)
-    (grad,) = torch.autograd.grad(out, [weight], [upstream])
-    alone, few = sampled_patches(inputs, upstream, rows)
-    want = looped(alone, few)
-    stock = with_gradients(yardstick, alone, few)
-    got = out.detach()[rows.to(out.device)].cpu()
-    assert_matches(got, want["out"], stock["out"], name="sampled rows")
-    assert_matches(grad.cpu(), want["weight"], stock["weight"], name="gradient", rows=True)
-
-
-@ON_GPU
-@pytest.mark.alone
-@pytest.mark.parametrize("impl", ["triton"])
-def test_more_than_2_to_31_elements(impl: str) -> None:
-    for case in SPEC.tagged("huge"):
-        assert case["P"] * case["D"] > 2**31
-        inputs = SPEC.make_inputs(case, BF16, torch.device("cuda"), 0)
-        assert_sampled_rows_are_right(inputs, impl)
-
-
-@ON_CPU
-def test_rehearsal_of_the_sampled_rows() -> None:
-    """The body of the test above, at a size for a CPU."""
-    case = SPEC.tagged("bench_cpu")[0]
-    inputs = SPEC.make_inputs(case, BF16, torch.device("cpu"), 0)
-    assert_sampled_rows_are_right(inputs, "torch")

@@ -50,8 +50,8 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int)
     target = torch.randint(0, valid, (rows,), generator=rng)
     # A weight's own signs over its width give a logit of about 0.8 x 8, beside noise of size 1.
     peak = torch.where(torch.rand(rows, 1, generator=rng) < 0.5, 8.0 / width, 0.0)
-    noise = normal(rows, width, rng=rng, dtype=weight.dtype, device=weight.device) / width**0.5
-    hidden = noise + peak * weight[target].sign()
+    noise = normal(rows, width, rng=rng, dtype=weight.dtype, device=device) / width**0.5
+    hidden = noise + peak.to(device) * weight.sign().to(device)[target.to(device)]
     if "ignored" in case.sizes:
         target[torch.rand(rows, generator=rng) < case["ignored"]] = -100
     shape = (4, rows // 4) if "dense" in case.sizes else (rows,)

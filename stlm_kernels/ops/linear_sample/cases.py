@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from ..._inputs import normal
 from ..._spec import Case, Inputs, OpSpec, case
 from .op import linear_sample
 from .reference import reference, yardstick
@@ -23,6 +24,7 @@ CASES = (
     case("edge", N=9, D=24, V=1),
     case("edge", N=0, D=16, V=260, t=0.0),
     case("edge", N=36, D=40, V=264, dense=1, scale=2.0, k=1, p=0.5),
+    case("huge", N=17_000_000, D=128, V=256, t=0.0),
     case("aot", N=64, D=128, V=256),
     case("aot", N=64, D=512, V=258, bias=1, k=50, p=0.9),
     case("bench", N=64, D=512, V=256, k=1, p=0.9, seed="tensor"),
@@ -43,8 +45,8 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int)
     weight = torch.randn(vocab, width, generator=rng)
     likely = torch.randint(0, valid, (rows,), generator=rng)
     # A weight's own signs over its width give a logit of about 0.8 x 8, beside noise of size 1.
-    hidden = torch.randn(rows, width, generator=rng) / width**0.5
-    hidden = hidden + 8.0 / width * weight[likely].sign()
+    noise = normal(rows, width, rng=rng, dtype=weight.dtype, device=device) / width**0.5
+    hidden = noise + 8.0 / width * weight.sign().to(device)[likely.to(device)]
     if "ints" in case.sizes:
         weight, hidden = weight.sign(), hidden.sign()
     shape = (4, rows // 4) if "dense" in case.sizes else (rows,)

@@ -55,10 +55,13 @@ def fwd_config(
     dependent sums over the columns, which a second, narrow block would double.
     """
     block_v = max(16, 1 << (valid - 1).bit_length())
+    warps = 8 if block_v >= 256 else 4
+    if dot == torch.float32:  # which no matrix unit serves: half as many spill
+        warps *= 2
     default = {
         "BLOCK_N": 16,
         "BLOCK_D": block_of(width, min(128, TILE_BYTES // (block_v * stored.itemsize))),
-        "num_warps": 8 if block_v >= 256 else 4,
+        "num_warps": warps,
     }
     names = "-".join(dict.fromkeys(str(x).removeprefix("torch.") for x in (stored, dot)))
     return config_for(
