@@ -176,6 +176,7 @@ def check_ids(ids: Tensor, vocab: int, name: str = "byte_ids") -> None:
         IndexError: with the range, the first bad value and its position.
         ValueError: the dtype is none that the ops take.
     """
+    _checks.require(isinstance(ids, Tensor), name, "a Tensor", type(ids).__name__)
     _checks.require(
         ids.dtype in _checks.ID_DTYPES, name, "uint8, int16, int32 or int64 ids", ids.dtype
     )

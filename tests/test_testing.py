@@ -224,6 +224,8 @@ def test_check_ids_uses_the_given_name_and_refuses_floats() -> None:
         check_ids(torch.tensor([[0, 7]]), 7, "target")
     with pytest.raises(ValueError, match=r"^target: expected uint8, int16, int32 or int64 ids"):
         check_ids(torch.ones(3), 7, "target")
+    with pytest.raises(ValueError, match=r"^byte_ids: expected a Tensor, got list"):
+        check_ids([0, 6], 7)  # type: ignore[arg-type]
 
 
 @pytest.mark.lanes("gpu")
