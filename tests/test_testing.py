@@ -346,6 +346,16 @@ def test_nan_logits_prove_nothing() -> None:
         assert_causal(lambda ids: embedded(ids) * float("nan"), VOCAB)
 
 
+def test_a_model_that_drops_out_is_no_leak() -> None:
+    with pytest.raises(AssertionError, match=r"^fn: two calls with the same ids differ by "):
+        assert_causal(lambda ids: torch.nn.functional.dropout(embedded(ids)), VOCAB)
+
+
+def test_logits_of_another_shape_prove_nothing() -> None:
+    with pytest.raises(ValueError, match=r"^fn: expected logits \(64, V\), got \(1, 64, 8\)"):
+        assert_causal(lambda ids: embedded(ids)[None], VOCAB)
+
+
 @pytest.mark.parametrize("vocab", [2, 30, 300])
 def test_ids_stay_below_the_vocabulary(vocab: int) -> None:
     def fn(ids: Tensor) -> Tensor:
