@@ -4,12 +4,15 @@ for two arguments, many patch borders at once."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import Way
 from op_helpers import inputs_of, map_tensors, results, upstream_of
+from test_models import TINY, scrambled
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from stlm_kernels import (
     attention,
@@ -20,6 +23,7 @@ from stlm_kernels import (
 )
 from stlm_kernels._spec import OpSpec
 from stlm_kernels.registry import OPS
+from stlm_models.attention import rotary_tables
 
 WAY = Way("torch", "cpu", torch.float32)
 DIFFERENTIABLE = (
@@ -102,3 +106,27 @@ def test_borders_of_many_texts_at_once(mode: str) -> None:
     got = torch.func.vmap(torch.func.grad(loss))(x, several)
     for one, *arguments in zip(got, x, several, strict=True):
         torch.testing.assert_close(one, torch.func.grad(loss)(*arguments))
+
+
+def test_gradients_of_each_text_by_themselves() -> None:
+    """vmap over a whole model: modules look at no values there, and keep nothing of it."""
+    model = scrambled(replace(TINY, patch_capacity=24)).train()
+    parameters = dict(model.named_parameters())
+    texts = torch.randint(32, 123, (2, 20))
+
+    def loss(parameters: dict[str, Tensor], text: Tensor) -> Tensor:
+        total, count = torch.func.functional_call(model, parameters, (text, text.roll(-1)))
+        return total / count
+
+    several = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, texts)
+    for i, text in enumerate(texts):
+        wanted = torch.autograd.grad(loss(parameters, text), list(parameters.values()))
+        for got, want in zip(several.values(), wanted, strict=True):
+            torch.testing.assert_close(got[i], want, rtol=1e-4, atol=1e-5)
+
+
+def test_tables_of_a_fake_mode_do_not_outlive_it() -> None:
+    shape = (24, 8, 1234.0, torch.device("cpu"))
+    with FakeTensorMode():
+        assert rotary_tables(*shape)[0].shape == (24, 4)
+    assert all(type(table) is Tensor for table in rotary_tables(*shape))
