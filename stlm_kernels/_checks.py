@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -103,17 +104,27 @@ def weight_dtypes(activation: torch.dtype) -> tuple[torch.dtype, ...]:
 
 def activation_dtypes(activation: Tensor) -> tuple[torch.dtype, ...]:
     """What a second activation may have: the first one's dtype; under autocast any it rounds."""
-    if activation.dtype != torch.float64 and torch.is_autocast_enabled(activation.device.type):
+    if _is_autocast(activation):
         return KERNEL_FLOATS
     return (activation.dtype,)
 
 
 def output_dtype(activation: Tensor) -> torch.dtype:
     """The activation's dtype; under autocast the autocast dtype (fp64 is never touched)."""
-    device = activation.device.type
-    if activation.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
+    if _is_autocast(activation):
+        return torch.get_autocast_dtype(activation.device.type)
     return activation.dtype
+
+
+def _is_autocast(x: Tensor) -> bool:
+    if x.dtype == torch.float64 or x.is_meta:  # there is no autocast of shapes alone
+        return False
+    return torch.is_autocast_enabled(x.device.type)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """A block that chooses the dtypes of its products itself."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def inside_torch_func() -> bool:
@@ -127,10 +138,14 @@ def values_visible(*tensors: Tensor) -> bool:
     """True where reading values is free: plain CPU tensors, eager, outside torch.func."""
     if torch.compiler.is_compiling() or inside_torch_func():
         return False
-    for x in tensors:  # noqa: SIM110  (a generator costs more than all the rest here)
-        if not x.is_cpu or type(x) not in (Tensor, torch.nn.Parameter):
+    for x in tensors:  # a generator costs more than all the rest here
+        if not x.is_cpu or type(x) not in (Tensor, torch.nn.Parameter) or _is_batched(x):
             return False
     return True
+
+
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
+"""Of gradients that autograd takes many at a time (`is_grads_batched`), by no torch.func."""
 
 
 def check_id_values(name: str, ids: Tensor, low: int, high: int) -> None:

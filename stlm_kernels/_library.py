@@ -99,6 +99,17 @@ def register_vmap_loop(op: Any) -> None:
     torch.library.register_vmap(op, rule, lib=_library)
 
 
+def distinct(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """A view in place of a tensor that was given before: Dynamo traces no autograd.Function that
+    gets one tensor twice, such as a key that is the value as well."""
+    if not torch.compiler.is_compiling():
+        return tensors
+    return tuple(
+        x.view_as(x) if any(x is before for before in tensors[:i]) else x
+        for i, x in enumerate(tensors)
+    )
+
+
 class _FirstOrderOnly(torch.autograd.Function):
     """Runs a backward op while autograd records, and refuses to be differentiated again."""
 

@@ -164,6 +164,10 @@ class GuardBand:
             assert bool(same.all()), "memory outside a tensor was written"
 
 
+values_visible = _checks.values_visible
+"""Whether these tensors are plain CPU ones, eager and outside torch.func: what may be looked at."""
+
+
 def check_ids(ids: Tensor, vocab: int, name: str = "byte_ids") -> None:
     """Check ids on any device, on demand: the ops themselves look at CPU values only.
 
@@ -176,6 +180,7 @@ def check_ids(ids: Tensor, vocab: int, name: str = "byte_ids") -> None:
         IndexError: with the range, the first bad value and its position.
         ValueError: the dtype is none that the ops take.
     """
+    _checks.require(isinstance(ids, Tensor), name, "a Tensor", type(ids).__name__)
     _checks.require(
         ids.dtype in _checks.ID_DTYPES, name, "uint8, int16, int32 or int64 ids", ids.dtype
     )
@@ -191,9 +196,9 @@ def assert_causal(
 ) -> None:
     """Prove that logits at t depend on ids up to t only, patch borders included.
 
-    Two checks, both needed: every id after t is replaced, in ways that create, remove and shift
-    the borders of patches; and every prefix is run on its own, since a boundary rule that looks
-    ahead shows when the text ends.
+    Two checks, both needed: the ids after t are replaced, in ways that create, remove and shift
+    the borders of patches, by whatever kind of byte those go; and every prefix is run on its own,
+    since a boundary rule that looks ahead shows when the text ends.
 
     Args:
         fn: maps ids (length,) int64 to logits (length, V), deterministically (eval mode) and in
@@ -203,24 +208,35 @@ def assert_causal(
         seed: of the text and its changes.
 
     Raises:
-        AssertionError: names the first position whose logits saw a later byte.
+        AssertionError: names the first position whose logits saw a later byte; or says that two
+            calls with the same ids differ, which proves nothing.
+        ValueError: fn does not return one row of logits for each id.
     """
     rng = torch.Generator().manual_seed(seed)
     ids = _text_with_borders(length, vocab_size, rng)
     with torch.no_grad():
-        full = fn(ids).double()
-        tolerance = _rounding_allowance(fn(ids), full)
+        logits = fn(ids)
+        fits = logits.ndim == 2 and len(logits) == length
+        _checks.require(fits, "fn", f"logits ({length}, V)", tuple(logits.shape))
+        full, tolerance = logits.double(), _rounding_allowance(logits)
+        again = _largest(fn(ids).double() - full)
+        assert again <= tolerance, f"fn: two calls with the same ids differ by {again:.3e}"
         for t in range(length - 1):
-            for tail in _other_tails(ids[t + 1 :], vocab_size, rng):
+            kind = NEXT_IDS[(t + seed) % len(NEXT_IDS)] % vocab_size
+            for tail in _other_tails(ids[t + 1 :], kind, vocab_size, rng):
                 changed = fn(torch.cat([ids[: t + 1], tail])).double()
                 _assert_same_logits(full, changed, t, tolerance, "a change of the bytes after it")
             prefix = fn(ids[: t + 1]).double()
             _assert_same_logits(full, prefix, t, tolerance, "cutting the text off after it")
 
 
-def _rounding_allowance(logits: Tensor, full: Tensor) -> float:
+NEXT_IDS = (ord("\n"), ord("."), ord("7"), ord("A"), 0xC3, 0xA9, 0xFF, 0, ord("\t"), 256)
+"""One of each kind that a rule may look ahead for; the text itself is letters and spaces."""
+
+
+def _rounding_allowance(logits: Tensor) -> float:
     """Other shapes may round otherwise; a leak moves logits by far more than a few ulps."""
-    return 64 * torch.finfo(logits.dtype).eps * max(1.0, _largest(full))
+    return 64 * torch.finfo(logits.dtype).eps * max(1.0, _largest(logits))
 
 
 def _assert_same_logits(full: Tensor, other: Tensor, t: int, tolerance: float, change: str) -> None:
@@ -243,8 +259,11 @@ def _text_with_borders(length: int, vocab_size: int, rng: torch.Generator) -> Te
     return text.remainder(vocab_size)
 
 
-def _other_tails(tail: Tensor, vocab_size: int, rng: torch.Generator) -> Iterator[Tensor]:
+def _other_tails(
+    tail: Tensor, kind: int, vocab_size: int, rng: torch.Generator
+) -> Iterator[Tensor]:
     """The same number of ids, changed so that borders appear, vanish and move."""
+    yield torch.cat([torch.full_like(tail[:1], kind), tail[1:]])
     yield torch.full_like(tail, 32 % vocab_size)
     yield torch.full_like(tail, 101 % vocab_size)
     yield _text_with_borders(len(tail), vocab_size, rng)

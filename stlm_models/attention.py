@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from stlm_kernels import attention, decode_attention, patch_attention, qk_norm_rope
+from stlm_kernels.testing import values_visible
 
 from .cache import CacheRows, KVCache
 from .config import check_heads
@@ -85,7 +86,7 @@ class Attention(nn.Module):
                 raise ValueError("cu_seqlens: expected None with a dense x, got a tensor")
             return self._attend(x, None) if cache is None else self._step(x, cache)
         if cache is not None and cu_seqlens is None:
-            cu_seqlens = torch.tensor([0, x.shape[0]], dtype=torch.int32, device=x.device)
+            cu_seqlens = torch.arange(2, dtype=torch.int32, device=x.device) * x.shape[0]
         return self._attend(x, cu_seqlens, cache)
 
     def new_cache(self, batch: int) -> KVCache:
@@ -183,8 +184,9 @@ def rotary_tables(
     length: int, head_dim: int, base: float, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """cos and sin for at least `length` positions, (n_positions, head_dim / 2) fp32."""
-    if torch.compiler.is_compiling():
-        # The graph leaves the length open, and makes equal tables of its layers once.
+    if torch.compiler.is_compiling() or not values_visible(torch.empty(0, device="cpu")):
+        # A graph leaves the length open, and makes equal tables of its layers once; what is made
+        # inside torch.func or a FakeTensorMode must not outlive it.
         return _rotary_tables(length, head_dim, base, device)
     # Powers of two keep the number of tables small while texts grow byte by byte.
     return _kept_rotary_tables(1 << (length - 1).bit_length(), head_dim, base, device)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from stlm_kernels import Patches
+from stlm_kernels.testing import values_visible
 
 from .attention import document_starts
 from .layers import dense_cu_seqlens
@@ -29,8 +30,7 @@ def document_borders(byte_ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     if byte_ids.dim() == 2:
         return dense_cu_seqlens(byte_ids, cu_seqlens)
     if cu_seqlens is None:
-        length = byte_ids.shape[0]
-        return torch.tensor([0, length], dtype=torch.int32, device=byte_ids.device)
+        return dense_cu_seqlens(byte_ids[None])
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         got = f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
         raise ValueError(f"cu_seqlens: expected int32 (S+1,), got {got}")
@@ -51,7 +51,7 @@ def check_patches(patches: Patches, cu_seqlens: Tensor, length: int) -> None:
     if patches.cu_seqlens.shape != cu_seqlens.shape:
         got = tuple(patches.cu_seqlens.shape)
         raise ValueError(f"patches.cu_seqlens: expected {tuple(cu_seqlens.shape)}, got {got}")
-    if patches.read_ids.device.type != "cpu" or torch.compiler.is_compiling():
+    if not values_visible(*patches, cu_seqlens):
         return
     _check_patch_borders(patches, cu_seqlens)
     read, last = patches.read_ids.long(), len(patches.cu_patchlens) - 1

@@ -19,7 +19,7 @@ from stlm_kernels import (
     linear_logprobs,
     linear_sample,
 )
-from stlm_kernels.testing import check_ids
+from stlm_kernels.testing import check_ids, values_visible
 
 from .attention import Attention
 from .ngrams import NgramPooling
@@ -276,7 +276,5 @@ def dense_cu_seqlens(byte_ids: Tensor, cu_seqlens: Tensor | None = None) -> Tens
 
 def _refuse_padded_ids(byte_ids: Tensor, vocab_size: int) -> None:
     """A lookup would find the rows behind the vocabulary, which stand for nothing."""
-    if type(byte_ids) is not Tensor or not byte_ids.is_cpu or torch.compiler.is_compiling():
-        return
-    if not torch._C._functorch.is_functorch_wrapped_tensor(byte_ids):
+    if values_visible(byte_ids):
         check_ids(byte_ids, vocab_size)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from stlm_kernels import Patches, attention_pool, ema_unpool, segment_pool, unpool
+from stlm_kernels.testing import values_visible
 
 
 class BytePooling(nn.Module):
@@ -92,7 +93,7 @@ class ByteUnpooling(nn.Module):
             ValueError: for patches whose read_ids let a byte read a patch that is not complete at
                 it (values: CPU, eager).
         """
-        if patches.read_ids.is_cpu and not torch.compiler.is_compiling():
+        if values_visible(*patches):
             _refuse_reading_ahead(patches)
         flat = None if residual is None else residual.reshape(-1, residual.shape[-1])
         out = unpool(patch_states, patches.read_ids, null_state=self.null_state, residual=flat)
@@ -127,7 +128,7 @@ class EmaUnpooling(nn.Module):
         residual: Tensor,  # (T, D)
     ) -> Tensor:
         """(T, D); the residual and patches as in `ByteUnpooling.forward`."""
-        if patches.read_ids.is_cpu and not torch.compiler.is_compiling():
+        if values_visible(*patches):
             _refuse_reading_ahead(patches)
         borders, read = patches.cu_seqlens, patches.read_ids
         # A patch without bytes says nothing: the average goes on as it was.

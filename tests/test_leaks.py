@@ -153,9 +153,14 @@ def borders_from_bytes_seen(ids: Tensor) -> Tensor:
     return masked(ids, spaces(ids))
 
 
-def borders_from_the_next_byte(ids: Tensor) -> Tensor:
-    """A word ends where a space follows: its last byte would know that one does."""
-    return masked(ids, torch.cat([spaces(ids)[1:], spaces(ids)[:1]]))
+def borders_before(byte: int) -> Model:
+    """A patch ends where this byte follows: its last byte would know that it does."""
+
+    def model(ids: Tensor) -> Tensor:
+        return masked(ids, torch.cat([ids[1:] == byte, torch.tensor([False])]))
+
+    model.__name__ = f"borders_before_{byte}"
+    return model
 
 
 def borders_from_the_whole_text(ids: Tensor) -> Tensor:
@@ -180,7 +185,7 @@ LEAKING = [
     *(pool_read_through(mode, "patch_ids") for mode in POOLS),
     starts_read_at_the_byte_before,
     bidirectional_states_as_residual,
-    borders_from_the_next_byte,
+    *(borders_before(byte) for byte in (SPACE, *b"\n.7", 0xC3, 0)),
     borders_from_the_whole_text,
 ]
 

@@ -224,6 +224,8 @@ def test_check_ids_uses_the_given_name_and_refuses_floats() -> None:
         check_ids(torch.tensor([[0, 7]]), 7, "target")
     with pytest.raises(ValueError, match=r"^target: expected uint8, int16, int32 or int64 ids"):
         check_ids(torch.ones(3), 7, "target")
+    with pytest.raises(ValueError, match=r"^byte_ids: expected a Tensor, got list"):
+        check_ids([0, 6], 7)  # type: ignore[arg-type]
 
 
 @pytest.mark.lanes("gpu")
@@ -342,6 +344,16 @@ def test_the_message_names_the_position() -> None:
 def test_nan_logits_prove_nothing() -> None:
     with pytest.raises(AssertionError):
         assert_causal(lambda ids: embedded(ids) * float("nan"), VOCAB)
+
+
+def test_a_model_that_drops_out_is_no_leak() -> None:
+    with pytest.raises(AssertionError, match=r"^fn: two calls with the same ids differ by "):
+        assert_causal(lambda ids: torch.nn.functional.dropout(embedded(ids)), VOCAB)
+
+
+def test_logits_of_another_shape_prove_nothing() -> None:
+    with pytest.raises(ValueError, match=r"^fn: expected logits \(64, V\), got \(1, 64, 8\)"):
+        assert_causal(lambda ids: embedded(ids)[None], VOCAB)
 
 
 @pytest.mark.parametrize("vocab", [2, 30, 300])

@@ -101,6 +101,7 @@ def attention(
         q=q, k=k, v=v, causal=causal, window=window, cu_seqlens=cu_seqlens, scale=scale,
         softcap=softcap, dropout_p=dropout_p,
     )  # fmt: skip
+    q, k, v = _library.distinct(q, k, v)
     out_dtype = _checks.output_dtype(q)
     factor = width**-0.5 if scale is None else float(scale)
     if factor <= 0:  # both paths, and stock SDPA, want a positive one

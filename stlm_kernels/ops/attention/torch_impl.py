@@ -62,7 +62,7 @@ def attention(
     narrow = stock and dense and not q.is_cpu
     compute = out_dtype if narrow else torch.promote_types(out_dtype, torch.float32)
     q, k, v = (rounded(x, out_dtype, compute) for x in (q, k, v))
-    with torch.autocast(q.device.type, enabled=False):
+    with _checks.without_autocast(q):
         if banded and not _hides_poison(options, q, k, v):
             out = _Banded.apply(q, k, v, cu_seqlens, options)
         elif not stock:

@@ -73,6 +73,7 @@ def attention_pool(
         "attention_pool", impl, key.device, unsupported_reasons,
         query=query, key=key, value=value, cu_patchlens=cu_patchlens, scale=scale,
     ):  # fmt: skip
+        query, key, value = _library.distinct(query, key, value)
         return _AttentionPool.apply(query, key, value, cu_patchlens, factor, out_dtype)[0]
     return torch_impl.attention_pool(query, key, value, cu_patchlens, factor, out_dtype)
 

@@ -29,7 +29,7 @@ def attention_pool(
     wide = torch.promote_types(out_dtype, torch.float32)
     query, key, value = (rounded(x, out_dtype, wide) for x in (query, key, value))
     total = key.shape[0]
-    with torch.autocast(key.device.type, enabled=False):
+    with _checks.without_autocast(key):
         if _checks.values_visible(cu_patchlens):
             total = int(cu_patchlens[-1])
             patches = _Patches.of(cu_patchlens, total)

@@ -29,7 +29,7 @@ def decode_attention(
 ) -> Tensor:
     """(B, H, K) in `out_dtype`; softcap 0 stands for none."""
     attend = _by_length if _checks.values_visible(cache_lens) else _masked
-    with torch.autocast(q.device.type, enabled=False):
+    with _checks.without_autocast(q):
         q, k_cache, v_cache = (x.to(out_dtype) for x in (q, k_cache, v_cache))
         return attend(q, k_cache, v_cache, cache_lens, window, scale, softcap)
 

@@ -37,7 +37,7 @@ def summed_loss(
         return from_own_part(total, SUM, rows)
     rows, weight, bias = widened(rows, weight, bias, options.valid_vocab)
     # The operands are rounded; autocast would round the logits as well.
-    with torch.autocast(rows.device.type, enabled=False):
+    with _checks.without_autocast(rows):
         if _checks.inside_torch_func():
             return plain_losses(objective, options, rows, weight, bias, *per_row)[0].sum()
         recorded = torch.is_grad_enabled()

@@ -60,7 +60,7 @@ def row_losses(
         return from_own_part(loss, ROW, rows), from_own_part(lse, ROW, rows)
     rows, weight, bias = widened(rows, weight, bias, options.valid_vocab)
     # The operands are rounded; autocast would round the logits as well.
-    with torch.autocast(rows.device.type, enabled=False):
+    with _checks.without_autocast(rows):
         if _checks.inside_torch_func():
             return plain_losses(objective, options, rows, weight, bias, *per_row)
         return _RowLosses.apply(objective, options, rows, weight, bias, *per_row)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ... import _checks
 from ..._noise import hashed, shifted
 from ..linear_logprobs.torch_impl import widened
 
@@ -31,7 +32,7 @@ def sample(
     rows, weight, bias = widened(rows, weight, bias, options.valid_vocab)
     step = max(LEAST_ROWS, CHUNK_ELEMENTS // options.valid_vocab)
     # The operands are rounded; autocast would round the logits as well.
-    with torch.autocast(rows.device.type, enabled=False):
+    with _checks.without_autocast(rows):
         ids = [
             _sample_chunk(part, weight, bias, seed, i * step, options)
             for i, part in enumerate(rows.split(step))

@@ -59,7 +59,7 @@ def ngram_embedding(
     Source: the hash n-gram embeddings of BLT, arXiv 2412.09871.
     """
     tables, ns = _check(byte_ids, tables, ns, cu_seqlens)
-    out_dtype = _checks.output_dtype(tables[0])
+    tables, out_dtype = _library.distinct(*tables), _checks.output_dtype(tables[0])
     if use_triton(
         "ngram_embedding", impl, byte_ids.device, unsupported_reasons,
         byte_ids=byte_ids, tables=tables, ns=ns, cu_seqlens=cu_seqlens,

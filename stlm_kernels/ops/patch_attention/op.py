@@ -73,6 +73,7 @@ def patch_attention(
     if _checks.values_visible(cu_patchlens):
         _checks.check_offset_values("cu_patchlens", cu_patchlens, total)
     factor, out_dtype = width**-0.5 if scale is None else float(scale), _checks.output_dtype(q)
+    q, k, v = _library.distinct(q, k, v)
     if use_triton(
         "patch_attention", impl, q.device, unsupported_reasons,
         q=q, k=k, v=v, cu_patchlens=cu_patchlens, causal=causal, scale=scale,

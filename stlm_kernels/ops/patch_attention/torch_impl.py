@@ -46,7 +46,7 @@ def patch_attention(
     """(T, H, K) in `out_dtype`."""
     wide = torch.promote_types(out_dtype, torch.float32)
     q, k, v = (rounded(x, out_dtype, wide) for x in (q, k, v))
-    with torch.autocast(q.device.type, enabled=False):
+    with _checks.without_autocast(q):
         if _checks.inside_torch_func():
             pieces = _static_pieces(cu_patchlens, q.shape[0], q.shape[1], causal)
             out = attend_plainly(_padded(q), _padded(k), _padded(v), pieces, Rule(scale))[:-1]

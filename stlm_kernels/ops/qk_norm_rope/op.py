@@ -86,6 +86,7 @@ def qk_norm_rope(
         positions = positions.flatten()
         length = positions.shape[0]
     out_dtype = _checks.output_dtype(q)
+    q, k = _library.distinct(q, k)
     arguments = (
         q.flatten(0, -3), k.flatten(0, -3), cos, sin, q_weight, k_weight, positions, length,
         float(eps), interleaved, out_dtype,

@@ -34,7 +34,7 @@ def qk_norm_rope(
     large = q.is_cpu and q.numel() > PIECE_ELEMENTS
     traced = torch.compiler.is_compiling() or _checks.inside_torch_func()
     turn = _Turned.apply if large and not traced else _turned
-    with torch.autocast(q.device.type, enabled=False):
+    with _checks.without_autocast(q):
         cos, sin = (_rows_of(x.to(wide), positions, period) for x in (cos, sin))
         tables = _by_column(cos, sin, interleaved)
         q, k = (x.unflatten(0, (-1, max(1, period))) for x in (q, k))

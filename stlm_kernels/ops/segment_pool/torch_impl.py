@@ -82,7 +82,7 @@ def _bag_sum(x: Tensor, borders: Tensor) -> Tensor:
     """(bags, D), accumulated in float32 or better."""
     if _checks.inside_torch_func():  # EmbeddingBag has no batching rule
         sums = x.new_zeros(borders.shape[0] - 1, x.shape[1], dtype=_wide(x.dtype))
-        return sums.scatter_add_(0, _bag_of(borders, x.shape), x.to(sums.dtype)).to(x.dtype)
+        return sums.scatter_add(0, _bag_of(borders, x.shape), x.to(sums.dtype)).to(x.dtype)
     rows = torch.arange(x.shape[0], dtype=torch.int32, device=x.device)
     return F.embedding_bag(rows, x, borders, mode="sum", include_last_offset=True)
 
@@ -120,8 +120,10 @@ class _SegmentSum(torch.autograd.Function):
 
 
 def _segment_max(x: Tensor, borders: Tensor) -> Tensor:
-    maxima = x.new_zeros(borders.shape[0] - 1, x.shape[1])
-    return maxima.scatter_reduce_(0, _bag_of(borders, x.shape), x, "amax", include_self=False)
+    maxima, bags = x.new_zeros(borders.shape[0] - 1, x.shape[1]), _bag_of(borders, x.shape)
+    if _checks.inside_torch_func():  # vmap refuses to write what is batched in place
+        return maxima.scatter_reduce(0, bags, x, "amax", include_self=False)
+    return maxima.scatter_reduce_(0, bags, x, "amax", include_self=False)
 
 
 class _SegmentMax(torch.autograd.Function):
