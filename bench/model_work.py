@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from stlm_models import STLM
-from stlm_models.config import BYTES, DOCUMENT_START, preset
+from stlm_models.config import BYTES, preset
 from stlm_models.data import Corpus, load_corpus
 from stlm_models.loader import Batch, Loader
 from stlm_models.trainer import Trainer, TrainOptions
@@ -280,8 +280,9 @@ def cached(model: STLM, prompts: Sequence[bytes], new: int) -> list[bytes]:
 @torch.no_grad()
 def recomputed(model: STLM, prompts: Sequence[bytes], new: int) -> list[bytes]:
     """The likeliest bytes, the whole text read again for each; prompts of one length."""
-    rows = [[DOCUMENT_START, *prompt] for prompt in prompts]
-    ids = torch.tensor(rows, dtype=torch.int16, device=model.embedding.weight.device)
+    ids = torch.tensor(
+        [[*prompt] for prompt in prompts], dtype=torch.int16, device=model.embedding.weight.device
+    )
     for _ in range(new):
         hidden = model.hidden(ids)[:, -1]
         best = model.embedding.sample(hidden, temperature=0.0, valid_vocab=BYTES)

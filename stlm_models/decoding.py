@@ -35,13 +35,13 @@ def generate(
 ) -> bytes:
     """The bytes that follow the prompt, without it.
 
-    The prompt, which begins a document, is run once; each byte then costs one row of each byte
-    layer, and the core runs when a patch closes. Once the prompt and its continuation outgrow
-    `config.context`, the model begins anew with the last half context, cut at a patch border; the
-    end of the prompt is never lost.
+    The prompt is run once; each byte then costs one row of each byte layer, and the core runs when
+    a patch closes. Once the prompt and its continuation outgrow `config.context`, the model begins
+    anew with the last half context, cut at a patch border; the end of the prompt is never lost.
 
     Args:
-        prompt: bytes, or text to encode as UTF-8; may be empty.
+        prompt: bytes, or text to encode as UTF-8. The model sees just these, as if they stood
+            within a document; an empty prompt begins one (id 256).
         max_new_bytes: how many at most.
         temperature, top_k, top_p: see `stlm_kernels.linear_sample`; special ids are never drawn.
         seed: same seed, same bytes; None draws one from torch's generator.
@@ -162,7 +162,7 @@ class _Row:
         if not isinstance(prompt, bytes | str):
             raise ValueError(f"prompt: expected bytes or str, got {type(prompt).__name__}")
         data = prompt.encode() if isinstance(prompt, str) else prompt
-        return cls([DOCUMENT_START, *data], stops)
+        return cls(prompt_ids(data), stops)
 
     def append(self, byte: int) -> None:
         self.window.append(byte)
@@ -178,6 +178,11 @@ class _Row:
         if self.done:
             return 0
         return max((_overlap(self.text, stop) for stop in self.stops), default=0)
+
+
+def prompt_ids(prompt: bytes) -> list[int]:
+    """What a model is shown of a prompt: its bytes, or id 256 where it has none."""
+    return [*prompt] or [DOCUMENT_START]
 
 
 def _overlap(text: bytearray, stop: bytes) -> int:

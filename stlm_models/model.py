@@ -153,8 +153,9 @@ class STLM(nn.Module):
     ) -> tuple[Tensor, Callable[[], Tensor] | None]:
         """The states of `hidden`, and what gives the weighed auxiliary loss, where there is one."""
         borders, flat = document_borders(byte_ids, cu_seqlens), byte_ids.flatten()
+        embedded = self.embedding.embed(flat)  # first, for it knows which ids there are
         ngrams = self.ngram_rows(flat, borders)
-        own = self.own_states(self.embedding.embed(flat), ngrams)
+        own = self.own_states(embedded, ngrams)
         if self.is_flat:
             if patches is not None:
                 raise ValueError('patches: expected None with patch_rule "none", got patches')

@@ -40,7 +40,8 @@ from torch import Tensor, nn
 from stlm_kernels import segment_pool
 
 from .attention import document_starts
-from .config import DOCUMENT_START, IGNORED
+from .config import IGNORED
+from .decoding import prompt_ids
 from .layers import TiedEmbedding, dense_cu_seqlens
 from .model import STLM
 
@@ -182,7 +183,7 @@ def self_play(
 
     Args:
         opponent: usually the model as it is before this round.
-        prompts, real: texts and what follows them, none of it empty; each begins a document.
+        prompts, real: texts and what follows them, each continuation at least a byte.
         temperature, seed: see `STLM.generate_batch`.
 
     Raises:
@@ -227,7 +228,7 @@ def continuation_logprobs(
 ) -> Tensor:
     """(S,) nats: the log-probability of each continuation after its prompt, differentiable.
 
-    Each prompt begins a document; its own bytes do not count.
+    The model sees of a prompt what `STLM.generate` shows it; its own bytes do not count.
 
     Raises:
         ValueError: for other than one continuation for each prompt, or an empty one.
@@ -237,8 +238,9 @@ def continuation_logprobs(
     targets: list[int] = []
     borders = [0]
     for prompt, continuation in zip(prompts, continuations, strict=True):
-        ids += [DOCUMENT_START, *prompt, *continuation[:-1]]
-        targets += [*[IGNORED] * len(prompt), *continuation]
+        seen = prompt_ids(prompt)
+        ids += [*seen, *continuation[:-1]]
+        targets += [*[IGNORED] * (len(seen) - 1), *continuation]
         borders.append(len(ids))
     device = model.embedding.weight.device
     cu_seqlens = torch.tensor(borders, dtype=torch.int32, device=device)

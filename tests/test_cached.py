@@ -136,10 +136,14 @@ def full_states(model: STLM, windows: list[list[int]]) -> Tensor:
     return model.hidden(ids, cu_seqlens=borders)[borders[1:].long() - 1]
 
 
-def write_greedily(model: STLM, prompts: list[bytes], length: int) -> list[bytes]:
+def seen_ids(prompts: list[bytes]) -> list[list[int]]:
+    """The ids that a model sees of prompts: id 256 begins empty ones alone."""
+    return [[*prompt] or [DOCUMENT_START] for prompt in prompts]
+
+
+def write_greedily(model: STLM, windows: list[list[int]], length: int) -> list[bytes]:
     """The oracle of generation: everything anew for each byte."""
-    windows = [[DOCUMENT_START, *prompt] for prompt in prompts]
-    written = [bytearray() for _ in prompts]
+    written = [bytearray() for _ in windows]
     for _ in range(length):
         windows = [fit_context(model, window) for window in windows]
         logits = model.embedding.logits(full_states(model, windows))[:, :256]
@@ -179,7 +183,7 @@ class TestRun:
     def test_greedy_writing_is_that_of_full_runs(self, model: STLM) -> None:
         prompts = [b"", b"ab c", TEXT, b"some words and more words " * 2]
         length = TINY.context
-        expected = write_greedily(model, prompts, length)
+        expected = write_greedily(model, seen_ids(prompts), length)
         assert len(set(expected)) == 4
         written = model.generate_batch(prompts, max_new_bytes=length, temperature=0)
         assert written == expected
@@ -224,16 +228,17 @@ class TestCost:
         prompts = [TEXT, b"word", b""]
         written = model.generate_batch(prompts, max_new_bytes=60, seed=3)
         closing = torch.zeros(3, 60, dtype=torch.bool)
-        shown = 0
+        already = 0
         for row, (prompt, text) in enumerate(zip(prompts, written, strict=True)):
-            patches = model.patcher(ids_of(prompt + text))
-            closing[row] = (patches.read_ids == patches.patch_ids)[1 + len(prompt) :]
-            shown += int(model.patcher(ids_of(prompt)).n_patches)
+            [seen] = seen_ids([prompt])
+            patches = model.patcher(torch.tensor([*seen, *text]))
+            closing[row] = (patches.read_ids == patches.patch_ids)[len(seen) :]
+            already += int(model.patcher(torch.tensor(seen)).n_patches)
         # The last byte that is written is shown to no layer.
         per_step = closing[:, :-1].sum(0)
-        assert core.rows == [shown, *per_step[per_step > 0].tolist()]
+        assert core.rows == [already, *per_step[per_step > 0].tolist()]
         assert 0 < len(core.rows) < 60
-        assert decoder.rows == [sum(map(len, prompts)) + 3, *[3] * 59]
+        assert decoder.rows == [sum(map(len, seen_ids(prompts))), *[3] * 59]
 
     def test_finished_rows_cost_nothing(self) -> None:
         model, prompts = varied(), [b"x", b"and y", b"z"]
@@ -258,19 +263,19 @@ class TestCost:
         model = scrambled(dataclasses.replace(TINY, context=24))
         decoder = Counted.calls_of(model.decoder[0])
         model.generate_batch([b"x" * 20, b"y"], max_new_bytes=10, seed=3)
-        # Row 0 has 21 ids, the prompt's and 256; its fourth new byte is one too many.
-        rebuilt = decoder.rows.pop(5)
+        # Row 0 begins with 20 ids; its fifth new byte is one too many.
+        rebuilt = decoder.rows.pop(6)
         assert 24 // 4 < rebuilt <= 24 // 2
-        assert decoder.rows == [23, 2, 2, 2, 1, 2, 2, 2, 2, 2]
+        assert decoder.rows == [21, 2, 2, 2, 2, 1, 2, 2, 2, 2]
 
     @torch.no_grad()
     def test_a_core_of_ones_own_runs_when_a_patch_closes(self) -> None:
         model = varied(dataclasses.replace(TINY, context=200), Uncached())
         core = Counted.calls_of(model.core)
         text = model.generate(TEXT, max_new_bytes=40, seed=3)
-        patches = model.patcher(ids_of(TEXT + text))
-        closing = (patches.read_ids == patches.patch_ids)[1 + len(TEXT) : -1]
-        already = int(model.patcher(ids_of(TEXT)).n_patches)
+        patches = model.patcher(torch.tensor([*TEXT, *text]))
+        closing = (patches.read_ids == patches.patch_ids)[len(TEXT) : -1]
+        already = int(model.patcher(torch.tensor([*TEXT])).n_patches)
         assert len(core.rows) == 1 + int(closing.sum())
         assert core.rows[1:] == sorted(core.rows[1:])
         assert core.rows[0] == already

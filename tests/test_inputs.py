@@ -157,6 +157,25 @@ def test_wrong_arguments_of_generate(arguments: dict[str, Any], message: str) ->
         STLM(TINY).generate(b"a", **arguments)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"byte_ids": [1, 2]}, "byte_ids: expected a tensor, got list"),
+        ({"targets": [1, 2]}, "targets: expected a tensor, got list"),
+        ({"cu_seqlens": [0, 2]}, "cu_seqlens: expected a tensor, got list"),
+        ({"patches": 3}, "patches: expected the Patches of find_patches, got int"),
+    ],
+)
+def test_what_is_no_tensor(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        STLM(TINY)(**{"byte_ids": torch.tensor([1, 2]), **wrong})
+
+
+def test_an_id_below_0() -> None:
+    with pytest.raises(IndexError, match=r"byte_ids: expected values in \[0, 256\], got -1"):
+        STLM(TINY)(torch.tensor([1, -1]))
+
+
 @pytest.mark.parametrize("data", ["abc", bytearray(b"abc"), ["abc"], [b"abc", None]])
 def test_bits_of_what_is_not_bytes(data: Any) -> None:
     with pytest.raises(ValueError, match="data: expected bytes or a list of them, got"):

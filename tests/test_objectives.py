@@ -178,8 +178,8 @@ class TestSelfPlay:
         model = scrambled()
         got = continuation_logprobs(model, self.PROMPTS, self.REAL)
         for value, prompt, real in zip(got, self.PROMPTS, self.REAL, strict=True):
-            ids = [DOCUMENT_START, *prompt, *real]
-            rows = model(torch.tensor(ids)).log_softmax(-1)[len(prompt) : -1]
+            ids = [*([*prompt] or [DOCUMENT_START]), *real]
+            rows = model(torch.tensor(ids)).log_softmax(-1)[-1 - len(real) : -1]
             expected = rows.gather(1, torch.tensor([*real])[:, None]).sum()
             torch.testing.assert_close(value, expected, **CLOSE)
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from test_cached import varied, write_greedily
+from test_cached import seen_ids, varied, write_greedily
 from test_models import CLOSE, TEXT, TINY, ids_of, packed, scrambled
 from torch import Tensor
 
@@ -179,7 +179,7 @@ def test_greedy_writing_is_that_of_full_runs(model: STLM) -> None:
             model.generate(TEXT, max_new_bytes=1)
         return
     prompts = [b"", b"ab c", TEXT]
-    expected = write_greedily(model, prompts, 14)
+    expected = write_greedily(model, seen_ids(prompts), 14)
     assert model.generate_batch(prompts, max_new_bytes=14, temperature=0) == expected
 
 
