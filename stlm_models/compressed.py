@@ -78,6 +78,8 @@ def unpack(file: bytes) -> Compressed:
     checkpoint, content, length, context, lanes, named = HEADER.unpack_from(body)
     sizes_at = HEADER.size + named
     codes_at = sizes_at + lanes * SIZE.size
+    if not 1 <= lanes <= max(1, length) or codes_at > len(body):
+        raise ValueError(f"file: expected 1 to {max(1, length)} lanes and their codes, got {lanes}")
     machine = bytes(body[HEADER.size : sizes_at]).decode()
     sizes = (size for (size,) in SIZE.iter_unpack(body[sizes_at:codes_at]))
     borders = accumulate(sizes, initial=codes_at)

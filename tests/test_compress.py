@@ -11,6 +11,7 @@ import os
 import random
 import subprocess
 import sys
+import zlib
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from stlm_models.arithmetic import TOTAL_BITS, Decoder, Encoder
 from stlm_models.checkpoint import Checkpoint, load_checkpoint, load_model, save_checkpoint
 from stlm_models.compress import compress
 from stlm_models.compress import main as compress_main
-from stlm_models.compressed import FRONT, Compressed, unpack
+from stlm_models.compressed import FRONT, HEADER, Compressed, unpack
 from stlm_models.config import DOCUMENT_START
 from stlm_models.decoding import fit_context
 from stlm_models.decompress import decompress
@@ -230,6 +231,18 @@ class TestRefusals:
                 unpack(foreign)
         with pytest.raises(ValueError, match="file: expected format version 1, got 2"):
             unpack(file[:4] + b"\x02" + file[5:])
+
+    def test_headers_that_no_encoder_writes(self, file: bytes) -> None:
+        packed = vars(unpack(file))
+        more = (*HEADER.unpack_from(file, FRONT.size)[:4], 5, 0)
+        short = HEADER.pack(*more) + b"\0" * 8
+        for made in (
+            Compressed(**{**packed, "codes": ()}).pack(),
+            Compressed(**{**packed, "codes": (b"",) * (len(TEXT) + 1)}).pack(),
+            FRONT.pack(b"STLM", 1, zlib.crc32(short)) + short,
+        ):
+            with pytest.raises(ValueError, match=f"file: expected 1 to {len(TEXT)} lanes"):
+                unpack(made)
 
     def test_another_checkpoint(self, model: STLM, file: bytes) -> None:
         with pytest.raises(ValueError, match=f"checkpoint: expected {MINE}, .* got {OTHERS}"):

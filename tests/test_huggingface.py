@@ -98,6 +98,26 @@ def test_generate_is_that_of_full_runs(
     assert [tokenizer.decode_bytes(row[-6:]) for row in out] == expected
 
 
+@pytest.mark.parametrize("pad_to", [None, 40])
+def test_a_cache_goes_on_where_it_stopped(
+    model: STLMForCausalLM, tokenizer: ByteTokenizer, pad_to: int | None
+) -> None:
+    """Wider than its longest row, as `pad_to_multiple_of` makes it, a batch has columns to skip."""
+    length = "max_length" if pad_to else True
+    batch = tokenizer(
+        PROMPTS, padding=length, max_length=pad_to, padding_side="left", return_tensors="pt"
+    )
+    options = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
+    first = model.generate(**batch, **options)
+    name = next(key for key in ("cache", "past_key_values") if key in first)
+    more = torch.tensor([[*b" and"]] * len(PROMPTS))
+    ids = torch.cat([first.sequences, more], 1)
+    mask = torch.cat([batch["attention_mask"], torch.ones(len(PROMPTS), 8, dtype=torch.int64)], 1)
+    second = model.generate(ids, attention_mask=mask, **{name: first[name]}, **options)
+    anew = model.generate(ids, attention_mask=mask, use_cache=False, **options)
+    assert torch.equal(second.sequences, anew.sequences)
+
+
 def test_beams_go_on_from_a_cache(model: STLMForCausalLM, tokenizer: ByteTokenizer) -> None:
     batch = tokenizer(PROMPTS[:1], return_tensors="pt")
     runs = [
@@ -123,8 +143,12 @@ def test_reordered_rows_go_on_from_their_own_text(model: STLMForCausalLM) -> Non
 
 def test_what_would_be_ignored_is_refused(model: STLMForCausalLM, tokenizer: ByteTokenizer) -> None:
     batch = tokenizer(PROMPTS, padding=True, return_tensors="pt")
-    with pytest.raises(ValueError, match="prompts padded on the left"):
-        model.generate(**batch, max_new_tokens=2)
+    for inputs in (batch, {"input_ids": batch["input_ids"]}):
+        with pytest.raises(ValueError, match="prompts padded on the left"):
+            model.generate(**inputs, max_new_tokens=2)
+    texts = model(batch["input_ids"], use_cache=True, logits_to_keep=1)[1]
+    with pytest.raises(ValueError, match="labels: expected None beside a cache"):
+        model(batch["input_ids"], labels=batch["input_ids"], cache=texts)
     with pytest.raises(ValueError, match="position_ids: expected None"):
         model(batch["input_ids"], position_ids=batch["input_ids"])
     with pytest.raises(ValueError, match="stlm: expected the fields of ModelConfig"):
@@ -148,6 +172,8 @@ def test_a_saved_folder_loads_exactly(
         assert loaded.generation_config.suppress_tokens == [256]
         for name, tensor in model.state_dict().items():
             assert torch.equal(loaded.state_dict()[name], tensor)
+        batch = tokenizer(PROMPTS[1], return_tensors="pt")
+        assert torch.equal(loaded(**batch).logits, model(**batch).logits)
     reader = transformers.AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True)
     assert reader("é<|document|>").input_ids == tokenizer("é<|document|>").input_ids
     tensors = load_file(weights)

@@ -17,13 +17,17 @@ from stlm_models.config import BYTES, IGNORED
 
 from .configuration_stlm import STLMHFConfig
 
+# What transformers calls the state of `generate`: "cache" since 5.24, "past_key_values" before.
+_CACHE = "cache" if "cache" in CausalLMOutputWithPast.__annotations__ else "past_key_values"
+
 
 class STLMForCausalLM(PreTrainedModel, GenerationMixin):
     """An `STLM`, in `model.stlm`, with the interface of a causal language model of transformers.
 
     Its table is one parameter, which input and output use: nothing is tied in transformers' sense.
     `generate` draws bytes only (`generation_config.suppress_tokens`); `model.stlm.generate` takes
-    and gives bytes and knows what to do beyond the context.
+    and gives bytes and knows what to do beyond the context. A Trainer's `label_smoothing_factor`
+    must stay 0: it shifts the labels of models that transformers knows by name, and of no others.
     """
 
     config_class = STLMHFConfig
@@ -69,6 +73,7 @@ class STLMForCausalLM(PreTrainedModel, GenerationMixin):
         input_ids: Tensor,  # (B, T)
         attention_mask: Tensor | None = None,  # (B, T)
         labels: Tensor | None = None,  # (B, T)
+        cache: GrowingTexts | None = None,
         past_key_values: GrowingTexts | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -84,7 +89,8 @@ class STLMForCausalLM(PreTrainedModel, GenerationMixin):
                 were not there. None is ones; right padding needs no mask.
             labels: `input_ids` with -100 where nothing is to be predicted: label t is predicted by
                 position t - 1. Special ids are no targets, so padding and id 256 want -100.
-            past_key_values, use_cache: of `generate`: each byte runs once; not differentiable.
+            cache, use_cache: of `generate`: each byte runs once; not differentiable.
+            past_key_values: the name of cache before transformers 5.24.
             logits_to_keep: how many last positions get logits (0 is all), or which.
             num_items_in_batch: what the summed loss is divided by: the targets of all batches whose
                 gradients are added up. None is those of this batch.
@@ -97,8 +103,11 @@ class STLMForCausalLM(PreTrainedModel, GenerationMixin):
             ValueError: for any other argument that is set, because it would be ignored.
         """
         _refuse(kwargs)
-        if past_key_values is not None or (use_cache and labels is None):
-            output = self._grow(input_ids, attention_mask, past_key_values, logits_to_keep)
+        texts = past_key_values if cache is None else cache
+        if texts is not None and labels is not None:
+            raise ValueError("labels: expected None beside a cache, got a tensor")
+        if texts is not None or (use_cache and labels is None):
+            output = self._grow(input_ids, attention_mask, texts, logits_to_keep)
         else:
             output = self._run(
                 input_ids, attention_mask, labels, logits_to_keep, num_items_in_batch
@@ -146,9 +155,9 @@ class STLMForCausalLM(PreTrainedModel, GenerationMixin):
         else:
             texts.append(input_ids)
         if not isinstance(logits_to_keep, int) or logits_to_keep != 1:
-            raise ValueError(f"logits_to_keep: expected 1 with use_cache, got {logits_to_keep}")
+            raise ValueError(f"logits_to_keep: expected 1 with a cache, got {logits_to_keep}")
         logits = self.stlm.embedding.logits(texts.run.hidden[:, None])
-        return CausalLMOutputWithPast(logits=logits, past_key_values=texts)
+        return CausalLMOutputWithPast(logits=logits, **{_CACHE: texts})
 
     def _logits(self, hidden: Tensor, keep: int | Tensor) -> Tensor:
         kept = hidden[:, slice(-keep, None) if isinstance(keep, int) else keep]
@@ -175,9 +184,11 @@ class STLMForCausalLM(PreTrainedModel, GenerationMixin):
         self, inputs_tensor: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
         # transformers takes every padding id for padding, id 256 before a document among them.
-        is_start = inputs_tensor == DOCUMENT_START
-        leading = is_start.long().cumprod(1)
-        return 1 - leading * F.pad(leading[:, 1:], (0, 1))
+        is_start = (inputs_tensor == DOCUMENT_START).long()
+        leading = is_start.cumprod(1)
+        mask = 1 - leading * F.pad(leading[:, 1:], (0, 1))
+        mask[:, -1] -= is_start[:, -1] - leading[:, -1]  # right padding, which is refused
+        return mask
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -196,21 +207,26 @@ class GrowingTexts:
     """
 
     is_compileable = False
+    is_linear = (False,)  # as far as transformers is concerned: it may go on from here
 
     def __init__(self, model: STLM, input_ids: Tensor, attention_mask: Tensor | None) -> None:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         rows = zip(input_ids, mask, strict=True)
         self.windows = [ids[kept.bool()].tolist() for ids, kept in rows]
         self.run = CachedRun(model, self.windows)
+        self.length = input_ids.shape[1]
 
     def append(self, input_ids: Tensor) -> None:
-        """One more id for each row, (B, 1)."""
-        if input_ids.shape != (len(self.windows), 1):
-            expected, got = (len(self.windows), 1), tuple(input_ids.shape)
+        """More ids for each row, (B, N)."""
+        rows = range(len(self.windows))
+        if input_ids.dim() != 2 or len(input_ids) != len(rows):
+            expected, got = f"({len(rows)}, N)", tuple(input_ids.shape)
             raise ValueError(f"input_ids: expected shape {expected} with a cache, got {got}")
-        for window, byte in zip(self.windows, input_ids[:, 0].tolist(), strict=True):
-            window.append(byte)
-        self.run.step(input_ids[:, 0], range(len(self.windows)))
+        for ids in input_ids.T:
+            for window, byte in zip(self.windows, ids.tolist(), strict=True):
+                window.append(byte)
+            self.run.step(ids, rows)
+        self.length += input_ids.shape[1]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i goes on from row beam_idx[i]; a row whose text changes by that is run anew."""
@@ -221,8 +237,8 @@ class GrowingTexts:
             self.run.restart(changed, [self.windows[i] for i in changed])
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """How many ids the longest row has seen."""
-        return max(map(len, self.windows))
+        """How many columns of ids, padding among them, it has been shown."""
+        return self.length
 
 
 def _refuse(arguments: dict[str, Any]) -> None:
