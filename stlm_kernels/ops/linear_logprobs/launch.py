@@ -93,16 +93,15 @@ def bwd_rows_config(width: int, valid: int, dtype: torch.dtype, device: torch.de
 
 
 def bwd_weight_config(width: int, valid: int, dtype: torch.dtype, device: torch.device) -> Config:
-    """The weight gradient's tile stays in registers while the program walks its rows.
-
-    Halves of a byte vocabulary leave room for twice as many columns of D, and each column block
-    forms its own half of the logits only.
+    """The weight gradient's tile, 128 x 128 or as large, stays in registers while a program walks
+    its rows. Each column block of D forms the logits of its rows again, so wide tables take few:
+    64 table rows are the least a Hopper product takes; 512 columns spill where there is a bias.
     """
     default = {
         "BLOCK_N": 32,
         "BLOCK_D": block_of(width, 64),
-        "BLOCK_W": block_of(width, 128),
-        "BLOCK_V": 128,
+        "BLOCK_W": block_of(width, 256),
+        "BLOCK_V": 128 if width <= 128 else 64,
         "PROGRAMS": PROGRAMS,
         "num_warps": 8,
     }
