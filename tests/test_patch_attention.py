@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from op_helpers import assert_same
 from torch import Tensor
 
-from stlm_kernels import explain, patch_attention
+from stlm_kernels import _launch, explain, patch_attention
 from stlm_kernels._pieces import length_of
 from stlm_kernels.ops.patch_attention import folded, torch_impl
 from stlm_kernels.ops.patch_attention.reference import reference, yardstick
@@ -421,3 +421,16 @@ def test_a_refusal_lists_every_reason(width: int) -> None:
     assert any("heads are" in reason for reason in explain(patch_attention, x, x, x, ints(0, 6)))
     odd = torch.zeros(6, 3, 16)
     assert any("evenly" in reason for reason in explain(patch_attention, Q, odd, odd, ints(0, 6)))
+
+
+@pytest.mark.parametrize(("patches", "block"), [(64, 16), (63, 64)])
+def test_short_patches_take_small_tiles_in_both_passes(patches: int, block: int) -> None:
+    """16 rows a patch on average, or more."""
+    triton_impl = pytest.importorskip("stlm_kernels.ops.patch_attention.triton_impl")
+    blocks: list[int] = []
+    q = torch.zeros(1024, 2, 16, dtype=torch.bfloat16)
+    borders = torch.linspace(0, 1024, patches + 1).to(torch.int32)
+    with _launch.recording(lambda *call: blocks.append(call[3]["BLOCK"])):
+        out, lse, bounds = triton_impl.launch_fwd(q, q, q, borders, False, 1.0, q.dtype)
+        triton_impl.launch_bwd(out, q, q, q, out, lse, bounds, patches, False, 1.0)
+    assert blocks[1:] == 3 * [block]  # the first notes the bounds

@@ -24,6 +24,7 @@ CASES = (
     case("long", T=4003, P=4, H=2, KV=1, K=16, borders="tail"),
     case("long", T=1003, P=2, H=2, KV=1, K=16, borders="tail", causal=1),
     case("aot", T=4096, P=512, H=8, KV=8, K=16, borders="ragged"),
+    case("aot", T=4096, P=16, H=8, KV=8, K=16, borders="ragged"),
     case("aot", T=4096, P=512, H=16, KV=4, K=48, borders="ragged", causal=1),
     case("aot", T=4096, P=512, H=8, KV=2, K=128, borders="ragged", causal=1),
     case("huge", T=17_000_000, P=1_416_667, H=4, KV=4, K=32, borders="even"),

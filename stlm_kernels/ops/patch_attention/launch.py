@@ -11,6 +11,8 @@ from ... import _checks
 from ..._launch import Config, block_of, config_for
 
 LEAST_WIDTH, MOST_WIDTH = 16, 128
+SHORT = 16
+"""Patches of up to so many rows, on average, take small tiles."""
 
 
 def unsupported_reasons(*, q: Tensor, k: Tensor, **_: Any) -> list[str]:
@@ -34,16 +36,23 @@ def width_block(width: int) -> int:
     return block_of(width, MOST_WIDTH)
 
 
-def rows_config(kernel: str, width: int, dtype: torch.dtype, device: torch.device) -> Config:
+def rows_config(
+    kernel: str, width: int, short: bool, dtype: torch.dtype, device: torch.device
+) -> Config:
     """`BLOCK` rows that a program owns, `INNER` rows of the other side that it takes at a time.
 
-    64 rows are the least a Hopper product takes; a narrow inner block wastes little on a tile that
-    overlaps its neighbours by a short patch. Products in fp32 run without tensor cores and hold
-    their operands in registers. Wide heads spill on 4 warps, or
-    with a second stage in flight (ahead-of-time lane, sm_90).
+    `short`: patches are, on average, up to `SHORT` rows long. 16 rows of one warp then see little
+    more than 32 rows, mostly in one step: at 12 bytes a patch 32 products a row, where tiles of 64
+    rows form 96 in three steps; and as instructions, not memory, limited those (by the compiler's
+    count, sm_90), that is worth more than the larger product. A longer patch is read once for every
+    tile, which is worth 64 rows, the least a Hopper product takes. Products in fp32 run without
+    tensor cores and hold their operands in registers. Wide heads spill on 4 warps, or with a second
+    stage in flight.
     """
     block = width_block(width)
     default = {"BLOCK": 64, "INNER": 32, "num_warps": 4, "num_stages": 2}
+    if short and block <= 32:
+        default |= {"BLOCK": 16, "num_warps": 1}
     if block == 128:
         inner = 16 if kernel == "bwd_q" else 32
         default |= {"INNER": inner, "num_warps": 8, "num_stages": 1}
@@ -51,5 +60,7 @@ def rows_config(kernel: str, width: int, dtype: torch.dtype, device: torch.devic
         default = {"BLOCK": 32, "INNER": 16, "num_warps": 8 if block >= 64 else 4, "num_stages": 1}
         if block == 128 and kernel == "bwd_q":
             default |= {"BLOCK": 16, "INNER": 32}
-    bucket = f"K{block}-{str(dtype).removeprefix('torch.')}"
+        if block == 64 and kernel == "bwd_kv":
+            default |= {"INNER": 32}
+    bucket = f"K{block}-{'short' if short else 'long'}-{str(dtype).removeprefix('torch.')}"
     return config_for(f"patch_attention_{kernel}", bucket, default, device)

@@ -74,6 +74,8 @@ def patch_attention(
         _checks.check_offset_values("cu_patchlens", cu_patchlens, total)
     factor, out_dtype = width**-0.5 if scale is None else float(scale), _checks.output_dtype(q)
     q, k, v = _library.distinct(q, k, v)
+    if factor <= 0:  # the kernels want a positive one
+        q, factor = q * ((factor > 0) - (factor < 0)), abs(factor) or 1.0
     if use_triton(
         "patch_attention", impl, q.device, unsupported_reasons,
         q=q, k=k, v=v, cu_patchlens=cu_patchlens, causal=causal, scale=scale,
@@ -101,16 +103,18 @@ class _PatchAttention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        q, k, v, _, ctx.causal, ctx.scale, _ = inputs
+        q, k, v, cu_patchlens, ctx.causal, ctx.scale, _ = inputs
         out, lse, bounds = output
+        ctx.patches = cu_patchlens.shape[0] - 1
         ctx.mark_non_differentiable(lse, bounds)
         ctx.save_for_backward(q, k, v, out, lse, bounds)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dq, dk, dv = _library.run_backward(
-            _BWD, "patch_attention", grads[0], *ctx.saved_tensors, ctx.causal, ctx.scale
-        )
+            _BWD, "patch_attention", grads[0], *ctx.saved_tensors, ctx.patches, ctx.causal,
+            ctx.scale,
+        )  # fmt: skip
         return dq, dk, dv, None, None, None, None
 
 
@@ -137,9 +141,12 @@ def _fwd_flops(q: Any, k: Any, v: Any, cu_patchlens: Any, *_: Any, **__: Any) ->
     return 4 * q[1] * q[2] * q[0] * q[0] // max(1, cu_patchlens[0] - 1)
 
 
-def _bwd_flops(grad: Any, q: Any, *_: Any, **__: Any) -> int:
-    """Five products of a byte with itself: how many patches there were, no shape says here."""
-    return 10 * q[0] * q[1] * q[2]
+def _bwd_flops(
+    grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, bounds: Any, patches: int, *_: Any,
+    **__: Any,
+) -> int:  # fmt: skip
+    """Five products, of patches of equal length."""
+    return 10 * q[1] * q[2] * q[0] * q[0] // max(1, patches)
 
 
 _FWD = _library.register(
@@ -151,7 +158,7 @@ _FWD = _library.register(
 )
 _BWD = _library.register(
     "patch_attention_bwd(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    "Tensor bounds, bool causal, float scale) -> (Tensor, Tensor, Tensor)",
+    "Tensor bounds, SymInt patches, bool causal, float scale) -> (Tensor, Tensor, Tensor)",
     launcher="patch_attention:launch_bwd",
     meta=_bwd_meta,
     flops=_bwd_flops,

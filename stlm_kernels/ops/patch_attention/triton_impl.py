@@ -1,16 +1,18 @@
 """patch_attention in Triton: tiles of the flat byte stream under a block-diagonal mask.
 
 Bounds. One pass finds where the patch of each row starts and ends, by bisection; all kernels below
-read these 8 bytes a row instead of searching. Rows of no patch get an empty range.
-Forward. A program owns BLOCK rows of one query head. What they can see is one range of rows, from
-the start of the first row's patch to the end of the last row's: short patches take one or two
-steps of INNER keys, a long one loops, with the softmax carried along (base 2, fp32).
+read these 8 bytes a row instead of searching. Rows of no patch get an empty range. Two rows lie in
+one patch where their starts are equal; within a tile rows are counted from its first, in int32.
+Forward. A program owns BLOCK rows of some query heads, one after the other. What they can see is
+one range of rows, from the start of the first row's patch to the end of the last row's: short
+patches take one or two steps of INNER keys, a long one loops, with the softmax carried along (base
+2, fp32).
 Backward. From the saved log-sum-exp the weights are formed again. One kernel owns BLOCK queries and
 adds up dq = dS K; it also stores delta = rowsum(dO * out). A rounded `out` makes delta wrong,
 which short patches show: as a row of dS adds up to zero, what it does add up to is delta's
-error, which is taken out at the end. The other owns BLOCK keys of one key head and walks the query
-heads that share it, forming S^T = K Q^T and dP^T = V dO^T directly, so that no accumulator is ever
-transposed: dv = P^T dO, dk = dS^T Q. No atomics, fixed order.
+error, which is taken out at the end. The other owns BLOCK keys of some key heads and walks the
+query heads that share each, forming S^T = K Q^T and dP^T = V dO^T directly, so that no accumulator
+is ever transposed: dv = P^T dO, dk = dS^T Q. No atomics, fixed order.
 
 NaN and infinities. A weight of zero does not hide a NaN: 0 * NaN is NaN, and a tile holds several
 patches. So an operand that is summed over rows enters the product with its non-finite rows zeroed,
@@ -23,6 +25,8 @@ Floor (bf16): 4 T H K bytes forward times two, twice that backward: 24 and 48 us
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -44,22 +48,26 @@ from . import launch
 
 
 @triton.jit
-def _reach(bounds_ptr, rows, total):
-    """Start and end of each row's patch, and the range of rows that any of them lies in."""
-    start = tl.load(bounds_ptr + rows, mask=rows < total, other=0).to(tl.int64)
-    end = tl.load(bounds_ptr + total + rows, mask=rows < total, other=0).to(tl.int64)
-    first = tl.min(tl.where(end > start, start, total), 0)
-    return start, end, first, tl.max(end, 0)
+def _reach(bounds_ptr, base, total, BLOCK: tl.constexpr):
+    """Which patch each of the tile's rows belongs to, by its first row, -1 if to none; and the rows
+    of all these patches, counted from `base`: the first, and one past the last.
+    """
+    rows = base + tl.arange(0, BLOCK)
+    start = tl.load(bounds_ptr + rows, mask=rows < total, other=0)
+    end = tl.load(bounds_ptr + total + rows, mask=rows < total, other=0)
+    live = end > start
+    low = tl.min(tl.where(live, (start - base).to(tl.int32), BLOCK), 0)
+    high = tl.max(tl.where(live, (end - base).to(tl.int32), 0), 0)
+    return tl.where(live, start, -1), low, high
 
 
 @triton.jit
-def _scores(own, others, places, start, end, rows, keys, shift, scale, IS_CAUSAL: tl.constexpr):
-    """Own rows' products with others', and which of those lie, at `places`, in the same patch."""
-    s = tl.dot(own, tl.trans(others), input_precision="ieee") * scale + shift[None, :]
-    seen = (places >= start[:, None]) & (places < end[:, None])
+def _sees(bounds_ptr, patch, rows, inside, earlier, later, IS_CAUSAL: tl.constexpr):
+    """Which of these rows lie in the patch of each row of the tile."""
+    seen = patch[:, None] == tl.load(bounds_ptr + rows, mask=inside, other=-2)[None, :]
     if IS_CAUSAL:
-        seen = seen & (keys <= rows)
-    return s, seen
+        seen = seen & (earlier <= later)
+    return seen
 
 
 @triton.jit(do_not_specialize=["total"])
@@ -69,38 +77,36 @@ def stlm_patch_attention_fwd(
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, IS_CAUSAL: tl.constexpr,
     DOT: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    head, block = program % H, program // H
-    rows = block * BLOCK + tl.arange(0, BLOCK)
-    start, end, low, high = _reach(bounds_ptr, rows, total)
+    program, total = tl.program_id(0).to(tl.int64), total.to(tl.int64)
+    head, base = program % H, program // H * BLOCK
+    patch, low, high = _reach(bounds_ptr, base, total, BLOCK)
     if IS_CAUSAL:
-        high = tl.minimum(high, (block + 1) * BLOCK)
-    q = tile(q_ptr, rows, end > start, q_stride, head * K, K, DOT, WIDTH)
+        high = tl.minimum(high, BLOCK)
+    own, live = tl.arange(0, BLOCK), patch >= 0
+    rows = base + own
+    q = tile(q_ptr, rows, live, q_stride, head * K, K, DOT, WIDTH)
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
-    norm = tl.zeros((BLOCK,), tl.float32)
-    acc = tl.zeros((BLOCK, WIDTH), tl.float32)
+    norm, acc = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK, WIDTH), tl.float32)
     for first in range(low, high, INNER):
-        keys = first + tl.arange(0, INNER)
-        k = tile(k_ptr, keys, keys < high, k_stride, head // GROUP * K, K, DOT, WIDTH)
-        v = tile(v_ptr, keys, keys < high, v_stride, head // GROUP * K, K, DOT, WIDTH)
+        other = first + tl.arange(0, INNER)
+        inside, keys = other < high, base + other
+        k = tile(k_ptr, keys, inside, k_stride, head // GROUP * K, K, DOT, WIDTH)
+        v = tile(v_ptr, keys, inside, v_stride, head // GROUP * K, K, DOT, WIDTH)
+        seen = _sees(bounds_ptr, patch, keys, inside, other[None, :], own[:, None], IS_CAUSAL)
         v, poison = harmless(v)
-        across = keys[None, :]
-        s, seen = _scores(
-            q, k, across, start, end, rows[:, None], across, poison, scale, IS_CAUSAL
-        )  # fmt: skip
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") + poison[None, :]
         s = tl.where(seen, s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1))
-        pivot = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that saw nothing yet
-        p = tl.where(seen, tl.exp2(s - pivot[:, None]), 0.0)
-        shrink = tl.exp2(top - pivot)
+        pivot = tl.where(new_top == float("-inf"), 0.0, new_top) * scale  # it saw nothing yet
+        p = tl.exp2(s * scale - pivot[:, None])
+        shrink = tl.exp2(top * scale - pivot)
         norm = norm * shrink + tl.sum(p, 1)
         acc = tl.dot(p.to(DOT), v, acc * shrink[:, None], input_precision="ieee")
         top = new_top
-    live = end > start
     norm = tl.where(live, norm, 1.0)
-    lse = tl.where(live, top + tl.log2(norm), 0.0)
-    tl.store(lse_ptr + head * total + rows, lse, mask=rows < total)
-    put(out_ptr, acc / norm[:, None], rows, rows < total, H * K, head * K, K, WIDTH)
+    lse = tl.where(live, top * scale + tl.log2(norm), 0.0)
+    tl.store(lse_ptr + total * head + rows, lse, mask=rows < total)
+    put(out_ptr, acc * (1.0 / norm)[:, None], rows, rows < total, H * K, head * K, K, WIDTH)
 
 
 @triton.jit(do_not_specialize=["total"])
@@ -110,32 +116,31 @@ def stlm_patch_attention_bwd_q(
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, IS_CAUSAL: tl.constexpr,
     DOT: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    head, block = program % H, program // H
-    rows = block * BLOCK + tl.arange(0, BLOCK)
-    start, end, low, high = _reach(bounds_ptr, rows, total)
-    if IS_CAUSAL:
-        high = tl.minimum(high, (block + 1) * BLOCK)
-    live = end > start
     ROUNDED: tl.constexpr = out_ptr.dtype.element_ty != tl.float32
+    program, total = tl.program_id(0).to(tl.int64), total.to(tl.int64)
+    head, base = program % H, program // H * BLOCK
+    patch, low, high = _reach(bounds_ptr, base, total, BLOCK)
+    if IS_CAUSAL:
+        high = tl.minimum(high, BLOCK)
+    own, live = tl.arange(0, BLOCK), patch >= 0
+    rows = base + own
     q = tile(q_ptr, rows, live, q_stride, head * K, K, DOT, WIDTH)
     grad = tile(grad_ptr, rows, live, H * K, head * K, K, DOT, WIDTH)
     out = tile(out_ptr, rows, live, H * K, head * K, K, tl.float32, WIDTH)
     delta = tl.sum(grad.to(tl.float32) * out, 1)
-    lse = tl.load(lse_ptr + head * total + rows, mask=live, other=0.0)
-    dq = tl.zeros((BLOCK, WIDTH), tl.float32)
-    excess, mean = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK, WIDTH), tl.float32)
+    lse = tl.load(lse_ptr + total * head + rows, mask=live, other=0.0)
+    dq, mean = tl.zeros((BLOCK, WIDTH), tl.float32), tl.zeros((BLOCK, WIDTH), tl.float32)
+    excess = tl.zeros((BLOCK,), tl.float32)
     for first in range(low, high, INNER):
-        keys = first + tl.arange(0, INNER)
-        k = tile(k_ptr, keys, keys < high, k_stride, head // GROUP * K, K, DOT, WIDTH)
-        v = tile(v_ptr, keys, keys < high, v_stride, head // GROUP * K, K, DOT, WIDTH)
+        other = first + tl.arange(0, INNER)
+        inside, keys = other < high, base + other
+        k = tile(k_ptr, keys, inside, k_stride, head // GROUP * K, K, DOT, WIDTH)
+        v = tile(v_ptr, keys, inside, v_stride, head // GROUP * K, K, DOT, WIDTH)
+        seen = _sees(bounds_ptr, patch, keys, inside, other[None, :], own[:, None], IS_CAUSAL)
         k, poison = harmless(k)
-        across = keys[None, :]
-        s, seen = _scores(
-            q, k, across, start, end, rows[:, None], across, poison, scale, IS_CAUSAL
-        )  # fmt: skip
-        dp = tl.dot(grad, tl.trans(v), input_precision="ieee")
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + poison[None, :]
         p = tl.where(seen, tl.exp2(s - lse[:, None]), 0.0)
+        dp = tl.dot(grad, tl.trans(v), input_precision="ieee")
         ds = tl.where(seen, p * (dp - delta[:, None]), 0.0)
         dq = tl.dot(ds.to(DOT), k, dq, input_precision="ieee")
         if ROUNDED:
@@ -143,7 +148,7 @@ def stlm_patch_attention_bwd_q(
             mean = tl.dot(p.to(DOT), k, mean, input_precision="ieee")
     if ROUNDED:
         dq -= excess[:, None] * mean
-    tl.store(delta_ptr + head * total + rows, delta + excess, mask=rows < total)
+    tl.store(delta_ptr + total * head + rows, delta + excess, mask=rows < total)
     put(dq_ptr, dq * unit, rows, rows < total, H * K, head * K, K, WIDTH)
 
 
@@ -154,35 +159,34 @@ def stlm_patch_attention_bwd_kv(
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, IS_CAUSAL: tl.constexpr,
     DOT: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    kv_head, block = program % (H // GROUP), program // (H // GROUP)
-    keys = block * BLOCK + tl.arange(0, BLOCK)
-    start, end, low, high = _reach(bounds_ptr, keys, total)
+    KV: tl.constexpr = H // GROUP
+    program, total = tl.program_id(0).to(tl.int64), total.to(tl.int64)
+    kv_head, base = program % KV, program // KV * BLOCK
+    patch, low, high = _reach(bounds_ptr, base, total, BLOCK)
     if IS_CAUSAL:
-        low = tl.maximum(low, block * BLOCK)
-    k = tile(k_ptr, keys, end > start, k_stride, kv_head * K, K, DOT, WIDTH)
-    v = tile(v_ptr, keys, end > start, v_stride, kv_head * K, K, DOT, WIDTH)
+        low = tl.maximum(low, 0)
+    own, live = tl.arange(0, BLOCK), patch >= 0
+    keys = base + own
+    k = tile(k_ptr, keys, live, k_stride, kv_head * K, K, DOT, WIDTH)
+    v = tile(v_ptr, keys, live, v_stride, kv_head * K, K, DOT, WIDTH)
     dk, dv = tl.zeros((BLOCK, WIDTH), tl.float32), tl.zeros((BLOCK, WIDTH), tl.float32)
-    for member in range(0, GROUP):
-        head = kv_head * GROUP + member
+    for head in range(kv_head * GROUP, kv_head * GROUP + GROUP):
         for first in range(low, high, INNER):
-            rows = first + tl.arange(0, INNER)
-            inside = rows < high
-            q, q_poison = harmless(tile(q_ptr, rows, inside, q_stride, head * K, K, DOT, WIDTH))
-            grad, poison = harmless(tile(grad_ptr, rows, inside, H * K, head * K, K, DOT, WIDTH))
-            lse = tl.load(lse_ptr + head * total + rows, mask=inside, other=0.0)
-            delta = tl.load(delta_ptr + head * total + rows, mask=inside, other=0.0)
-            shift, across = poison + q_poison - lse, rows[None, :]
-            s, seen = _scores(
-                k, q, across, start, end, across, keys[:, None], shift, scale, IS_CAUSAL
-            )  # fmt: skip
-            p = tl.where(seen, tl.exp2(s), 0.0)
+            other = first + tl.arange(0, INNER)
+            inside, rows = other < high, base + other
+            q, poison = harmless(tile(q_ptr, rows, inside, q_stride, head * K, K, DOT, WIDTH))
+            grad, more = harmless(tile(grad_ptr, rows, inside, H * K, head * K, K, DOT, WIDTH))
+            lse = tl.load(lse_ptr + total * head + rows, mask=inside, other=0.0)
+            delta = tl.load(delta_ptr + total * head + rows, mask=inside, other=0.0)
+            seen = _sees(bounds_ptr, patch, rows, inside, own[:, None], other[None, :], IS_CAUSAL)
+            s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale
+            p = tl.where(seen, tl.exp2(s + (poison + more - lse)[None, :]), 0.0)
             dv = tl.dot(p.to(DOT), grad, dv, input_precision="ieee")
             dp = tl.dot(v, tl.trans(grad), input_precision="ieee")
             ds = tl.where(seen, p * (dp - delta[None, :]), 0.0)
             dk = tl.dot(ds.to(DOT), q, dk, input_precision="ieee")
-    put(dk_ptr, dk * unit, keys, keys < total, H // GROUP * K, kv_head * K, K, WIDTH)
-    put(dv_ptr, dv, keys, keys < total, H // GROUP * K, kv_head * K, K, WIDTH)
+    put(dk_ptr, dk * unit, keys, keys < total, KV * K, kv_head * K, K, WIDTH)
+    put(dv_ptr, dv, keys, keys < total, KV * K, kv_head * K, K, WIDTH)
 
 
 def launch_fwd(
@@ -200,10 +204,10 @@ def launch_fwd(
     out = torch.empty(q.shape, dtype=out_dtype, device=q.device)
     lse = torch.empty((heads, total), dtype=torch.float32, device=q.device)
     q, k, v = with_rows(q), with_rows(k), with_rows(v)
-    options = _options("fwd", q, k, out_dtype)
+    options = _options("fwd", q, k, cu_patchlens.shape[0] - 1, out_dtype)
+    programs = _launch.ceil_div(total, options["BLOCK"]) * heads
     _launch.launch(
-        stlm_patch_attention_fwd, _launch.ceil_div(total, options["BLOCK"]) * heads,
-        q, k, v, bounds, out, lse,
+        stlm_patch_attention_fwd, programs, q, k, v, bounds, out, lse,
         total, q.stride(0), k.stride(0), v.stride(0), scale * LOG2_E,
         IS_CAUSAL=causal, device=q.device, **options,
     )  # fmt: skip
@@ -218,6 +222,7 @@ def launch_bwd(
     out: Tensor,  # (T, H, K)
     lse: Tensor,  # (H, T)
     bounds: Tensor,  # (2, T)
+    patches: int,
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -229,26 +234,29 @@ def launch_bwd(
         for x, dtype in zip((q, k, v), dtypes, strict=True)
     )
     delta = torch.empty_like(lse)
-    scalars = (total, q.stride(0), k.stride(0), v.stride(0), scale * LOG2_E, scale)
-    options = _options("bwd_q", q, k, grad.dtype)
+    scalars = (q.stride(0), k.stride(0), v.stride(0), scale * LOG2_E, scale)
+    options = _options("bwd_q", q, k, patches, grad.dtype)
+    programs = _launch.ceil_div(total, options["BLOCK"]) * q.shape[1]
     _launch.launch(
-        stlm_patch_attention_bwd_q, _launch.ceil_div(total, options["BLOCK"]) * q.shape[1],
-        q, k, v, grad, out.contiguous(), lse, bounds, dq, delta, *scalars,
+        stlm_patch_attention_bwd_q, programs,
+        q, k, v, grad, out.contiguous(), lse, bounds, dq, delta, total, *scalars,
         IS_CAUSAL=causal, device=device, **options,
     )  # fmt: skip
-    options = _options("bwd_kv", q, k, grad.dtype)
+    options = _options("bwd_kv", q, k, patches, grad.dtype)
+    programs = _launch.ceil_div(total, options["BLOCK"]) * k.shape[1]
     _launch.launch(
-        stlm_patch_attention_bwd_kv, _launch.ceil_div(total, options["BLOCK"]) * k.shape[1],
-        q, k, v, grad, lse, delta, bounds, dk, dv, *scalars,
+        stlm_patch_attention_bwd_kv, programs,
+        q, k, v, grad, lse, delta, bounds, dk, dv, total, *scalars,
         IS_CAUSAL=causal, device=device, **options,
     )  # fmt: skip
     return dq, dk, dv
 
 
-def _options(kernel: str, q: Tensor, k: Tensor, dtype: torch.dtype) -> dict[str, object]:
+def _options(kernel: str, q: Tensor, k: Tensor, patches: int, dtype: torch.dtype) -> dict[str, Any]:
     """The constants of a launch; `dtype` is what the products' operands are rounded to."""
-    _, heads, width = q.shape
-    return launch.rows_config(kernel, width, dtype, q.device) | {
+    total, heads, width = q.shape
+    short = total <= launch.SHORT * patches
+    return launch.rows_config(kernel, width, short, dtype, q.device) | {
         "H": heads,
         "GROUP": heads // k.shape[1],
         "K": width,
