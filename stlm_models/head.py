@@ -38,7 +38,8 @@ class ParallelHead(nn.Module):
         """(T,) int64: the row of `forward(with_null(states))` that predicts the byte after each.
 
         Raises:
-            ValueError: for a patch of more bytes than there are slots (values: CPU, eager).
+            ValueError: for a patch of more bytes than there are slots, or one that is not read at
+                its last byte, where slot 0 is next (values: CPU, eager).
         """
         slot = _places(patches) + 1
         closes = (patches.read_ids == patches.patch_ids) & (patches.patch_ids >= 0)
@@ -46,6 +47,7 @@ class ParallelHead(nn.Module):
         inside = patches.patch_ids >= 0
         if values_visible(slot):
             self._check(slot.masked_fill(~inside, 0))
+            _refuse_late_borders(patches)
         n_states = len(patches.cu_patchlens)  # the null state is one more than there are patches
         return patches.read_ids.long().remainder(n_states) * self.slots + self._clamp(slot)
 
@@ -73,3 +75,17 @@ def _places(patches: Patches) -> Tensor:
     # -1, no slot, counts from the last border, where the bytes without a slot begin.
     starts = patches.cu_patchlens[patches.patch_ids.long()].long()
     return torch.arange(len(starts), device=starts.device) - starts
+
+
+def _refuse_late_borders(patches: Patches) -> None:
+    """A mask of starts tells at the next patch's first byte alone that a patch has ended."""
+    own = patches.patch_ids.long()
+    after = torch.arange(1, len(own) + 1, device=own.device)
+    is_last = (own >= 0) & (patches.cu_patchlens[own + 1] == after)
+    goes_on = ~torch.isin(own + 1, patches.cu_seqlens.long())  # the document does
+    late = (is_last & goes_on & (patches.read_ids != own)).nonzero()
+    if late.numel():
+        raise ValueError(
+            "patches: expected a rule that closes patches, as the parallel output needs, got one"
+            f" whose last byte {int(late[0])} does not read it"
+        )

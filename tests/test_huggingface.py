@@ -146,6 +146,9 @@ def test_what_would_be_ignored_is_refused(model: STLMForCausalLM, tokenizer: Byt
     for inputs in (batch, {"input_ids": batch["input_ids"]}):
         with pytest.raises(ValueError, match="prompts padded on the left"):
             model.generate(**inputs, max_new_tokens=2)
+    words = {**TINY.to_dict(), "tokens": "words", "patch_rule": "none", "core_layers": 0}
+    with pytest.raises(ValueError, match='tokens: expected "bytes" to generate'):
+        STLMForCausalLM(STLMHFConfig(words)).generate(batch["input_ids"][:1], max_new_tokens=2)
     texts = model(batch["input_ids"], use_cache=True, logits_to_keep=1)[1]
     with pytest.raises(ValueError, match="labels: expected None beside a cache"):
         model(batch["input_ids"], labels=batch["input_ids"], cache=texts)

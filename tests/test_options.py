@@ -236,6 +236,16 @@ class TestParallel:
         with pytest.raises(ValueError, match="patches: expected patches of at most 5 bytes"):
             scrambled(config)(ids, patches=find_patches(ids, rule="fixed", patch_size=7))
 
+    def test_borders_that_are_known_too_late_are_refused(self) -> None:
+        """Of two documents, whose own ends need no border."""
+        ids, cu_seqlens = packed([b"ab", b"e fg"])
+        model = scrambled(dataclasses.replace(self.CONFIG, patch_rule="given"))
+        closes = find_patches(ids, closes=ids == ord(" "), cu_seqlens=cu_seqlens)
+        model(ids, cu_seqlens=cu_seqlens, patches=closes)
+        starts = find_patches(ids, starts=ids == ord("f"), cu_seqlens=cu_seqlens)
+        with pytest.raises(ValueError, match=r"patches: expected a rule that closes .* byte 5 "):
+            model(ids, cu_seqlens=cu_seqlens, patches=starts)
+
 
 class TestSharedFeedForward:
     CONFIG = dataclasses.replace(TINY, share_ff=True, encoder_layers=2)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from test_models import TINY, packed, scrambled
+from test_options import CHOICES, Choice, caller, config_of
 from torch import Tensor
 
 from stlm_kernels import _dispatch
@@ -18,7 +19,8 @@ from stlm_models import ModelConfig
 pytestmark = pytest.mark.lanes("interpret")
 
 # Heads of 16, which the kernels take.
-SMALL = dataclasses.replace(TINY, byte_dim=32, core_dim=32, core_layers=1, decoder_layers=1)
+SIZES = {"byte_dim": 32, "core_dim": 32, "decoder_layers": 1}
+SMALL = dataclasses.replace(TINY, **SIZES, core_layers=1)
 MODELS = {
     "defaults": SMALL,
     "flat": dataclasses.replace(SMALL, patch_rule="none", core_layers=0),
@@ -84,7 +86,7 @@ def results(config: ModelConfig) -> dict[str, Tensor]:
         for parameter in model.parameters():
             parameter *= 0.3  # far from saturation, where gradients would be nothing but rounding
     ids, cu_seqlens = packed([b" ab c,  de\n", b"Zo\xc3\xab x"])
-    loss_sum, n_valid = model(ids, ids.long(), cu_seqlens=cu_seqlens)
+    loss_sum, n_valid = caller(model)(ids, ids.long(), cu_seqlens)
     (loss_sum / n_valid).backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {"loss": loss_sum.detach(), **gradients}
@@ -94,12 +96,27 @@ def results(config: ModelConfig) -> dict[str, Tensor]:
 def test_kernels_give_what_the_torch_path_gives(
     name: str, on_kernels: Callable[[], set[str]]
 ) -> None:
-    expected = results(MODELS[name])
+    assert compared(MODELS[name], on_kernels) >= KERNELS[name] | {"linear_cross_entropy"}
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=lambda c: "-".join(c.values()))
+def test_every_pair_of_options_on_kernels(
+    choice: Choice, on_kernels: Callable[[], set[str]], full: bool
+) -> None:
+    if not full:
+        pytest.skip("minutes: --full")
+    config = dataclasses.replace(config_of(choice), **SIZES)
+    assert "linear_cross_entropy" in compared(config, on_kernels)
+
+
+def compared(config: ModelConfig, on_kernels: Callable[[], set[str]]) -> set[str]:
+    """The ops that took kernels in a model which gave with them what it gave without."""
+    expected = results(config)
     used = on_kernels()
-    got = results(MODELS[name])
-    assert used >= KERNELS[name] | {"linear_cross_entropy"}
+    got = results(config)
     assert got.keys() == expected.keys()
     for key, want in expected.items():
         # Both round in float32; a wrong kernel is off by as much as the tensor is large.
         off = (got[key] - want).norm() / want.norm().clamp(min=1e-6)
         assert off < 1e-4, f"{key}: {off}"
+    return used

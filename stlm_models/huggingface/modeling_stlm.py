@@ -14,6 +14,7 @@ from stlm_models import DOCUMENT_START, STLM
 from stlm_models.cached import CachedRun
 from stlm_models.checkpoint import load_tensors
 from stlm_models.config import BYTES, IGNORED
+from stlm_models.decoding import check_writes_bytes
 
 from .configuration_stlm import STLMHFConfig
 
@@ -169,8 +170,10 @@ class STLMForCausalLM(PreTrainedModel, GenerationMixin):
         """As in transformers; prompts padded on the right are refused.
 
         Raises:
-            ValueError: for those, whose continuation would stand behind their padding.
+            ValueError: for those, whose continuation would stand behind their padding, and for a
+                model that writes no bytes.
         """
+        check_writes_bytes(self.stlm)
         if attention_mask is not None and not attention_mask[:, -1].all():
             raise ValueError(
                 "attention_mask: expected prompts padded on the left"
