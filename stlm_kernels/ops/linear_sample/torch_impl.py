@@ -35,6 +35,8 @@ def sample(
     step = max(LEAST_ROWS, elements // options.valid_vocab)
     # The operands are rounded; autocast would round the logits as well.
     with torch.autocast(rows.device.type, enabled=False):
+        if rows.shape[0] <= step:
+            return _sample_chunk(rows, weight, bias, seed, 0, options)
         ids = [
             _sample_chunk(part, weight, bias, seed, i * step, options)
             for i, part in enumerate(rows.split(step))
