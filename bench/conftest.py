@@ -107,11 +107,12 @@ def pytest_terminal_summary(
     terminalreporter.section("stlm: speed and memory")
     about = facts_of(session)
     terminalreporter.write_line(report.header(about, session.ceilings))
+    ops = {record["extra_info"]["op"] for record in session.records} & OPS.keys()
+    if isinstance(session.machine, Cpu) and ops:
+        terminalreporter.write_line(f"\n{resources.summary(ops)}")
     for table in report.tables(session.records, about):
         terminalreporter.write_line("")
         terminalreporter.write_line(table)
-    if isinstance(session.machine, Cpu):
-        terminalreporter.write_line(f"\n{resources.summary()}")
     if skipped := [
         x for x in terminalreporter.stats.get("skipped", ()) if NO_TIME in str(x.longrepr)
     ]:

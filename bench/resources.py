@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -56,12 +57,13 @@ def rows_of(reports: Sequence[Report]) -> list[dict[str, Any]]:
     ]
 
 
-def lines(values: dict[str, Any], sources: str) -> list[str]:
+def lines(values: dict[str, Any], sources: str, ops: AbstractSet[str] = OPS.keys()) -> list[str]:
     """The table of a file, below its stamp.
 
     Args:
         values: what the file holds.
         sources: `sources_sha256` of the kernels here.
+        ops: whose kernels to show.
     """
     about = values["machine"]
     rows = [Report(**row, ptx="", sass="") for row in values["resources"]]
@@ -70,18 +72,19 @@ def lines(values: dict[str, Any], sources: str) -> list[str]:
         f"commit {about['commit']}, {about['date']}"
     )
     changed = [] if sources == values["sources"] else [CHANGED]
-    return [f"kernels: {stamp}", *changed, "", table(rows)]
+    wanted = [row for row in rows if ops & set(row.ops)]
+    return [f"kernels: {stamp}", *changed, *(["", table(wanted)] if wanted else [])]
 
 
 CHANGED = "KERNELS OR CONFIGURATIONS CHANGED SINCE: run  python -m bench.resources"
 
 
-def summary(arch: int = 90) -> str:
-    """What a run without a GPU shows of the kernels; nothing where no file is there."""
+def summary(ops: AbstractSet[str] = OPS.keys(), arch: int = 90) -> str:
+    """What a run without a GPU shows of the ops' kernels; nothing where no file is there."""
     path = path_of(arch)
     if not path.exists():
         return "kernels: not compiled yet: python -m bench.resources"
-    return "\n".join(lines(json.loads(path.read_text()), sources_sha256()))
+    return "\n".join(lines(json.loads(path.read_text()), sources_sha256(), ops))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

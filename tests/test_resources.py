@@ -37,6 +37,8 @@ def test_the_command_and_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for part in ("sm_90", "abc123", "stlm_byte_pool_fwd", "HGMMA"):
         assert part in shown
     assert resources.CHANGED not in shown
+    assert "stlm_byte_pool_fwd" in resources.summary({"byte_pool", "unpool"})
+    assert "stlm_byte_pool_fwd" not in resources.summary({"unpool"})
     monkeypatch.setattr(resources, "sources_sha256", lambda: "other")
     assert resources.CHANGED in resources.summary()
     assert "96 registers, 3 spills" in report.page(tmp_path)

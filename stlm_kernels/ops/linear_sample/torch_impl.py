@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 CHUNK_ELEMENTS = 1 << 20
 """Logits drawn from at a time; each takes a few int64 of noise."""
+GREEDY_ELEMENTS = 4 * CHUNK_ELEMENTS
+"""The same without noise: the fewer products, the less often they read the table."""
 LEAST_ROWS = 16
 """Rows below which the product would read the table for too little."""
 
@@ -30,9 +32,12 @@ def sample(
 ) -> Tensor:
     """(N,) int64."""
     rows, weight, bias = widened(rows, weight, bias, options.valid_vocab)
-    step = max(LEAST_ROWS, CHUNK_ELEMENTS // options.valid_vocab)
+    elements = GREEDY_ELEMENTS if options.temperature == 0 else CHUNK_ELEMENTS
+    step = max(LEAST_ROWS, elements // options.valid_vocab)
     # The operands are rounded; autocast would round the logits as well.
     with _checks.without_autocast(rows):
+        if rows.shape[0] <= step:
+            return _sample_chunk(rows, weight, bias, seed, 0, options)
         ids = [
             _sample_chunk(part, weight, bias, seed, i * step, options)
             for i, part in enumerate(rows.split(step))
@@ -53,7 +58,7 @@ def _sample_chunk(
         z = z * options.logit_scale
     if options.softcap:
         z = options.softcap * torch.tanh(z / options.softcap)
-    z = torch.nan_to_num(z, nan=-torch.inf, neginf=-torch.inf)
+    z = z.nan_to_num_(nan=-torch.inf, neginf=-torch.inf)
     if options.temperature == 0:
         return z.argmax(1)
     # Below the largest first: then no temperature is too small to divide by.

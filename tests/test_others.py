@@ -1,0 +1,84 @@
+"""Peers from other libraries, in stand-ins with their signatures: what they are handed is right."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench import others, packed_peers
+from bench.peers import PEERS
+from bench.work import CaseData
+from stlm_kernels._spec import case
+from stlm_kernels.registry import OPS
+
+CPU = torch.device("cpu")
+
+
+def _liger(
+    _input: Tensor, weight: Tensor, target: Tensor, bias: Any = None, ce_weight: Any = None,
+    ignore_index: int = 0, lse_square_scale: float = 1.0, label_smoothing: float = 1.0,
+    reduction: str = "", softcap: Any = None,
+) -> tuple[Tensor, None]:  # fmt: skip
+    assert bias is ce_weight is softcap is None
+    assert lse_square_scale == 0
+    z = F.linear(_input, weight)
+    loss = F.cross_entropy(
+        z, target, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+    )
+    return loss, None
+
+
+def _cce(
+    e: Tensor, c: Tensor, targets: Tensor, ignore_index: int = -100, softcap: Any = None,
+    reduction: str = "", shift: bool = False, filter_eps: Any = "high", impl: str = "",
+) -> Tensor:  # fmt: skip
+    """As in the release 25.1.1."""
+    assert (filter_eps, impl) == (None, "cce")
+    return F.cross_entropy(F.linear(e, c), targets, ignore_index=ignore_index, reduction=reduction)
+
+
+@pytest.mark.parametrize("name", ["Liger", "CCE, exact"])
+def test_losses_of_others(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(others, "_liger_function", lambda: SimpleNamespace(apply=_liger))
+    monkeypatch.setattr(others, "_cce_function", lambda: _cce)
+    spec = OPS["linear_cross_entropy"]
+    entry = next(x for x in PEERS[spec.name] if x.name == name)
+    data = CaseData(spec, spec.tagged("smoke")[0], torch.float32, CPU)
+    assert data.errors_of(entry, entry.function)["out"] < 1e-5
+    with_cap = case(N=40, D=32, V=260, reduction="none", cap=5.0)
+    assert "not asked for cap" in str(entry.unsupported(with_cap))
+
+
+@pytest.mark.parametrize("causal", [0, 1])
+def test_patches_as_documents(causal: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def varlen(
+        q: Tensor, k: Tensor, v: Tensor, cu: Tensor, cu_k: Tensor, longest: int, longest_k: int,
+        **options: Any,
+    ) -> Tensor:  # fmt: skip
+        seen.update(options, longest=longest)
+        causal = options["window_size"] == (-1, 0)
+        spec = OPS["patch_attention"]
+        return spec.yardstick(q, k, v, cu, causal=causal, scale=options["scale"])
+
+    monkeypatch.setattr(packed_peers, "_varlen_function", lambda: varlen)
+    monkeypatch.setattr(packed_peers, "_asks_for_groups", lambda: True)
+    spec = OPS["patch_attention"]
+    sizes = {"T": 30, "P": 4, "H": 2, "KV": 1, "K": 16, "borders": "ragged", "causal": causal}
+    data = CaseData(spec, case(**sizes), torch.float32, CPU)
+    entry = packed_peers.PATCH_VARLEN
+    assert data.errors_of(entry, entry.function)["out"] < 1e-5
+    assert seen["enable_gqa"]
+    assert seen["longest"] == int(data.first.inputs["cu_patchlens"].diff().max())
+
+
+def test_what_is_not_installed_is_no_peer() -> None:
+    assert others.function_of("no_such_library.ops", "anything") is None
+    assert others.function_of("json", "no_such_function") is None
+    assert others.function_of("json", "dumps") is not None
