@@ -92,6 +92,7 @@ _BAG = Entry("EmbeddingBag", _bag, _with_id_dtype(torch.int32), _no_gain)
 _EMBED_SEGMENT_REDUCE = Entry(
     "embedding + segment_reduce", _embed_segment_reduce, _with_id_dtype(torch.int32), _no_gain
 )
+_EMBED_INDEX_ADD = Entry("embedding + index_add", _embed_index_add, _with_patch_ids)
 
 
 # segment_pool
@@ -216,9 +217,10 @@ PEERS: dict[str, tuple[Entry, ...]] = {
             _mean_without_gain,
         ),
         _EMBED_SEGMENT_REDUCE,
-        Entry("embedding + index_add", _embed_index_add, _with_patch_ids),
+        _EMBED_INDEX_ADD,
         compiled(_BAG),
         compiled(_EMBED_SEGMENT_REDUCE),
+        compiled(_EMBED_INDEX_ADD),
     ),
     "segment_pool": (
         Entry(
