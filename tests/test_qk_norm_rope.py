@@ -281,6 +281,7 @@ Q, TABLE, W = torch.zeros(2, 6, 4, 16), torch.zeros(6, 8), torch.ones(16)
         ({"q_weight": W[:8]}, ValueError, r"q_weight: expected shape \(16,\), got \(8,\)"),
         ({"k_weight": W.half()}, ValueError, "k_weight: expected dtype float32, got float16"),
         ({"eps": -1e-6}, ValueError, "eps: expected a finite number >= 0, got -1e-06"),
+        ({"eps": True}, ValueError, "eps: expected a finite number >= 0, got True"),
         ({"eps": math.nan}, ValueError, "eps: expected a finite number >= 0, got nan"),
         ({"interleaved": 1}, ValueError, "interleaved: expected a bool, got 1"),
         ({"positions": W[:6]}, ValueError, "positions: expected dtype uint8 or int16 or int32"),

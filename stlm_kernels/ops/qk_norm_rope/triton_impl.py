@@ -136,7 +136,7 @@ def stlm_qk_norm_rope_fwd(
     IS_INTERLEAVED: tl.constexpr, HAS_POSITIONS: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
+    program, tokens = tl.program_id(0).to(tl.int64), tokens.to(tl.int64)
     q_programs = tl.cdiv(tokens * H, BLOCK)
     if program < q_programs:
         _forward(
@@ -201,7 +201,7 @@ def stlm_qk_norm_rope_bwd(
     IS_INTERLEAVED: tl.constexpr, HAS_POSITIONS: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
+    program, tokens = tl.program_id(0).to(tl.int64), tokens.to(tl.int64)
     q_programs = tl.cdiv(tokens * H, run)
     if program < q_programs:
         _backward(
