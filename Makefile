@@ -17,9 +17,14 @@ OUT ?= out
 LANE ?= gpu
 # The machine may be lent for ten at a time, and results are written at the end.
 GPU_MINUTES ?= 6
+TUNE_MINUTES ?= 4
+# Ops to tune; none named is all.
+OPS ?=
+# Which benchmark lines, as pytest's -k; empty is all.
+LINES ?=
 
 .PHONY: help test test-full lint lanes lane-cpu lane-interpret lane-aot bench check train \
-        gpu-test gpu-bench gpu-tune gpu-site full-triton36 clean
+        gpu-wheels gpu-test gpu-bench gpu-tune gpu-site full-triton36 clean
 
 help:
 	@echo "make test       lint, types and the three CPU lanes (about 10 minutes on 2 cores)"
@@ -27,7 +32,8 @@ help:
 	@echo "make bench      our ops beside their stock peers, on this machine"
 	@echo "make check      our torch path against the best stock composition, turn by turn"
 	@echo "make train      train PRESET=$(PRESET) for MINUTES=$(MINUTES) into RUN=$(RUN)"
-	@echo "make gpu-test   the gpu lane: WHEELS=dir OUT=dir; LANE=cpu rehearses it"
+	@echo "make gpu-wheels what an offline GPU machine lacks, as wheels: WHEELS=dir"
+	@echo "make gpu-test   the gpu lane: WHEELS=dir OUT=dir TESTS=files; LANE=cpu rehearses it"
 	@echo "make gpu-bench  the benchmarks on a GPU: WHEELS=dir OUT=dir; FULL=--full GPU_MINUTES=60 sweeps"
 	@echo "make gpu-tune   the offline sweep of launch configurations: WHEELS=dir OUT=dir"
 
@@ -71,6 +77,18 @@ check: $(READY)
 train: $(READY)
 	$(PY) -m stlm_models.train --preset $(PRESET) --minutes $(MINUTES) --out $(RUN)
 
+# Of one day, so that they fit each other; and the peers to measure against.
+GPU_PACKAGES = pytest pytest-xdist execnet pytest-timeout pytest-benchmark py-cpuinfo2 pluggy iniconfig \
+    packaging pygments hypothesis sortedcontainers einops liger-kernel cut-cross-entropy fla-core
+GPU_PYTHON_VERSION ?= 3.12
+
+gpu-wheels:
+	@test -n "$(WHEELS)" || { echo "error: say where to: make gpu-wheels WHEELS=dir" >&2; exit 1; }
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --implementation cp \
+	    --python-version $(GPU_PYTHON_VERSION) --platform manylinux_2_28_x86_64 \
+	    --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
+	    --dest $(WHEELS) $(GPU_PACKAGES)
+
 gpu-site:
 	@mkdir -p $(OUT)
 	@if [ -n "$(WHEELS)" ]; then \
@@ -103,11 +121,11 @@ gpu-test: gpu-site
 	$(WITH_SITE) tests/digest.py $(RESULTS) 2>&1 | tee -a $(OUT)/gpu-test.log
 
 gpu-bench: gpu-site
-	$(GPU_RUN) pytest bench --benchmark-only $(FULL) --minutes $(GPU_MINUTES) --commit $(COMMIT) \
+	$(GPU_RUN) pytest bench --benchmark-only -k '$(LINES)' $(FULL) --minutes $(GPU_MINUTES) --commit $(COMMIT) \
 	    --benchmark-json=$(OUT)/gpu-bench.json 2>&1 | tee $(OUT)/gpu-bench.log
 
 gpu-tune: gpu-site
-	$(GPU_RUN) bench.tune --minutes 4 --commit $(COMMIT) 2>&1 | tee $(OUT)/gpu-tune.log
+	$(GPU_RUN) bench.tune $(OPS) --minutes $(TUNE_MINUTES) --commit $(COMMIT) 2>&1 | tee $(OUT)/gpu-tune.log
 	cp stlm_kernels/tuned/*.json $(OUT)/
 
 clean:

@@ -134,6 +134,14 @@ def inside_torch_func() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def as_output(x: Tensor) -> Tensor:
+    """What a Function's forward returns where it may have been written in place.
+
+    Compiled by torch 2.11, such a tensor itself has gradients of zero; a view of it has them right.
+    """
+    return x.view_as(x) if torch.compiler.is_compiling() else x
+
+
 def values_visible(*tensors: Tensor) -> bool:
     """True where reading values is free: plain CPU tensors, eager, outside torch.func."""
     if torch.compiler.is_compiling() or inside_torch_func():

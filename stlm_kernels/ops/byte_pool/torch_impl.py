@@ -155,7 +155,7 @@ class _Pool(torch.autograd.Function):
     @staticmethod
     def forward(ids: Tensor, table: Tensor, borders: Tensor, patches: int, mean: bool) -> Tensor:
         pool = _plain_pool if _checks.inside_torch_func() else _pool
-        return pool(ids, table, borders, patches, mean)
+        return _checks.as_output(pool(ids, table, borders, patches, mean))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -65,7 +65,7 @@ class _SummedLoss(torch.autograd.Function):
             total += grads.add_chunk(objective, options, part, *leaves, *per_row).sum()
         ctx.objective, ctx.options, ctx.wants = objective, options, wants
         ctx.save_for_backward(*leaves, *per_row, grads.rows, grads.weight, grads.bias)
-        return total
+        return _checks.as_output(total)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

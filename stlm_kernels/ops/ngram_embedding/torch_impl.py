@@ -114,7 +114,7 @@ class _LookUp(torch.autograd.Function):
 
     @staticmethod
     def forward(rows: Tensor, out_dtype: torch.dtype, *tables: Tensor) -> Tensor:
-        return _read(rows, tables, out_dtype)
+        return _checks.as_output(_read(rows, tables, out_dtype))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -102,7 +102,7 @@ class _SegmentSum(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, borders: Tensor, mean: bool, out_dtype: torch.dtype) -> Tensor:
-        return _segment_sum(x, borders, mean, out_dtype)
+        return _checks.as_output(_segment_sum(x, borders, mean, out_dtype))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -133,7 +133,7 @@ class _SegmentMax(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, borders: Tensor) -> Tensor:
-        return _segment_max(x, borders)
+        return _checks.as_output(_segment_max(x, borders))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

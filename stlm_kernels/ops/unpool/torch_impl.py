@@ -77,7 +77,7 @@ class _Unpool(torch.autograd.Function):
         rows: Tensor,
         out_dtype: torch.dtype,
     ) -> Tensor:
-        return _read(patch_states, null_state, residual, rows, out_dtype)
+        return _checks.as_output(_read(patch_states, null_state, residual, rows, out_dtype))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
