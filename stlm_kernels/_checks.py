@@ -25,6 +25,12 @@ def require(ok: bool, name: str, expected: str, got: Any) -> None:
         raise ValueError(f"{name}: expected {expected}, got {got}")
 
 
+def require_number(ok: bool, name: str, expected: str, value: Any) -> None:
+    """`require`, with the repr of what was given made late: a number that is traced has none."""
+    if not ok:
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+
+
 def require_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     if value not in choices:
         wanted = ", ".join(map(repr, choices))
@@ -43,18 +49,23 @@ def require_int_at_least(name: str, value: Any, minimum: int) -> None:
 
 def require_scale(value: Any) -> None:
     """Of attention's products: a finite number, or None for the default."""
-    ok = value is None or (is_number(value) and math.isfinite(value))
-    require(ok, "scale", "None or a finite number", repr(value))
+    ok = value is None or is_finite(value)
+    require_number(ok, "scale", "None or a finite number", value)
 
 
 def require_softcap(value: Any) -> None:
-    """Of attention's scores: a bound, or None for none."""
+    """Of scores or logits: a bound, or None for none."""
     ok = value is None or (is_number(value) and 0 < value < math.inf)
-    require(ok, "softcap", "None or a finite number > 0", repr(value))
+    require_number(ok, "softcap", "None or a finite number > 0", value)
 
 
 def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_finite(value: Any) -> bool:
+    """True for a finite number; a comparison, as a traced number knows no math.isfinite."""
+    return is_number(value) and -math.inf < value < math.inf
 
 
 def _is_int(value: Any) -> bool:

@@ -159,6 +159,32 @@ def test_ignored_rows_count_as_little_when_compiled(way: Way, reduction: str) ->
             torch.testing.assert_close(a, c)
 
 
+def test_numbers_may_be_traced() -> None:
+    """dynamic=True makes symbols of the options that are floats, which have no repr."""
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        linear_cross_entropy, fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    way, options = Way("torch", "cpu", torch.float32), {"softcap": 5.0, "label_smoothing": 0.1}
+    for rows in (5, 7):
+        tensors = example(rows, 4, 6, way)
+        want = linear_cross_entropy(*tensors, **options)
+        torch.testing.assert_close(compiled(*tensors, **options), want)
+
+
+def test_a_bad_target_is_loud_where_it_is_not_seen() -> None:
+    """Under torch.func autograd differentiates the plain ops."""
+    hidden, weight, target = example(5, 4, 6, Way("torch", "cpu", torch.float32))
+    target[1] = 6
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        return linear_cross_entropy(hidden, weight, target, reduction="sum")
+
+    rows, table = torch.func.grad(loss, (0, 1))(hidden, weight)
+    assert rows.isnan().all(1).tolist() == [False, True, False, False, False]
+    assert table.isnan().all()
+
+
 def test_evaluation_forms_no_gradient() -> None:
     way = Way("torch", "cpu", torch.float32)
     hidden, weight, target = example(100, 16, 50, way)
@@ -212,6 +238,9 @@ def test_training_with_it_follows_stock_torch() -> None:
         ({"label_smoothing": 1.5}, r"label_smoothing: expected a number in \[0, 1\], got 1.5"),
         ({"z_loss": -1.0}, "z_loss: expected a finite number >= 0, got -1.0"),
         ({"z_loss": float("nan")}, "z_loss: expected a finite number >= 0, got nan"),
+        ({"z_loss": "much"}, "z_loss: expected a finite number >= 0, got 'much'"),
+        # A tensor would read as a number, and never get its gradient.
+        ({"logit_scale": torch.tensor(2.0)}, r"logit_scale: expected a finite number, got tensor"),
     ],
 )
 def test_bad_options(change: dict[str, Any], message: str) -> None:

@@ -125,7 +125,7 @@ def _check_options(causal: Any, window: Any, scale: Any, softcap: Any, dropout_p
     _checks.require_scale(scale)
     _checks.require_softcap(softcap)
     chance = _checks.is_number(dropout_p) and 0 <= dropout_p <= 1
-    _checks.require(chance, "dropout_p", "a number in [0, 1]", repr(dropout_p))
+    _checks.require_number(chance, "dropout_p", "a number in [0, 1]", dropout_p)
 
 
 class _Attention(torch.autograd.Function):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -81,10 +79,10 @@ def linear_cross_entropy(
         input, linear_weight, target, linear_bias, ignore_index, softcap, logit_scale, valid_vocab
     )
     _checks.require_choice("reduction", reduction, REDUCTIONS)
-    ok = 0.0 <= label_smoothing <= 1.0
-    _checks.require(ok, "label_smoothing", "a number in [0, 1]", label_smoothing)
-    ok = math.isfinite(z_loss) and z_loss >= 0
-    _checks.require(ok, "z_loss", "a finite number >= 0", z_loss)
+    ok = _checks.is_number(label_smoothing) and 0 <= label_smoothing <= 1
+    _checks.require_number(ok, "label_smoothing", "a number in [0, 1]", label_smoothing)
+    ok = _checks.is_finite(z_loss) and z_loss >= 0
+    _checks.require_number(ok, "z_loss", "a finite number >= 0", z_loss)
     options = options._replace(label_smoothing=float(label_smoothing), z_loss=float(z_loss))
 
     on_kernels = use_triton(

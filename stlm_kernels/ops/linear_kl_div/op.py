@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -94,8 +93,8 @@ def linear_kl_div(
         mask = torch.ones(leading, dtype=torch.bool, device=device)
     _checks.require_tensor("mask", mask, leading, (torch.bool,), device)
     _checks.require_choice("reduction", reduction, REDUCTIONS)
-    ok = math.isfinite(temperature) and temperature > 0
-    _checks.require(ok, "temperature", "a finite number > 0", temperature)
+    ok = _checks.is_finite(temperature) and temperature > 0
+    _checks.require_number(ok, "temperature", "a finite number > 0", temperature)
     without_kernel("linear_kl_div", impl, device)
 
     options = DistillOptions(float(temperature), softcap or 0.0, float(logit_scale), valid)

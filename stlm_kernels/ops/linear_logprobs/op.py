@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -139,10 +138,9 @@ def check_projection(
     valid = vocab if valid_vocab is None else valid_vocab
     _checks.require_int_at_least("valid_vocab", valid, 1)
     _checks.require(valid <= vocab, "valid_vocab", f"at most V = {vocab}", valid)
-    if softcap is not None:
-        ok = math.isfinite(softcap) and softcap > 0
-        _checks.require(ok, "softcap", "None or a finite number > 0", softcap)
-    _checks.require(math.isfinite(logit_scale), "logit_scale", "a finite number", logit_scale)
+    _checks.require_softcap(softcap)
+    ok = _checks.is_finite(logit_scale)
+    _checks.require_number(ok, "logit_scale", "a finite number", logit_scale)
     return valid
 
 

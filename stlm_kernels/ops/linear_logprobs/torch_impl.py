@@ -132,7 +132,8 @@ def _form(
         loss = torch.lerp(loss, -logp.mean(1), options.label_smoothing)
     if options.z_loss:
         loss = loss + options.z_loss * lse.square()
-    loss = torch.where(kept, loss.masked_fill(bad, float("nan")), 0)
+    # A product, as NaN put in place of the loss would leave the gradients zero.
+    loss = torch.where(kept, loss * torch.where(bad, float("nan"), 1.0), 0)
     lse = torch.where(kept, lse, 0)
     return Chunk(inputs, logits if options.softcap else None, logp, loss, lse)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -120,12 +119,13 @@ def linear_sample(
 
 
 def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    ok = math.isfinite(temperature) and temperature >= 0
-    _checks.require(ok, "temperature", "a finite number >= 0", temperature)
+    ok = _checks.is_finite(temperature) and temperature >= 0
+    _checks.require_number(ok, "temperature", "a finite number >= 0", temperature)
     if top_k is not None:
         _checks.require_int_at_least("top_k", top_k, 1)
     if top_p is not None:
-        _checks.require(0 < top_p <= 1, "top_p", "None or a number in (0, 1]", top_p)
+        ok = _checks.is_number(top_p) and 0 < top_p <= 1
+        _checks.require_number(ok, "top_p", "None or a number in (0, 1]", top_p)
 
 
 def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:

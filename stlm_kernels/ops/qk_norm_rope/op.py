@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -74,8 +73,8 @@ def qk_norm_rope(
         if weight is not None:
             dtypes = _checks.weight_dtypes(q.dtype)
             _checks.require_tensor(name, weight, (q.shape[-1],), dtypes, q.device)
-    number = _checks.is_number(eps) and math.isfinite(eps) and eps >= 0
-    _checks.require(number, "eps", "a finite number >= 0", repr(eps))
+    number = _checks.is_finite(eps) and eps >= 0
+    _checks.require_number(number, "eps", "a finite number >= 0", eps)
     _checks.require(isinstance(interleaved, bool), "interleaved", "a bool", repr(interleaved))
     length, n_positions = q.shape[-3], cos.shape[0]
     if positions is None:
