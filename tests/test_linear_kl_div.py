@@ -164,3 +164,14 @@ def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: 
 
 def test_explain_says_that_there_is_no_kernel() -> None:
     assert any("no Triton kernel" in reason for reason in explain(linear_kl_div, **GOOD))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiled_without_a_gradient(reduction: str) -> None:
+    """Dynamo calls the autograd functions itself where nothing wants a gradient."""
+    rng = torch.Generator().manual_seed(0)
+    hidden, weight, teacher = (torch.randn(5, n, generator=rng) for n in (4, 4, 5))
+    torch._dynamo.reset()
+    compiled = torch.compile(linear_kl_div, fullgraph=True, backend="aot_eager")
+    got = compiled(hidden, weight, teacher, reduction=reduction)
+    torch.testing.assert_close(got, linear_kl_div(hidden, weight, teacher, reduction=reduction))

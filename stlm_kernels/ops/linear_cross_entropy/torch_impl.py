@@ -40,8 +40,9 @@ def summed_loss(
     with _checks.without_autocast(rows):
         if _checks.inside_torch_func():
             return plain_losses(objective, options, rows, weight, bias, *per_row)[0].sum()
-        recorded = torch.is_grad_enabled()
-        return _SummedLoss.apply(objective, options, recorded, rows, weight, bias, *per_row)
+        recorded, leaves = torch.is_grad_enabled(), (rows, weight, bias)
+        wants = tuple(recorded and x is not None and x.requires_grad for x in leaves)
+        return _SummedLoss.apply(objective, options, wants, *leaves, per_row)
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -52,14 +53,13 @@ class _SummedLoss(torch.autograd.Function):
         ctx: Any,
         objective: Objective,
         options: Any,
-        recorded: bool,
+        wants: tuple[bool, ...],
         rows: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        *per_row: Tensor,
+        per_row: tuple[Tensor, ...],  # dynamo counts parameters, and a starred one as one
     ) -> Tensor:
         leaves = (rows, weight, bias)
-        wants = tuple(recorded and x is not None and x.requires_grad for x in leaves)
         grads, total = Gradients(rows, weight, bias, wants), rows.new_zeros(())
         for part in chunks_of(rows.shape[0], options.valid_vocab):
             total += grads.add_chunk(objective, options, part, *leaves, *per_row).sum()
@@ -75,4 +75,4 @@ class _SummedLoss(torch.autograd.Function):
             found = recorded_backward(ctx.objective, ctx.options, ctx.wants, each, *arguments)
         else:
             found = [None if x is None else x * grads[0] for x in (drows, dweight, dbias)]
-        return None, None, None, *found, *[None] * (len(arguments) - 3)
+        return None, None, None, *found, None

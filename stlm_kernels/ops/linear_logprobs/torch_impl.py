@@ -63,7 +63,7 @@ def row_losses(
     with _checks.without_autocast(rows):
         if _checks.inside_torch_func():
             return plain_losses(objective, options, rows, weight, bias, *per_row)
-        return _RowLosses.apply(objective, options, rows, weight, bias, *per_row)
+        return _RowLosses.apply(objective, options, rows, weight, bias, per_row)
 
 
 def widened(
@@ -233,7 +233,7 @@ class _RowLosses(torch.autograd.Function):
         rows: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        *per_row: Tensor,
+        per_row: tuple[Tensor, ...],  # dynamo counts parameters, and a starred one as one
     ) -> tuple[Tensor, Tensor]:
         loss, lse = rows.new_zeros(rows.shape[0]), rows.new_zeros(rows.shape[0])
         for part in chunks_of(rows.shape[0], options.valid_vocab):
@@ -245,15 +245,15 @@ class _RowLosses(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.objective, ctx.options, *tensors = inputs
-        ctx.save_for_backward(*tensors)
+        ctx.objective, ctx.options, *leaves, per_row = inputs
+        ctx.save_for_backward(*leaves, *per_row)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         wants = tuple(ctx.needs_input_grad[2:5])
         derive = recorded_backward if torch.is_grad_enabled() else _backward
         found = derive(ctx.objective, ctx.options, wants, grads, *ctx.saved_tensors)
-        return None, None, *found, *[None] * (len(ctx.saved_tensors) - 3)
+        return None, None, *found, None
 
 
 def recorded_backward(

@@ -97,11 +97,20 @@ def noise(
     dtype: torch.dtype,
 ) -> Tensor:
     """(n, V) exponential noise, by seed, row and id alone."""
-    # Never an arange times a step: inductor makes a C++ loop of it, and a compiler that takes
-    # signed overflow for impossible drops the loop's end. It knows nothing of an xor with a hash.
-    row = torch.arange(first_row, first_row + shape[0], device=seed.device)
-    column = torch.arange(shape[1], device=seed.device)
+    row = _counted(first_row, shape[0], seed.device)
+    column = _counted(0, shape[1], seed.device)
     uniform = (
         shifted(hashed(seed, row[:, None], column), 24).to(dtype).mul_(2.0**-40).add_(2.0**-41)
     )
     return uniform.clamp_max_(1 - torch.finfo(dtype).eps / 2).neg_().log1p_().neg_()
+
+
+def _counted(first: int, count: int, device: torch.device) -> Tensor:
+    """first, first + 1, ...; where inductor compiles, loaded from memory.
+
+    It would make the index of a C++ loop of an arange, and a compiler that takes signed overflow
+    for impossible drops the end of a loop whose index is in the hash's products: seen wherever the
+    seed was a number known to it. A sort stays a call.
+    """
+    numbers = torch.arange(first, first + count, device=device)
+    return numbers.sort().values if torch.compiler.is_compiling() else numbers
