@@ -75,6 +75,7 @@ class Reporter:
             self.line.say(f"sample: {sample(trainer, SAMPLE_BYTES)!r}")
         if trainer.seconds - self._last_save >= self.save_every:
             self._last_save = trainer.seconds
+            self._require_finite(float(result.loss))
             trainer.save(self.run)
 
     def finish(self) -> None:
@@ -86,6 +87,7 @@ class Reporter:
     def _record(self) -> None:
         trainer = self.trainer
         loss = float(torch.stack([step.loss for step in self._steps]).mean())
+        self._require_finite(loss)
         n_bytes = sum(step.n_bytes for step in self._steps)
         rate = n_bytes / max(1e-9, trainer.seconds - self._last_record)
         record: dict[str, Any] = {
@@ -104,6 +106,14 @@ class Reporter:
         if record.get("lost_patches"):
             self.line.say(lost_patches_text(record["lost_patches"], trainer.patch_capacity))
         self._steps, self._last_record = [], trainer.seconds
+
+    def _require_finite(self, loss: float) -> None:
+        """A model that is lost must not take the place of the last good checkpoint."""
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"loss: expected a finite number, got {loss} by step {self.trainer.step}:"
+                " lower --muon-lr and --adamw-lr, or set --clip"
+            )
 
     def _share_of_the_devices(self, bytes_per_second: float) -> float:
         """Model FLOPs utilisation: of what all processes' devices could multiply."""
@@ -150,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error)
     try:
         return _train(trainer, run, parsed) if ranks.is_first else _follow(trainer)
-    except OSError as error:
+    except (OSError, FloatingPointError) as error:
         return _fail(error)
     except KeyboardInterrupt:
         print("stopped; what was saved stays", file=sys.stderr)

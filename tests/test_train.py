@@ -19,8 +19,8 @@ import torch
 import stlm_models.config
 import stlm_models.generate
 import stlm_models.train
-from stlm_models import ModelConfig
-from stlm_models.checkpoint import load_checkpoint, save_checkpoint
+from stlm_models import STLM, ModelConfig
+from stlm_models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from stlm_models.data import Corpus, load_corpus
 from stlm_models.optim import lr_scale
 from stlm_models.train import main
@@ -275,6 +275,17 @@ class TestBadInput:
         assert train("--data", text, "--out", tmp_path / "file" / "run") == 1
         assert "Not a directory" in one_line(capsys)
 
+    def test_a_run_that_diverges_ends_and_saves_nothing(
+        self, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        run = tmp_path / "run"
+        common = ("--data", text, "--out", run, "--rows", 1, "--precision", "fp32")
+        assert train(*common, "--steps", 12, "--muon-lr", 1e30, "--save-every", 0) == 1
+        line = one_line(capsys)
+        assert "loss: expected a finite number, got nan by step" in line
+        assert "lower --muon-lr" in line
+        assert all(t.isfinite().all() for t in load_checkpoint(run).model.values())
+
     def test_a_full_disk(
         self, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -303,6 +314,15 @@ assert len(model.generate("x", max_new_bytes=2)) == 2
 """
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
+
+
+def test_generate_into_a_closed_pipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_checkpoint(tmp_path, Checkpoint(SMALL, STLM(SMALL).state_dict(), {}, {"step": 1}))
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert stlm_models.generate.main(["--run", str(tmp_path), "--max-new-bytes", "3"]) == 0
 
 
 def test_corpus_of_a_command_is_what_it_prints(text: str, capsys: Any) -> None:
