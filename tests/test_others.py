@@ -25,7 +25,7 @@ def _liger(
     reduction: str = "", softcap: Any = None,
 ) -> tuple[Tensor, None]:  # fmt: skip
     assert bias is ce_weight is softcap is None
-    assert lse_square_scale == 0
+    assert (lse_square_scale, ignore_index) == (0, -100)
     z = F.linear(_input, weight)
     loss = F.cross_entropy(
         z, target, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
