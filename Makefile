@@ -24,11 +24,11 @@ OPS ?=
 LINES ?=
 
 .PHONY: help test test-full lint lanes lane-cpu lane-interpret lane-aot bench check train \
-        gpu-wheels gpu-test gpu-bench gpu-tune gpu-site full-triton36 clean
+        gpu-wheels gpu-test gpu-bench gpu-tune gpu-site full-triton36 full-trainers clean
 
 help:
 	@echo "make test       lint, types and the three CPU lanes (about 10 minutes on 2 cores)"
-	@echo "make test-full  the same lanes in their long form, and triton 3.6.0"
+	@echo "make test-full  the same lanes in their long form, triton 3.6.0, and other trainers"
 	@echo "make bench      our ops beside their stock peers, on this machine"
 	@echo "make check      our torch path against the best stock composition, turn by turn"
 	@echo "make train      train PRESET=$(PRESET) for MINUTES=$(MINUTES) into RUN=$(RUN)"
@@ -51,6 +51,7 @@ test: $(READY)
 test-full: $(READY)
 	$(MAKE) --no-print-directory -j2 --output-sync=target lint lane-cpu lane-interpret lane-aot FULL=--full
 	$(MAKE) --no-print-directory full-triton36
+	$(MAKE) --no-print-directory full-trainers
 
 lint: $(READY)
 	$(PY) -m ruff check .
@@ -67,6 +68,15 @@ full-triton36: $(READY)
 	    'numpy<2.4' einops pytest hypothesis pytest-benchmark safetensors tqdm matplotlib
 	OMP_NUM_THREADS=1 $(VENV)-triton36/bin/python -m pytest -q --lane interpret
 	OMP_NUM_THREADS=1 $(VENV)-triton36/bin/python -m pytest -q --lane aot --full
+
+# What `make test` skips: the newest transformers, accelerate and lightning beside the pinned torch.
+full-trainers:
+	$(PYTHON) -m venv $(VENV)-trainers
+	$(VENV)-trainers/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch triton
+	$(VENV)-trainers/bin/pip install --quiet --disable-pip-version-check -c constraints.txt \
+	    -e '.[dev,hf]' accelerate lightning
+	OMP_NUM_THREADS=1 $(VENV)-trainers/bin/python -m pytest -q --lane cpu tests/test_huggingface.py \
+	    tests/test_tied_embedding.py tests/test_architecture.py
 
 bench: $(READY)
 	$(PY) -m pytest bench --benchmark-only
@@ -129,4 +139,4 @@ gpu-tune: gpu-site
 	cp stlm_kernels/tuned/*.json $(OUT)/
 
 clean:
-	rm -rf $(VENV) $(VENV)-triton36 out build *.egg-info
+	rm -rf $(VENV) $(VENV)-triton36 $(VENV)-trainers out build *.egg-info
