@@ -54,8 +54,8 @@ class TrainOptions:
     steps: int | None = None
     rows: int = 8
     seed: int = 0
-    muon_lr: float = 0.04
-    adamw_lr: float = 0.008
+    muon_lr: float = 0.02
+    adamw_lr: float = 0.004
     precision: str = "fp32"
     accumulate: int = 1
     schedule: str = "wsd"
