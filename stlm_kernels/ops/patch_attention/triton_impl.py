@@ -3,15 +3,14 @@
 Bounds. One pass finds where the patch of each row starts and ends, by bisection; all kernels below
 read these 8 bytes a row instead of searching. Rows of no patch get an empty range. Two rows lie in
 one patch where their starts are equal; within a tile rows are counted from its first, in int32.
-Forward. A program owns BLOCK rows of some query heads, one after the other. What they can see is
-one range of rows, from the start of the first row's patch to the end of the last row's: short
-patches take one or two steps of INNER keys, a long one loops, with the softmax carried along (base
-2, fp32).
+Forward. A program owns BLOCK rows of one query head. What they can see is one range of rows, from
+the start of the first row's patch to the end of the last row's: short patches take one or two
+steps of INNER keys, a long one loops, with the softmax carried along (base 2, fp32).
 Backward. From the saved log-sum-exp the weights are formed again. One kernel owns BLOCK queries and
 adds up dq = dS K; it also stores delta = rowsum(dO * out). A rounded `out` makes delta wrong,
 which short patches show: as a row of dS adds up to zero, what it does add up to is delta's
-error, which is taken out at the end. The other owns BLOCK keys of some key heads and walks the
-query heads that share each, forming S^T = K Q^T and dP^T = V dO^T directly, so that no accumulator
+error, which is taken out at the end. The other owns BLOCK keys of one key head and walks the
+query heads that share it, forming S^T = K Q^T and dP^T = V dO^T directly, so that no accumulator
 is ever transposed: dv = P^T dO, dk = dS^T Q. No atomics, fixed order.
 
 NaN and infinities. A weight of zero does not hide a NaN: 0 * NaN is NaN, and a tile holds several
