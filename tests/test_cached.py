@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from test_models import CLOSE, RULES, TEXT, TINY, ids_of, scrambled
+from model_helpers import CLOSE, RULES, TEXT, TINY, ids_of, scrambled
 from torch import Tensor, nn
 
 from stlm_kernels.testing import assert_matches

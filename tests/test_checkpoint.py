@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from model_helpers import TINY, ids_of, scrambled
 from safetensors.torch import load_file
-from test_models import TINY, ids_of, scrambled
 
 from stlm_models import STLM, ModelConfig
 from stlm_models.checkpoint import (

@@ -20,7 +20,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_models import TEXT, TINY, scrambled
+from model_helpers import TEXT, TINY, scrambled
 from torch import Tensor, nn
 
 from stlm_models import STLM, bits_per_byte

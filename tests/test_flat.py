@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from model_helpers import CLOSE, TEXT, TINY, ids_of, packed, scrambled
 from test_cached import full_states, seen_ids, varied, write_greedily
-from test_models import CLOSE, TEXT, TINY, ids_of, packed, scrambled
 from torch import nn
 
 from stlm_kernels.testing import assert_causal

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_models import TINY, scrambled
+from model_helpers import TINY, scrambled
 from torch import Tensor, nn
 
 from stlm_models import STLM

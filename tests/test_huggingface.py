@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from model_helpers import TINY, scrambled
 from test_cached import write_greedily
-from test_models import TINY, scrambled
 from torch import Tensor
 
 from stlm_models import STLM

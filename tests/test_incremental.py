@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_models import TEXT, packed
+from model_helpers import TEXT, packed
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_models import CLOSE, TEXT, TINY, ids_of, scrambled
+from model_helpers import CLOSE, TEXT, TINY, ids_of, scrambled
 from torch import Tensor
 
 from stlm_kernels import Patches, find_patches

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_models import TINY, scrambled
+from model_helpers import TINY, scrambled
 
 import stlm_models.config
 import stlm_models.train

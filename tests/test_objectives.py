@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from test_models import CLOSE, TEXT, TINY, packed, scrambled
+from model_helpers import CLOSE, TEXT, TINY, packed, scrambled
 from torch import Tensor, nn
 
 from stlm_models import STLM, TiedEmbedding

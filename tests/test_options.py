@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from model_helpers import CLOSE, TEXT, TINY, ids_of, packed, scrambled
 from test_cached import seen_ids, varied, write_greedily
-from test_models import CLOSE, TEXT, TINY, ids_of, packed, scrambled
 from torch import Tensor
 
 from stlm_kernels import Patches, find_patches

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_models import TINY, packed, scrambled
+from model_helpers import TINY, packed, scrambled
 from test_options import CHOICES, Choice, caller, config_of
 from torch import Tensor
 

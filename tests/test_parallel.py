@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from model_helpers import TINY, ids_of, scrambled
 from ranks import run_ranks
-from test_models import TINY, ids_of, scrambled
 from torch import Tensor
 from torch.distributed.tensor import distribute_tensor
 from torch.nn.parallel import DistributedDataParallel

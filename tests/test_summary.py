@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_models import TINY
+from model_helpers import TINY
 
 from stlm_models import STLM, summary
 

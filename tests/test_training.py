@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_models import TINY
+from model_helpers import TINY
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 

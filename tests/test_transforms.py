@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import Way
+from model_helpers import TINY, scrambled
 from op_helpers import inputs_of, map_tensors, results, upstream_of
-from test_models import TINY, scrambled
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_models import TINY
+from model_helpers import TINY
 
 import stlm_models.config
 from bench import report, twins

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_models import TINY, scrambled
+from model_helpers import TINY, scrambled
 
 from stlm_kernels import find_patches
 from stlm_models import DOCUMENT_START, bits_per_byte, words
