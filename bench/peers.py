@@ -146,8 +146,16 @@ def _edge_gather(x: Tensor, cu_patchlens: Tensor, mode: str) -> Tensor:
     return torch.where((ends > starts)[:, None], x[rows], 0)
 
 
+_EDGES = Entry("gather of edges", _edge_gather, _segment_inputs, _only("first", "last"))
 _TIES = "it splits the gradient of equal maxima, where the op gives it to the first"
 _INDEX_ADD = Entry("index_add", _index_add, _segment_inputs_with_patch_ids, _only("mean", "sum"))
+_SEGMENT_REDUCE = Entry(
+    "segment_reduce",
+    _segment_reduce,
+    _segment_inputs,
+    _only("mean", "sum", "max"),
+    loose_gradients=_TIES,
+)
 _SCATTER_REDUCE = Entry(
     "scatter_reduce",
     _scatter_reduce,
@@ -204,6 +212,7 @@ def _unpool_where(
 
 
 _INDEX_SELECT = Entry("index_select + add", _unpool_index_select, _with_table_rows)
+_UNPOOL_WHERE = Entry("gather + where + add", _unpool_where, _with_table_rows)
 
 
 PEERS: dict[str, tuple[Entry, ...]] = {
@@ -223,24 +232,21 @@ PEERS: dict[str, tuple[Entry, ...]] = {
         compiled(_EMBED_INDEX_ADD),
     ),
     "segment_pool": (
-        Entry(
-            "segment_reduce",
-            _segment_reduce,
-            _segment_inputs,
-            _only("mean", "sum", "max"),
-            loose_gradients=_TIES,
-        ),
+        _SEGMENT_REDUCE,
         _INDEX_ADD,
         _SCATTER_REDUCE,
-        Entry("gather of edges", _edge_gather, _segment_inputs, _only("first", "last")),
+        _EDGES,
         compiled(_INDEX_ADD),
-        compiled(replace(_SCATTER_REDUCE, unsupported=_only("max"))),
+        compiled(_SEGMENT_REDUCE),
+        compiled(_SCATTER_REDUCE),
+        compiled(_EDGES),
     ),
     "unpool": (
         _INDEX_SELECT,
         Entry("embedding + add", _unpool_embedding, _with_table_rows),
-        Entry("gather + where + add", _unpool_where, _with_table_rows),
+        _UNPOOL_WHERE,
         compiled(_INDEX_SELECT),
+        compiled(_UNPOOL_WHERE),
     ),
     **attention_peers.PEERS,
     **decode_peers.PEERS,

@@ -83,12 +83,14 @@ def _scatter_softmax(
     return pooled.flatten(1, 2).to(key.dtype)
 
 
+_PADDED_SDPA = Entry("padded SDPA", _padded_sdpa, _with_rows_by_patch)
 _SCATTER_SOFTMAX = Entry("scatter softmax", _scatter_softmax, _with_patch_ids)
 
 PEERS: dict[str, tuple[Entry, ...]] = {
     "attention_pool": (
-        Entry("padded SDPA", _padded_sdpa, _with_rows_by_patch),
+        _PADDED_SDPA,
         _SCATTER_SOFTMAX,
         compiled(_SCATTER_SOFTMAX),
+        compiled(_PADDED_SDPA),
     ),
 }

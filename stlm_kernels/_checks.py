@@ -155,12 +155,28 @@ def as_output(x: Tensor) -> Tensor:
 
 def values_visible(*tensors: Tensor) -> bool:
     """True where reading values is free: plain CPU tensors, eager, outside torch.func."""
+    for x in tensors:  # a generator costs more than all the rest here
+        if not x.is_cpu:
+            return False
+    return values_readable(*tensors)
+
+
+def values_readable(*tensors: Tensor) -> bool:
+    """True where values can be read, on a GPU at the price of a synchronisation.
+
+    Shapes alone (the meta device, a FakeTensorMode), graphs and transforms have none.
+    """
     if torch.compiler.is_compiling() or inside_torch_func():
         return False
-    for x in tensors:  # a generator costs more than all the rest here
-        if not x.is_cpu or type(x) not in (Tensor, torch.nn.Parameter) or _is_batched(x):
+    for x in tensors:
+        if type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta or _is_batched(x):
             return False
     return True
+
+
+def many_at_once(*grads: Tensor) -> bool:
+    """True for gradients taken many at a time, by `is_grads_batched` or by torch.func.vmap."""
+    return inside_torch_func() or any(map(_is_batched, grads))
 
 
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
@@ -194,6 +210,17 @@ def check_offset_values(name: str, offsets: Tensor, total: int) -> None:
             f"after {values[position - 1]} at position {position}"
         )
     require(values[-1] <= total, name, f"last entry <= {total}", values[-1])
+
+
+def positive_scale(q: Tensor, scale: float | None) -> tuple[Tensor, float]:
+    """Queries and a factor > 0 of the same scores; None is K^-0.5.
+
+    The kernels and stock attention under a mask, which they scale as well, want no other.
+    """
+    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if factor > 0:
+        return q, factor
+    return q * (-1 if factor < 0 else 0), -factor or 1.0
 
 
 def clamped_bounds(offsets: Tensor, total: int) -> Tensor:

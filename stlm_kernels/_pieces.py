@@ -181,7 +181,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, pieces: Iterable[Piece], rule: Rule)
 
 def gradients(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, pieces: Iterable[Piece], rule: Rule
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Of q, k and v; each piece owns its queries, and pieces given by ranges add to their keys."""
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for piece in pieces:
@@ -206,17 +206,6 @@ def gradients(
         _add(dk, piece.keys, _ungrouped(dscores.transpose(-1, -2) @ formed.q, keys))
         _add(dv, piece.keys, _ungrouped(weights.transpose(-1, -2) @ up, keys))
     return dq, dk, dv
-
-
-def recorded_gradients(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, pieces: Iterable[Piece], rule: Rule
-) -> tuple[Tensor, ...]:
-    """The gradients through autograd, for somebody who differentiates them again."""
-    leaves = [x if x.requires_grad else x.detach().requires_grad_() for x in (q, k, v)]
-    out = attend_plainly(leaves[0], leaves[1], leaves[2], pieces, rule)
-    if not out.requires_grad:  # there is no piece
-        return tuple(map(torch.zeros_like, leaves))
-    return torch.autograd.grad(out, leaves, grad, create_graph=True, materialize_grads=True)
 
 
 def _write(x: Tensor, place: Place, values: Tensor) -> None:

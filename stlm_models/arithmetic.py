@@ -6,6 +6,7 @@ number may lie in to the symbol's share of it, and digits leave when the rest no
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 
@@ -35,11 +36,11 @@ class Encoder:
             self._width <<= 8
 
     def finish(self) -> bytes:
-        """The code of all symbols, without the zeros at its end, which a `Decoder` adds."""
+        """The code of all symbols."""
         # The first number of the interval all of whose digits but one have left.
         self._raise_low((1 << LAST_DIGIT) - 1)
         self._shift_out()
-        return bytes(self._digits).rstrip(b"\0")
+        return bytes(self._digits)
 
     def _shift_out(self) -> None:
         self._digits.append(self._low >> LAST_DIGIT)
@@ -58,7 +59,10 @@ class Encoder:
 
 
 class Decoder:
-    """Reads back what an `Encoder` has written; from anything else, any symbols."""
+    """Reads back what an `Encoder` has written; from anything else, any symbols.
+
+    Behind the code it reads zeros.
+    """
 
     def __init__(self, code: bytes) -> None:
         self._code, self._read = code, 0
@@ -85,3 +89,13 @@ class Decoder:
         digit = self._code[self._read] if self._read < len(self._code) else 0
         self._read += 1
         self._offset = self._offset << 8 | digit
+
+
+def most_symbols(digits: int, alphabet: int) -> int:
+    """How many symbols a code of so many bytes can hold, where none has an empty share.
+
+    The likeliest symbol costs so many bits at least, and all digits but one have left the interval,
+    which is never narrower than a digit.
+    """
+    least_bits = -math.log1p(-(alphabet - 1) / 2**TOTAL_BITS) / math.log(2)
+    return int(8 * max(0, digits) / least_bits)

@@ -87,7 +87,7 @@ def unpack(file: bytes) -> Compressed:
     return Compressed(checkpoint.hex(), content.hex(), length, context, machine, codes)
 
 
-def sha256(data: bytes | bytearray) -> str:
+def sha256(data: bytes) -> str:
     """SHA-256 in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 

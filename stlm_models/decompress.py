@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from .arithmetic import Decoder
+from .arithmetic import Decoder, most_symbols
 from .checkpoint import load_checkpoint, model_of, require_extra
 from .compress import EXTRA, SUFFIX, FileProgress, new_file
 from .compressed import Compressed, machine_of, sha256, unpack
-from .lanes import code_lanes, lane_borders, reproducible
+from .config import BYTES
+from .lanes import code_lanes, reproducible
 from .progress import replace_file
 
 if TYPE_CHECKING:
@@ -51,24 +52,31 @@ def decompress(
     ):
         if expected != got:
             raise ValueError(f"{name}: expected {expected}, which made the file, got {got}")
+    size = sum(map(len, packed.codes))
+    most = most_symbols(size, BYTES)
+    if packed.length > most:
+        raise ValueError(
+            f"file: damaged, its {size} bytes of code hold at most {most} of text, "
+            f"got {packed.length}"
+        )
     lanes = len(packed.codes)
     decoders = [Decoder(code) for code in packed.codes]
-    borders = lane_borders(packed.length, lanes)
-    data = bytearray(packed.length)
+    parts = [bytearray() for _ in packed.codes]  # grown as they are decoded
 
     def decode(step: int, rows: Sequence[int], cumulative: NDArray[np.int64]) -> list[int]:
         found = [decoders[lane].decode(cumulative[lane]) for lane in rows]
         for lane, byte in zip(rows, found, strict=True):
-            data[borders[lane] + step] = byte
+            parts[lane].append(byte)
         if on_progress is not None:
             on_progress(step * lanes + len(rows))
         return found
 
     with reproducible(model):
         code_lanes(model, packed.length, lanes, decode)
+    data = b"".join(parts)
     if sha256(data) != packed.content:
         raise ValueError(_other_arithmetic(packed, machine_of(model.embedding.weight.device)))
-    return bytes(data)
+    return data
 
 
 def _other_arithmetic(packed: Compressed, machine: str) -> str:

@@ -6,6 +6,9 @@ All of them take packed tensors: T bytes or P patches of all documents behind ea
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -162,7 +165,7 @@ class TiedEmbedding(nn.Module):
         """x (..., D) -> (..., V) fp32, V = valid_vocab or vocab_size."""
         weight = self._output_table()[: self.vocab_size if valid_vocab is None else valid_vocab]
         # The loss is a small difference of large logits: bf16 ones would cost it 1e-2.
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             logits = self.logit_scale * F.linear(x.float(), weight.float())
             return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
 
@@ -264,6 +267,11 @@ class UntiedEmbedding(TiedEmbedding):
 
     def _output_table(self) -> Tensor:
         return self._whole(self.output_weight)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """A block that keeps x in its dtype; of shapes alone (the meta device) there is no autocast."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def dense_cu_seqlens(byte_ids: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:

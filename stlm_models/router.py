@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from stlm_kernels import Patches, segment_pool
 
 from .attention import document_starts
-from .layers import dense_cu_seqlens
+from .layers import dense_cu_seqlens, without_autocast
 from .norms import rms_norm
 
 
@@ -105,7 +105,7 @@ class Router(nn.Module):
 
     def gate(self, routing: Routing, patches: Patches) -> Tensor:
         """(P,) the gate of each patch for `ema_unpool`: p of its first byte, 0 if it is empty."""
-        with torch.autocast(routing.probs.device.type, enabled=False):
+        with without_autocast(routing.probs):
             probs = routing.probs[:, None]
             return segment_pool(probs, patches.cu_patchlens, mode="first")[:, 0]
 

@@ -24,7 +24,7 @@ from model_helpers import TEXT, TINY, scrambled
 from torch import Tensor, nn
 
 from stlm_models import STLM, bits_per_byte
-from stlm_models.arithmetic import TOTAL_BITS, Decoder, Encoder
+from stlm_models.arithmetic import TOTAL_BITS, Decoder, Encoder, most_symbols
 from stlm_models.checkpoint import Checkpoint, load_checkpoint, load_model, save_checkpoint
 from stlm_models.compress import compress
 from stlm_models.compress import main as compress_main
@@ -88,8 +88,18 @@ class TestArithmetic:
         assert decoded(code, shares, len(symbols)) == symbols
 
     def test_nothing_costs_nothing(self) -> None:
-        assert coded([], [0, TOTAL]) == b""
+        assert coded([], [0, TOTAL]) == b"\0"
         assert len(coded([0] * 10_000, [0, TOTAL - 255, TOTAL])) < 40
+
+    @pytest.mark.parametrize("symbol", [0, 255])
+    def test_what_a_code_holds_at_most(self, symbol: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With coarser shares, so that a digit does not hold hundreds of thousands."""
+        monkeypatch.setattr("stlm_models.arithmetic.TOTAL_BITS", 12)
+        shares = [*range(symbol + 1), *range(2**12 - 255 + symbol, 2**12 + 1)]
+        assert shares[symbol + 1] - shares[symbol] == 2**12 - 255
+        for count in range(1, 1500, 7):
+            digits = len(coded([symbol] * count, shares))
+            assert most_symbols(digits - 2, 256) < count <= most_symbols(digits, 256)
 
 
 class TestShares:
@@ -243,6 +253,13 @@ class TestRefusals:
         ):
             with pytest.raises(ValueError, match=f"file: expected 1 to {len(TEXT)} lanes"):
                 unpack(made)
+
+    @pytest.mark.parametrize("length", [2**62, 2**40, 365_000 * 2])
+    def test_more_text_than_the_codes_can_hold(self, model: STLM, file: bytes, length: int) -> None:
+        """And no memory is asked for what a header promises."""
+        packed = Compressed(**{**vars(unpack(file)), "length": length, "codes": (b"ab",)})
+        with pytest.raises(ValueError, match=f"file: damaged, its 2 bytes .* got {length}"):
+            decompress(model, packed.pack(), checkpoint=MINE)
 
     def test_another_checkpoint(self, model: STLM, file: bytes) -> None:
         with pytest.raises(ValueError, match=f"checkpoint: expected {MINE}, .* got {OTHERS}"):

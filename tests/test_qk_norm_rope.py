@@ -157,7 +157,9 @@ def test_pieces_of_a_batch_and_of_a_row(
     assert_close_to_oracle(call | {"interleaved": interleaved}, way)
 
 
-def test_pieces_are_differentiated_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_are_differentiated_twice_and_many_times_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(torch_impl, "PIECE_ELEMENTS", 8)
     call = example(2, 2, heads=2, kv_heads=1, width=4, way=Way("torch", "cpu", torch.float64))
     leaves = tuple(call[name] for name in NAMES)
@@ -167,7 +169,7 @@ def test_pieces_are_differentiated_twice(monkeypatch: pytest.MonkeyPatch) -> Non
             q, k, call["cos"], call["sin"], q_weight=weights[0], k_weight=weights[1]
         )
 
-    assert torch.autograd.gradcheck(turned, leaves)
+    assert torch.autograd.gradcheck(turned, leaves, check_batched_grad=True)
     assert torch.autograd.gradgradcheck(turned, leaves)
 
 

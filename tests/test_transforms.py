@@ -5,12 +5,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from conftest import Way
 from model_helpers import TINY, scrambled
-from op_helpers import inputs_of, map_tensors, results, upstream_of
+from op_helpers import (
+    as_leaves,
+    gradients,
+    in_fp64,
+    inputs_of,
+    map_tensors,
+    op_cases,
+    results,
+    run,
+    skip_unless_covered,
+    upstream_of,
+)
+from test_options_kernels import MODELS
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -21,48 +34,95 @@ from stlm_kernels import (
     patch_attention,
     segment_pool,
 )
-from stlm_kernels._spec import OpSpec
-from stlm_kernels.registry import OPS
+from stlm_kernels._spec import Case, Inputs, OpSpec
+from stlm_kernels.testing import assert_matches
+from stlm_models import STLM
 from stlm_models.attention import rotary_tables
 
 WAY = Way("torch", "cpu", torch.float32)
-DIFFERENTIABLE = (
-    "byte_pool", "segment_pool", "attention_pool", "unpool", "ema_unpool", "ngram_embedding",
-)  # fmt: skip
 RESULT_LANES = pytest.mark.lanes("cpu", "interpret", "gpu")
 BORDERS = torch.tensor([0, 2, 5], dtype=torch.int32)
 IDS = torch.arange(5)
 
 
-def specs(*names: str) -> list[object]:
-    return [pytest.param(OPS[name], id=name) for name in names]
+def on_meta(inputs: Inputs) -> Inputs:
+    return map_tensors(inputs, lambda x: x.detach().to("meta").requires_grad_(x.requires_grad))
 
 
-@pytest.mark.parametrize("spec", specs(*DIFFERENTIABLE, "find_patches"))
-def test_meta_tensors_give_shapes(spec: OpSpec) -> None:
-    inputs = inputs_of(spec, spec.tagged("smoke")[0], WAY)
-    shapes = map_tensors(inputs, lambda x: x.to("meta"))
-    got = results(spec.op(**shapes))
-    for name, x in results(spec.op(**inputs)).items():
-        assert got[name].is_meta
-        assert (got[name].shape, got[name].dtype) == (x.shape, x.dtype)
+def has_a_size(spec: OpSpec, case: Case) -> bool:
+    """Patches are as many as the values make them, unless there is a capacity."""
+    return spec.name != "find_patches" or "C" in case.sizes
 
 
-@pytest.mark.parametrize("spec", specs(*DIFFERENTIABLE))
-def test_many_gradients_at_once(spec: OpSpec) -> None:
-    """`is_grads_batched`, which torch.autograd.functional vectorises with: no torch.func there."""
-    inputs = inputs_of(spec, spec.tagged("smoke")[0], WAY)
-    out = results(spec.op(**inputs))
-    upstream = upstream_of(out)["out"]
-    leaves = [inputs[name] for name in spec.grad_args if inputs.get(name) is not None]
-    several = torch.stack([upstream, 2 * upstream, upstream.flip(0)])
-    batched = torch.autograd.grad(
-        out["out"], leaves, several, is_grads_batched=True, retain_graph=True
-    )
-    for i, one in enumerate(several):
-        alone = torch.autograd.grad(out["out"], leaves, one, retain_graph=True)
-        for some, x in zip(batched, alone, strict=True):
-            torch.testing.assert_close(some[i], x, rtol=1e-5, atol=1e-5)
+SIZED = [param for param in op_cases("smoke") if has_a_size(*param.values)]
+
+
+def assert_shapes(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, x in expected.items():
+        assert (found[name].shape, found[name].dtype) == (x.shape, x.dtype), name
+
+
+@pytest.mark.parametrize(("spec", "case"), SIZED)
+def test_shapes_on_the_meta_device(spec: OpSpec, case: Case) -> None:
+    inputs = inputs_of(spec, case, WAY)
+    for found, expected in zip(
+        run(spec, spec.op, on_meta(inputs)), run(spec, spec.op, inputs), strict=True
+    ):
+        assert_shapes(found, expected)
+        assert all(x.is_meta for x in found.values())
+
+
+@pytest.mark.parametrize(("spec", "case"), SIZED)
+def test_shapes_in_a_fake_mode(spec: OpSpec, case: Case) -> None:
+    inputs = inputs_of(spec, case, WAY)
+    expected = run(spec, spec.op, inputs)
+    with FakeTensorMode() as mode:
+        found = run(spec, spec.op, map_tensors(inputs, mode.from_tensor))
+    assert_shapes(found[0], expected[0])
+    assert_shapes(found[1], expected[1])
+
+
+Outputs = Callable[..., tuple[Tensor, ...]]
+
+
+def by_autograd(function: Outputs, leaves: list[Tensor], ups: tuple[Tensor, ...]) -> Any:
+    """What torch.autograd.functional vectorises with: no torch.func there."""
+    return torch.autograd.grad(function(*leaves), leaves, ups, is_grads_batched=True)
+
+
+def by_vmap(function: Outputs, leaves: list[Tensor], ups: tuple[Tensor, ...]) -> Any:
+    heads = function(*leaves)
+    return torch.func.vmap(lambda *ups: torch.autograd.grad(heads, leaves, ups))(*ups)
+
+
+def by_vjp(function: Outputs, leaves: list[Tensor], ups: tuple[Tensor, ...]) -> Any:
+    return torch.func.vmap(torch.func.vjp(function, *leaves)[1])(ups)
+
+
+@pytest.mark.parametrize("take", [by_autograd, by_vmap, by_vjp])
+@pytest.mark.parametrize(("spec", "case"), op_cases("smoke"))
+def test_many_gradients_at_once(spec: OpSpec, case: Case, take: Any) -> None:
+    """Each row of them is held to the tolerance of a gradient taken by itself."""
+    skip_unless_covered(spec, WAY, grad=True)
+    inputs = inputs_of(spec, case, WAY)
+    names = [name for name in spec.grad_args if inputs.get(name) is not None]
+
+    def function(*leaves: Tensor) -> tuple[Tensor, ...]:
+        return tuple(results(spec.op(**inputs | dict(zip(names, leaves, strict=True)))).values())
+
+    def alone(judge: Any, given: Inputs, ups: dict[str, Tensor]) -> dict[str, Tensor]:
+        return gradients(spec, given, results(judge(**given)), ups)
+
+    ups = [upstream_of(results(spec.op(**inputs)), seed) for seed in (1, 2)]
+    together = tuple(torch.stack([up[name] for up in ups]) for name in ups[0])
+    found = take(function, [inputs[name] for name in names], together)
+    for i, up in enumerate(ups):
+        want = alone(spec.reference, in_fp64(spec, inputs), up)
+        allowed = alone(spec.yardstick, as_leaves(spec, inputs), up)
+        for name, grads in zip(names, found, strict=True):
+            exact, rows = name in spec.exact(case), name in spec.row_args
+            assert_matches(grads[i], want[name], allowed[name], name=name, exact=exact, rows=rows)
 
 
 TWICE: dict[str, Callable[..., Tensor]] = {
@@ -77,18 +137,26 @@ TWICE: dict[str, Callable[..., Tensor]] = {
 @pytest.mark.one_dtype
 @pytest.mark.parametrize("name", TWICE)
 def test_one_tensor_for_two_arguments_compiles(name: str, way: Way) -> None:
-    """Dynamo refuses an autograd.Function that is given one tensor twice."""
+    """Dynamo refuses an autograd.Function that is given one tensor twice.
+
+    Compiled, the call may be as wrong as it is eager.
+    """
 
     def fn(x: Tensor) -> Tensor:
         return TWICE[name](x, impl=way.impl)
 
     torch._dynamo.reset()
     x = torch.randn(5, 2, 16, device=way.device, requires_grad=True)
-    want, got = fn(x), torch.compile(fn, fullgraph=True, backend="eager")(x)
-    torch.testing.assert_close(got, want)
-    upstream = torch.randn_like(want)
-    (want,), (got,) = (torch.autograd.grad(out, x, upstream) for out in (want, got))
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    wide = x.detach().cpu().double().requires_grad_()
+    outs = TWICE[name](wide, impl="torch"), fn(x), fn(x)
+    compiled = torch.compile(fn, fullgraph=True, backend="eager")(x)
+    assert_matches(compiled, *outs[:2])
+    upstream = torch.randn_like(compiled)
+    (want,) = torch.autograd.grad(outs[0], wide, upstream.cpu().double())
+    (eager,), (got,) = (torch.autograd.grad(out, x, upstream) for out in (outs[1], compiled))
+    assert_matches(got, want, eager)
+    if way.impl == "torch":
+        assert_matches(*torch.autograd.grad(outs[2], x, upstream, create_graph=True), want, eager)
 
 
 @pytest.mark.parametrize("mode", ["mean", "sum", "max", "first", "last"])
@@ -102,16 +170,20 @@ def test_borders_of_many_texts_at_once(mode: str) -> None:
 
     got = torch.func.vmap(torch.func.grad(loss), (None, 0))(x[0], several)
     for one, borders in zip(got, several, strict=True):
-        torch.testing.assert_close(one, torch.func.grad(loss)(x[0], borders))
+        assert torch.equal(one, torch.func.grad(loss)(x[0], borders))
     got = torch.func.vmap(torch.func.grad(loss))(x, several)
     for one, *arguments in zip(got, x, several, strict=True):
-        torch.testing.assert_close(one, torch.func.grad(loss)(*arguments))
+        assert torch.equal(one, torch.func.grad(loss)(*arguments))
 
 
 def test_gradients_of_each_text_by_themselves() -> None:
-    """vmap over a whole model: modules look at no values there, and keep nothing of it."""
+    """vmap over a whole model: modules look at no values there, and keep nothing of it.
+
+    Its gradients are those of torch.func.grad, and may be as wrong as autograd's.
+    """
     model = scrambled(replace(TINY, patch_capacity=24)).train()
     parameters = dict(model.named_parameters())
+    wide = {name: x.detach().double().requires_grad_() for name, x in parameters.items()}
     texts = torch.randint(32, 123, (2, 20))
 
     def loss(parameters: dict[str, Tensor], text: Tensor) -> Tensor:
@@ -120,9 +192,33 @@ def test_gradients_of_each_text_by_themselves() -> None:
 
     several = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, texts)
     for i, text in enumerate(texts):
-        wanted = torch.autograd.grad(loss(parameters, text), list(parameters.values()))
-        for got, want in zip(several.values(), wanted, strict=True):
-            torch.testing.assert_close(got[i], want, rtol=1e-4, atol=1e-5)
+        together = [x[i] for x in several.values()]
+        same = torch.func.grad(loss)(parameters, text).values()
+        assert all(map(torch.equal, together, same))
+        eager, want = (
+            torch.autograd.grad(loss(leaves, text), list(leaves.values()))
+            for leaves in (parameters, wide)
+        )
+        assert_matches(*(torch.cat([x.flatten() for x in xs]) for xs in (together, want, eager)))
+
+
+@pytest.mark.parametrize(("where", "packed"), [("meta", False), ("fake", True)])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_of_shapes_alone(name: str, where: str, packed: bool) -> None:
+    """A training step, and logits."""
+    config = MODELS[name]
+    if config.patch_rule != "none":
+        config = replace(config, patch_capacity=24)
+    with torch.device("meta") if where == "meta" else FakeTensorMode():
+        model = STLM(config).train()
+        ids = torch.randint(32, 123, (40,) if packed else (2, 20))
+        borders = torch.tensor([0, 7, 40], dtype=torch.int32) if packed else None
+        loss, count = model(ids, ids, cu_seqlens=borders)
+        loss.backward()
+        logits = model(ids, cu_seqlens=borders)
+    assert loss.shape == count.shape == ()
+    assert logits.shape == (*ids.shape, config.vocab_size)
+    assert all(x.grad is not None and x.grad.shape == x.shape for x in model.parameters())
 
 
 def test_tables_of_a_fake_mode_do_not_outlive_it() -> None:

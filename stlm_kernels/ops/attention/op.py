@@ -76,7 +76,8 @@ def attention(
         calls, and dense calls of the torch path under compile. The kernels work in proportion to
         T times window and can be differentiated once, the torch path any number of times. With
         documents the torch path reads cu_seqlens (on a GPU: one synchronisation), except under
-        compile and torch.func, where without a window its work grows with T squared.
+        compile, torch.func and for shapes alone, where without a window its work grows with T
+        squared.
 
     Source: FlashAttention-2 (arXiv 2307.08691) for the online softmax and its backward; the
     two-kernel backward without atomics, and masks only at the edges, in this project's own form.
@@ -103,9 +104,7 @@ def attention(
     )  # fmt: skip
     q, k, v = _library.distinct(q, k, v)
     out_dtype = _checks.output_dtype(q)
-    factor = width**-0.5 if scale is None else float(scale)
-    if factor <= 0:  # both paths, and stock SDPA, want a positive one
-        q, factor = q * ((factor > 0) - (factor < 0)), abs(factor) or 1.0
+    q, factor = _checks.positive_scale(q, scale)
     packed = q.dim() == 3
     if packed:
         q, k, v = q[None], k[None], v[None]

@@ -1,23 +1,24 @@
 """attention in aten ops: SDPA where it fits, else blocks of queries over the keys that they see.
 
 SDPA takes dense calls, and documents grouped by length into batches; windows on a CPU are cut into
-blocks for it (`banded`). Its backward cannot be differentiated, so one that is itself recorded goes
-through the plain composition. Other windows, softcap and dropout, non-finite operands (of which
-SDPA lets hidden ones through), torch.func, and documents under compile go through pieces: a block
-of rows meets one range of keys, so that memory stays small and the work of a window grows with
-T x window.
+blocks for it (`banded`). Its backward cannot be differentiated, so one that is itself recorded, or
+takes many gradients at once, goes through the plain composition. Other windows, softcap and
+dropout, non-finite operands (of which SDPA lets hidden ones through), torch.func, and documents
+whose borders cannot be read (compile, shapes alone) go through pieces: a block of rows meets one
+range of keys, so that memory stays small and the work of a window grows with T x window.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import _checks, _pieces
+from ... import _checks, _pieces, _recorded
 from ..._pieces import LEAST_ROWS, Piece, Place, Rule
 from ..._rounding import rounded
 from . import banded as bands
@@ -53,8 +54,9 @@ def attention(
 ) -> Tensor:
     """(B, T, H, K) in `out_dtype`."""
     dense = cu_seqlens is None
-    unread = _checks.inside_torch_func() or (torch.compiler.is_compiling() and not dense)
+    readable = cu_seqlens is None or _checks.values_readable(cu_seqlens)
     windowed = options.window is not None and options.window < q.shape[1]
+    unread = _checks.inside_torch_func() or not readable
     plain = unread or options.softcap or options.dropout_p or q.numel() == 0
     stock = not (plain or windowed)
     banded = windowed and q.is_cpu and not (plain or torch.compiler.is_compiling())
@@ -156,10 +158,8 @@ def _hides_poison(options: Options, *tensors: Tensor) -> bool:
     """Whether SDPA would show rows what they must not see, 0 * NaN is NaN, or take a query of NaN
     for one that sees nothing.
     """
-    if not tensors[0].is_cpu:
-        return False
     watched = tensors if options.causal else tensors[:1]
-    return not _pieces.all_finite(*watched)
+    return _checks.values_visible(*watched) and not _pieces.all_finite(*watched)
 
 
 class _Stock(torch.autograd.Function):
@@ -180,7 +180,7 @@ class _Stock(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, cu_seqlens = ctx.saved_tensors
         empty = not ctx.recorded.requires_grad  # there is no document
-        if empty or torch.is_grad_enabled() or _hides_poison(ctx.options, *grads):
+        if empty or _recorded.is_needed(*grads) or _hides_poison(ctx.options, *grads):
             derived = _gradients(grads[0], q, k, v, cu_seqlens, ctx.options, None)
         else:
             derived = torch.autograd.grad(
@@ -207,7 +207,7 @@ class _Banded(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, cu_seqlens, out, *sight = ctx.saved_tensors
-        if torch.is_grad_enabled() or _hides_poison(ctx.options, *grads):
+        if _recorded.is_needed(*grads) or _hides_poison(ctx.options, *grads):
             derived = _gradients(grads[0], q, k, v, cu_seqlens, ctx.options, None)
         else:
             flat = bands.gradients(
@@ -228,9 +228,8 @@ def _in_pieces(
     if options.dropout_p:
         seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=q.device)
     if _checks.inside_torch_func():
-        cut, rule = _cutter(q, cu_seqlens, options), _rule(options, seed)
-        flat_q, flat_k, flat_v = _flat(q, k, v)
-        return _pieces.attend_plainly(flat_q, flat_k, flat_v, cut(True), rule).view(q.shape)
+        pieces = _cutter(q, cu_seqlens, options)(True)
+        return _attend_plainly(q, k, v, pieces, _rule(options, seed))
     return _InPieces.apply(q, k, v, cu_seqlens, options, seed)
 
 
@@ -279,7 +278,7 @@ def _cut(
     start: Tensor, end: Tensor, heads: int, reach: int, causal: bool, mixed: bool
 ) -> Iterator[Piece]:
     """Blocks of rows; row t sees the keys from start[t] to end[t]."""
-    total, read = start.shape[0], not _unread()
+    total, read = start.shape[0], _checks.values_readable(start)
     widest = max(1, heads * min(total, 2 * reach))
     step = min(max(reach, LEAST_BLOCK), _pieces.PIECE_SCORES // widest)
     step = max(LEAST_ROWS, step)
@@ -300,10 +299,6 @@ def _cut(
         yield Piece(slice(first, last), slice(least, most), hidden[None], mixed or not sighted)
 
 
-def _unread() -> bool:
-    return torch.compiler.is_compiling() or _checks.inside_torch_func()
-
-
 def _gradients(
     grad: Tensor,
     q: Tensor,
@@ -312,14 +307,18 @@ def _gradients(
     cu_seqlens: Tensor | None,
     options: Options,
     seed: Tensor | None,
-) -> tuple[Tensor, ...]:
-    derive = _pieces.gradients
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        derive = _pieces.recorded_gradients
-    flat_q, flat_k, flat_v = _flat(q, k, v)
+) -> Sequence[Tensor | None]:
     pieces = _cutter(q, cu_seqlens, options)(_pieces.may_be_mixed(grad, q, k, v))
-    derived = derive(grad.flatten(0, 1), flat_q, flat_k, flat_v, pieces, _rule(options, seed))
-    return tuple(dx.view(x.shape) for dx, x in zip(derived, (q, k, v), strict=True))
+    rule = _rule(options, seed)
+    if _recorded.is_needed(grad):
+        attend = partial(_attend_plainly, pieces=pieces, rule=rule)
+        return _recorded.gradients(attend, (q, k, v), (grad,))
+    derived = _pieces.gradients(grad.flatten(0, 1), *_flat(q, k, v), pieces, rule)
+    return [dx.view(x.shape) for dx, x in zip(derived, (q, k, v), strict=True)]
+
+
+def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, pieces: Iterator[Piece], rule: Rule) -> Tensor:
+    return _pieces.attend_plainly(*_flat(q, k, v), pieces, rule).view(q.shape)
 
 
 class _InPieces(torch.autograd.Function):
@@ -335,9 +334,7 @@ class _InPieces(torch.autograd.Function):
         seed: Tensor | None,
     ) -> Tensor:
         pieces = _cutter(q, cu_seqlens, options)(_pieces.may_be_mixed(q, k, v))
-        flat_q, flat_k, flat_v = _flat(q, k, v)
-        out = _pieces.attend(flat_q, flat_k, flat_v, pieces, _rule(options, seed))
-        return out.view(q.shape)
+        return _pieces.attend(*_flat(q, k, v), pieces, _rule(options, seed)).view(q.shape)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

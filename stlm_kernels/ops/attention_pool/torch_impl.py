@@ -79,7 +79,7 @@ def _softmax(scores: Tensor, patches: _Patches) -> Tensor:
 
 def _largest(x: Tensor, patches: _Patches) -> Tensor:
     """(T, ...) -> (P, ...)."""
-    if not _is_traced():
+    if not _is_traced(x):
         borders = patches.borders.long()
         return torch.segment_reduce(x, "max", offsets=borders, unsafe=True)
     index = patches.of_row.view(-1, *[1] * (x.ndim - 1)).expand(x.shape)
@@ -90,21 +90,21 @@ def _largest(x: Tensor, patches: _Patches) -> Tensor:
 def _sum(x: Tensor, patches: _Patches) -> Tensor:
     """(T, ...) -> (P, ...), the sum of each patch's rows."""
     count = patches.borders.shape[0] - 1
-    if _is_traced():
+    if _is_traced(x):
         return x.new_zeros(count, *x.shape[1:]).index_add(0, patches.of_row, x)
     return _Sum.apply(x.flatten(1), *patches).unflatten(1, x.shape[1:])
 
 
 def _spread(x: Tensor, patches: _Patches) -> Tensor:
     """(P, ...) -> (T, ...), to each row what its patch has."""
-    if _is_traced():
+    if _is_traced(x):
         return x.index_select(0, patches.of_row)
     return _Spread.apply(x.flatten(1), *patches).unflatten(1, x.shape[1:])
 
 
-def _is_traced() -> bool:
+def _is_traced(x: Tensor) -> bool:
     """Where stock ops differentiate themselves: EmbeddingBag has no batching rule."""
-    return torch.compiler.is_compiling() or _checks.inside_torch_func()
+    return torch.compiler.is_compiling() or _checks.many_at_once(x)
 
 
 class _Sum(torch.autograd.Function):
@@ -121,7 +121,7 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _Spread.apply(grads[0], *ctx.saved_tensors), None, None
+        return _spread(grads[0], _Patches(*ctx.saved_tensors)), None, None
 
 
 class _Spread(torch.autograd.Function):
@@ -137,4 +137,4 @@ class _Spread(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _Sum.apply(grads[0], *ctx.saved_tensors), None, None
+        return _sum(grads[0], _Patches(*ctx.saved_tensors)), None, None

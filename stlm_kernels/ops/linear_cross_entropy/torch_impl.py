@@ -63,7 +63,7 @@ class _SummedLoss(torch.autograd.Function):
         grads, total = Gradients(rows, weight, bias, wants), rows.new_zeros(())
         for part in chunks_of(rows.shape[0], options.valid_vocab):
             total += grads.add_chunk(objective, options, part, *leaves, *per_row).sum()
-        ctx.objective, ctx.options, ctx.wants = objective, options, wants
+        ctx.objective, ctx.options = objective, options
         ctx.save_for_backward(*leaves, *per_row, grads.rows, grads.weight, grads.bias)
         return _checks.as_output(total)
 
@@ -72,7 +72,7 @@ class _SummedLoss(torch.autograd.Function):
         *arguments, drows, dweight, dbias = ctx.saved_tensors
         if torch.is_grad_enabled():
             each = (grads[0].expand(arguments[0].shape[0]),)
-            found = recorded_backward(ctx.objective, ctx.options, ctx.wants, each, *arguments)
+            found = recorded_backward(ctx.objective, ctx.options, each, *arguments)
         else:
             found = [None if x is None else x * grads[0] for x in (drows, dweight, dbias)]
         return None, None, None, *found, None

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import _checks
+from ... import _checks, _recorded
 from ..._rounding import rounded
 from ..._sharding import ROW, from_own_part, is_dtensor, own_part
 
@@ -251,37 +251,29 @@ class _RowLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         wants = tuple(ctx.needs_input_grad[2:5])
-        derive = recorded_backward if torch.is_grad_enabled() else _backward
-        found = derive(ctx.objective, ctx.options, wants, grads, *ctx.saved_tensors)
+        arguments = (grads, *ctx.saved_tensors)
+        if _recorded.is_needed(*grads):
+            found = recorded_backward(ctx.objective, ctx.options, *arguments)
+        else:
+            found = _backward(ctx.objective, ctx.options, wants, *arguments)
         return None, None, *found, None
 
 
 def recorded_backward(
     objective: Objective,
     options: Any,
-    wants: tuple[bool, ...],
     grads: tuple[Tensor, ...],  # of the losses, and of the lse if it was given out
     rows: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     *per_row: Tensor,
 ) -> list[Tensor | None]:
-    """The gradients through autograd, for somebody who differentiates them again."""
-    outputs = plain_losses(objective, options, rows, weight, bias, *per_row)
-    # An objective without a log-sum-exp gives out zeros that depend on nothing.
-    heads = [(x, grad) for x, grad in zip(outputs, grads, strict=False) if x.requires_grad]
-    operands = zip((rows, weight, bias), wants, strict=True)
-    leaves = [x for x, wanted in operands if wanted and x is not None]
-    found = iter(
-        torch.autograd.grad(
-            [x for x, _ in heads],
-            leaves,
-            [grad for _, grad in heads],
-            create_graph=True,
-            materialize_grads=True,
-        )
-    )
-    return [next(found) if wanted else None for wanted in wants]
+    """The gradients through autograd, for whom the chunked ones are not."""
+
+    def losses(*leaves: Any) -> tuple[Tensor, Tensor]:
+        return plain_losses(objective, options, *leaves, *per_row)
+
+    return _recorded.gradients(losses, (rows, weight, bias), grads)
 
 
 def _backward(

@@ -54,8 +54,8 @@ def patch_attention(
         backward, and with `causal` reaches no earlier byte's output. What sees it may be NaN as a
         whole: an infinite value gives NaN, and a NaN in one column may show in all of them. The
         torch path can be differentiated any number of times, the kernels once. It reads
-        cu_patchlens (on a GPU: one synchronisation), except under compile and torch.func, where
-        its work grows with T squared.
+        cu_patchlens (on a GPU: one synchronisation), except under compile, torch.func and for
+        shapes alone, where its work grows with T squared.
 
     Source: the attention of bytes within their patch in MEGABYTE (arXiv 2305.07185) and in Super
     Tiny Language Models (arXiv 2405.14159); tiles over the flat byte stream are this project's.
@@ -72,10 +72,9 @@ def patch_attention(
     _checks.require_scale(scale)
     if _checks.values_visible(cu_patchlens):
         _checks.check_offset_values("cu_patchlens", cu_patchlens, total)
-    factor, out_dtype = width**-0.5 if scale is None else float(scale), _checks.output_dtype(q)
     q, k, v = _library.distinct(q, k, v)
-    if factor <= 0:  # the kernels want a positive one
-        q, factor = q * ((factor > 0) - (factor < 0)), abs(factor) or 1.0
+    out_dtype = _checks.output_dtype(q)
+    q, factor = _checks.positive_scale(q, scale)
     if use_triton(
         "patch_attention", impl, q.device, unsupported_reasons,
         q=q, k=k, v=v, cu_patchlens=cu_patchlens, causal=causal, scale=scale,

@@ -4,22 +4,23 @@ scores stay small.
 Pieces serve GPUs, non-finite operands that flash attention would hide or show, and a backward that
 is itself recorded. Where the borders may be read, patches of similar length (up to a power of two)
 fold into a batch, and a patch too long for that is cut into blocks of queries: work stays near the
-sum of the squared lengths, memory near the operands. Where they may not (compile, torch.func), a
-block of queries meets every row under a mask: static shapes, work T squared.
+sum of the squared lengths, memory near the operands. Where they cannot (compile, torch.func,
+shapes alone), a block of queries meets every row under a mask: static shapes, work T squared.
 
 The backward forms each piece's weights again, so that nothing of size n squared is kept; where it
-is itself recorded, it goes through the plain composition.
+is itself recorded, or takes many gradients at once, it goes through the plain composition.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ... import _checks, _pieces
+from ... import _checks, _pieces, _recorded
 from ..._pieces import (
     LEAST_ROWS,
     PIECE_SCORES,
@@ -28,7 +29,6 @@ from ..._pieces import (
     attend,
     attend_plainly,
     gradients,
-    recorded_gradients,
 )
 from ..._rounding import rounded
 from . import folded
@@ -48,22 +48,17 @@ def patch_attention(
     q, k, v = (rounded(x, out_dtype, wide) for x in (q, k, v))
     with _checks.without_autocast(q):
         if _checks.inside_torch_func():
-            pieces = _static_pieces(cu_patchlens, q.shape[0], q.shape[1], causal)
-            out = attend_plainly(_padded(q), _padded(k), _padded(v), pieces, Rule(scale))[:-1]
-        elif _folds(q, k, v, cu_patchlens, causal, scale):
+            out = _attend_plainly(q, k, v, cu_patchlens, causal, scale)
+        elif _folds(q, k, v, cu_patchlens, causal):
             return _Folded.apply(q, k, v, cu_patchlens, causal, scale).to(out_dtype)
         else:
             out = _Attention.apply(q, k, v, cu_patchlens, causal, scale)
     return out.to(out_dtype, copy=True)  # `out` is a view, which nobody could change in place
 
 
-def _folds(
-    q: Tensor, k: Tensor, v: Tensor, cu_patchlens: Tensor, causal: bool, scale: float
-) -> bool:
+def _folds(q: Tensor, k: Tensor, v: Tensor, cu_patchlens: Tensor, causal: bool) -> bool:
     """Whether torch's flash attention gives what is promised, of NaN and infinities too."""
-    if not q.is_cpu or torch.compiler.is_compiling():
-        return False
-    if causal and scale <= 0:  # it scales its mask as well
+    if not _checks.values_visible(q, k, v, cu_patchlens):
         return False
     # It takes a query of NaN for one that sees nothing; causal, it lets hidden rows through.
     return _finite(cu_patchlens, *((q, k, v) if causal else (q,)))
@@ -81,7 +76,7 @@ def _pieces_of(
     cu_patchlens: Tensor, tensors: tuple[Tensor, ...], heads: int, causal: bool
 ) -> Iterator[Piece]:
     total = tensors[0].shape[0]
-    if torch.compiler.is_compiling():
+    if not _checks.values_readable(cu_patchlens):
         return _static_pieces(cu_patchlens, total, heads, causal)
     # Only rows that other rows must not see can do harm, and only with NaN or infinity in them.
     mixed = _pieces.may_be_mixed(*tensors)
@@ -179,8 +174,8 @@ class _Folded(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, cu_patchlens, out = ctx.saved_tensors
-        hides = ctx.causal and not _finite(cu_patchlens, *grads)
-        if torch.is_grad_enabled() or hides:
+        pieces = _recorded.is_needed(*grads) or (ctx.causal and not _finite(cu_patchlens, *grads))
+        if pieces:
             derived = _gradients(grads[0], q, k, v, cu_patchlens, ctx.causal, ctx.scale)
         else:
             derived = folded.gradients(
@@ -219,11 +214,18 @@ def _gradients(
     cu_patchlens: Tensor,
     causal: bool,
     scale: float,
-) -> tuple[Tensor, ...]:
+) -> Sequence[Tensor | None]:
     """Of q, k and v, piece by piece."""
+    if _recorded.is_needed(grad):
+        attend = partial(_attend_plainly, cu_patchlens=cu_patchlens, causal=causal, scale=scale)
+        return _recorded.gradients(attend, (q, k, v), (grad,))
     pieces = _pieces_of(cu_patchlens, (q, k, v, grad), q.shape[1], causal)
-    derive = gradients
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        derive = recorded_gradients
     grad, q, k, v = (_padded(x) for x in (grad, q, k, v))
-    return tuple(x[:-1] for x in derive(grad, q, k, v, pieces, Rule(scale)))
+    return [x[:-1] for x in gradients(grad, q, k, v, pieces, Rule(scale))]
+
+
+def _attend_plainly(
+    q: Tensor, k: Tensor, v: Tensor, cu_patchlens: Tensor, causal: bool, scale: float
+) -> Tensor:
+    pieces = _pieces_of(cu_patchlens, (q, k, v), q.shape[1], causal)
+    return attend_plainly(_padded(q), _padded(k), _padded(v), pieces, Rule(scale))[:-1]

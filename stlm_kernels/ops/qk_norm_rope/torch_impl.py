@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import _checks
+from ... import _checks, _recorded
 from ..._rounding import rounded
 
 PIECE_ELEMENTS = 1 << 18
@@ -115,14 +115,12 @@ class _Turned(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, cos, sin = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            given = [leaf for leaf in (x, weight) if leaf is not None and leaf.requires_grad]
-            out = _turned(x, weight, cos, sin, *ctx.options)
-            found = iter(torch.autograd.grad(out, given, grads, create_graph=True))
-            derived = [
-                next(found) if leaf is not None and leaf.requires_grad else None
-                for leaf in (x, weight)
-            ]
+        if _recorded.is_needed(*grads):
+
+            def turn(x: Tensor, weight: Tensor | None) -> Tensor:
+                return _turned(x, weight, cos, sin, *ctx.options)
+
+            derived = _recorded.gradients(turn, (x, weight), grads)
         else:
             derived = _gradients(grads[0], x, weight, cos, sin, *ctx.options)
         return *derived, None, None, None, None, None

@@ -1,0 +1,49 @@
+"""Gradients through autograd of a plain composition, for the backwards of the torch paths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from . import _checks
+
+
+def is_needed(*grads: Tensor) -> bool:
+    """Whether a backward is itself recorded, or is given gradients taken many at a time.
+
+    What a fast backward allocates could not be written with the latter.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch.is_grad_enabled() or _checks.many_at_once(*grads)
+
+
+def gradients(
+    compose: Callable[..., Tensor | Sequence[Tensor]],
+    operands: Sequence[Tensor | None],
+    grads: Sequence[Tensor],
+) -> list[Tensor | None]:
+    """Of the operands of `compose`, None for those that want none; `grads` of its first results."""
+    recorded = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views: a tensor given for two operands has a gradient for each.
+        views = [None if x is None else x.view_as(x) for x in operands]
+        results = compose(*views)
+    results = (results,) if isinstance(results, Tensor) else results
+    # A result may depend on nothing, such as the attention of no document.
+    heads = [(x, grad) for x, grad in zip(results, grads, strict=False) if x.requires_grad]
+    leaves = [x for x in views if x is not None and x.requires_grad]
+    found = iter(
+        torch.autograd.grad(
+            [x for x, _ in heads],
+            leaves,
+            [grad for _, grad in heads],
+            create_graph=recorded,
+            materialize_grads=True,
+        )
+        if heads
+        else map(torch.zeros_like, leaves)
+    )
+    return [next(found) if x is not None and x.requires_grad else None for x in views]
