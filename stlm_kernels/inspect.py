@@ -151,8 +151,7 @@ def inspect_op(
 
 
 def _report(compiled: Any, op: str, case: str, arch: int, options: dict[str, Any]) -> Report:
-    usage = _cuobjdump("-res-usage", compiled.asm["cubin"])
-    sass = _cuobjdump("-sass", compiled.asm["cubin"])
+    registers, stack_bytes, sass = _disassembled(compiled.asm["cubin"])
     opcodes = MMA.findall(sass)
     shown = {k: v for k, v in options.items() if k.isupper() or k in ("num_warps", "num_stages")}
     return Report(
@@ -161,8 +160,8 @@ def _report(compiled: Any, op: str, case: str, arch: int, options: dict[str, Any
         case=case,
         arch=arch,
         config=" ".join(f"{k}={v}" for k, v in shown.items()),
-        registers=_usage(usage, "REG"),
-        stack_bytes=_usage(usage, "STACK"),
+        registers=registers,
+        stack_bytes=stack_bytes,
         spill_instructions=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         shared_bytes=compiled.metadata.shared,
         mma="+".join(sorted(set(opcodes))) or "-",
@@ -171,6 +170,17 @@ def _report(compiled: Any, op: str, case: str, arch: int, options: dict[str, Any
         ptx=compiled.asm["ptx"],
         sass=sass,
     )
+
+
+@functools.lru_cache(maxsize=256)
+def _disassembled(cubin: bytes) -> tuple[int, int, str]:
+    """Registers, bytes of stack and the code; many cases launch the same kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(_cuobjdump_path()), "-res-usage", "-sass", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return _usage(text, "REG"), _usage(text, "STACK"), text
 
 
 def _usage(text: str, what: str) -> int:
@@ -184,16 +194,6 @@ def _cuobjdump_path() -> Path:
     import triton
 
     return Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-
-
-def _cuobjdump(flag: str, cubin: bytes) -> str:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        done = subprocess.run(
-            [str(_cuobjdump_path()), flag, file.name], capture_output=True, text=True, check=True
-        )
-    return done.stdout
 
 
 def merged(reports: Iterable[Report]) -> list[Report]:

@@ -41,13 +41,14 @@ def pool_config(
     """`ROWS` rows of key at a time, `BLOCK_H` key heads of each; the backward's most `PROGRAMS`.
 
     Few warps, so that sums over the bytes of a patch stay within one: 128 neighbouring elements are
-    read in full lines, and 8 such rows in flight in each of many small programs occupy the memory.
+    read in full lines, and 8 such rows of 16 bits in flight in each of many small programs occupy
+    the memory; of 32 bits it is 4, and 8 spill.
     """
     group, block = power_above(heads // kv_heads), power_above(width)
     lanes = group * block
     side_by_side = min(power_above(kv_heads), max(1, 128 // lanes))
     default = {
-        "ROWS": max(1, 1024 // (side_by_side * lanes)),
+        "ROWS": max(1, 2048 // (dtype.itemsize * side_by_side * lanes)),
         "BLOCK_H": side_by_side,
         "num_warps": max(1, lanes // 512),
     }

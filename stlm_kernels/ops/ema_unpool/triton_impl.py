@@ -198,7 +198,7 @@ def launch_bwd(
     patches, width = patch_states.shape
     dstates = torch.empty_like(patch_states, memory_format=torch.contiguous_format)
     dgate = torch.empty_like(gate, memory_format=torch.contiguous_format)
-    config = launch.bwd_config(width, grad.dtype, grad.device)
+    config = launch.bwd_config(width, patch_states.dtype, grad.device)
     _launch.launch(
         stlm_ema_unpool_bwd, _launch.ceil_div(patches, config["BLOCK_P"]),
         sums_by_patch(grad, read_ids, patches, torch.float32),

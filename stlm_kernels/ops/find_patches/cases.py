@@ -52,6 +52,7 @@ CASES = (
     case("aot", T=MILLION, how="fixed", size=6, S=4, C=1024),
     case("aot", T=MILLION, how="closes", S=4, C=1024),
     case("aot", T=4096, how="starts", max=16, S=4, C=1024),
+    case("aot_full", T=4096, how="space", max=16, S=4, C=1024),
 )
 
 
