@@ -22,24 +22,23 @@ pytestmark = pytest.mark.lanes("aot")
 
 MMA_OPCODE = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 TUNED_FOR_90 = "the default tile is sized for sm_90; a smaller one forms the logits more often"
-SPILLS_ALLOWED: dict[tuple[str, int], str] = {
-    ("stlm_byte_pool_bwd", 100): "11 instructions, in fp32 alone, which no matrix unit serves",
-    ("stlm_ema_unpool_fwd", 100): "2 instructions, 8 bytes; the default tile is sized for sm_90",
-    (
-        "stlm_decode_attention_fwd",
-        80,
-    ): "2 instructions, 8 bytes, at K = 48; half the tile has none, "
-    "but more rounds on every device",
-    (
-        "stlm_linear_logprobs_fwd",
-        100,
-    ): "half the default's rows have none, but read the table twice "
-    "as often on sm_90, for which it is sized",
-    ("stlm_linear_logprobs_bwd_rows", 80): TUNED_FOR_90,
-    ("stlm_linear_logprobs_bwd_rows", 100): TUNED_FOR_90,
-    ("stlm_linear_logprobs_bwd_weight", 80): TUNED_FOR_90,
+SPILLS_ALLOWED: dict[tuple[str, int], tuple[int, str]] = {
+    ("stlm_byte_pool_bwd", 100): (11, "in fp32 alone, which no matrix unit serves"),
+    ("stlm_ema_unpool_fwd", 100): (2, "8 bytes; the default tile is sized for sm_90"),
+    ("stlm_decode_attention_fwd", 80): (
+        2,
+        "8 bytes, at K = 48; half the tile has none, but more rounds on every device",
+    ),
+    ("stlm_linear_logprobs_fwd", 100): (
+        618,
+        "half the default's rows have none, but read the table twice as often on sm_90, "
+        "for which it is sized",
+    ),
+    ("stlm_linear_logprobs_bwd_rows", 80): (50, TUNED_FOR_90),
+    ("stlm_linear_logprobs_bwd_rows", 100): (174, TUNED_FOR_90),
 }
-"""(kernel, architecture) -> the written reason why its spills are accepted."""
+"""(kernel, architecture) -> the most spill instructions in any case and dtype of triton 3.6.0 and
+the pinned one, and the written reason why they are accepted."""
 
 WITH_KERNELS = [pytest.param(spec, id=name) for name, spec in OPS.items() if spec.kernels]
 
@@ -64,8 +63,10 @@ def aot_cases(spec: OpSpec, full: bool) -> list[Case]:
 
 def assert_fits(report: Report) -> None:
     where = f"{report.kernel} sm_{report.arch} {report.config}"
-    if (report.kernel, report.arch) not in SPILLS_ALLOWED:
-        assert report.spill_instructions == 0, f"{where}: {report.spill_instructions} spills"
+    most, _ = SPILLS_ALLOWED.get((report.kernel, report.arch), (0, ""))
+    spills = report.spill_instructions
+    assert spills <= most, f"{where}: {spills} spills, {most} allowed"
+    if most == 0:
         assert report.stack_bytes == 0, f"{where}: {report.stack_bytes} bytes of stack"
     assert report.shared_bytes <= LIMITS[report.arch].shared_per_block, where
     assert report.occupancy > 0, where
@@ -103,15 +104,21 @@ def test_default_configs_fit_small_shared_memory(spec: OpSpec) -> None:
         assert_fits(report)
 
 
-def test_a_tile_too_large_is_caught() -> None:
-    """The gate can fail: 16 K accumulators do not fit one warp."""
+def test_a_tile_too_large_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gate can fail, and so can a bound: 16 K accumulators do not fit one warp."""
     large = {"BLOCK_V": 128, "BLOCK_P": 32, "BLOCK_D": 128, "PROGRAMS": 264, "num_warps": 1}
     spec = OPS["byte_pool"]
     with _launch.overriding({"byte_pool_bwd": large}):
         reports = inspect_op(spec, spec.tagged("aot")[0], 90)
     backward = next(r for r in reports if r.kernel == "stlm_byte_pool_bwd")
     assert backward.spill_instructions > 0
-    with pytest.raises(AssertionError, match="spills"):
+    with pytest.raises(AssertionError, match="0 allowed"):
+        assert_fits(backward)
+    key, spills = (backward.kernel, 90), backward.spill_instructions
+    monkeypatch.setitem(SPILLS_ALLOWED, key, (spills, "as many as there are"))
+    assert_fits(backward)
+    monkeypatch.setitem(SPILLS_ALLOWED, key, (spills - 1, "one less"))
+    with pytest.raises(AssertionError, match=f"{spills} spills, {spills - 1} allowed"):
         assert_fits(backward)
 
 
