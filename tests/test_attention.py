@@ -301,6 +301,20 @@ def test_canary_of_transposed_accumulators() -> None:
     assert not wrong
 
 
+@pytest.mark.lanes("interpret", "gpu")
+@pytest.mark.parametrize("base", [2**31 - 32, 2**31 + 96, 2**40])
+def test_sight_fits_int32_however_far_the_rows(way: Way, base: int) -> None:
+    """A row sees as far as a window can be; the last two rows do not exist."""
+    pytest.importorskip("triton")
+    from far_rows import sight_of
+
+    from stlm_kernels.ops.attention.triton_impl import FARTHEST
+
+    first, last = sight_of(base, base + 14, 2**41, FARTHEST, way.device).tolist()
+    assert first[:14] == [max(-base, i - FARTHEST + 1) for i in range(14)]
+    assert last == [i + FARTHEST for i in range(14)] + [0, 0]
+
+
 @EVERY_LANE
 def test_values_with_a_large_mean_have_exact_gradients(way: Way) -> None:
     """The mean of dO . v cancels against rowsum(dO . out), of which `out` holds only 16 bits."""

@@ -84,7 +84,9 @@ def rows_config(
         stages = 2 if kernel == "fwd" else 1
         default |= {"INNER": inner, "num_warps": 8, "num_stages": stages}
     if dtype == torch.float32:
-        block = 32 if width <= 32 else 16
-        default = {"BLOCK": block, "INNER": 16, "num_warps": 4, "num_stages": 1}
+        most = {"fwd": 0, "bwd_q": 32, "bwd_kv": 64}[kernel]
+        block, warps = 32 if width <= most else 16, 8 if width == 128 or kernel == "bwd_kv" else 4
+        stages = 2 if kernel == "fwd" else 1
+        default = {"BLOCK": block, "INNER": 16, "num_warps": warps, "num_stages": stages}
     bucket = f"K{width}-{'long' if long else 'short'}-{str(dtype).removeprefix('torch.')}"
     return config_for(f"attention_{kernel}", bucket, default, device)

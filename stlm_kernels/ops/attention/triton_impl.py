@@ -49,18 +49,23 @@ from ..._heads import (
 from ..._tiles import LOG2_E, NO_WINDOW, dot_type, row_bounds, with_rows
 from . import launch
 
+FARTHEST = NO_WINDOW - 1024
+"""The longest window: a tile on either side of it still counts in int32."""
+
 
 @triton.jit
-def _sight(bounds_ptr, rows, total, length, window, HAS_DOCS: tl.constexpr):
-    """The first key of each row, and one past the last row that sees it as a key; 0, 0: no row."""
+def _sight(bounds_ptr, base, total, length, window, HAS_DOCS: tl.constexpr, BLOCK: tl.constexpr):
+    """The first key of each row, and one past the last row that sees it as a key, or 0: no row.
+    Both are counted from `base`: `FARTHEST` keeps them int32, which the masks compare cheaply."""
+    rows = base + tl.arange(0, BLOCK)
     if HAS_DOCS:
-        first = tl.load(bounds_ptr + rows, mask=rows < total, other=0).to(tl.int64)
-        last = tl.load(bounds_ptr + total + rows, mask=rows < total, other=0).to(tl.int64)
+        first = tl.load(bounds_ptr + rows, mask=rows < total, other=0)
+        last = tl.maximum(tl.load(bounds_ptr + total + rows, mask=rows < total, other=0), base)
     else:
         start = rows // length * length
-        first = tl.where(rows < total, tl.maximum(start, rows - window + 1), 0)
-        last = tl.where(rows < total, tl.minimum(start + length, rows + window), 0)
-    return first, last
+        first = tl.maximum(start, rows - window + 1)
+        last = tl.where(rows < total, tl.minimum(start + length, rows + window), base)
+    return (first - base).to(tl.int32), (last - base).to(tl.int32)
 
 
 @triton.jit
@@ -69,7 +74,16 @@ def _blocks(low, high, solid_low, solid_high, INNER: tl.constexpr):
     count = tl.maximum(high - low + INNER - 1, 0) // INNER
     lead = tl.minimum(tl.maximum(solid_low - low + INNER - 1, 0) // INNER, count)
     solid = tl.maximum(tl.minimum(solid_high, high) - low, 0) // INNER - lead
-    return count.to(tl.int32), lead.to(tl.int32), tl.maximum(solid, 0).to(tl.int32)
+    return count, lead, tl.maximum(solid, 0)
+
+
+@triton.jit
+def _within(rows, high, MASKED: tl.constexpr):
+    """Which rows of a block to read: all of a solid one."""
+    if MASKED:
+        return rows < high
+    else:
+        return tl.full(rows.shape, True, tl.int1)
 
 
 @triton.jit
@@ -80,16 +94,17 @@ def _sees(rows, keys, first):
 
 @triton.jit
 def _absorb(
-    q, k_ptr, v_ptr, keys, high, rows, first, k_stride, v_stride, column, scale, top, norm, acc,
-    DOT: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, MASKED: tl.constexpr,
+    q, k_ptr, v_ptr, base, keys, high, own, first, k_stride, v_stride, column, scale,
+    top, norm, acc, DOT: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """A block of keys into the softmax of every row; `top` is the largest product so far."""
-    k = load_head(k_ptr, keys, keys < high, k_stride, column, DOT, MAIN, REST)
-    v = load_head(v_ptr, keys, keys < high, v_stride, column, DOT, MAIN, REST)
+    within = _within(keys, high, MASKED)
+    k = load_head(k_ptr, base + keys, within, k_stride, column, DOT, MAIN, REST)
+    v = load_head(v_ptr, base + keys, within, v_stride, column, DOT, MAIN, REST)
     s = products(q, k)
     if MASKED:
         v, poison = clean(v)
-        seen = _sees(rows, keys, first)
+        seen = _sees(own, keys, first)
         s = tl.where(seen, s + poison[None, :], float("-inf"))
     new_top = tl.maximum(top, tl.max(s, 1))
     pivot = tl.where(new_top == float("-inf"), 0.0, new_top) * scale  # it may have seen nothing yet
@@ -111,13 +126,14 @@ def stlm_attention_fwd(
     K: tl.constexpr = MAIN + REST
     program = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
     head, block = program % H, program // H
-    rows = block * BLOCK + tl.arange(0, BLOCK)
-    first, last = _sight(bounds_ptr, rows, total, length, window, HAS_DOCS)
-    live = last > rows
-    low = tl.min(tl.where(live, first, total), 0)
-    high = tl.max(tl.where(live, rows + 1, 0), 0)
-    solid_low = tl.max(tl.where(live, first, 0), 0)
-    count, lead, solid = _blocks(low, high, solid_low, block * BLOCK + 1, INNER)
+    base, own = block * BLOCK, tl.arange(0, BLOCK)
+    rows = base + own
+    first, last = _sight(bounds_ptr, base, total, length, window, HAS_DOCS, BLOCK)
+    live = last > own
+    low = tl.min(tl.where(live, first, BLOCK), 0)
+    high = tl.max(tl.where(live, own + 1, 0), 0)
+    solid_low = tl.max(tl.where(live, first, low), 0)
+    count, lead, solid = _blocks(low, high, solid_low, 1, INNER)
     q = load_head(q_ptr, rows, live, q_stride, head * K, DOT, MAIN, REST)
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
     norm, acc = tl.zeros((BLOCK,), tl.float32), zeros(BLOCK, MAIN, REST)
@@ -125,13 +141,13 @@ def stlm_attention_fwd(
     for i in range(lead, lead + solid):
         keys = low + i * INNER + tl.arange(0, INNER)
         top, norm, acc = _absorb(
-            q, k_ptr, v_ptr, keys, high, rows, first, k_stride, v_stride, column, scale,
+            q, k_ptr, v_ptr, base, keys, high, own, first, k_stride, v_stride, column, scale,
             top, norm, acc, DOT, MAIN, REST, False,
         )  # fmt: skip
     for i in range(0, count - solid):
         keys = low + (i + tl.where(i < lead, 0, solid)) * INNER + tl.arange(0, INNER)
         top, norm, acc = _absorb(
-            q, k_ptr, v_ptr, keys, high, rows, first, k_stride, v_stride, column, scale,
+            q, k_ptr, v_ptr, base, keys, high, own, first, k_stride, v_stride, column, scale,
             top, norm, acc, DOT, MAIN, REST, True,
         )  # fmt: skip
     norm = tl.where(live, norm, 1.0)
@@ -154,13 +170,14 @@ def _gradient(s, dp, shift, delta, seen, MASKED: tl.constexpr):
 
 @triton.jit
 def _of_keys(
-    q, grad, k_ptr, v_ptr, keys, high, rows, first, k_stride, v_stride, column, scale, lse, delta,
-    DOT: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, MASKED: tl.constexpr,
+    q, grad, k_ptr, v_ptr, base, keys, high, own, first, k_stride, v_stride, column, scale,
+    lse, delta, DOT: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """A block of keys, and its weights and gradients of the scores, (rows, keys)."""
-    k = load_head(k_ptr, keys, keys < high, k_stride, column, DOT, MAIN, REST)
-    v = load_head(v_ptr, keys, keys < high, v_stride, column, DOT, MAIN, REST)
-    seen = _sees(rows, keys, first)
+    within = _within(keys, high, MASKED)
+    k = load_head(k_ptr, base + keys, within, k_stride, column, DOT, MAIN, REST)
+    v = load_head(v_ptr, base + keys, within, v_stride, column, DOT, MAIN, REST)
+    seen = _sees(own, keys, first)
     shift = -lse[:, None]
     if MASKED:
         k, poison = clean(k)
@@ -181,13 +198,14 @@ def stlm_attention_bwd_q(
     ROUNDED: tl.constexpr = out_ptr.dtype.element_ty != tl.float32
     program = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
     head, block = program % H, program // H
-    rows = block * BLOCK + tl.arange(0, BLOCK)
-    first, last = _sight(bounds_ptr, rows, total, length, window, HAS_DOCS)
-    live = last > rows
-    low = tl.min(tl.where(live, first, total), 0)
-    high = tl.max(tl.where(live, rows + 1, 0), 0)
-    solid_low = tl.max(tl.where(live, first, 0), 0)
-    count, lead, solid = _blocks(low, high, solid_low, block * BLOCK + 1, INNER)
+    base, own = block * BLOCK, tl.arange(0, BLOCK)
+    rows = base + own
+    first, last = _sight(bounds_ptr, base, total, length, window, HAS_DOCS, BLOCK)
+    live = last > own
+    low = tl.min(tl.where(live, first, BLOCK), 0)
+    high = tl.max(tl.where(live, own + 1, 0), 0)
+    solid_low = tl.max(tl.where(live, first, low), 0)
+    count, lead, solid = _blocks(low, high, solid_low, 1, INNER)
     q = load_head(q_ptr, rows, live, q_stride, head * K, DOT, MAIN, REST)
     grad = load_head(grad_ptr, rows, live, H * K, head * K, DOT, MAIN, REST)
     delta = inner(grad, load_head(out_ptr, rows, live, H * K, head * K, tl.float32, MAIN, REST))
@@ -197,15 +215,15 @@ def stlm_attention_bwd_q(
     for i in range(lead, lead + solid):
         keys = low + i * INNER + tl.arange(0, INNER)
         k, _, ds = _of_keys(
-            q, grad, k_ptr, v_ptr, keys, high, rows, first, k_stride, v_stride, column, scale,
-            lse, delta, DOT, MAIN, REST, False,
+            q, grad, k_ptr, v_ptr, base, keys, high, own, first, k_stride, v_stride, column,
+            scale, lse, delta, DOT, MAIN, REST, False,
         )  # fmt: skip
         dq = summed(ds, k, dq)
     for i in range(0, count - solid):
         keys = low + (i + tl.where(i < lead, 0, solid)) * INNER + tl.arange(0, INNER)
         k, p, ds = _of_keys(
-            q, grad, k_ptr, v_ptr, keys, high, rows, first, k_stride, v_stride, column, scale,
-            lse, delta, DOT, MAIN, REST, True,
+            q, grad, k_ptr, v_ptr, base, keys, high, own, first, k_stride, v_stride, column,
+            scale, lse, delta, DOT, MAIN, REST, True,
         )  # fmt: skip
         dq = summed(ds, k, dq)
         if ROUNDED:
@@ -223,17 +241,17 @@ def stlm_attention_bwd_q(
 
 @triton.jit
 def _of_rows(
-    k, v, q_ptr, grad_ptr, lse_ptr, delta_ptr, rows, high, keys, last, q_stride, width, column,
-    scale, DOT: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, MASKED: tl.constexpr,
+    k, v, q_ptr, grad_ptr, lse_ptr, delta_ptr, base, rows, high, own, last, q_stride, width,
+    column, scale, DOT: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """A block of queries and its upstream gradient, weights and gradients of the scores, (keys,
     rows)."""
-    inside = rows < high
-    q = load_head(q_ptr, rows, inside, q_stride, column, DOT, MAIN, REST)
-    grad = load_head(grad_ptr, rows, inside, width, column, DOT, MAIN, REST)
-    shift = -tl.load(lse_ptr + rows, mask=inside, other=0.0)
-    delta = tl.load(delta_ptr + rows, mask=inside, other=0.0)
-    seen = (keys[:, None] <= rows[None, :]) & (rows[None, :] < last[:, None])
+    inside, place = _within(rows, high, MASKED), base + rows
+    q = load_head(q_ptr, place, inside, q_stride, column, DOT, MAIN, REST)
+    grad = load_head(grad_ptr, place, inside, width, column, DOT, MAIN, REST)
+    shift = -tl.load(lse_ptr + place, mask=inside, other=0.0)
+    delta = tl.load(delta_ptr + place, mask=inside, other=0.0)
+    seen = (own[:, None] <= rows[None, :]) & (rows[None, :] < last[:, None])
     if MASKED:
         q, poison = clean(q)
         grad, more = clean(grad)
@@ -253,31 +271,33 @@ def stlm_attention_bwd_kv(
     K: tl.constexpr = MAIN + REST
     KV: tl.constexpr = H // GROUP
     program = tl.program_id(0).to(tl.int64)
-    kv_head, low = program % KV, program // KV * BLOCK
-    keys = low + tl.arange(0, BLOCK)
-    _, last = _sight(bounds_ptr, keys, total, length, window, HAS_DOCS)
-    live = last > keys
+    kv_head, base, own = program % KV, program // KV * BLOCK, tl.arange(0, BLOCK)
+    keys = base + own
+    _, last = _sight(bounds_ptr, base, total, length, window, HAS_DOCS, BLOCK)
+    live = last > own
     high = tl.max(tl.where(live, last, 0), 0)
-    solid_high = tl.min(tl.where(live, last, total), 0)
-    count, lead, solid = _blocks(low, high, low + BLOCK - 1, solid_high, INNER)
+    solid_high = tl.min(tl.where(live, last, high), 0)
+    count, lead, solid = _blocks(0, high, BLOCK - 1, solid_high, INNER)
     k = load_head(k_ptr, keys, live, k_stride, kv_head * K, DOT, MAIN, REST)
     v = load_head(v_ptr, keys, live, v_stride, kv_head * K, DOT, MAIN, REST)
     dk, dv = zeros(BLOCK, MAIN, REST), zeros(BLOCK, MAIN, REST)
     for member in range(0, GROUP):
         head = kv_head * GROUP + member
         for i in range(lead, lead + solid):
-            rows = low + i * INNER + tl.arange(0, INNER)
+            rows = i * INNER + tl.arange(0, INNER)
             q, grad, p, ds = _of_rows(
-                k, v, q_ptr, grad_ptr, lse_ptr + head * total, delta_ptr + head * total, rows, high,
-                keys, last, q_stride, H * K, head * K, scale, DOT, MAIN, REST, False,
+                k, v, q_ptr, grad_ptr, lse_ptr + head * total, delta_ptr + head * total,
+                base, rows, high, own, last, q_stride, H * K, head * K, scale, DOT, MAIN,
+                REST, False,
             )  # fmt: skip
             dv = summed(p, grad, dv)
             dk = summed(ds, q, dk)
         for i in range(0, count - solid):
-            rows = low + (i + tl.where(i < lead, 0, solid)) * INNER + tl.arange(0, INNER)
+            rows = (i + tl.where(i < lead, 0, solid)) * INNER + tl.arange(0, INNER)
             q, grad, p, ds = _of_rows(
-                k, v, q_ptr, grad_ptr, lse_ptr + head * total, delta_ptr + head * total, rows, high,
-                keys, last, q_stride, H * K, head * K, scale, DOT, MAIN, REST, True,
+                k, v, q_ptr, grad_ptr, lse_ptr + head * total, delta_ptr + head * total,
+                base, rows, high, own, last, q_stride, H * K, head * K, scale, DOT, MAIN,
+                REST, True,
             )  # fmt: skip
             dv = summed(p, grad, dv)
             dk = summed(ds, q, dk)
@@ -297,7 +317,7 @@ def launch_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(B, T, H, K) in `out_dtype`, (H, B T) fp32 log2-sum-exp2, (2, T) int32 bounds of each row."""
     (batch, length, heads, _), device = q.shape, q.device
-    total, reach = batch * length, NO_WINDOW if window is None else min(window, NO_WINDOW)
+    total, reach = batch * length, FARTHEST if window is None else min(window, FARTHEST)
     out = torch.empty(q.shape, dtype=out_dtype, device=device)
     lse = torch.empty((heads, total), dtype=torch.float32, device=device)
     bounds = torch.empty((2, 0), dtype=torch.int32, device=device)
@@ -327,7 +347,7 @@ def launch_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; the second kernel reads what the first noted of each row."""
     length, device, has_docs = q.shape[1], q.device, bounds.shape[1] > 0
-    total, reach = lse.shape[1], NO_WINDOW if window is None else min(window, NO_WINDOW)
+    total, reach = lse.shape[1], FARTHEST if window is None else min(window, FARTHEST)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (q, k, v))
     by_kernel = {
         name: _options(name, q, k, has_docs, min(reach, length), grad.dtype)
