@@ -185,6 +185,17 @@ def test_a_bad_target_is_loud_where_it_is_not_seen() -> None:
     assert table.isnan().all()
 
 
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_a_gradient_that_is_recorded_under_autocast(reduction: str) -> None:
+    """Its logits are no more rounded than those of one that is not."""
+    hidden, weight, target = example(5, 4, 6, Way("torch", "cpu", torch.float32))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(hidden, weight, target, reduction=reduction).sum()
+        (recorded,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    (plain,) = torch.autograd.grad(loss, hidden)
+    torch.testing.assert_close(recorded, plain, rtol=1e-5, atol=1e-6)
+
+
 def test_evaluation_forms_no_gradient() -> None:
     way = Way("torch", "cpu", torch.float32)
     hidden, weight, target = example(100, 16, 50, way)

@@ -252,7 +252,9 @@ class _RowLosses(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         wants = tuple(ctx.needs_input_grad[2:5])
         derive = recorded_backward if torch.is_grad_enabled() else _backward
-        found = derive(ctx.objective, ctx.options, wants, grads, *ctx.saved_tensors)
+        # A loop may call it where autocast still rules.
+        with _checks.without_autocast(ctx.saved_tensors[0]):
+            found = derive(ctx.objective, ctx.options, wants, grads, *ctx.saved_tensors)
         return None, None, *found, None
 
 
