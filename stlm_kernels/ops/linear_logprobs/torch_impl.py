@@ -75,8 +75,10 @@ def widened(
     """
     dtype = _checks.output_dtype(rows)
     wide = torch.promote_types(dtype, torch.float32)
-    rows, weight = (rounded(x, dtype, wide) for x in (rows, weight[:valid]))
-    return rows, weight, None if bias is None else bias[:valid].to(wide)
+    if valid < weight.shape[0]:
+        weight, bias = weight[:valid], None if bias is None else bias[:valid]
+    bias = None if bias is None else bias.to(wide)
+    return rounded(rows, dtype, wide), rounded(weight, dtype, wide), bias
 
 
 def plain_losses(
