@@ -41,10 +41,11 @@ def _form(
     inputs, given = counted_rows(rows, kept), counted_rows(teacher, kept).to(rows.dtype)
     logits = form_logits(inputs, weight, bias, options)
     logq = _log_softmax(logits, options.temperature)
-    # A column that the teacher rules out has no mass: 0 x log 0 is 0.
-    logp = _log_softmax(given, options.temperature).clamp_min(torch.finfo(rows.dtype).min)
+    logp = _log_softmax(given, options.temperature)
     p = logp.exp()
-    divergence = torch.linalg.vecdot(p, logp - logq) * options.temperature**2
+    # A column that the teacher rules out has no mass, and 0 x log 0 is 0, whatever a student says.
+    ratio = (logp - logq).masked_fill(p == 0, 0)
+    divergence = torch.linalg.vecdot(p, ratio) * options.temperature**2
     loss = torch.where(kept, divergence, 0)
     return Chunk(inputs, logits if options.softcap else None, logq, p, loss, loss.new_zeros(()))
 
