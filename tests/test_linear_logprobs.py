@@ -177,6 +177,12 @@ GOOD: dict[str, Any] = {
         ({"logit_scale": float("inf")}, ValueError, "logit_scale: expected a finite number"),
         ({"valid_vocab": 6}, ValueError, "valid_vocab: expected at most V = 5, got 6"),
         ({"valid_vocab": 0}, ValueError, "valid_vocab: expected an int >= 1, got 0"),
+        (
+            {"input": torch.zeros(3, 0), "linear_weight": torch.zeros(5, 0)},
+            ValueError,
+            r"input: expected D >= 1, got \(3, 0\)",
+        ),
+        ({"ignore_index": 2**63}, ValueError, "ignore_index: expected an int that int64 holds"),
         ({"ignore_index": 1.5}, ValueError, "ignore_index: expected an int, got 1.5"),
         ({"impl": "cuda"}, ValueError, "impl: expected one of"),
         (
