@@ -82,6 +82,24 @@ def test_the_upstream_gradient_of_each_row_counts(way: Way) -> None:
 
 
 @EVERY_LANE
+@pytest.mark.parametrize("vocab", [40, 520])
+@pytest.mark.parametrize("scale", [2.0**-12, 2.0**9])
+def test_the_scale_costs_the_gradient_no_digits(way: Way, vocab: int, scale: float) -> None:
+    """It goes in after the products, which 16 bits would hold badly: SpaceByte's is 1 / D."""
+    rng = torch.Generator().manual_seed(0)
+    hidden = torch.randint(-1, 2, (20, 16), generator=rng).to(way.device, way.dtype)
+    table = torch.randn(vocab, 16, generator=rng).to(way.device)
+    target = torch.randint(0, vocab, (20,), generator=rng).to(way.device)
+
+    def gradient(hidden: Tensor, scale: float) -> Tensor:
+        weight = table.to(torch.promote_types(way.dtype, torch.float32)).requires_grad_()
+        loss = linear_cross_entropy(hidden, weight, target, logit_scale=scale, impl=way.impl)
+        return torch.autograd.grad(loss, weight)[0]
+
+    assert torch.equal(gradient(hidden / scale, scale), gradient(hidden, 1.0))
+
+
+@EVERY_LANE
 def test_a_tiny_mean_keeps_its_gradient_in_16_bits(way: Way) -> None:
     """1/N goes in after the products: nothing underflows in fp16."""
     hidden, weight, target = example(64, 16, 40, way)
