@@ -100,6 +100,26 @@ def test_the_scale_costs_the_gradient_no_digits(way: Way, vocab: int, scale: flo
 
 
 @EVERY_LANE
+@pytest.mark.parametrize("vocab", [40, 520])
+@pytest.mark.parametrize("upstream", [float("inf"), float("nan")])
+def test_the_upstream_gradient_of_an_ignored_row_reaches_nothing(
+    way: Way, vocab: int, upstream: float
+) -> None:
+    """A weight of 1 / 0 that torch.where left out of the sum comes back as NaN or infinity."""
+    if way.dtype != torch.float32:
+        pytest.skip("one dtype shows where it goes")
+    hidden, weight, target = example(9, 8, vocab, way)
+    target[4] = -100
+    loss = linear_cross_entropy(hidden, weight, target, reduction="none", impl=way.impl)
+    ones = torch.ones_like(loss)
+    want = torch.autograd.grad(loss, (hidden, weight), ones, retain_graph=True)
+    ones[4] = upstream
+    got = torch.autograd.grad(loss, (hidden, weight), ones)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@EVERY_LANE
 def test_a_tiny_mean_keeps_its_gradient_in_16_bits(way: Way) -> None:
     """1/N goes in after the products: nothing underflows in fp16."""
     hidden, weight, target = example(64, 16, 40, way)

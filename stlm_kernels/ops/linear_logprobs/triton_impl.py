@@ -343,9 +343,10 @@ def _padded(grad: Tensor, vocab: int) -> Tensor:
 
 
 def _largest_upstream(dloss: Tensor, dlse: Tensor) -> Tensor:
-    """(1,) fp32 magnitude that upstream gradients are divided by; 1 if they are all zero."""
+    """(1,) fp32 magnitude that upstream gradients are divided by; 1 for zero or infinity."""
     if dloss.shape[0] == 0:
         return dloss.new_ones(1)
     distinct = dloss[:1] if dloss.stride(0) == 0 else dloss
     unit = torch.maximum(distinct.abs().amax(), dlse.abs().amax())
-    return torch.where(unit > 0, unit, 1.0).view(1)
+    # Infinite: perhaps an ignored row's, which must not reach the others.
+    return torch.where((unit > 0) & (unit < torch.inf), unit, 1.0).view(1)
