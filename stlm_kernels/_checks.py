@@ -135,7 +135,9 @@ def _is_autocast(x: Tensor) -> bool:
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """A block that chooses the dtypes of its products itself."""
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return nullcontext()  # an autocast costs as much as a small product
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def inside_torch_func() -> bool:

@@ -1,8 +1,13 @@
-"""Random bits by counter, in aten ops: a hash of a seed, a row and a column."""
+"""Random bits by counter, on the torch paths: a hash of a seed, a row and a column."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
+
+from . import _checks
 
 COLUMN_STEP = 0x9E3779B97F4A7C15 - 2**64
 """An odd number (2^64 over the golden ratio) that spreads the bits of an id before the mixing."""
@@ -18,17 +23,25 @@ def hashed(
     columns: Tensor,  # int64
 ) -> Tensor:
     """64 random bits for each pair of a row and a column, int64."""
+    if _checks.values_visible(seed, rows, columns):
+        # Many calls for few numbers: numpy's cost half of torch's.
+        return torch.from_numpy(_hash(seed.reshape(1).numpy(), rows.numpy(), columns.numpy()))
+    return _hash(seed, rows, columns)
+
+
+def _hash(seed: Any, rows: Any, columns: Any) -> Any:
+    """Of int64, in arrays as in tensors."""
     state = _mixed((_mixed(seed) ^ rows) * ROW_STEP)
     return _mixed((state ^ columns) * COLUMN_STEP)
 
 
-def _mixed(x: Tensor) -> Tensor:
+def _mixed(x: Any) -> Any:
     """SplitMix64's output function; products wrap as int64 ones do everywhere."""
     x = (x ^ shifted(x, 30)) * MIX_FIRST
     x = (x ^ shifted(x, 27)) * MIX_SECOND
     return x ^ shifted(x, 31)
 
 
-def shifted(x: Tensor, by: int) -> Tensor:
+def shifted(x: Any, by: int) -> Any:
     """The bits of int64 moved right, zeros coming in."""
     return (x >> by) & ((1 << (64 - by)) - 1)

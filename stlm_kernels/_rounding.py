@@ -28,4 +28,6 @@ class _Rounded(torch.autograd.Function):
 
 def rounded(x: Tensor, dtype: torch.dtype, wide: torch.dtype) -> Tensor:
     """x as `dtype` holds it, in `wide`; its gradient is rounded once, to x's own dtype."""
-    return x.to(wide) if x.dtype == dtype else _Rounded.apply(x, dtype, wide)
+    if x.dtype == dtype:
+        return x if dtype == wide else x.to(wide)
+    return _Rounded.apply(x, dtype, wide)

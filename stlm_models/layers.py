@@ -162,11 +162,12 @@ class TiedEmbedding(nn.Module):
         return byte_pool(byte_ids.flatten(), self._table(), patches.cu_patchlens, mode=mode)
 
     def logits(self, x: Tensor, *, valid_vocab: int | None = None) -> Tensor:
-        """x (..., D) -> (..., V) fp32, V = valid_vocab or vocab_size."""
+        """x (..., D) -> (..., V) fp32 (fp64 for fp64), V = valid_vocab or vocab_size."""
         weight = self._output_table()[: self.vocab_size if valid_vocab is None else valid_vocab]
         # The loss is a small difference of large logits: bf16 ones would cost it 1e-2.
+        wide = torch.promote_types(x.dtype, torch.float32)
         with without_autocast(x):
-            logits = self.logit_scale * F.linear(x.float(), weight.float())
+            logits = self.logit_scale * F.linear(x.to(wide), weight.to(wide))
             return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
 
     def loss(

@@ -82,6 +82,44 @@ def test_the_upstream_gradient_of_each_row_counts(way: Way) -> None:
 
 
 @EVERY_LANE
+@pytest.mark.parametrize("vocab", [40, 520])
+@pytest.mark.parametrize("scale", [2.0**-12, 2.0**9])
+def test_the_scale_costs_the_gradient_no_digits(way: Way, vocab: int, scale: float) -> None:
+    """It goes in after the products, which 16 bits would hold badly: SpaceByte's is 1 / D."""
+    rng = torch.Generator().manual_seed(0)
+    hidden = torch.randint(-1, 2, (20, 16), generator=rng).to(way.device, way.dtype)
+    table = torch.randn(vocab, 16, generator=rng).to(way.device)
+    target = torch.randint(0, vocab, (20,), generator=rng).to(way.device)
+
+    def gradient(hidden: Tensor, scale: float) -> Tensor:
+        weight = table.to(torch.promote_types(way.dtype, torch.float32)).requires_grad_()
+        loss = linear_cross_entropy(hidden, weight, target, logit_scale=scale, impl=way.impl)
+        return torch.autograd.grad(loss, weight)[0]
+
+    assert torch.equal(gradient(hidden / scale, scale), gradient(hidden, 1.0))
+
+
+@EVERY_LANE
+@pytest.mark.parametrize("vocab", [40, 520])
+@pytest.mark.parametrize("upstream", [float("inf"), float("nan")])
+def test_the_upstream_gradient_of_an_ignored_row_reaches_nothing(
+    way: Way, vocab: int, upstream: float
+) -> None:
+    """A weight of 1 / 0 that torch.where left out of the sum comes back as NaN or infinity."""
+    if way.dtype != torch.float32:
+        pytest.skip("one dtype shows where it goes")
+    hidden, weight, target = example(9, 8, vocab, way)
+    target[4] = -100
+    loss = linear_cross_entropy(hidden, weight, target, reduction="none", impl=way.impl)
+    ones = torch.ones_like(loss)
+    want = torch.autograd.grad(loss, (hidden, weight), ones, retain_graph=True)
+    ones[4] = upstream
+    got = torch.autograd.grad(loss, (hidden, weight), ones)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@EVERY_LANE
 def test_a_tiny_mean_keeps_its_gradient_in_16_bits(way: Way) -> None:
     """1/N goes in after the products: nothing underflows in fp16."""
     hidden, weight, target = example(64, 16, 40, way)
@@ -183,6 +221,17 @@ def test_a_bad_target_is_loud_where_it_is_not_seen() -> None:
     rows, table = torch.func.grad(loss, (0, 1))(hidden, weight)
     assert rows.isnan().all(1).tolist() == [False, True, False, False, False]
     assert table.isnan().all()
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_a_gradient_that_is_recorded_under_autocast(reduction: str) -> None:
+    """Its logits are no more rounded than those of one that is not."""
+    hidden, weight, target = example(5, 4, 6, Way("torch", "cpu", torch.float32))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(hidden, weight, target, reduction=reduction).sum()
+        (recorded,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    (plain,) = torch.autograd.grad(loss, hidden)
+    torch.testing.assert_close(recorded, plain, rtol=1e-5, atol=1e-6)
 
 
 def test_evaluation_forms_no_gradient() -> None:

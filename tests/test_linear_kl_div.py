@@ -74,6 +74,20 @@ def test_nan_in_a_counted_row_is_loud(where: str) -> None:
     assert grads[1].isnan().any()
 
 
+def test_what_both_rule_out_costs_nothing() -> None:
+    """A bias of -inf where the teacher's logit is -inf: the same as without the column."""
+    hidden, weight, teacher = example(20, 16, 40)
+    bias = torch.zeros(40)
+    bias[30:], teacher[:, 30:] = -torch.inf, -torch.inf
+    loss = linear_kl_div(hidden, weight, teacher, linear_bias=bias)
+    want = linear_kl_div(hidden, weight[:30], teacher[:, :30])
+    torch.testing.assert_close(loss, want)
+    (again,), (grad,) = (torch.autograd.grad(x, hidden) for x in (loss, want))
+    torch.testing.assert_close(again, grad)
+    bias[3] = -torch.inf  # what only the student rules out costs everything
+    assert linear_kl_div(hidden, weight, teacher, linear_bias=bias).isinf()
+
+
 def test_no_row_counted() -> None:
     hidden, weight, teacher = example(6, 8, 20)
     none = torch.zeros(6, dtype=torch.bool)

@@ -42,6 +42,18 @@ def test_per_row_error_is_below_1e_5(way: Way) -> None:
 
 
 @EVERY_LANE
+@pytest.mark.parametrize("vocab", [40, 520])
+def test_a_cap_far_above_the_logits_changes_little(way: Way, vocab: int) -> None:
+    """tanh as a difference of numbers near 1 would have lost the small logits' digits."""
+    hidden, weight, target = example(20, 16, vocab, way)
+    logprob, lse = linear_logprobs(hidden, weight, target, softcap=1e4, impl=way.impl)
+    z = 1e4 * torch.tanh(hidden.double() @ weight.double().T / 1e4)
+    want = z.log_softmax(1).gather(1, target[:, None])[:, 0]
+    assert float((logprob - want).abs().max()) <= 1e-5
+    assert float((lse - z.logsumexp(1)).abs().max()) <= 1e-5
+
+
+@EVERY_LANE
 def test_a_row_does_not_depend_on_its_batch(way: Way) -> None:
     if way.impl == "torch":
         pytest.skip("the BLAS beneath the torch path chooses its kernel by the number of rows")
@@ -177,6 +189,12 @@ GOOD: dict[str, Any] = {
         ({"logit_scale": float("inf")}, ValueError, "logit_scale: expected a finite number"),
         ({"valid_vocab": 6}, ValueError, "valid_vocab: expected at most V = 5, got 6"),
         ({"valid_vocab": 0}, ValueError, "valid_vocab: expected an int >= 1, got 0"),
+        (
+            {"input": torch.zeros(3, 0), "linear_weight": torch.zeros(5, 0)},
+            ValueError,
+            r"input: expected D >= 1, got \(3, 0\)",
+        ),
+        ({"ignore_index": 2**63}, ValueError, "ignore_index: expected an int that int64 holds"),
         ({"ignore_index": 1.5}, ValueError, "ignore_index: expected an int, got 1.5"),
         ({"impl": "cuda"}, ValueError, "impl: expected one of"),
         (

@@ -63,6 +63,7 @@ def many(full: bool, way: Way) -> int:
         {"top_p": 0.8, "temperature": 1.5},
         {"top_k": 9, "top_p": 0.7},
         {"softcap": 1.5, "logit_scale": 2.0},
+        {"valid_vocab": 13, "top_k": 9, "top_p": 0.9},
     ],
     ids=str,
 )
@@ -76,7 +77,8 @@ def test_frequencies(way: Way, options: dict[str, Any], full: bool) -> None:
     cap = options.get("softcap")
     z = z if cap is None else cap * torch.tanh(z / cap)
     kept = {k: v for k, v in options.items() if k in ("temperature", "top_k", "top_p")}
-    want = distribution(z, **kept)
+    valid = options.get("valid_vocab", 20)
+    want = torch.cat([distribution(z[:valid], **kept), z.new_zeros(20 - valid)])
     assert abs(chi_square(torch.bincount(ids, minlength=20), want)) < 4.5
 
 
@@ -142,6 +144,57 @@ def test_ties_go_to_the_lowest_ids(way: Way) -> None:
         zeros = torch.tensor([-1e-30, -1e-30, 1e-30, -1.0])
         ids = drawn(zeros, 200, way, top_k=2, seed=1, logit_scale=1e-30)
         assert set(ids.tolist()) == {0, 1}
+
+
+@EVERY_LANE
+def test_the_border_of_top_p_is_kept(way: Way) -> None:
+    """The set whose mass is just p is the smallest that reaches it."""
+    if way.dtype not in (torch.float32, torch.float64):
+        pytest.skip("what is kept does not know the dtype of the operands")
+    for kept in (1, 2, 5, 8):
+        ids = drawn(torch.zeros(8), 300, way, top_p=kept / 8, seed=1)
+        assert set(ids.tolist()) == set(range(kept))
+
+
+@pytest.mark.parametrize("share", [0, 8], ids=["topk", "sort"])
+def test_ranks(share: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Falling, equal ones by id, whichever way they are found; both zeros are equal."""
+    monkeypatch.setattr(torch_impl, "SORTED_SHARE", share)
+    for dtype in (torch.float32, torch.float64):
+        z = torch.randint(-3, 4, (5, 40), generator=torch.Generator().manual_seed(0)).to(dtype)
+        z[0], z[1] = -torch.inf, torch.where(z[1] > 0, -0.0, 0.0)
+        z[2] *= torch.finfo(dtype).tiny / 8
+        z[3, ::7] = torch.finfo(dtype).max
+        for count in (1, 7, 40):
+            ranked, ids = torch_impl._ranked(z, count)
+            for row, got in zip(z.tolist(), ids.tolist(), strict=True):
+                assert got == sorted(range(40), key=lambda i: (-row[i], i))[:count]
+            assert torch.equal(ranked, z.gather(1, ids))
+
+
+def bits_of(seed: int, row: int, column: int) -> int:
+    """The 40 random bits of a draw, in Python's integers."""
+    whole = 2**64 - 1
+
+    def mixed(x: int) -> int:
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & whole
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & whole
+        return x ^ (x >> 31)
+
+    state = mixed(((mixed(seed & whole) ^ row) * 0xD1342543DE82EF95) & whole)
+    return mixed(((state ^ column) * 0x9E3779B97F4A7C15) & whole) >> 24
+
+
+@EVERY_LANE
+@pytest.mark.parametrize("options", [{}, {"top_k": 30}], ids=["plain", "cut"])
+def test_the_noise_is_a_hash_of_seed_row_and_id(way: Way, options: dict[str, Any]) -> None:
+    """Of equal logits the one with the least noise is drawn."""
+    if way.dtype != torch.float32:
+        pytest.skip("the noise does not know the dtype")
+    ids = range(options.get("top_k", 50))
+    for seed in (0, -5, 2**63 - 1):
+        want = [min(ids, key=lambda i: bits_of(seed, row, i)) for row in range(20)]
+        assert drawn(torch.zeros(50), 20, way, seed=seed, **options).tolist() == want
 
 
 @EVERY_LANE

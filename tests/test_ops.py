@@ -237,6 +237,19 @@ def test_autocast(spec: OpSpec, case: Case, way: Way) -> None:
         torch.testing.assert_close(grad, want_grads[name].float(), rtol=eps, atol=eps * scale)
 
 
+@pytest.mark.lanes("cpu", "gpu")
+@ONE_DTYPE
+@pytest.mark.parametrize(("spec", "case"), op_cases("smoke"))
+def test_backward_under_autocast(spec: OpSpec, case: Case, way: Way) -> None:
+    """As loops call it that leave autocast late: the gradients do not notice."""
+    skip_unless_covered(spec, way, grad=True)
+    inputs = inputs_of(spec, case, way)
+    with torch.autocast(way.device, torch.bfloat16):
+        _, inside = run(spec, spec.op, inputs, impl=way.impl)
+        outputs = results(spec.op(**inputs, impl=way.impl))
+    assert_same(inside, gradients(spec, inputs, outputs, upstream_of(outputs)))
+
+
 @pytest.mark.parametrize(("spec", "case"), first_cases())
 def test_gradcheck_of_the_torch_path(spec: OpSpec, case: Case) -> None:
     """First and second derivatives, against finite differences in fp64."""

@@ -117,6 +117,16 @@ def test_in_gpt2() -> None:
     assert_same_training(ours, theirs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_logits_are_as_wide_as_the_loss(dtype: torch.dtype) -> None:
+    table = TiedEmbedding(VOCAB, 16, logit_scale=0.5, softcap=8.0).to(dtype)
+    x, targets = torch.randn(30, 16).to(dtype), torch.randint(0, VOCAB, (30,))
+    logits, (loss_sum, _) = table.logits(x), table.loss(x, targets)
+    assert logits.dtype == loss_sum.dtype == torch.promote_types(dtype, torch.float32)
+    stock = F.cross_entropy(logits, targets, reduction="sum")
+    torch.testing.assert_close(loss_sum, stock)
+
+
 @pytest.mark.parametrize("way_in", ["embed", "pool"])
 def test_the_tied_gradient_is_the_sum_of_both_ends(way_in: str) -> None:
     rng = torch.Generator().manual_seed(0)

@@ -72,7 +72,8 @@ class _SummedLoss(torch.autograd.Function):
         *arguments, drows, dweight, dbias = ctx.saved_tensors
         if torch.is_grad_enabled():
             each = (grads[0].expand(arguments[0].shape[0]),)
-            found = recorded_backward(ctx.objective, ctx.options, each, *arguments)
+            with _checks.without_autocast(arguments[0]):
+                found = recorded_backward(ctx.objective, ctx.options, each, *arguments)
         else:
             found = [None if x is None else x * grads[0] for x in (drows, dweight, dbias)]
         return None, None, None, *found, None

@@ -44,7 +44,10 @@ def _form(
     # A column that the teacher rules out has no mass: 0 x log 0 is 0.
     logp = _log_softmax(given, options.temperature).clamp_min(torch.finfo(rows.dtype).min)
     p = logp.exp()
-    divergence = torch.linalg.vecdot(p, logp - logq) * options.temperature**2
+    ratio = logp - logq
+    if bias is not None:  # which may rule out the same column
+        ratio = ratio.masked_fill(p == 0, 0)
+    divergence = torch.linalg.vecdot(p, ratio) * options.temperature**2
     loss = torch.where(kept, divergence, 0)
     return Chunk(inputs, logits if options.softcap else None, logq, p, loss, loss.new_zeros(()))
 

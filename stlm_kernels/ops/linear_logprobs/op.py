@@ -110,6 +110,8 @@ def check(
     )
     if ignore_index is not None:
         _checks.require_int("ignore_index", ignore_index)
+        ok = -(2**63) <= ignore_index < 2**63
+        _checks.require(ok, "ignore_index", "an int that int64 holds", ignore_index)
     ignored = IGNORE_NOTHING if ignore_index is None else ignore_index
     if _checks.values_visible(target):
         wide = target.long()
@@ -129,6 +131,7 @@ def check_projection(
     _checks.require(isinstance(input, Tensor), "input", "a Tensor", type(input).__name__)
     _checks.require(input.ndim >= 1, "input", "at least one dimension", tuple(input.shape))
     _checks.require_tensor("input", input, tuple(input.shape), _checks.FLOATS)
+    _checks.require(input.shape[-1] >= 1, "input", "D >= 1", tuple(input.shape))
     width, device, weights = input.shape[-1], input.device, _checks.weight_dtypes(input.dtype)
     _checks.require_tensor("linear_weight", linear_weight, ("V", width), weights, device)
     vocab = linear_weight.shape[0]

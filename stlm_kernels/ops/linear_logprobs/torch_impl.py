@@ -75,8 +75,10 @@ def widened(
     """
     dtype = _checks.output_dtype(rows)
     wide = torch.promote_types(dtype, torch.float32)
-    rows, weight = (rounded(x, dtype, wide) for x in (rows, weight[:valid]))
-    return rows, weight, None if bias is None else bias[:valid].to(wide)
+    if valid < weight.shape[0]:
+        weight, bias = weight[:valid], None if bias is None else bias[:valid]
+    bias = None if bias is None else bias.to(wide)
+    return rounded(rows, dtype, wide), rounded(weight, dtype, wide), bias
 
 
 def plain_losses(
@@ -252,10 +254,12 @@ class _RowLosses(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         wants = tuple(ctx.needs_input_grad[2:5])
         arguments = (grads, *ctx.saved_tensors)
-        if _recorded.is_needed(*grads):
-            found = recorded_backward(ctx.objective, ctx.options, *arguments)
-        else:
-            found = _backward(ctx.objective, ctx.options, wants, *arguments)
+        # A loop may call it where autocast still rules.
+        with _checks.without_autocast(ctx.saved_tensors[0]):
+            if _recorded.is_needed(*grads):
+                found = recorded_backward(ctx.objective, ctx.options, *arguments)
+            else:
+                found = _backward(ctx.objective, ctx.options, wants, *arguments)
         return None, None, *found, None
 
 

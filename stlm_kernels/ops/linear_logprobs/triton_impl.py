@@ -6,11 +6,11 @@ loss = lse - (1 - s) z_y - s mean(z) + w lse^2, with smoothing s and z-loss weig
 
 Forward. A program owns BLOCK_N rows: one pass over D, then max, sum and the picked column in fp32.
 Backward. From the saved row maxima and sums the logits' gradient G is formed again, in [-1, 1]: the
-upstream gradient divided by its largest magnitude goes in before rounding, the magnitude itself
-multiplies the fp32 accumulators at the end, so that 16-bit products never underflow. One kernel
-owns BLOCK_N rows and stores dH^T = E^T G transposed by address; the other owns BLOCK_V x BLOCK_W
-of dE for one run of rows and adds G H into registers; the runs' partial sums are added in a fixed
-order. No accumulator is ever transposed (Triton up to 3.7.0 miscompiles that on Hopper).
+upstream gradient divided by its largest magnitude goes in before rounding; the magnitude itself and
+the scale multiply the fp32 accumulators at the end, so that 16-bit products keep their range. One
+kernel owns BLOCK_N rows and stores dH^T = E^T G transposed by address; the other owns BLOCK_V x
+BLOCK_W of dE for one run of rows and adds G H into registers; the runs' partial sums are added in a
+fixed order. No accumulator is ever transposed (Triton up to 3.7.0 miscompiles that on Hopper).
 
 Floor, N = 65,536, D = 128, V = 256: three products of 4.3 GFLOP = 16.3 us at 790 TFLOP/s, 34.5 MB
 = 8 us, 16.8 M exponentials = 4 us. These kernels do 4 + D / BLOCK_W products: what forming the
@@ -128,16 +128,16 @@ def _slopes(dloss_ptrs, dlse_ptrs, unit, live, bad, lse, z_loss):
 
 @triton.jit
 def _dlogits(
-    z, columns, targets, top, log_total, dloss, slope, valid, scale, cap, smoothing
+    z, columns, targets, top, log_total, dloss, slope, valid, cap, smoothing
 ):  # fmt: skip
-    """Gradient of the products before scale and cap; zero in columns that do not exist."""
+    """Gradient of the scaled products before the cap; zero in columns that do not exist."""
     grad = tl.exp((z - top[None, :]) - log_total[None, :]) * slope[None, :]
     hit = columns[:, None] == targets[None, :]
     spread = tl.where(hit, 1.0 - smoothing + smoothing / valid, smoothing / valid)
     grad -= spread * dloss[None, :]
     if cap > 0:
         grad *= 1.0 - (z / cap) * (z / cap)
-    return tl.where((columns < valid)[:, None], grad * scale, 0.0)
+    return tl.where((columns < valid)[:, None], grad, 0.0)
 
 
 @triton.jit(do_not_specialize=["n_rows", "ignore_index", "dloss_stride"])
@@ -159,7 +159,7 @@ def stlm_linear_logprobs_bwd_rows(
         h_ptr, w_ptr, bias_ptr, rows, live, main, valid, scale, cap, D, DOT, HAS_BIAS, BLOCK_D
     )
     grad = _dlogits(
-        z, main, targets, top, log_total, dloss, slope, valid, scale, cap, smoothing
+        z, main, targets, top, log_total, dloss, slope, valid, cap, smoothing
     ).to(DOT)  # fmt: skip
     if TAIL > 0:
         tail = MAIN + tl.arange(0, TAIL)
@@ -167,7 +167,7 @@ def stlm_linear_logprobs_bwd_rows(
             h_ptr, w_ptr, bias_ptr, rows, live, tail, valid, scale, cap, D, DOT, HAS_BIAS, BLOCK_D
         )
         grad_tail = _dlogits(
-            z, tail, targets, top, log_total, dloss, slope, valid, scale, cap, smoothing
+            z, tail, targets, top, log_total, dloss, slope, valid, cap, smoothing
         ).to(DOT)  # fmt: skip
     for first in range(0, D, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)
@@ -176,7 +176,7 @@ def stlm_linear_logprobs_bwd_rows(
             table = _table_tile(w_ptr, tail, d, valid, D, DOT)
             dh = tl.dot(table, grad_tail, dh, input_precision="ieee")
         mask = (d < D)[:, None] & (rows < n_rows)[None, :]
-        out = (dh * unit).to(dh_ptr.dtype.element_ty)
+        out = (dh * (unit * scale)).to(dh_ptr.dtype.element_ty)
         tl.store(dh_ptr + rows[None, :] * D + d[:, None], out, mask=mask)
 
 
@@ -214,18 +214,16 @@ def stlm_linear_logprobs_bwd_weight(
             h_ptr, w_ptr, bias_ptr, rows, live, columns, valid, scale, cap,
             D, DOT, HAS_BIAS, BLOCK_D,
         )  # fmt: skip
-        grad = _dlogits(
-            z, columns, targets, top, log_total, dloss, slope, valid, scale, cap, smoothing
-        )
+        grad = _dlogits(z, columns, targets, top, log_total, dloss, slope, valid, cap, smoothing)
         mask = live[:, None] & (d < D)[None, :]
         h = tl.load(h_ptr + rows[:, None] * D + d[None, :], mask=mask, other=0.0).to(DOT)
         dw = tl.dot(grad.to(DOT), h, dw, input_precision="ieee")
         db += tl.sum(grad, 1)
     mask = (columns < valid)[:, None] & (d < D)[None, :]
     out = dw_ptr + (split * valid + columns)[:, None] * D + d[None, :]
-    tl.store(out, dw * unit, mask=mask)
+    tl.store(out, dw * (unit * scale), mask=mask)
     # Programs of other columns of D hold the same sums; storing them again changes nothing.
-    tl.store(db_ptr + split * valid + columns, db * unit, mask=columns < valid)
+    tl.store(db_ptr + split * valid + columns, db * (unit * scale), mask=columns < valid)
 
 
 def launch_fwd(
@@ -345,9 +343,10 @@ def _padded(grad: Tensor, vocab: int) -> Tensor:
 
 
 def _largest_upstream(dloss: Tensor, dlse: Tensor) -> Tensor:
-    """(1,) fp32 magnitude that upstream gradients are divided by; 1 if they are all zero."""
+    """(1,) fp32 magnitude that upstream gradients are divided by; 1 for zero or infinity."""
     if dloss.shape[0] == 0:
         return dloss.new_ones(1)
     distinct = dloss[:1] if dloss.stride(0) == 0 else dloss
     unit = torch.maximum(distinct.abs().amax(), dlse.abs().amax())
-    return torch.where(unit > 0, unit, 1.0).view(1)
+    # Infinite: perhaps an ignored row's, which must not reach the others.
+    return torch.where((unit > 0) & (unit < torch.inf), unit, 1.0).view(1)

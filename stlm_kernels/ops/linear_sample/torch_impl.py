@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ... import _checks
 from ..._noise import hashed, shifted
-from ..linear_logprobs.torch_impl import widened
+from ..linear_logprobs.torch_impl import form_logits, widened
 
 if TYPE_CHECKING:
     from .op import SampleOptions
@@ -21,6 +20,8 @@ GREEDY_ELEMENTS = 4 * CHUNK_ELEMENTS
 """The same without noise: the fewer products, the less often they read the table."""
 LEAST_ROWS = 16
 """Rows below which the product would read the table for too little."""
+SORTED_SHARE = 8
+"""numpy sorts a row of integers, vectorised, in less time than topk finds this share of it."""
 
 
 def sample(
@@ -53,56 +54,67 @@ def _sample_chunk(
     first_row: int,
     options: SampleOptions,
 ) -> Tensor:
-    z = F.linear(rows, weight, bias)
-    if options.logit_scale != 1.0:
-        z = z * options.logit_scale
-    if options.softcap:
-        z = options.softcap * torch.tanh(z / options.softcap)
-    z = z.nan_to_num_(nan=-torch.inf, neginf=-torch.inf)
+    z = form_logits(rows, weight, bias, options).nan_to_num_(nan=-torch.inf, neginf=-torch.inf)
     if options.temperature == 0:
         return z.argmax(1)
-    # Below the largest first: then no temperature is too small to divide by.
-    top = z.amax(1, keepdim=True).clamp_min(torch.finfo(z.dtype).min)
-    scores = (z - top) / options.temperature
-    scores = scores - noise(seed, first_row, z.shape, z.dtype).log_()
-    if options.top_k or options.top_p < 1:
-        scores = scores.masked_fill(~_kept(z, top, options), -torch.inf)
-    return scores.argmax(1)
+    if not options.top_k and options.top_p == 1:
+        ids = _counted(0, z.shape[1], z.device)
+        return _race(z, z.amax(1, keepdim=True), ids, seed, first_row, options).argmax(1)
+    z, ids = _ranked(z, options.top_k or z.shape[1])
+    first = _race(z, z[:, :1], ids, seed, first_row, options).argmax(1, keepdim=True)
+    return ids.gather(1, first)[:, 0]
 
 
-def _kept(
-    z: Tensor,  # (n, V)
-    top: Tensor,  # (n, 1)
+def _race(
+    z: Tensor,  # (n, k) logits, ranked where top_p cuts them
+    top: Tensor,  # (n, 1) the largest of each row
+    ids: Tensor,  # (n, k) or (k,) whose they are
+    seed: Tensor,  # () int64
+    first_row: int,
     options: SampleOptions,
 ) -> Tensor:
-    """(n, V) bool: what top_k and then top_p keep."""
-    if options.top_k:
-        ranked = z.topk(options.top_k, dim=1).values
-    else:
-        ranked = z.sort(dim=1, descending=True).values
-    count = torch.full_like(top, ranked.shape[1], dtype=torch.int64)
+    """(n, k) scores, the first largest of which is drawn; what top_p leaves out is -inf."""
+    # Below the largest first: then no temperature is too small to divide by. A row that is -inf
+    # becomes NaN, the first of which is its lowest id.
+    scores = (z - top).div_(options.temperature)
     if options.top_p < 1:
-        mass = ((ranked - top) / options.temperature).softmax(1).cumsum(1)
-        count = 1 + (mass[:, :-1] < options.top_p).sum(1, keepdim=True)
-    least = ranked.gather(1, count - 1)
-    above, ties = z > least, z == least
-    room = count - above.sum(1, keepdim=True)
-    return above | (ties & (ties.cumsum(1) <= room))
+        mass = scores.softmax(1).cumsum(1)
+        scores[:, 1:].masked_fill_(mass[:, :-1] >= options.top_p, -torch.inf)
+    rows = _counted(first_row, z.shape[0], z.device)
+    return scores.sub_(noise(seed, rows[:, None], ids, z.dtype).log_())
+
+
+def _ranked(
+    z: Tensor,  # (n, V)
+    count: int,
+) -> tuple[Tensor, Tensor]:
+    """(n, count) largest logits in falling order and their ids; of equal ones the lowest ids."""
+    if z.dtype == torch.float64:
+        z, ids = z.sort(dim=1, descending=True, stable=True)
+        return z[:, :count], ids[:, :count]
+    # A stable sort is slow, and topk promises nothing of equal ones. So each becomes an integer
+    # of its own: bits whose order is that of falling floats, both zeros the same, and its id.
+    bits = (0.0 - z).view(torch.int32)
+    bits.bitwise_xor_((bits >> 31).bitwise_and_(2**31 - 1))
+    keys = bits.long().bitwise_left_shift_(32).bitwise_or_(_counted(0, z.shape[1], z.device))
+    if SORTED_SHARE * count >= z.shape[1] and _checks.values_visible(keys):
+        keys.numpy().sort(axis=1)
+        keys = keys[:, :count]
+    else:
+        keys = keys.topk(count, dim=1, largest=False).values
+    ids = keys & (2**32 - 1)
+    return z.gather(1, ids), ids
 
 
 def noise(
     seed: Tensor,  # () int64
-    first_row: int,
-    shape: torch.Size,  # (n, V)
+    rows: Tensor,  # (n, 1) int64
+    ids: Tensor,  # (n, k) or (k,) int64
     dtype: torch.dtype,
 ) -> Tensor:
-    """(n, V) exponential noise, by seed, row and id alone."""
-    row = _counted(first_row, shape[0], seed.device)
-    column = _counted(0, shape[1], seed.device)
-    uniform = (
-        shifted(hashed(seed, row[:, None], column), 24).to(dtype).mul_(2.0**-40).add_(2.0**-41)
-    )
-    return uniform.clamp_max_(1 - torch.finfo(dtype).eps / 2).neg_().log1p_().neg_()
+    """(n, k) exponential noise, by seed, row and id alone."""
+    below = shifted(hashed(seed, rows, ids), 24).to(dtype).mul_(-(2.0**-40)).sub_(2.0**-41)
+    return below.clamp_min_(torch.finfo(dtype).eps / 2 - 1).log1p_().neg_()
 
 
 def _counted(first: int, count: int, device: torch.device) -> Tensor:
