@@ -69,9 +69,10 @@ def linear_cross_entropy(
     Numerics:
         As `linear_logprobs`. On the torch path, and on the kernels above 512 columns, "mean" and
         "sum" form their gradients in the forward, chunk by chunk, and scale them by the upstream
-        gradient in the backward, out of place. Extra memory does not grow with the number of
-        rows: on the kernels above 512 columns 256 MB of logits, and the weight in the input's dtype
-        and its gradient in float32.
+        gradient in the backward, out of place. Beside that of the input (N, D), extra memory
+        does not grow with the number of rows: on the kernels above 512 columns 256 MB of logits,
+        and the weight in the input's dtype and its gradient in float32. The torch path holds rows
+        of 16 bits, and their gradient, in float32.
 
     Source: signature of PyTorch 2.13; z-loss from PaLM, arXiv 2204.02311.
     """
