@@ -49,6 +49,7 @@ SPILLS_ALLOWED: dict[tuple[str, int], tuple[int, str]] = {
     ),
     ("stlm_linear_logprobs_fwd", 100): (732, READS_TWICE),
     ("stlm_linear_logprobs_bwd_rows", 80): (36, READS_TWICE),
+    ("stlm_linear_logprobs_bwd_rows", 90): (10, FP32),
     ("stlm_linear_logprobs_bwd_rows", 100): (167, READS_TWICE),
     ("stlm_linear_logprobs_bwd_weight", 80): (
         2,
