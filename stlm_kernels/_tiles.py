@@ -13,7 +13,7 @@ from ._dispatch import kernels_interpreted
 SUM_SPLITS = 32
 """Splits added at a time, at most."""
 SUM_TILE = 4096
-"""Numbers loaded at a time, 32 by each thread of 4 warps: enough in flight to hide the memory."""
+"""Numbers loaded at a time, 32 by each thread of 4 warps."""
 BOUNDS_BLOCK = 256
 NO_WINDOW = 2**31 - 1
 LOG2_E = 1.4426950408889634
