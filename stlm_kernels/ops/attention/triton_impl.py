@@ -78,6 +78,23 @@ def _blocks(low, high, solid_low, solid_high, INNER: tl.constexpr):
 
 
 @triton.jit
+def _keys_of(
+    bounds_ptr, base, total, length, window,
+    HAS_DOCS: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """What a tile of queries sees: which rows there are, the first key of each, the range of keys,
+    and its blocks as `_blocks` counts them."""
+    own = tl.arange(0, BLOCK)
+    first, last = _sight(bounds_ptr, base, total, length, window, HAS_DOCS, BLOCK)
+    live = last > own
+    low = tl.min(tl.where(live, first, BLOCK), 0)
+    high = tl.max(tl.where(live, own + 1, 0), 0)
+    solid_low = tl.max(tl.where(live, first, low), 0)
+    count, lead, solid = _blocks(low, high, solid_low, 1, INNER)
+    return live, first, low, high, count, lead, solid
+
+
+@triton.jit
 def _within(rows, high, MASKED: tl.constexpr):
     """Which rows of a block to read: all of a solid one."""
     if MASKED:
@@ -128,12 +145,9 @@ def stlm_attention_fwd(
     head, block = program % H, program // H
     base, own = block * BLOCK, tl.arange(0, BLOCK)
     rows = base + own
-    first, last = _sight(bounds_ptr, base, total, length, window, HAS_DOCS, BLOCK)
-    live = last > own
-    low = tl.min(tl.where(live, first, BLOCK), 0)
-    high = tl.max(tl.where(live, own + 1, 0), 0)
-    solid_low = tl.max(tl.where(live, first, low), 0)
-    count, lead, solid = _blocks(low, high, solid_low, 1, INNER)
+    live, first, low, high, count, lead, solid = _keys_of(
+        bounds_ptr, base, total, length, window, HAS_DOCS, BLOCK, INNER
+    )
     q = load_head(q_ptr, rows, live, q_stride, head * K, DOT, MAIN, REST)
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
     norm, acc = tl.zeros((BLOCK,), tl.float32), zeros(BLOCK, MAIN, REST)
@@ -200,12 +214,9 @@ def stlm_attention_bwd_q(
     head, block = program % H, program // H
     base, own = block * BLOCK, tl.arange(0, BLOCK)
     rows = base + own
-    first, last = _sight(bounds_ptr, base, total, length, window, HAS_DOCS, BLOCK)
-    live = last > own
-    low = tl.min(tl.where(live, first, BLOCK), 0)
-    high = tl.max(tl.where(live, own + 1, 0), 0)
-    solid_low = tl.max(tl.where(live, first, low), 0)
-    count, lead, solid = _blocks(low, high, solid_low, 1, INNER)
+    live, first, low, high, count, lead, solid = _keys_of(
+        bounds_ptr, base, total, length, window, HAS_DOCS, BLOCK, INNER
+    )
     q = load_head(q_ptr, rows, live, q_stride, head * K, DOT, MAIN, REST)
     grad = load_head(grad_ptr, rows, live, H * K, head * K, DOT, MAIN, REST)
     delta = inner(grad, load_head(out_ptr, rows, live, H * K, head * K, tl.float32, MAIN, REST))
