@@ -160,14 +160,14 @@ def test_any_shape(
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize(("rows", "vocab"), [(20_000, 257), (700, 8000)])
+@pytest.mark.parametrize(("rows", "vocab"), [(20_000, 257), (1500, 8000)])
 def test_the_logits_never_exist(reduction: str, rows: int, vocab: int) -> None:
     """On the torch path a chunk of them does, whatever the number of rows."""
     way = Way("torch", "cpu", torch.float32)
     hidden, weight, target = example(rows, 4, vocab, way)
     with LargestTensor() as largest:
         linear_cross_entropy(hidden, weight, target, reduction=reduction).sum().backward()
-    assert largest.elements <= max(1 << 20, 256 * vocab)
+    assert largest.elements <= max(1 << 20, 512 * vocab)
     assert largest.elements < rows * vocab / 2
 
 

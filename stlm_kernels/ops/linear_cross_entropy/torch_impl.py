@@ -29,20 +29,20 @@ def summed_loss(
     rows: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
-    *per_row: Tensor,  # (N, ...)
+    *given: Tensor,  # (N, ...)
 ) -> Tensor:
     """0-d sum of the row losses in fp32 (fp64 for fp64 rows)."""
     if is_dtensor(rows):
-        total = summed_loss(objective, options, *own_part(rows, weight, bias, *per_row))
+        total = summed_loss(objective, options, *own_part(rows, weight, bias, *given))
         return from_own_part(total, SUM, rows)
     rows, weight, bias = widened(rows, weight, bias, options.valid_vocab)
     # The operands are rounded; autocast would round the logits as well.
     with _checks.without_autocast(rows):
         if _checks.inside_torch_func():
-            return plain_losses(objective, options, rows, weight, bias, *per_row)[0].sum()
+            return plain_losses(objective, options, rows, weight, bias, *given)[0].sum()
         recorded, leaves = torch.is_grad_enabled(), (rows, weight, bias)
         wants = tuple(recorded and x is not None and x.requires_grad for x in leaves)
-        return _SummedLoss.apply(objective, options, wants, *leaves, per_row)
+        return _SummedLoss.apply(objective, options, wants, *leaves, given)
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -57,14 +57,15 @@ class _SummedLoss(torch.autograd.Function):
         rows: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        per_row: tuple[Tensor, ...],  # dynamo counts parameters, and a starred one as one
+        given: tuple[Tensor, ...],  # dynamo counts parameters, and a starred one as one
     ) -> Tensor:
         leaves = (rows, weight, bias)
         grads, total = Gradients(rows, weight, bias, wants), rows.new_zeros(())
-        for part in chunks_of(rows.shape[0], options.valid_vocab):
-            total += grads.add_chunk(objective, options, part, *leaves, *per_row).sum()
+        per_row = objective.prepare(options, *given)
+        for part, out in chunks_of(rows, options.valid_vocab):
+            total += grads.add_chunk(objective, options, part, *leaves, *per_row, out=out).sum()
         ctx.objective, ctx.options = objective, options
-        ctx.save_for_backward(*leaves, *per_row, grads.rows, grads.weight, grads.bias)
+        ctx.save_for_backward(*leaves, *given, grads.rows, grads.weight, grads.bias)
         return _checks.as_output(total)
 
     @staticmethod

@@ -129,13 +129,14 @@ def check_projection(
 ) -> int:
     """The checks of everything that makes logits from hidden states; the columns that exist."""
     _checks.require(isinstance(input, Tensor), "input", "a Tensor", type(input).__name__)
-    _checks.require(input.ndim >= 1, "input", "at least one dimension", tuple(input.shape))
-    _checks.require_tensor("input", input, tuple(input.shape), _checks.FLOATS)
-    _checks.require(input.shape[-1] >= 1, "input", "D >= 1", tuple(input.shape))
-    width, device, weights = input.shape[-1], input.device, _checks.weight_dtypes(input.dtype)
+    shape, device, weights = tuple(input.shape), input.device, _checks.weight_dtypes(input.dtype)
+    _checks.require(len(shape) >= 1, "input", "at least one dimension", shape)
+    _checks.require_tensor("input", input, shape, _checks.FLOATS)
+    width = shape[-1]
+    _checks.require(width >= 1, "input", "D >= 1", shape)
     _checks.require_tensor("linear_weight", linear_weight, ("V", width), weights, device)
     vocab = linear_weight.shape[0]
-    _checks.require(vocab >= 1, "linear_weight", "V >= 1", tuple(linear_weight.shape))
+    _checks.require(vocab >= 1, "linear_weight", "V >= 1", (vocab, width))
     if linear_bias is not None:
         _checks.require_tensor("linear_bias", linear_bias, (vocab,), weights, device)
     valid = vocab if valid_vocab is None else valid_vocab

@@ -6,11 +6,10 @@ latter, so that other losses of a projection stand on the same functions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ... import _checks, _recorded
@@ -20,19 +19,25 @@ from ..._sharding import ROW, from_own_part, is_dtensor, own_part
 if TYPE_CHECKING:
     from .op import RowOptions
 
+THREAD_ELEMENTS = 1 << 17
+"""Logits formed at a time by each thread of a CPU: half a megabyte in fp32 stays in a core's own
+cache between the passes over them."""
 CHUNK_ELEMENTS = 1 << 20
-"""Logits formed at a time: 4 MB in fp32 stay in a core's cache between the passes over them."""
-LEAST_ROWS = 256
+"""The same where each chunk costs a launch, or is compiled anew."""
+LEAST_ROWS = 512
 """Rows below which the matrix products of a large vocabulary lose their efficiency."""
 
 
 class Objective(NamedTuple):
     """How losses follow from rows, and the gradient of the logits from those of the losses.
 
-    `per_row` stands for the tensors with an entry for each row, which take no gradient.
+    `per_row` stands for what each row is judged by, tensors with an entry for each row or None,
+    and `out` for memory that the logits may take, and what is made of them: with it nothing is
+    recorded.
     """
 
-    form: Callable[..., Any]  # (rows, weight, bias, options, *per_row) -> chunk
+    prepare: Callable[..., tuple[Tensor | None, ...]]  # (options, *given) -> per_row of all rows
+    form: Callable[..., Any]  # (rows, weight, bias, options, *per_row, out=None) -> chunk
     dlogits: Callable[..., Tensor]  # (chunk, dloss, dlse, options, *per_row) -> (n, V)
 
 
@@ -52,18 +57,18 @@ def row_losses(
     rows: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
-    *per_row: Tensor,  # (N, ...)
+    *given: Tensor,  # (N, ...)
 ) -> tuple[Tensor, Tensor]:
     """(loss, lse), each (N,) in fp32 (fp64 for fp64 rows)."""
     if is_dtensor(rows):
-        loss, lse = row_losses(objective, options, *own_part(rows, weight, bias, *per_row))
+        loss, lse = row_losses(objective, options, *own_part(rows, weight, bias, *given))
         return from_own_part(loss, ROW, rows), from_own_part(lse, ROW, rows)
     rows, weight, bias = widened(rows, weight, bias, options.valid_vocab)
     # The operands are rounded; autocast would round the logits as well.
     with _checks.without_autocast(rows):
         if _checks.inside_torch_func():
-            return plain_losses(objective, options, rows, weight, bias, *per_row)
-        return _RowLosses.apply(objective, options, rows, weight, bias, per_row)
+            return plain_losses(objective, options, rows, weight, bias, *given)
+        return _RowLosses.apply(objective, options, rows, weight, bias, given)
 
 
 def widened(
@@ -87,20 +92,27 @@ def plain_losses(
     rows: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    *per_row: Tensor,
+    *given: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """(loss, lse) of all rows at once, for those who differentiate twice or transform."""
+    per_row = objective.prepare(options, *given)
     chunk = objective.form(rows, weight, bias, options, *per_row)
     return chunk.loss, chunk.lse
 
 
-def form_logits(inputs: Tensor, weight: Tensor, bias: Tensor | None, options: Any) -> Tensor:
+def form_logits(
+    inputs: Tensor, weight: Tensor, bias: Tensor | None, options: Any, out: Tensor | None = None
+) -> Tensor:
     """(n, V) logits after scale and cap."""
-    logits = F.linear(inputs, weight, bias)
+    if bias is None:
+        logits = torch.mm(inputs, weight.t(), out=out)
+    else:
+        logits = torch.addmm(bias, inputs, weight.t(), out=out)
     if options.logit_scale != 1.0:
-        logits = logits * options.logit_scale
+        logits = torch.mul(logits, options.logit_scale, out=out)
     if options.softcap:
-        logits = options.softcap * torch.tanh(logits / options.softcap)
+        bounded = torch.tanh(torch.div(logits, options.softcap, out=out), out=out)
+        logits = torch.mul(bounded, options.softcap, out=out)
     return logits
 
 
@@ -111,40 +123,53 @@ def through_cap_and_scale(grad: Tensor, logits: Tensor | None, options: Any) -> 
     return grad.mul_(options.logit_scale) if options.logit_scale != 1.0 else grad
 
 
-def counted_rows(rows: Tensor, kept: Tensor) -> Tensor:
-    """Rows with zeros where they do not count; the same tensor where all are seen to count."""
-    if _checks.values_visible(kept) and bool(kept.all()):
-        return rows
-    return torch.where(kept[:, None], rows, 0)
+def seen_to_count(kept: Tensor) -> bool:
+    """True where all rows count and that is seen, so that nothing need be done about it."""
+    return _checks.values_visible(kept) and bool(kept.all())
+
+
+def counted_rows(rows: Tensor, kept: Tensor | None) -> Tensor:
+    """Rows with zeros where they do not count."""
+    return rows if kept is None else torch.where(kept[:, None], rows, 0)
+
+
+def _prepare(options: RowOptions, targets: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(N, 1) indices that address no memory out of bounds, which rows count, whose are bad."""
+    wide = targets.long()
+    kept = wide != options.ignore_index
+    if _checks.values_visible(targets):  # so the public functions have seen that none is bad
+        return (wide[:, None], None, None) if kept.all() else (wide.mul(kept)[:, None], kept, None)
+    bad = kept & ((wide < 0) | (wide >= options.valid_vocab))
+    return torch.where(kept & ~bad, wide, 0)[:, None], kept, bad
 
 
 def _form(
-    rows: Tensor, weight: Tensor, bias: Tensor | None, options: RowOptions, targets: Tensor
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    options: RowOptions,
+    index: Tensor,  # (n, 1) int64
+    kept: Tensor | None,  # (n,) bool
+    bad: Tensor | None,  # (n,) bool
+    out: Tensor | None = None,  # (n, V)
 ) -> Chunk:
     """Logits and losses of some rows, from ops that torch differentiates any number of times."""
-    kept = targets.long() != options.ignore_index
-    index, bad = _safe_targets(targets, kept, options.valid_vocab)
     inputs = counted_rows(rows, kept)
-    logits = form_logits(inputs, weight, bias, options)
-    logp = logits.log_softmax(1)
+    logits = form_logits(inputs, weight, bias, options, out)
+    chosen = logits.gather(1, index)[:, 0]
+    logp = torch.log_softmax(logits, 1, out=None if options.softcap else out)
     logprob = logp.gather(1, index)[:, 0]
-    lse = logits.gather(1, index)[:, 0] - logprob
+    lse = chosen - logprob
     loss = -logprob
     if options.label_smoothing:
         loss = torch.lerp(loss, -logp.mean(1), options.label_smoothing)
     if options.z_loss:
         loss = loss + options.z_loss * lse.square()
-    # A product, as NaN put in place of the loss would leave the gradients zero.
-    loss = torch.where(kept, loss * torch.where(bad, float("nan"), 1.0), 0)
-    lse = torch.where(kept, lse, 0)
+    if bad is not None:  # a product, as NaN put in place of the loss would leave the gradients zero
+        loss = loss * torch.where(bad, float("nan"), 1.0)
+    if kept is not None:
+        loss, lse = torch.where(kept, loss, 0), torch.where(kept, lse, 0)
     return Chunk(inputs, logits if options.softcap else None, logp, loss, lse)
-
-
-def _safe_targets(targets: Tensor, kept: Tensor, valid: int) -> tuple[Tensor, Tensor]:
-    """(N, 1) indices that address no memory out of bounds, and which rows' targets are bad."""
-    wide = targets.long()
-    bad = kept & ((wide < 0) | (wide >= valid))
-    return torch.where(kept & ~bad, wide, 0)[:, None], bad
 
 
 def _dlogits(
@@ -152,25 +177,29 @@ def _dlogits(
     dloss: Tensor,  # (n,)
     dlse: Tensor | None,  # (n,)
     options: RowOptions,
-    targets: Tensor,  # (n,)
+    index: Tensor,  # (n, 1) int64
+    kept: Tensor | None,  # (n,) bool
+    bad: Tensor | None,  # (n,) bool
 ) -> Tensor:
     """(n, V) gradient of the products before scale and cap."""
-    kept = targets.long() != options.ignore_index
-    index, bad = _safe_targets(targets, kept, options.valid_vocab)
-    dloss = torch.where(kept, dloss, 0).masked_fill(bad, float("nan"))[:, None]
+    if kept is not None:
+        dloss = torch.where(kept, dloss, 0)
+        dlse = None if dlse is None else torch.where(kept, dlse, 0)
+    if bad is not None:
+        dloss = dloss.masked_fill(bad, float("nan"))
     slope = dloss
     if options.z_loss:
-        slope = slope * (1 + 2 * options.z_loss * chunk.lse[:, None])
+        slope = slope * (1 + 2 * options.z_loss * chunk.lse)
     if dlse is not None:
-        slope = slope + torch.where(kept, dlse, 0)[:, None]
-    grad = chunk.logp.exp_().mul_(slope)
+        slope = slope + dlse
+    grad = chunk.logp.exp_().mul_(slope[:, None])
     if options.label_smoothing:
-        grad.sub_(dloss * (options.label_smoothing / options.valid_vocab))
-    grad.scatter_add_(1, index, dloss * (options.label_smoothing - 1))
+        grad.sub_(dloss[:, None] * (options.label_smoothing / options.valid_vocab))
+    grad.scatter_add_(1, index, dloss[:, None] * (options.label_smoothing - 1))
     return through_cap_and_scale(grad, chunk.logits, options)
 
 
-TARGETS = Objective(_form, _dlogits)
+TARGETS = Objective(_prepare, _form, _dlogits)
 """Cross entropy with targets."""
 
 
@@ -192,15 +221,16 @@ class Gradients:
         rows: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        *per_row: Tensor,
+        *per_row: Tensor | None,
+        out: Tensor,
         upstream: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Add what the rows of `part` give, and return their losses; upstream None: their sum.
 
         A function of its own, so that nothing of a chunk outlives it into the next one.
         """
-        mine = [x[part] for x in per_row]
-        chunk = objective.form(rows[part], weight, bias, options, *mine)
+        mine = part_of(per_row, part)
+        chunk = objective.form(rows[part], weight, bias, options, *mine, out=out)
         if self.rows is not None or self.weight is not None or self.bias is not None:
             dloss, dlse = torch.ones_like(chunk.loss), None
             if upstream is not None:
@@ -219,10 +249,20 @@ class Gradients:
             self.bias += grad.sum(0)
 
 
-def chunks_of(count: int, vocab: int) -> list[slice]:
-    """The runs of rows whose logits exist at a time."""
-    step = max(LEAST_ROWS, CHUNK_ELEMENTS // vocab)
-    return [slice(first, min(first + step, count)) for first in range(0, count, step)]
+def chunks_of(rows: Tensor, vocab: int) -> Iterator[tuple[slice, Tensor]]:
+    """The runs of rows whose logits exist at a time, and the memory that all of them share."""
+    elements = CHUNK_ELEMENTS
+    if rows.is_cpu and not torch.compiler.is_compiling():
+        elements = THREAD_ELEMENTS * torch.get_num_threads()
+    count, step = rows.shape[0], max(LEAST_ROWS, elements // vocab)
+    shared = rows.new_empty(min(step, count), vocab)
+    for first in range(0, count, step):
+        last = min(first + step, count)
+        yield slice(first, last), shared[: last - first]
+
+
+def part_of(per_row: tuple[Tensor | None, ...], part: slice) -> list[Tensor | None]:
+    return [None if x is None else x[part] for x in per_row]
 
 
 class _RowLosses(torch.autograd.Function):
@@ -235,20 +275,20 @@ class _RowLosses(torch.autograd.Function):
         rows: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        per_row: tuple[Tensor, ...],  # dynamo counts parameters, and a starred one as one
+        given: tuple[Tensor, ...],  # dynamo counts parameters, and a starred one as one
     ) -> tuple[Tensor, Tensor]:
+        per_row = objective.prepare(options, *given)
         loss, lse = rows.new_zeros(rows.shape[0]), rows.new_zeros(rows.shape[0])
-        for part in chunks_of(rows.shape[0], options.valid_vocab):
-            mine = (x[part] for x in per_row)
-            loss[part], lse[part] = plain_losses(
-                objective, options, rows[part], weight, bias, *mine
-            )
+        for part, out in chunks_of(rows, options.valid_vocab):
+            mine = part_of(per_row, part)
+            chunk = objective.form(rows[part], weight, bias, options, *mine, out=out)
+            loss[part], lse[part] = chunk.loss, chunk.lse
         return loss, lse
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.objective, ctx.options, *leaves, per_row = inputs
-        ctx.save_for_backward(*leaves, *per_row)
+        ctx.objective, ctx.options, *leaves, given = inputs
+        ctx.save_for_backward(*leaves, *given)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -270,12 +310,12 @@ def recorded_backward(
     rows: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    *per_row: Tensor,
+    *given: Tensor,
 ) -> list[Tensor | None]:
     """The gradients through autograd, for whom the chunked ones are not."""
 
     def losses(*leaves: Any) -> tuple[Tensor, Tensor]:
-        return plain_losses(objective, options, *leaves, *per_row)
+        return plain_losses(objective, options, *leaves, *given)
 
     return _recorded.gradients(losses, (rows, weight, bias), grads)
 
@@ -288,10 +328,10 @@ def _backward(
     rows: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    *per_row: Tensor,
+    *given: Tensor,
 ) -> list[Tensor | None]:
-    total = Gradients(rows, weight, bias, wants)
-    upstream = (grads[0], grads[1])
-    for part in chunks_of(rows.shape[0], options.valid_vocab):
-        total.add_chunk(objective, options, part, rows, weight, bias, *per_row, upstream=upstream)
+    total, leaves = Gradients(rows, weight, bias, wants), (rows, weight, bias)
+    upstream, per_row = (grads[0], grads[1]), objective.prepare(options, *given)
+    for part, out in chunks_of(rows, options.valid_vocab):
+        total.add_chunk(objective, options, part, *leaves, *per_row, out=out, upstream=upstream)
     return [total.rows, total.weight, total.bias]

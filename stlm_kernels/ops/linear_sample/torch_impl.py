@@ -56,13 +56,21 @@ def _sample_chunk(
 ) -> Tensor:
     z = form_logits(rows, weight, bias, options).nan_to_num_(nan=-torch.inf, neginf=-torch.inf)
     if options.temperature == 0:
-        return z.argmax(1)
+        return _first_largest(z)
     if not options.top_k and options.top_p == 1:
         ids = _counted(0, z.shape[1], z.device)
-        return _race(z, z.amax(1, keepdim=True), ids, seed, first_row, options).argmax(1)
+        top = z.amax(1, keepdim=True)
+        return _first_largest(_race(z, top, ids, seed, first_row, options))
     z, ids = _ranked(z, options.top_k or z.shape[1])
-    first = _race(z, z[:, :1], ids, seed, first_row, options).argmax(1, keepdim=True)
-    return ids.gather(1, first)[:, 0]
+    first = _first_largest(_race(z, z[:, :1], ids, seed, first_row, options))
+    return ids.gather(1, first[:, None])[:, 0]
+
+
+def _first_largest(scores: Tensor) -> Tensor:
+    """(n,) int64 of (n, k): where each row's largest is, of equal ones the first."""
+    if _checks.values_visible(scores):  # numpy's is vectorised, four times as fast on one core
+        return torch.from_numpy(scores.numpy().argmax(1))
+    return scores.argmax(1)
 
 
 def _race(
