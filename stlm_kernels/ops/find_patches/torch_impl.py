@@ -87,7 +87,8 @@ def _natural_closes(
     if patch_size is not None:
         return _is_multiple(positions - documents.starts + 1, patch_size)
     # A table of all ids that a rule tells apart costs less than comparing every byte six times.
-    table = _is_spacelike(torch.arange(IDS, device=byte_ids.device))
+    seen = _checks.values_visible(byte_ids)
+    table = SPACELIKE if seen else _is_spacelike(torch.arange(IDS, device=byte_ids.device))
     known = byte_ids if byte_ids.dtype == torch.uint8 else byte_ids.clamp(0, IDS - 1)
     spacelike = table.index_select(0, known.int())
     has_predecessor = positions != documents.starts
@@ -103,8 +104,12 @@ def _is_spacelike(byte_ids: Tensor) -> Tensor:  # (T,) bool
     return ~(letter | digit | continuation)
 
 
+SPACELIKE = _is_spacelike(torch.arange(IDS))
+"""Of each id; made once, where no device and no graph has one of its own."""
+
+
 def _forced_closes(positions: Tensor, begins: Tensor, max_patch_len: int) -> Tensor:  # (T,)
-    run_starts = torch.where(begins, positions, 0).cummax(0).values
+    run_starts = (positions * begins).cummax(0).values
     return _is_multiple(positions - run_starts + 1, max_patch_len)
 
 
@@ -124,15 +129,16 @@ def _number_patches(
     begun_before = F.pad(begun, (1, 0))
     n_patches = begun_before[-1].clone()
     slots = int(n_patches) if capacity is None else capacity
+    latest = begun - 1
     # Each patch writes where it begins; those beyond the slots, and all other bytes, write into one
     # place more. Unused slots, and the end of the last patch, are where the last document ends.
-    place = torch.where(begins, begun - 1, slots + 1).clamp_(max=slots + 1).long()
-    first_bytes = documents.offsets[-1].repeat(slots + 2)
+    place = torch.where(begins, latest, slots + 1).clamp_(max=slots + 1).long()
+    first_bytes = documents.offsets[-1:].expand(slots + 2)
     cu_patchlens = first_bytes.scatter(0, place, positions)[:-1].contiguous()
 
-    patch_ids = torch.where(documents.inside & (begun <= slots), begun - 1, -1)
+    patch_ids = torch.where(documents.inside & (latest < slots), latest, -1)
     document_borders = begun_before[documents.offsets]
-    complete = torch.where(closed, begun - 1, begun - 2).clamp_(max=slots - 1)
+    complete = (latest - 1).add_(closed).clamp_(max=slots - 1)
     readable = documents.inside & (complete >= documents.spread(document_borders))
     read_ids = torch.where(readable, complete, -1)
     return cu_patchlens, patch_ids, read_ids, n_patches, document_borders.clamp(max=slots)

