@@ -187,10 +187,7 @@ _is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 def check_id_values(name: str, ids: Tensor, low: int, high: int) -> None:
     """IndexError unless low <= ids < high; reads the values, so on a GPU it synchronises."""
-    if ids.numel() == 0 or (ids.dtype == torch.uint8 and low <= 0 and high > 255):
-        return
-    smallest, largest = torch.aminmax(ids)
-    if int(smallest) >= low and int(largest) < high:
+    if ids_within(ids, low, high):
         return
     wide = ids.long().flatten()
     position = int(((wide < low) | (wide > high - 1)).nonzero()[0])
@@ -198,6 +195,13 @@ def check_id_values(name: str, ids: Tensor, low: int, high: int) -> None:
         f"{name}: expected values in [{low}, {high - 1}], got {int(wide[position])} "
         f"at position {position}"
     )
+
+
+def ids_within(ids: Tensor, low: int, high: int) -> bool:
+    if ids.numel() == 0 or (ids.dtype == torch.uint8 and low <= 0 and high > 255):
+        return True
+    smallest, largest = torch.aminmax(ids)
+    return int(smallest) >= low and int(largest) < high
 
 
 def check_offset_values(name: str, offsets: Tensor, total: int) -> None:

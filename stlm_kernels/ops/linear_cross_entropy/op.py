@@ -119,4 +119,6 @@ def _reduced(total: Tensor, target: Tensor, reduction: str, options: RowOptions)
 
 def mean_of_counted(total: Tensor, count: Tensor) -> Tensor:
     """The mean of a sum of row losses; over no row NaN, with gradients of exactly 0."""
+    if _checks.values_visible(total, count) and count > 0:
+        return total / count
     return torch.where(count > 0, total / count.clamp(min=1), float("nan"))

@@ -18,6 +18,8 @@ CASES = (
     case("edge", N=12, D=16, V=30, reduction="sum", masked=1.0),
     case("edge", N=0, D=16, V=26, reduction="none"),
     case("edge", N=36, D=40, V=64, reduction="mean", dense=1, temperature=0.5, ruled_out=0.4),
+    case("edge", N=20, D=16, V=521, reduction="mean", masked=0.2, bias=1, temperature=2.0),
+    case("edge", N=14, D=16, V=531, reduction="none", valid=530, cap=5.0, scale=0.5, ruled_out=0.4),
     case("bench", N=65_536, D=128, V=256, reduction="mean"),
     case("bench_cpu", N=4096, D=128, V=257, reduction="mean"),
     case("bench_cpu", N=512, D=256, V=8192, reduction="mean", temperature=2.0),

@@ -43,12 +43,13 @@ def _form(
     options: DistillOptions,
     teacher: Tensor,  # (n, V)
     kept: Tensor | None,  # (n,) bool
-    out: Tensor | None = None,  # (n, V)
+    out: Tensor | None = None,  # (n, at least V)
 ) -> Chunk:
     """Divergences of some rows, from ops that torch differentiates any number of times."""
     inputs, given = counted_rows(rows, kept), counted_rows(teacher, kept).to(rows.dtype)
     logits = form_logits(inputs, weight, bias, options, out)
     logq = _log_softmax(logits, options.temperature, None if options.softcap else out)
+    logits, logq = logits[:, : options.valid_vocab], logq[:, : options.valid_vocab]
     # A column that the teacher rules out has no mass: 0 x log 0 is 0.
     logp = _log_softmax(given, options.temperature).clamp_min_(torch.finfo(rows.dtype).min)
     p = logp.exp()

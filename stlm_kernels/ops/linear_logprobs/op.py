@@ -113,7 +113,7 @@ def check(
         ok = -(2**63) <= ignore_index < 2**63
         _checks.require(ok, "ignore_index", "an int that int64 holds", ignore_index)
     ignored = IGNORE_NOTHING if ignore_index is None else ignore_index
-    if _checks.values_visible(target):
+    if _checks.values_visible(target) and not _checks.ids_within(target, 0, valid):
         wide = target.long()
         _checks.check_id_values("target", torch.where(wide == ignored, 0, wide), 0, valid)
     return RowOptions(ignored, softcap or 0.0, float(logit_scale), valid)
