@@ -162,12 +162,17 @@ class TiedEmbedding(nn.Module):
         return byte_pool(byte_ids.flatten(), self._table(), patches.cu_patchlens, mode=mode)
 
     def logits(self, x: Tensor, *, valid_vocab: int | None = None) -> Tensor:
-        """x (..., D) -> (..., V) fp32 (fp64 for fp64), V = valid_vocab or vocab_size."""
+        """x (..., D) -> (..., V) fp32 (fp64 for fp64), V = valid_vocab or vocab_size.
+
+        As in `loss`, x and table are rounded to x's dtype or autocast's, and their products are not
+        rounded: the loss is a small difference of large logits, and bf16 ones would cost it 1e-2.
+        """
         weight = self._output_table()[: self.vocab_size if valid_vocab is None else valid_vocab]
-        # The loss is a small difference of large logits: bf16 ones would cost it 1e-2.
-        wide = torch.promote_types(x.dtype, torch.float32)
+        dtype = compute_dtype(x)
+        wide = torch.promote_types(dtype, torch.float32)
         with without_autocast(x):
-            logits = self.logit_scale * F.linear(x.to(wide), weight.to(wide))
+            operands = x.to(dtype).to(wide), weight.to(dtype).to(wide)
+            logits = self.logit_scale * F.linear(*operands)
             return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
 
     def loss(
@@ -273,6 +278,14 @@ class UntiedEmbedding(TiedEmbedding):
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """A block that keeps x in its dtype; of shapes alone (the meta device) there is no autocast."""
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Autocast's dtype where it rules x, else x's own."""
+    device = x.device.type
+    if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
 
 
 def dense_cu_seqlens(byte_ids: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:

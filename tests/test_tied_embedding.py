@@ -144,3 +144,21 @@ def test_the_tied_gradient_is_the_sum_of_both_ends(way_in: str) -> None:
     assert (entrance.weight.grad != 0).any()
     assert (head.weight.grad != 0).any()
     torch.testing.assert_close(tied.weight.grad, entrance.weight.grad + head.weight.grad)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_are_those_of_the_losses(dtype: torch.dtype, autocast: bool) -> None:
+    """In 16 bits, by the module's dtype or autocast's, all see the table as 16 bits hold it."""
+    torch.manual_seed(0)
+    table = TiedEmbedding(257, 64, softcap=20.0)
+    with torch.no_grad():
+        table.weight.mul_(8)  # logits of the size that training gives
+    x, targets = torch.randn(40, 64, dtype=dtype), torch.randint(257, (40,))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        logits, logprobs = table.logits(x), table.logprobs(x, targets)
+        largest = table.sample(x, temperature=0.0)
+    assert logits.dtype == torch.float32
+    found = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    torch.testing.assert_close(found, logprobs, rtol=1e-5, atol=1e-5)
+    assert torch.equal(logits.argmax(-1), largest)
