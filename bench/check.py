@@ -1,6 +1,7 @@
 """`python -m bench.check`: our torch path against the best eager stock composition on this CPU.
 
-All take turns, so that a drifting machine slows them alike. A median above 1.05 times the best
+All take turns, so that a drifting machine slows them alike, and freed memory is kept, so that no
+page is mapped anew. A median above 1.05 times the best
 peer's is a miss: printed and recorded. Above 1.25 in each of three repeats fails the command.
 Judged is what a caller waits for, evaluation and forward with backward; the two halves of the
 latter are shown, since an op may rightly do the work of one in the other.
@@ -21,7 +22,7 @@ from stlm_kernels.registry import OPS
 
 from . import report
 from .command import positive, result_path
-from .timing import interleaved_medians
+from .timing import interleaved_medians, keep_freed_memory
 from .work import CaseData, Job, Task, entries_of, passes_of, task_of
 
 MISS, FAILURE, REPEATS = 1.05, 1.25, 3
@@ -116,6 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = result_path(options.json, "check", parser)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    keep_freed_memory()
     about = report.machine(torch.device("cpu"), options.commit)
     print(report.header(about, None))
     print(f"ours, then the best eager peer; the aim is at most {MISS}x, {FAILURE}x fails")

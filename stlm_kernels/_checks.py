@@ -204,8 +204,8 @@ def ids_within(ids: Tensor, low: int, high: int) -> bool:
     return int(smallest) >= low and int(largest) < high
 
 
-def check_offset_values(name: str, offsets: Tensor, total: int) -> None:
-    """ValueError unless offsets start at 0, never decrease and end at or before `total`."""
+def check_offset_values(name: str, offsets: Tensor, total: int) -> int:
+    """The last entry; ValueError unless they start at 0, never decrease and end by `total`."""
     values = offsets.numpy()  # a view; ten times cheaper than torch on a few thousand entries
     require(values[0] == 0, name, "first entry 0", values[0])
     falls = values[1:] < values[:-1]
@@ -215,7 +215,10 @@ def check_offset_values(name: str, offsets: Tensor, total: int) -> None:
             f"{name}: expected non-decreasing entries, got {values[position]} "
             f"after {values[position - 1]} at position {position}"
         )
-    require(values[-1] <= total, name, f"last entry <= {total}", values[-1])
+    last = int(values[-1])
+    if last > total:
+        raise ValueError(f"{name}: expected last entry <= {total}, got {last}")
+    return last
 
 
 def positive_scale(q: Tensor, scale: float | None) -> tuple[Tensor, float]:

@@ -347,6 +347,24 @@ def test_no_line_begins_after_the_minutes(tmp_path: Path) -> None:
 # The check
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+@pytest.mark.parametrize("kept", [False, True])
+def test_freed_memory_is_kept_for_the_next_result(kept: bool) -> None:
+    """In a process of its own, whose allocator nobody else needs."""
+    code = """
+import resource, torch
+from bench.timing import keep_freed_memory
+{}
+def new_pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(16 << 20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print([new_pages() > 1000 for _ in range(3)])
+""".format("keep_freed_memory()" if kept else "")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == str([True, not kept, not kept]), done.stderr
+
+
 def slow(**inputs: Any) -> torch.Tensor:
     time.sleep(0.02)
     return SPEC.op(**inputs)

@@ -83,7 +83,7 @@ def _check(
 ) -> None:
     _checks.require_tensor("weight", weight, ("V", "D"), _checks.FLOATS)
     vocab, width = weight.shape
-    _checks.require(vocab >= 1 and width >= 1, "weight", "V >= 1 and D >= 1", tuple(weight.shape))
+    _checks.require(vocab >= 1 and width >= 1, "weight", "V >= 1 and D >= 1", (vocab, width))
     _checks.require_ids("byte_ids", byte_ids, weight.device)
     _checks.require_offsets("cu_patchlens", cu_patchlens, weight.device)
     _checks.require_choice("mode", mode, MODES)
@@ -92,9 +92,9 @@ def _check(
         _checks.require_tensor("slot_gain", slot_gain, ("L", width), dtypes, weight.device)
         _checks.require(slot_gain.shape[0] >= 1, "slot_gain", "L >= 1", slot_gain.shape[0])
     if _checks.values_visible(byte_ids, cu_patchlens):
-        _checks.check_offset_values("cu_patchlens", cu_patchlens, byte_ids.shape[0])
+        last = _checks.check_offset_values("cu_patchlens", cu_patchlens, byte_ids.shape[0])
         # Bytes beyond the last border belong to no patch, so they may hold anything.
-        _checks.check_id_values("byte_ids", byte_ids[: int(cu_patchlens[-1])], 0, vocab)
+        _checks.check_id_values("byte_ids", byte_ids[:last], 0, vocab)
 
 
 class _BytePool(torch.autograd.Function):

@@ -35,7 +35,7 @@ def byte_pool(
     table = rounded(weight, out_dtype, wide)
     patches, lead = cu_patchlens.shape[0] - 1, 0
     if _checks.values_visible(byte_ids, cu_patchlens):
-        last = int(cu_patchlens[-1])
+        last = int(cu_patchlens.numpy()[-1])
         ids = (byte_ids if last == byte_ids.shape[0] else byte_ids[:last]).int()
         borders, poison = cu_patchlens, None
     else:
@@ -48,7 +48,8 @@ def byte_pool(
     arguments = (ids, table.contiguous(), borders, patches, mean)
     recorded = torch.is_grad_enabled() and table.requires_grad
     pool = _Pool.apply if recorded or _checks.inside_torch_func() else _pool
-    pooled = pool(*arguments).to(out_dtype)
+    pooled = pool(*arguments)
+    pooled = pooled if wide == out_dtype else pooled.to(out_dtype)
     return pooled[lead:] if lead else pooled
 
 
