@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from stlm_kernels import explain, unpool
+from stlm_kernels.ops.unpool.op import check_read_id_values
 from stlm_kernels.ops.unpool.reference import reference
 
 NAN = math.nan
@@ -290,6 +292,17 @@ STATES, READS = torch.zeros(3, 2), ints(-1, 0, 2, 2)
 def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         unpool(**{"patch_states": STATES, "read_ids": READS, **arguments})
+
+
+def test_a_second_run_of_an_id_is_found_wherever_it_is() -> None:
+    """In every sequence of six ids out of four."""
+    for ids in itertools.product(range(-1, 3), repeat=6):
+        runs = [k for k, _ in itertools.groupby(ids) if k >= 0]
+        if len(set(runs)) == len(runs):
+            check_read_id_values(ints(*ids), 3)
+        else:
+            with pytest.raises(ValueError, match="got another run of"):
+                check_read_id_values(ints(*ids), 3)
 
 
 @pytest.mark.parametrize("bad", [-2, 3, 1000])

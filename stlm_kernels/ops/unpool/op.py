@@ -84,6 +84,8 @@ def check_read_id_values(read_ids: Tensor, n_patches: int) -> None:
     """IndexError for an id outside [-1, n_patches), ValueError for one with two runs of rows."""
     _checks.check_id_values("read_ids", read_ids, -1, n_patches)
     ids = read_ids.numpy()  # a view; several times cheaper than torch on small integers
+    if _only_rises(ids):
+        return
     begins = np.flatnonzero(np.concatenate([ids[:1] >= 0, ids[1:] != ids[:-1]]))
     begins = begins[ids[begins] >= 0]
     runs = ids[begins]
@@ -96,6 +98,18 @@ def check_read_id_values(read_ids: Tensor, n_patches: int) -> None:
             f"read_ids: expected one contiguous run for each id >= 0, got another run of "
             f"{ids[position]} at position {position}"
         )
+
+
+def _only_rises(ids: np.ndarray) -> bool:  # type: ignore[type-arg]
+    """True where ids fall to -1 at most, and then go on above where they were, as documents do."""
+    falls = np.flatnonzero(ids[1:] < ids[:-1]) + 1
+    if len(falls) == 0:
+        return True
+    if (ids[falls] >= 0).any():
+        return False
+    rises = np.flatnonzero((ids[1:] >= 0) & (ids[:-1] < 0)) + 1
+    rises = rises[rises > falls[0]]  # one follows each fall, but for the last perhaps
+    return bool((ids[rises] > ids[falls[: len(rises)] - 1]).all())
 
 
 class _Unpool(torch.autograd.Function):
