@@ -2,8 +2,8 @@
 
 Forward: EmbeddingBag in sum mode, then the mean's scale (its mean mode is slower on a CPU).
 Backward: EmbeddingBag with the roles swapped. Bytes are sorted by id, and the gradient rows of
-their patches are summed by runs of one id, which on a CPU takes 0.27 to 0.41 of the time of
-EmbeddingBag's own backward at 65,536 bytes and 0.87 at 8,192
+their patches are summed by runs of one id, which on a CPU takes 0.25 to 0.36 of the time of
+EmbeddingBag's own backward at 65,536 bytes and 0.98 at 8,192
 (`bench/results/check-cpu-2026-11-27.json`, two threads), and is deterministic.
 """
 
