@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import resource
 import subprocess
 import sys
 import time
@@ -355,14 +356,15 @@ def test_freed_memory_is_kept_for_the_next_result(kept: bool) -> None:
 import resource, torch
 from bench.timing import keep_freed_memory
 {}
-def new_pages():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(12):
     torch.ones(16 << 20)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print([new_pages() > 1000 for _ in range(3)])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """.format("keep_freed_memory()" if kept else "")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.strip() == str([True, not kept, not kept]), done.stderr
+    rounds = int(done.stdout) / ((64 << 20) / resource.getpagesize())
+    # A small tensor may take a place within the freed one, which the next then asks for anew.
+    assert rounds < 4 if kept else rounds > 11, rounds
 
 
 def slow(**inputs: Any) -> torch.Tensor:
