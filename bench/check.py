@@ -1,10 +1,10 @@
 """`python -m bench.check`: our torch path against the best eager stock composition on this CPU.
 
 All take turns, so that a drifting machine slows them alike, and freed memory is kept, so that no
-page is mapped anew. A median above 1.05 times the best
-peer's is a miss: printed and recorded. Above 1.25 in each of three repeats fails the command.
-Judged is what a caller waits for, evaluation and forward with backward; the two halves of the
-latter are shown, since an op may rightly do the work of one in the other.
+page is mapped anew. A median above 1.05 times the best peer's is a miss: printed and recorded.
+Above 1.25 in each of three repeats fails the command. Judged is what a caller waits for, evaluation
+and forward with backward; the two halves of the latter are shown, since an op may rightly do the
+work of one in the other.
 """
 
 from __future__ import annotations

@@ -90,8 +90,8 @@ def keep_freed_memory() -> None:
     """Let the C library keep what is freed, as it keeps small tensors and a GPU's allocator all.
 
     By default it may map a large result anew each time, page by page, and whether it does depends
-    on what ran before: that alone took the loss at 8,192 rows from 0.5 to 1.2 times its peer's time
-    on two cores of an AMD EPYC. Without glibc nothing happens.
+    on what ran before; so then does the ratio to a peer that allocates more. Without glibc nothing
+    happens.
     """
     if sys.platform != "linux":
         return

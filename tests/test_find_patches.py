@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +20,7 @@ from stlm_kernels import Patches, _launch, explain, find_patches, segment_pool, 
 from stlm_kernels.ops.find_patches.reference import reference
 from stlm_kernels.testing import assert_causal
 
+ROOT = Path(__file__).parent.parent
 WAYS_TO_CUT = ("space", "fixed", "starts", "closes")
 RESULT_LANES = pytest.mark.lanes("cpu", "interpret", "gpu")
 TEXT = b"ab  cd, e\xc3\xa9f!x"
@@ -430,3 +434,15 @@ def test_who_takes_the_call() -> None:
     with pytest.raises(NotImplementedError, match="the tensors are on cpu"):
         find_patches(IDS, rule="space", impl="triton")
     assert explain("find_patches", IDS, rule="space", impl="torch")[0].startswith("impl='torch'")
+
+
+def test_the_package_may_be_imported_where_tensors_are_made_elsewhere() -> None:
+    code = """
+import torch
+with torch.device("meta"):
+    from stlm_kernels import find_patches
+patches = find_patches(torch.tensor([97, 32, 98], dtype=torch.uint8), rule="space")
+print(patches.cu_patchlens.tolist())
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[0, 2, 3]", done.stderr

@@ -104,7 +104,7 @@ def _is_spacelike(byte_ids: Tensor) -> Tensor:  # (T,) bool
     return ~(letter | digit | continuation)
 
 
-SPACELIKE = _is_spacelike(torch.arange(IDS))
+SPACELIKE = _is_spacelike(torch.arange(IDS, device="cpu"))  # whatever torch's default device is
 """Of each id; made once, where no device and no graph has one of its own."""
 
 

@@ -25,8 +25,8 @@ cache between the passes over them."""
 CHUNK_ELEMENTS = 1 << 20
 """The same where each chunk costs a launch, or is compiled anew."""
 WIDE, ALIGNED = 512, 16
-"""Products of more columns than the first take up to 1.8 times as long on a CPU where their rows do
-not begin at multiples of the second."""
+"""Products of more columns than the first take longer on a CPU where their rows do not begin at
+multiples of the second."""
 LEAST_ROWS = 512
 """Rows below which the matrix products of a large vocabulary lose their efficiency."""
 
@@ -144,8 +144,8 @@ def _prepare(options: RowOptions, targets: Tensor) -> tuple[Tensor, Tensor | Non
     """(N, 1) indices that address no memory out of bounds, which rows count, whose are bad."""
     wide = targets.long()
     kept = wide != options.ignore_index
-    if _checks.values_visible(targets):  # so the public functions have seen that none is bad
-        return (wide[:, None], None, None) if kept.all() else (wide.mul(kept)[:, None], kept, None)
+    if seen_to_count(kept):  # and the public functions have seen that none is bad
+        return wide[:, None], None, None
     bad = kept & ((wide < 0) | (wide >= options.valid_vocab))
     return torch.where(kept & ~bad, wide, 0)[:, None], kept, bad
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from ... import _checks
 
 CACHED_ELEMENTS = 1 << 22
-"""Results up to this size stay in a CPU's caches, and there index_select takes 0.6 of gather's
-time; beyond, where memory is the bound, up to 1.2 times as long."""
+"""Results up to this size stay in a CPU's caches, and there index_select is the faster; beyond,
+where memory is the bound, gather is."""
 
 
 def unpool(
