@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from .muon import Muon
+
 WARM_UP = 0.02
 DECAY = 0.5
 SCHEDULES = ("wsd", "cosine")
@@ -19,9 +21,17 @@ class Optimizers:
     Args:
         model: whose parameters they move.
         muon_lr, adamw_lr: peak learning rates.
+        muon_dtype: in which Muon multiplies, see `stlm_models.muon`.
     """
 
-    def __init__(self, model: nn.Module, *, muon_lr: float, adamw_lr: float) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        muon_lr: float,
+        adamw_lr: float,
+        muon_dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
         matrices = {
             f"{name}.weight": module.weight
             for name, module in model.named_modules()
@@ -33,7 +43,7 @@ class Optimizers:
         rest = [p for name, p in model.named_parameters() if name not in matrices]
         self.peaks = {"muon": muon_lr, "adamw": adamw_lr}
         self.parts: dict[str, torch.optim.Optimizer] = {
-            "muon": torch.optim.Muon(matrices.values(), lr=muon_lr, weight_decay=0.1),
+            "muon": Muon(matrices.values(), lr=muon_lr, weight_decay=0.1, dtype=muon_dtype),
             "adamw": torch.optim.AdamW(
                 rest, lr=adamw_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
             ),

@@ -38,7 +38,8 @@ class TrainOptions:
         rows: windows of `context` bytes in a step, over all processes.
         seed: of the initial parameters and the order of the windows.
         muon_lr, adamw_lr: peak learning rates.
-        precision: "bf16" computes under autocast; parameters are fp32 either way.
+        precision: "bf16" computes under autocast, and Muon multiplies in it; parameters are fp32
+            either way.
         accumulate: a step reads its rows in this many parts, one after the other, which needs less
             memory; each valid byte of the step counts the same.
         schedule: of the learning rates, see `stlm_models.optim.lr_scale`.
@@ -143,7 +144,12 @@ class Trainer:
         self.model.to(self.device)
         self.wrapped = ranks.wrap(self.model)
         self.compute = torch.compile(self.wrapped) if options.compile else self.wrapped
-        self.optimizers = Optimizers(self.model, muon_lr=options.muon_lr, adamw_lr=options.adamw_lr)
+        self.optimizers = Optimizers(
+            self.model,
+            muon_lr=options.muon_lr,
+            adamw_lr=options.adamw_lr,
+            muon_dtype=PRECISIONS[options.precision],
+        )
 
     @property
     def progress(self) -> float:

@@ -66,7 +66,7 @@ def test_a_capacity_makes_one_variant(variants: CompileCounterWithBackend) -> No
     found, shapes = losses(3, compile=True, patcher=patcher)
     assert len(shapes) == 1
     assert variants.frame_count == 1
-    # Not closer: Muon multiplies in bf16, which makes more of the order of a sum.
+    # Not closer: Muon's iterations make more of the order of a sum.
     assert found == pytest.approx(losses(3, compile=False, patcher=patcher)[0], rel=1e-4)
 
 

@@ -42,9 +42,9 @@ def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def assert_same_step(got: Tensor, want: Tensor, before: Tensor, name: str) -> None:
-    """Muon multiplies five times in bf16, where the order of a sum shows."""
+    """Products of shards add in another order; Muon's iterations amplify that a little."""
     moved, off = (want - before).norm(), (got - want).norm()
-    assert off <= 10 * torch.finfo(torch.bfloat16).eps * moved, f"{name}: {off} off of {moved}"
+    assert off <= 1e-4 * moved, f"{name}: {off} off of {moved}"
 
 
 def give_gradients(model: torch.nn.Module) -> None:
@@ -89,7 +89,7 @@ def in_two_processes(rank: int, root: Path) -> None:
     loss.backward()
     results["fsdp"] = gradients(sharded)
     give_gradients(sharded)
-    optimizers = Optimizers(sharded, muon_lr=0.01, adamw_lr=0.01)
+    optimizers = Optimizers(sharded, muon_lr=0.01, adamw_lr=0.01, muon_dtype=torch.float32)
     optimizers.step(1.0)
     save_sharded(root / "by_two", sharded.state_dict())
     results["stepped"] = {n: whole(p.detach()) for n, p in sharded.named_parameters()}
@@ -142,7 +142,7 @@ def test_a_sharded_model_trains_and_generates_as_one(seen: dict[str, Any]) -> No
     assert set(seen["sharded"]) == {"DTensor"}
     model = scrambled()
     give_gradients(model)
-    Optimizers(model, muon_lr=0.01, adamw_lr=0.01).step(1.0)
+    Optimizers(model, muon_lr=0.01, adamw_lr=0.01, muon_dtype=torch.float32).step(1.0)
     for name, parameter in model.named_parameters():
         assert_same_step(seen["stepped"][name], parameter.detach(), seen["untrained"][name], name)
     assert len(seen["generated"]) == 4
