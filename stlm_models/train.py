@@ -15,7 +15,7 @@ import lzma
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from .progress import (
     progress_text,
     replace_file,
 )
+from .threads import ThreadCount
 from .trainer import PRECISIONS, StepResult, Trainer, TrainOptions, fastest_precision
 from .utilisation import flops_per_byte, matmul_flops_per_second
 
@@ -176,6 +177,8 @@ def _fail(error: Exception) -> int:
 
 def _prepare(arguments: argparse.Namespace, ranks: Ranks) -> tuple[Trainer, Path]:
     """Everything that can be wrong with the input is found here, before a file is written."""
+    if arguments.threads is not None and arguments.threads < 1:
+        raise ValueError(f"threads: expected at least 1, got {arguments.threads}")
     run = arguments.out
     if run is None:
         run = Path("runs") / time.strftime(f"{arguments.preset or 'demo'}-%Y%m%d-%H%M%S")
@@ -247,7 +250,7 @@ def _train(trainer: Trainer, run: Path, arguments: argparse.Namespace) -> int:
     print(f"{n_parameters:,} parameters, {trainer.options.precision}, {run}", file=sys.stderr)
     reporter = Reporter(trainer, run, arguments)
     with Interrupt() as interrupt:
-        finished = trainer.run(reporter, interrupt.requested)
+        finished = _run(trainer, reporter, interrupt.requested, arguments.threads)
         reporter.finish()
         trainer.save(run)
         draw_loss_curve(run)
@@ -265,6 +268,29 @@ def _train(trainer: Trainer, run: Path, arguments: argparse.Namespace) -> int:
     )
     print(f"sample:\n{sample(trainer, FINAL_SAMPLE_BYTES)}")
     return 0
+
+
+def _run(
+    trainer: Trainer, reporter: Reporter, should_stop: Callable[[], bool], threads: int | None
+) -> bool:
+    """Train to the end of the budget, with a number of threads that fits the machine's load."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    # torch.compile would compile anew for each number of threads; processes share the cores anyway.
+    is_fixed = threads is not None or trainer.options.compile or trainer.ranks.world > 1
+    if is_fixed or trainer.device.type != "cpu":
+        return trainer.run(reporter, should_stop)
+    count = ThreadCount()
+
+    def after_step(seconds: float) -> None:
+        changed = count.after_step(seconds)
+        if changed is not None:
+            reporter.line.say(changed)
+
+    try:
+        return trainer.run(reporter, should_stop, after_step)
+    finally:
+        count.close()
 
 
 def _follow(trainer: Trainer) -> int:
@@ -296,6 +322,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--schedule", choices=SCHEDULES, help="of the learning rates (default: wsd)")
     add("--clip", type=float, metavar="NORM", help="limit of the gradients' norm (default: none)")
     add("--accumulate", type=int, metavar="PARTS", help="read a step's rows in so many parts")
+    add(
+        "--threads",
+        type=int,
+        help="on a CPU; default: by the times of the steps, as others load it",
+    )
     add("--compile", action=argparse.BooleanOptionalAction, help="through torch.compile")
     add("--sample-every", type=float, default=30.0, metavar="SECONDS")
     add("--save-every", type=float, default=120.0, metavar="SECONDS")

@@ -208,10 +208,12 @@ class Trainer:
         self,
         report: Callable[[StepResult], None] = lambda result: None,
         should_stop: Callable[[], bool] = lambda: False,
+        after_step: Callable[[float], object] = lambda seconds: None,
     ) -> bool:
         """Step until the budget is used, or until should_stop.
 
         `report` runs after each step, and its time counts: the budget is what a user waits for.
+        `after_step` gets the seconds of each step by itself.
 
         Returns:
             True where the budget is used.
@@ -220,7 +222,9 @@ class Trainer:
         self.seconds, stop = self.ranks.agree(self.seconds, should_stop())
         try:
             while self.progress < 1 and not stop:
+                began = time.monotonic()
                 result = self.train_step()
+                after_step(time.monotonic() - began)
                 self.seconds = time.monotonic() - started
                 report(result)
                 self.seconds, stop = self.ranks.agree(time.monotonic() - started, should_stop())

@@ -1,0 +1,116 @@
+"""`python -m bench.busy [preset]`: training beside a process that takes one of the cores.
+
+Quiet and busy spells take turns in one run: with the number of threads that `train` chooses by the
+times of its steps, and with that number fixed, as torch sets it. A busy spell counts from the
+moment that the other process begins, so what finding the number costs is part of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from stlm_models.config import preset
+from stlm_models.data import load_corpus
+from stlm_models.threads import ThreadCount
+from stlm_models.trainer import Trainer, TrainOptions
+
+from . import report
+from .command import positive, result_path
+
+ENOUGH = 0.4
+"""The least share of the quiet throughput that a busy core may leave."""
+
+
+@contextmanager
+def taken_cores(count: int) -> Iterator[None]:
+    """So many other processes that compute all the time."""
+    spinners = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for spinner in spinners:
+            spinner.kill()
+            spinner.wait()
+
+
+def spell(trainer: Trainer, seconds: float, threads: ThreadCount | None) -> float:
+    """Bytes per second of training for so long."""
+    began, n_bytes = time.monotonic(), 0
+    while time.monotonic() - began < seconds:
+        step_began = time.monotonic()
+        n_bytes += trainer.train_step().n_bytes
+        if threads is not None:
+            threads.after_step(time.monotonic() - step_began)
+    return n_bytes / (time.monotonic() - began)
+
+
+def measure(trainer: Trainer, turns: int, seconds: float, taken: int) -> dict[str, list[float]]:
+    """Bytes per second of each spell, by name."""
+    rates: dict[str, list[float]] = {
+        f"{load}_{way}": [] for way in ("chosen", "fixed") for load in ("quiet", "busy")
+    }
+    trainer.train_step()
+    for _ in range(turns):
+        for way in ("chosen", "fixed"):
+            threads = ThreadCount() if way == "chosen" else None
+            rates[f"quiet_{way}"].append(spell(trainer, seconds, threads))
+            with taken_cores(taken):
+                rates[f"busy_{way}"].append(spell(trainer, seconds, threads))
+            if threads is not None:
+                threads.close()
+    trainer.loader.close()
+    return rates
+
+
+def shares(rates: dict[str, list[float]]) -> dict[str, float]:
+    """The part of the quiet throughput (threads fixed, all cores free) that each way keeps."""
+    quiet = statistics.median(rates["quiet_fixed"])
+    return {name: statistics.median(found) / quiet for name, found in rates.items()}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.busy",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("preset", nargs="?", default="demo")
+    parser.add_argument("--turns", type=positive, default=3)
+    parser.add_argument("--seconds", type=positive, default=25, help="of each spell")
+    parser.add_argument("--taken", type=positive, default=1, help="processes beside the training")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--json", type=Path, help="where the result goes (default: out/bench/)")
+    parser.add_argument("--commit", help="what to record as the commit, where git is not there")
+    options = parser.parse_args(arguments)
+    path = result_path(options.json, "busy", parser)
+    about = report.machine(torch.device("cpu"), options.commit)
+    print(report.header(about, None))
+    # The rates never change here: a budget of many steps keeps the schedule at its peak.
+    budget = TrainOptions(steps=1 << 30, precision=options.precision)
+    trainer = Trainer(preset(options.preset), load_corpus(None), budget)
+    rates = measure(trainer, options.turns, options.seconds, options.taken)
+    kept = shares(rates)
+    for name, share in kept.items():
+        print(f"{name:<14} {statistics.median(rates[name]):9,.0f} bytes/s {share:5.0%} of quiet")
+    command = f"python -m bench.busy {options.preset} --precision {options.precision}"
+    figures = {"shares_of_quiet": {name: round(share, 3) for name, share in kept.items()}}
+    values = {**about, "command": command, **figures, "bytes_per_second": rates}
+    path.write_text(json.dumps(values, indent=1))
+    print(path)
+    is_enough = kept["busy_chosen"] >= ENOUGH
+    print(f"{'met' if is_enough else 'MISSED'}: at least {ENOUGH:.0%} beside a busy core")
+    return 0 if is_enough else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
