@@ -10,7 +10,6 @@ work of one in the other.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from stlm_kernels._spec import Case, OpSpec
 from stlm_kernels.registry import OPS
 
 from . import report
-from .command import positive, result_path
+from .command import positive, result_path, write_json
 from .timing import interleaved_medians, keep_freed_memory
 from .work import CaseData, Job, Task, entries_of, passes_of, task_of
 
@@ -126,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(line(each), flush=True)
         found.append(each)
     rows = [asdict(each) | {"verdict": each.verdict} for each in found]
-    path.write_text(json.dumps({"machine": about, "comparisons": rows}, indent=1))
+    write_json(path, {"machine": about, "comparisons": rows})
     counts = {verdict: sum(x.verdict == verdict for x in found) for verdict in VERDICTS}
     print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()) + f"; {path}")
     return 1 if counts["FAILED"] else 0

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import json
 from pathlib import Path
+from typing import Any
+
+from stlm_models.files import replace_file, require_writable
 
 
 def positive(text: str) -> int:
@@ -20,7 +24,13 @@ def result_path(wanted: Path | None, name: str, parser: argparse.ArgumentParser)
     path = wanted or Path("out/bench") / f"{name}-{stamp}.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.open("a").close()
+        require_writable(path)
     except OSError as error:
         parser.error(f"cannot write the result: {error}")
     return path
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write a result so that the file holds all of it or what it held before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, (json.dumps(values, indent=1) + "\n").encode())

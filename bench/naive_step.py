@@ -8,7 +8,6 @@ so that a drifting machine slows both alike, and each has its own peak of memory
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import resource
 import statistics
@@ -26,7 +25,7 @@ from stlm_models.data import load_corpus
 from stlm_models.trainer import PRECISIONS, Trainer, TrainOptions, fastest_precision
 
 from . import report
-from .command import positive, result_path
+from .command import positive, result_path, write_json
 from .naive import NAIVE
 from .stock import ops_replaced
 
@@ -154,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = {way: asdict(result) for way, result in results.items()}
     print("\n".join([str(settings), *report.naive_lines(found)]))
     values = {"machine": about, "settings": asdict(settings), "results": found}
-    path.write_text(json.dumps(values, indent=1))
+    write_json(path, values)
     print(path)
 
 

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stlm_models.files import write_png
+
 from .compare import load
 from .report import Record
 
@@ -33,7 +35,7 @@ def plot_file(path: Path, folder: Path) -> list[Path]:
     written = []
     for name, figure in figures(results):
         written.append(folder / f"{path.stem}-{name}.png")
-        figure.savefig(written[-1], dpi=110)
+        write_png(written[-1], figure, dpi=110)
     return written
 
 

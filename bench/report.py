@@ -20,6 +20,7 @@ import torch
 
 from stlm_kernels._dispatch import has_triton
 from stlm_kernels._launch import device_file
+from stlm_models.files import replace_file
 
 from . import targets
 from .timing import Ceilings
@@ -310,7 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=PAGE, help="the page to write")
     options = parser.parse_args(arguments)
     try:
-        options.out.write_text(page(options.results))
+        replace_file(options.out, page(options.results).encode())
     except (OSError, ValueError) as error:
         parser.error(str(error))
     print(options.out)

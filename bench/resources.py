@@ -23,6 +23,7 @@ from stlm_kernels.inspect import LIMITS, Report, inspect_op, merged, table
 from stlm_kernels.registry import OPS
 
 from . import report
+from .command import write_json
 
 PACKAGE = Path(stlm_kernels.__file__).parent
 DTYPE = torch.bfloat16
@@ -103,8 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sources = sources_sha256()
     values = {"machine": about, "sources": sources, "resources": rows}
     path = options.json or path_of(options.arch)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(values, indent=1) + "\n")
+    write_json(path, values)
     print("\n".join(lines(values, sources)))
     print(path)
 

@@ -9,7 +9,6 @@ stands its floor: the time of its products at full rate, or of what an optimiser
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,7 +25,7 @@ from stlm_models.data import load_corpus
 from stlm_models.trainer import PRECISIONS, Trainer, TrainOptions, fastest_precision
 
 from . import report
-from .command import positive, result_path
+from .command import positive, result_path, write_json
 from .timing import Ceilings, Cpu, Gpu, Timer
 
 OPTIMISER, REST, IDLE, WHOLE = "optimiser", "rest", "idle", "whole step"
@@ -262,7 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         results[name] = [asdict(part) for part in parts]
     values = {"machine": about, "rows": options.rows, "context": options.context}
     values |= {"precision": precision, "steps": results}
-    path.write_text(json.dumps(values, indent=1))
+    write_json(path, values)
     print(path)
 
 

@@ -33,6 +33,7 @@ from stlm_kernels.inspect import inspect_op
 from stlm_kernels.registry import OPS
 
 from . import report
+from .command import write_json
 from .resources import sources_sha256
 from .timing import Gpu, timed_rounds
 from .work import CaseData, Job, cases_of, heads_of, our_entries, passes_of, task_of
@@ -317,11 +318,7 @@ def write(path: Path, about: dict[str, Any], entries: dict[str, Entry]) -> None:
     """Merge into what the file already holds; whole or not at all."""
     old = entries_of_file(path)
     kept = {key: about[key] for key in ("device", "torch", "triton", "commit", "date")}
-    text = json.dumps(kept | {"configs": dict(sorted((old | entries).items()))}, indent=1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".part")
-    partial.write_text(text + "\n")
-    partial.replace(path)
+    write_json(path, kept | {"configs": dict(sorted((old | entries).items()))})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

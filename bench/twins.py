@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import os
 import time
@@ -27,7 +26,7 @@ from stlm_models.trainer import PRECISIONS, StepResult, Trainer, TrainOptions, f
 from stlm_models.words import WordVocabulary
 
 from . import report
-from .command import positive, result_path
+from .command import positive, result_path, write_json
 
 KINDS = ("", "-flat", "-word")
 RATES = {"": (0.04, 0.008), "-flat": (0.04, 0.008), "-word": (0.04, 0.008)}
@@ -192,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "twins": {each.name: result_of(each) for each in contenders},
     }
     print("\n".join(report.twin_lines(result["twins"])))
-    path.write_text(json.dumps(result, indent=1))
+    write_json(path, result)
     print(path)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import lzma
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,8 +24,9 @@ from numpy.typing import NDArray
 from .arithmetic import Encoder
 from .checkpoint import load_checkpoint, model_of, require_extra
 from .compressed import Compressed, machine_of, sha256
+from .files import is_stdout, replace_file, require_writable
 from .lanes import code_lanes, default_lanes, lane_borders, reproducible
-from .progress import ProgressLine, replace_file
+from .progress import ProgressLine
 
 if TYPE_CHECKING:
     from .model import STLM
@@ -89,6 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         require_extra(EXTRA)
         out = options.out or new_file(source.with_name(source.name + SUFFIX))
+        require_writable(out)
         data = source.read_bytes()
         checkpoint = load_checkpoint(options.run)
         with FileProgress(len(data)) as progress:
@@ -103,7 +106,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{out}: {len(data):,} bytes in {progress.seconds:.1f} s")
+    # Text on standard output would become part of a file that is written there.
+    report = sys.stderr if is_stdout(out) else sys.stdout
+    print(f"{out}: {len(data):,} bytes in {progress.seconds:.1f} s", file=report)
     sizes = {
         "stlm": len(file),
         "gzip -9": len(gzip.compress(data, 9)),
@@ -111,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     for name, size in sizes.items():
         bits = f"  {8 * size / len(data):.4f} bits per byte" if data else ""
-        print(f"{name:8}{size:>12,} bytes{bits}")
+        print(f"{name:8}{size:>12,} bytes{bits}", file=report)
     return 0
 
 
@@ -136,7 +141,7 @@ class FileProgress:
 
 def new_file(path: Path) -> Path:
     """The path, or a ValueError where something has that name that nobody asked to replace."""
-    if path.exists():
+    if os.path.lexists(path):  # a link to nothing counts
         raise ValueError(f"{path}: exists already; name the file to write with -o")
     return path
 

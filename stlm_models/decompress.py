@@ -21,8 +21,8 @@ from .checkpoint import load_checkpoint, model_of, require_extra
 from .compress import EXTRA, SUFFIX, FileProgress, new_file
 from .compressed import Compressed, machine_of, sha256, unpack
 from .config import BYTES
+from .files import is_stdout, replace_file, require_writable
 from .lanes import code_lanes, reproducible
-from .progress import replace_file
 
 if TYPE_CHECKING:
     from .model import STLM
@@ -93,6 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         require_extra(EXTRA)
         out = options.out or new_file(_without_suffix(source))
+        require_writable(out)
         file = source.read_bytes()
         checkpoint = load_checkpoint(options.run)
         with FileProgress(unpack(file).length) as progress:
@@ -103,7 +104,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{out}: {len(data):,} bytes in {progress.seconds:.1f} s")
+    # Text on standard output would become part of a file that is written there.
+    report = sys.stderr if is_stdout(out) else sys.stdout
+    print(f"{out}: {len(data):,} bytes in {progress.seconds:.1f} s", file=report)
     return 0
 
 

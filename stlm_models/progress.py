@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from .files import replace_file, write_png
+
 SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -64,14 +66,15 @@ class Metrics:
             with self.path.open("a") as file:
                 file.write(_line(record))
         except OSError:
-            os.truncate(self.path, size)
+            if self.path.is_file():  # not a pipe or a device, which keep nothing
+                os.truncate(self.path, size)
             raise
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The records of a run folder; a last line that was cut off is left out."""
     path = run / "metrics.jsonl"
-    if not path.exists():
+    if not path.is_file():
         return []
     return [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith("\n")]
 
@@ -87,13 +90,7 @@ def draw_loss_curve(run: Path) -> Path:
     axes.plot(minutes, [record["bits_per_byte"] for record in records], linewidth=1)
     axes.set(xlabel="minutes", ylabel="bits per byte (training)", title=run.name)
     axes.grid(alpha=0.3)
-    unfinished = run / ".loss.png"
-    try:
-        figure.savefig(unfinished, format="png", dpi=120)
-        unfinished.replace(run / "loss.png")
-    except OSError:
-        unfinished.unlink(missing_ok=True)
-        raise
+    write_png(run / "loss.png", figure, dpi=120)
     return run / "loss.png"
 
 
@@ -113,17 +110,6 @@ def lost_patches_text(lost_patches: int, capacity: int | None) -> str:
         f"warning: {lost_patches:,} patches since the last record found no slot: patch_capacity"
         f" {capacity} is too small, and their bytes read an earlier patch instead"
     )
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a file so that it has the old content or the new, never a part."""
-    unfinished = path.with_name(f".{path.name}")
-    try:
-        unfinished.write_bytes(data)
-        unfinished.replace(path)
-    except OSError:
-        unfinished.unlink(missing_ok=True)
-        raise
 
 
 def _line(record: dict[str, Any]) -> str:

@@ -25,6 +25,7 @@ from .checkpoint import latest_checkpoint, load_checkpoint, require_extra
 from .config import preset
 from .data import Corpus, load_corpus
 from .evaluate import bits_per_byte
+from .files import replace_file
 from .interrupt import Interrupt
 from .optim import SCHEDULES
 from .parallel import Ranks
@@ -34,7 +35,6 @@ from .progress import (
     draw_loss_curve,
     lost_patches_text,
     progress_text,
-    replace_file,
 )
 from .threads import ThreadCount
 from .trainer import PRECISIONS, StepResult, Trainer, TrainOptions, fastest_precision
