@@ -11,6 +11,7 @@ import secrets
 import stat
 import time
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,11 +45,13 @@ def replace_file(path: Path, data: bytes) -> None:
     with _naming(path):
         descriptor, found = _own_descriptor(path), _status(path)
         if descriptor is not None:
-            _write_all(os.dup(descriptor), data)
+            with FileIO(os.dup(descriptor), "w") as file:
+                _write_all(file, data)
         elif found is None or stat.S_ISREG(found.st_mode):
             _replace(Path(os.path.realpath(path)), found, data)
         else:
-            _write_all(_open_special(path, found), data)
+            with _open_special(path, found) as file:
+                _write_all(file, data)
 
 
 def write_png(path: Path, figure: Figure, *, dpi: int) -> None:
@@ -68,8 +71,8 @@ def require_writable(path: Path) -> None:
         if _own_descriptor(path) is None and (found is None or stat.S_ISREG(found.st_mode)):
             target = Path(os.path.realpath(path))
             _refuse_read_only(target, found)
-            unfinished, descriptor = _create_beside(target)
-            os.close(descriptor)
+            unfinished, file = _create_beside(target)
+            file.close()
             unfinished.unlink()
         elif found is not None and stat.S_ISDIR(found.st_mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -91,14 +94,16 @@ def sync_folder(folder: Path) -> None:
 
 def _replace(target: Path, found: os.stat_result | None, data: bytes) -> None:
     _refuse_read_only(target, found)
-    unfinished, descriptor = _create_beside(target)
+    unfinished, file = _create_beside(target)
     try:
         if found is not None:
-            with contextlib.suppress(OSError):  # another's file; a file system without owners
-                os.chown(descriptor, found.st_uid, found.st_gid)
+            with contextlib.suppress(OSError, AttributeError):  # another's; a system without owners
+                os.chown(unfinished, found.st_uid, found.st_gid)
             with contextlib.suppress(OSError):  # a file system without modes
-                os.chmod(descriptor, found.st_mode & 0o777)
-        _write_all(descriptor, data, sync=True)
+                os.chmod(unfinished, found.st_mode & 0o777)
+        with file:
+            _write_all(file, data)
+            os.fsync(file.fileno())
         os.replace(unfinished, target)
     except BaseException:
         unfinished.unlink(missing_ok=True)
@@ -107,38 +112,35 @@ def _replace(target: Path, found: os.stat_result | None, data: bytes) -> None:
         sync_folder(target.parent)
 
 
-def _create_beside(target: Path) -> tuple[Path, int]:
-    """A new empty file in the same folder, and its descriptor.
+def _create_beside(target: Path) -> tuple[Path, FileIO]:
+    """A new empty file in the same folder, open for writing.
 
     `tempfile` would make it with mode 0600, and the umask that a new file should get cannot be
     asked for without setting it for all threads.
     """
     path = target.with_name(f".stlm-{secrets.token_hex(8)}.part")
-    return path, os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    return path, FileIO(path, "x")
 
 
 def _refuse_read_only(target: Path, found: os.stat_result | None) -> None:
     """A folder that may be written to would let a file be replaced that may not be."""
     if found is not None:
-        os.close(os.open(target, os.O_WRONLY | os.O_CLOEXEC))
+        os.close(os.open(target, os.O_WRONLY))
 
 
-def _write_all(descriptor: int, data: bytes, *, sync: bool = False) -> None:
-    with os.fdopen(descriptor, "wb", buffering=0) as file:
-        left = memoryview(data)
-        while left:
-            left = left[file.write(left) :]
-        if sync:
-            os.fsync(file.fileno())
+def _write_all(file: FileIO, data: bytes) -> None:
+    left = memoryview(data)
+    while left:
+        left = left[file.write(left) :]
 
 
-def _open_special(path: Path, found: os.stat_result) -> int:
+def _open_special(path: Path, found: os.stat_result) -> FileIO:
     if not stat.S_ISFIFO(found.st_mode):
-        return os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        return FileIO(path, "w")
     end = time.monotonic() + SECONDS_FOR_A_READER
     while True:
         try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
         except OSError as error:
             if error.errno != errno.ENXIO:
                 raise
@@ -147,7 +149,7 @@ def _open_special(path: Path, found: os.stat_result) -> int:
             time.sleep(0.02)
         else:
             os.set_blocking(descriptor, True)
-            return descriptor
+            return FileIO(descriptor, "w")
 
 
 def _own_descriptor(path: Path) -> int | None:

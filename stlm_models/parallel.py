@@ -137,11 +137,21 @@ def save_sharded(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors, sharded or not, from all processes as safetensors (no pickle).
 
     Args:
-        folder: empty, and the same for all processes.
+        folder: empty or yet to be made, and the same for all processes.
         tensors: by name, as `model.state_dict()` and `Optimizers.state_tensors()` give them.
+
+    Raises:
+        FileExistsError: in all processes, where the folder holds anything: reading would mix it
+            with what is written.
     """
     import torch.distributed.checkpoint as dcp
 
+    taken = [folder.exists() and any(folder.iterdir())]
+    if dist.is_initialized():
+        # The first process says, before any of them writes.
+        dist.broadcast_object_list(taken, src=0)
+    if taken[0]:
+        raise FileExistsError(f"folder: expected an empty one, got {folder}: move it")
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
     dcp.save(dict(tensors), storage_writer=writer, no_dist=not dist.is_initialized())
 

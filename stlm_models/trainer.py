@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from .checkpoint import Checkpoint, load_tensors, save_checkpoint
+from .checkpoint import RUN, Checkpoint, load_tensors, save_checkpoint
 from .config import IGNORED, ModelConfig
 from .data import Corpus, Document, TrainingWindows
 from .loader import Batch, Loader, Patcher, patcher_of
@@ -136,6 +137,8 @@ class Trainer:
         )
         self.config, self.corpus, self.options, self.ranks = config, corpus, options, ranks
         self.step, self.seconds = 0, 0.0
+        self.run_id: str | None = secrets.token_hex(8)
+        """What checkpoints of this run are known by; None in one that 0.1.0 began."""
         self.device = ranks.device
         self.loader = Loader(self.windows.batch, self.device)
         with torch.random.fork_rng():
@@ -239,13 +242,15 @@ class Trainer:
         )
 
     def save(self, run: Path) -> Path:
-        """Write a checkpoint into the run folder."""
+        """Write a checkpoint into the run folder, which must not be another run's."""
         state: dict[str, Any] = {
             "step": self.step,
             "seconds": self.seconds,
             "options": dataclasses.asdict(self.options),
             "train_sha256": self.corpus.train_sha256,
         }
+        if self.run_id is not None:
+            state[RUN] = self.run_id
         tensors = self.optimizers.state_tensors()
         return save_checkpoint(
             run, Checkpoint(self.config, self.model.state_dict(), tensors, state, self.words)
@@ -277,6 +282,7 @@ class Trainer:
         load_tensors(trainer.model, checkpoint.model)
         trainer.optimizers.load_state_tensors(checkpoint.optimizer)
         trainer.step, trainer.seconds = int(state["step"]), float(state["seconds"])
+        trainer.run_id = state.get(RUN)
         return trainer
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import itertools
 import os
 import random
 import shutil
 import signal
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +81,190 @@ def test_only_the_newest_is_kept(tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path).state["step"] == 100_000_000
 
 
+def names_in(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+class TestWhatIsTheUsers:
+    """Case f04: whatever began with `step-` was read and deleted."""
+
+    def test_copies_stay(self, tmp_path: Path) -> None:
+        folder = save_checkpoint(tmp_path, checkpoint_at(10))
+        copies = ["step-00000010-best", "step-00000010 (copy)", "best", "step-0000000x", "step-1"]
+        copies += ["step-000000010", "Step-00000010", ".unfinished-mine"]
+        for name in copies:
+            shutil.copytree(folder, folder.with_name(name))
+        save_checkpoint(tmp_path, checkpoint_at(20))
+        assert names_in(tmp_path) == sorted([*copies, "step-00000020"])
+        assert load_checkpoint(tmp_path).state["step"] == 20
+
+    def test_a_copy_under_the_name_of_another_step_stays(self, tmp_path: Path) -> None:
+        folder = save_checkpoint(tmp_path, checkpoint_at(10))
+        shutil.copytree(folder, folder.with_name("step-00000015"))
+        save_checkpoint(tmp_path, checkpoint_at(20))
+        assert names_in(tmp_path) == ["step-00000015", "step-00000020"]
+
+    def test_stray_files_are_ignored(self, tmp_path: Path) -> None:
+        folder = save_checkpoint(tmp_path, checkpoint_at(20))
+        root = folder.parent
+        (root / "step-00000020.tar").write_bytes(b"x")
+        (root / "step-00000099").write_bytes(b"a file, no folder")
+        (root / "step-00000098").mkdir()
+        (root / "step-00000098" / "notes.txt").write_text("no manifest")
+        (root / "step-00000097").symlink_to("nowhere")
+        assert latest_checkpoint(tmp_path) == folder
+        assert load_checkpoint(tmp_path).state["step"] == 20
+        before = names_in(tmp_path)
+        save_checkpoint(tmp_path, checkpoint_at(21))
+        assert names_in(tmp_path) == sorted({*before, "step-00000021"} - {"step-00000020"})
+
+    def test_a_checkpoint_with_a_file_of_the_user_stays(self, tmp_path: Path) -> None:
+        folder = save_checkpoint(tmp_path, checkpoint_at(10))
+        (folder / "notes.txt").write_text("the best one")
+        save_checkpoint(tmp_path, checkpoint_at(20))
+        assert names_in(tmp_path) == ["step-00000010", "step-00000020"]
+        assert (folder / "notes.txt").read_text() == "the best one"
+
+    def test_a_link_to_a_checkpoint_is_read_and_stays(self, tmp_path: Path) -> None:
+        elsewhere = save_checkpoint(tmp_path / "elsewhere", checkpoint_at(10))
+        root = tmp_path / "run" / "checkpoints"
+        root.mkdir(parents=True)
+        (root / "step-00000010").symlink_to(elsewhere)
+        assert load_checkpoint(tmp_path / "run").state["step"] == 10
+        save_checkpoint(tmp_path / "run", checkpoint_at(20))
+        assert names_in(tmp_path / "run") == ["step-00000010", "step-00000020"]
+        assert load_checkpoint(tmp_path / "elsewhere").state["step"] == 10
+
+    @pytest.mark.parametrize("kind", ["file", "folder", "link"])
+    def test_a_name_that_is_taken(self, tmp_path: Path, kind: str) -> None:
+        root = tmp_path / "checkpoints"
+        root.mkdir()
+        taken = root / "step-00000007"
+        if kind == "file":
+            taken.write_text("mine")
+        elif kind == "folder":
+            taken.mkdir()
+        else:
+            taken.symlink_to("nowhere")
+        with pytest.raises(FileExistsError, match="step-00000007 is in the way"):
+            save_checkpoint(tmp_path, checkpoint_at(7))
+        assert names_in(tmp_path) == ["step-00000007"]
+
+    def test_the_newest_is_the_one_of_most_steps(self, tmp_path: Path) -> None:
+        """As text, step-100000000 comes before step-99999999."""
+        for step in (99_999_999, 100_000_000):
+            folder = save_checkpoint(tmp_path, checkpoint_at(step))
+            (folder / "notes.txt").touch()  # so that it stays
+        assert load_checkpoint(tmp_path).state["step"] == 100_000_000
+
+
+def of_run(run_id: str | None, step: int) -> Checkpoint:
+    state = {"step": step} if run_id is None else {"step": step, "run": run_id}
+    return dataclasses.replace(checkpoint_at(step), state=state)
+
+
+class TestRuns:
+    @pytest.mark.parametrize("step", [5, 1000, 2000])
+    @pytest.mark.parametrize(("mine", "theirs"), [("a", "b"), ("a", None), (None, "b")])
+    def test_a_folder_of_another_run(
+        self, tmp_path: Path, mine: str | None, theirs: str | None, step: int
+    ) -> None:
+        save_checkpoint(tmp_path, of_run(theirs, 1000))
+        with pytest.raises(FileExistsError, match="step-00001000 is of another run: move it"):
+            save_checkpoint(tmp_path, of_run(mine, step))
+        assert names_in(tmp_path) == ["step-00001000"]
+
+    @pytest.mark.parametrize("run_id", ["a", None])
+    def test_a_later_checkpoint_is_not_replaced_by_an_earlier(
+        self, tmp_path: Path, run_id: str | None
+    ) -> None:
+        save_checkpoint(tmp_path, of_run(run_id, 1000))
+        with pytest.raises(FileExistsError, match="step-00001000 is later than step 5, which"):
+            save_checkpoint(tmp_path, of_run(run_id, 5))
+        assert names_in(tmp_path) == ["step-00001000"]
+
+    def test_a_run_replaces_its_own(self, tmp_path: Path) -> None:
+        for step in (5, 6):
+            save_checkpoint(tmp_path, of_run("a", step))
+        assert names_in(tmp_path) == ["step-00000006"]
+        assert load_checkpoint(tmp_path).state == {"step": 6, "run": "a"}
+
+    def test_a_checkpoint_without_a_readable_manifest(self, tmp_path: Path) -> None:
+        folder = save_checkpoint(tmp_path, of_run("a", 5))
+        (folder / "manifest.json").write_text("{")
+        with pytest.raises(FileExistsError, match=r"damaged: not JSON .*: move"):
+            save_checkpoint(tmp_path, of_run("a", 6))
+        assert names_in(tmp_path) == ["step-00000005"]
+
+    def test_another_run_that_saves_in_between_stays(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Seen when older ones are dropped, since it came after the folder was looked at."""
+        rename = Path.rename
+
+        def late(path: Path, target: Path) -> Path:
+            with monkeypatch.context() as undone:
+                undone.setattr(Path, "rename", rename)
+                save_checkpoint(tmp_path, of_run("b", 4))
+            return rename(path, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", late)
+            save_checkpoint(tmp_path, of_run("a", 5))
+        assert names_in(tmp_path) == ["step-00000004", "step-00000005"]
+
+
+class TestReadingBesideASaver:
+    def test_every_load_finds_a_whole_one(self, tmp_path: Path) -> None:
+        model = scrambled()
+        save_checkpoint(tmp_path, checkpoint_at(1, model))
+        found: list[int] = []
+        done = threading.Event()
+
+        def read() -> None:
+            while not done.is_set():
+                loaded = load_checkpoint(tmp_path)
+                assert (loaded.optimizer["muon.x.momentum_buffer"] == loaded.state["step"]).all()
+                found.append(loaded.state["step"])
+
+        with ThreadPoolExecutor(1) as reader:
+            reading = reader.submit(read)
+            for step in range(2, 40):
+                save_checkpoint(tmp_path, checkpoint_at(step, model))
+            done.set()
+            reading.result()
+        assert found == sorted(found)
+
+    @pytest.mark.parametrize("file", ["manifest.json", "model.safetensors", "state.json"])
+    def test_the_newer_one_is_read_where_it_takes_the_place(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+    ) -> None:
+        save_checkpoint(tmp_path, checkpoint_at(1))
+        read_bytes = Path.read_bytes
+        saved: list[Path] = []
+
+        def late(path: Path) -> bytes:
+            if path.name == file and not saved:
+                saved.append(path)
+                save_checkpoint(tmp_path, checkpoint_at(2))
+            return read_bytes(path)
+
+        monkeypatch.setattr(Path, "read_bytes", late)
+        assert load_checkpoint(tmp_path).state["step"] == 2
+
+    def test_a_scan_between_two_names(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        save_checkpoint(tmp_path, checkpoint_at(1))
+        iterdir, scans = Path.iterdir, itertools.count()
+
+        def blind(path: Path) -> Any:
+            return iter(()) if next(scans) < 2 else iterdir(path)
+
+        monkeypatch.setattr(Path, "iterdir", blind)
+        assert load_checkpoint(tmp_path).state["step"] == 1
+
+
 class FailAt:
     """Fails the n-th of all writing system calls, as a full disk or a kill would."""
 
@@ -94,6 +281,8 @@ class FailAt:
 
     def wrap(self, function: Any) -> Any:
         def failing(*args: Any, **kwargs: Any) -> Any:
+            if function.__name__ == "open" and args[1:2] != ("wb",):
+                return function(*args, **kwargs)  # which reads
             self.left -= 1
             if self.left == 0:
                 raise self.error

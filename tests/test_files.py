@@ -215,9 +215,7 @@ class TestFailures:
 
         (tmp_path / "f").write_text("old")
         if name == "write":
-            monkeypatch.setattr(
-                stlm_models.files, "_write_all", lambda fd, *_, **__: fail(os.close(fd))
-            )
+            monkeypatch.setattr(stlm_models.files, "_write_all", fail)
         else:
             monkeypatch.setattr(os, name, fail)
         with pytest.raises(type(error)):

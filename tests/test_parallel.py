@@ -92,6 +92,10 @@ def in_two_processes(rank: int, root: Path) -> None:
     optimizers = Optimizers(sharded, muon_lr=0.01, adamw_lr=0.01, muon_dtype=torch.float32)
     optimizers.step(1.0)
     save_sharded(root / "by_two", sharded.state_dict())
+    try:
+        save_sharded(root / "by_two", scrambled().state_dict())
+    except FileExistsError as error:
+        results["refused"] = str(error)
     results["stepped"] = {n: whole(p.detach()) for n, p in sharded.named_parameters()}
     results["generated"] = sharded.generate(b"the ", max_new_bytes=4, temperature=0)
 
@@ -157,6 +161,17 @@ def test_checkpoints_change_the_number_of_processes(folder: Path, seen: dict[str
     for name, parameter in model.named_parameters():
         assert torch.equal(seen["stepped"][name], parameter), f"{name}, by two, read by one"
     assert not [p for p in (folder / "by_two").iterdir() if p.suffix != ".safetensors"]
+
+
+def test_a_folder_that_holds_something_is_refused(
+    folder: Path, seen: dict[str, Any], tmp_path: Path
+) -> None:
+    """By every process: what is read from it would be of both."""
+    assert seen["refused"] == f"folder: expected an empty one, got {folder / 'by_two'}: move it"
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="folder: expected an empty one"):
+        save_sharded(tmp_path, {"x": torch.zeros(2)})
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_all_follow_the_first_clock_and_stop_together(seen: dict[str, Any]) -> None:

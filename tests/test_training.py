@@ -188,6 +188,34 @@ class TestResume:
         for name, tensor in through.model.state_dict().items():
             assert torch.equal(resumed.model.state_dict()[name], tensor), name
 
+    def test_a_run_keeps_its_id(self, tmp_path: Path) -> None:
+        options = TrainOptions(steps=3, rows=2)
+        run, other = (Trainer(TINY, CORPUS, options) for _ in range(2))
+        run.save(tmp_path)
+        resumed = Trainer.resume(load_checkpoint(tmp_path), CORPUS, options)
+        assert resumed.run_id == run.run_id != other.run_id
+        resumed.train_step()
+        resumed.loader.close()
+        resumed.save(tmp_path)
+        other.step = 5
+        with pytest.raises(FileExistsError, match="step-00000001 is of another run"):
+            other.save(tmp_path)
+        assert load_checkpoint(tmp_path).state["step"] == 1
+
+    def test_a_run_of_version_0_1_0(self, tmp_path: Path) -> None:
+        """It wrote no id: such a run goes on without one."""
+        options = TrainOptions(steps=3, rows=2)
+        begun = Trainer(TINY, CORPUS, options)
+        begun.run_id = None
+        folder = begun.save(tmp_path)
+        assert "run" not in json.loads((folder / "state.json").read_text())
+        assert "run" not in json.loads((folder / "manifest.json").read_text())
+        resumed = Trainer.resume(load_checkpoint(tmp_path), CORPUS, options)
+        resumed.train_step()
+        resumed.loader.close()
+        resumed.save(tmp_path)
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+
     def test_counts_of_steps_go_to_the_device(self) -> None:
         """Where AdamW is fused it reads them there; a checkpoint is read on the CPU."""
         with FakeTensorMode(allow_non_fake_inputs=True):
