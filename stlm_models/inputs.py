@@ -9,6 +9,7 @@ from stlm_kernels import Patches
 from stlm_kernels.testing import values_visible
 
 from .attention import document_starts
+from .config import IGNORED
 from .layers import dense_cu_seqlens
 from .pooling import reads_ahead
 
@@ -44,6 +45,20 @@ def document_borders(byte_ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         got = f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
         raise ValueError(f"cu_seqlens: expected int32 (S+1,), got {got}")
     return cu_seqlens
+
+
+def targets_of_documents(
+    targets: Tensor,  # (T,) or (B, T) integers
+    cu_seqlens: Tensor | None,  # (S+1,) int32, of packed targets
+) -> Tensor:
+    """The targets, -100 from cu_seqlens[-1] on: rows there belong to no document.
+
+    Other integers than int64 are widened first, where -100 may be no value of theirs.
+    """
+    if cu_seqlens is None:
+        return targets
+    outside = torch.arange(len(targets), device=targets.device) >= cu_seqlens[-1]
+    return targets.long().masked_fill(outside, IGNORED)
 
 
 def check_patches(patches: Patches, cu_seqlens: Tensor, length: int) -> None:

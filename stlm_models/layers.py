@@ -25,6 +25,7 @@ from stlm_kernels import (
 from stlm_kernels.testing import check_ids, values_visible
 
 from .attention import Attention
+from .lookup import lookup
 from .ngrams import NgramPooling
 from .pooling import BytePooling, ByteUnpooling
 
@@ -154,7 +155,7 @@ class TiedEmbedding(nn.Module):
     def embed(self, byte_ids: Tensor) -> Tensor:
         """byte_ids (...) -> (..., D); IndexError for one of no byte (values: CPU, eager)."""
         _refuse_padded_ids(byte_ids, self.vocab_size)
-        return F.embedding(byte_ids.int(), self._table())
+        return lookup(self._table(), byte_ids.int())
 
     def pool(self, byte_ids: Tensor, patches: Patches, *, mode: str = "mean") -> Tensor:
         """The pooled embeddings of each patch, (P, D); the (T, D) embeddings never exist."""

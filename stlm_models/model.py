@@ -15,8 +15,9 @@ from .attention import clear_unused
 from .cache import CacheRows, KVCache
 from .config import BYTES, IGNORED, ModelConfig
 from .head import ParallelHead
-from .inputs import check_inputs, check_patches, document_borders
+from .inputs import check_inputs, check_patches, document_borders, targets_of_documents
 from .layers import BytePatcher, ByteUnpooling, TiedEmbedding, UntiedEmbedding
+from .lookup import lookup
 from .norms import rms_norm
 from .pooling import EmaUnpooling
 from .transformer import PatchCore, run_blocks
@@ -119,7 +120,8 @@ class STLM(nn.Module):
                 256 stands before a document (of words: as their data has it). Right padding needs
                 no mask: no earlier row sees it.
             targets: what logits[..., t] must predict; -100 is ignored. Nothing is shifted here.
-            cu_seqlens: document borders of packed byte_ids; None is one document.
+            cu_seqlens: document borders of packed byte_ids; None is one document. Rows from its
+                last entry on belong to no document: their targets are ignored, whatever they are.
             patches: from a loader or a rule of your own, for the flattened byte_ids.
 
         Returns:
@@ -135,7 +137,8 @@ class STLM(nn.Module):
         hidden, auxiliary = self._run(byte_ids, cu_seqlens, patches)
         if targets is None:
             return self.embedding.logits(hidden)
-        loss_sum, n_valid = self.embedding.loss(hidden, targets, ignore_index=IGNORED)
+        counted = targets_of_documents(targets, cu_seqlens)
+        loss_sum, n_valid = self.embedding.loss(hidden, counted, ignore_index=IGNORED)
         return loss_sum if auxiliary is None else loss_sum + auxiliary() * n_valid, n_valid
 
     def hidden(
@@ -172,7 +175,7 @@ class STLM(nn.Module):
             x = self.byte_inputs(states, patches, encoded)
             return self._decode_as(byte_ids, x, borders), None
         slots = self.decode_slots(self.head.with_null(states)).flatten(0, 1)
-        hidden = self.output_states(slots[self.head.next_rows(patches)])
+        hidden = self.output_states(lookup(slots, self.head.next_rows(patches)))
         wanted = self.training and self.config.reconstruction_weight > 0
         return hidden.unflatten(0, byte_ids.shape), (
             partial(self._reconstruction, flat, inputs, patches) if wanted else None
@@ -190,7 +193,8 @@ class STLM(nn.Module):
     def _reconstruction(self, byte_ids: Tensor, inputs: Tensor, patches: Patches) -> Tensor:
         """Weighed mean nats of the bytes (T,) that the head finds in what the core was given."""
         assert self.head is not None
-        rows = self.decode_slots(inputs).flatten(0, 1)[self.head.own_rows(patches)]
+        slots = self.decode_slots(inputs).flatten(0, 1)
+        rows = lookup(slots, self.head.own_rows(patches))
         counted = (patches.patch_ids >= 0) & (byte_ids < BYTES)
         targets = byte_ids.long().masked_fill(~counted, IGNORED)
         nats, count = self.embedding.loss(self.output_states(rows), targets, ignore_index=IGNORED)

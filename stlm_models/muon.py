@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 MOMENTUM = 0.95
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -27,7 +28,7 @@ class Muon(torch.optim.Optimizer):
     one matrix at a time; this one multiplies in a dtype of choice and stacks equal shapes.
 
     Args:
-        parameters: matrices, 2-D.
+        parameters: matrices, 2-D, or groups of them; a group may be empty.
         lr: learning rate.
         weight_decay: decoupled, times lr.
         dtype: in which the iterations multiply.
@@ -40,7 +41,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(
         self,
-        parameters: Iterable[Tensor],
+        parameters: ParamsT,
         *,
         lr: float,
         weight_decay: float,

@@ -6,6 +6,7 @@ Several bytes ahead (heads beside the model, which is used without them):
 
     heads = MultiByteHeads(config.byte_dim, 4)   # its parameters join the optimiser's
     hidden = model.hidden(ids, cu_seqlens=borders)
+    targets = targets_of_documents(targets, borders)  # of stlm_models.inputs: rows of none are -100
     loss_sum, n_valid = model.embedding.loss(hidden, targets)
     extra_sum, n_extra = heads(hidden, targets, model.embedding, cu_seqlens=borders)
     loss = loss_sum / n_valid + 0.3 * extra_sum / n_extra
@@ -16,7 +17,8 @@ Distillation from a larger model that reads the same bytes:
         teacher_logits = teacher(ids, cu_seqlens=borders)
     hidden = student.hidden(ids, cu_seqlens=borders)
     loss_sum, n_valid = distillation_loss(
-        student.embedding, hidden, targets, teacher_logits, weight=0.5, temperature=2.0
+        student.embedding, hidden, targets, teacher_logits, weight=0.5, temperature=2.0,
+        cu_seqlens=borders,
     )
     loss = loss_sum / n_valid
 
@@ -42,6 +44,7 @@ from stlm_kernels import segment_pool
 from .attention import document_starts
 from .config import IGNORED
 from .decoding import prompt_ids
+from .inputs import targets_of_documents
 from .layers import TiedEmbedding, dense_cu_seqlens
 from .model import STLM
 
@@ -123,6 +126,7 @@ def distillation_loss(
     weight: float = 0.5,
     temperature: float = 1.0,
     mask: Tensor | None = None,  # (...) bool
+    cu_seqlens: Tensor | None = None,  # (S+1,) int32
 ) -> tuple[Tensor, Tensor]:
     """(1 - weight) * nats of the targets + weight * temperature^2 * KL(teacher || student).
 
@@ -133,18 +137,23 @@ def distillation_loss(
         weight: 0 to 1.
         temperature: see `stlm_kernels.linear_kl_div`.
         mask: where the teacher counts; None is everywhere. Elsewhere the first term stands alone.
+        cu_seqlens: document borders of packed hidden (T, D); from its last entry on nothing counts.
 
     Returns:
         (loss_sum, n_valid): the sum over the targets not ignored, and their number, both 0-d.
 
     Raises:
-        ValueError: for a weight out of range, and as `stlm_kernels.linear_kl_div`.
+        ValueError: for a weight out of range, for cu_seqlens with dense hidden, and as
+            `stlm_kernels.linear_kl_div`.
 
     Source: arXiv 1503.02531.
     """
     if not 0 <= weight <= 1:
         raise ValueError(f"weight: expected 0 to 1, got {weight}")
-    counted = targets != IGNORED
+    if targets.dim() != 1 and cu_seqlens is not None:
+        raise ValueError("cu_seqlens: expected None with dense targets, got a tensor")
+    targets = targets_of_documents(targets, cu_seqlens)
+    counted = targets.long() != IGNORED  # a uint8 156 would compare as -100
     byte_loss, n_valid = embedding.loss(hidden, targets, ignore_index=IGNORED)
     divergence = embedding.kl_div(
         hidden,

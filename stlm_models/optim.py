@@ -18,10 +18,16 @@ SCHEDULES = ("wsd", "cosine")
 class Optimizers:
     """Muon for the matrices between states, AdamW for tables, gains and null states.
 
+    Each parameter is moved once, however many modules share it. Muon's are the weights of Linear
+    layers alone: one that is also a table, or another module's parameter in any way, is AdamW's.
+
     Args:
-        model: whose parameters they move.
+        model: whose parameters they move; those that are frozen now stay as they are.
         muon_lr, adamw_lr: peak learning rates.
         muon_dtype: in which Muon multiplies, see `stlm_models.muon`.
+
+    Raises:
+        ValueError: for a model without a parameter that requires a gradient.
     """
 
     def __init__(
@@ -32,20 +38,21 @@ class Optimizers:
         adamw_lr: float,
         muon_dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        matrices = {
-            f"{name}.weight": module.weight
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear)
-        }
         self.names: dict[Tensor, str] = {
-            parameter: name for name, parameter in model.named_parameters()
+            parameter: name
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
         }
-        rest = [p for name, p in model.named_parameters() if name not in matrices]
+        if not self.names:
+            raise ValueError("model: expected a parameter that requires a gradient, got none")
+        others = _parameters_beside_linear_weights(model)
+        matrices = [p for p in self.names if p not in others]
+        rest = [p for p in self.names if p in others]
         self.peaks = {"muon": muon_lr, "adamw": adamw_lr}
         self.parts: dict[str, torch.optim.Optimizer] = {
-            "muon": Muon(matrices.values(), lr=muon_lr, weight_decay=0.1, dtype=muon_dtype),
+            "muon": Muon([{"params": matrices}], lr=muon_lr, weight_decay=0.1, dtype=muon_dtype),
             "adamw": torch.optim.AdamW(
-                rest, lr=adamw_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+                [{"params": rest}], lr=adamw_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
             ),
         }
 
@@ -88,6 +95,16 @@ class Optimizers:
                 raise ValueError(f"checkpoint: {name}: expected shape {expected}, got {got}")
             # Counts of steps too: a fused AdamW reads them on the device.
             optimizer.state[parameter][key] = tensor.to(parameter.device)
+
+
+def _parameters_beside_linear_weights(model: nn.Module) -> set[Tensor]:
+    """The parameters that are anything but the (M, N) weight of Linear layers, somewhere."""
+    return {
+        parameter
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
+        if not (isinstance(module, nn.Linear) and name == "weight" and parameter.ndim == 2)
+    }
 
 
 def lr_scale(progress: float, schedule: str = "wsd") -> float:

@@ -29,13 +29,16 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stlm_kernels import Patches, segment_pool
 
 from .attention import document_starts
 from .layers import dense_cu_seqlens, without_autocast
-from .norms import rms_norm
+
+EPS = 1e-12
+"""H-Net's: p is the cosine's for states of any size that occurs."""
 
 
 class Routing(NamedTuple):
@@ -53,8 +56,10 @@ class Router(nn.Module):
     """Begin a patch where the state of a byte turns away from that of the byte before it.
 
     p[t] = (1 - cos(W_q x[t], W_k x[t-1])) / 2, and 1 at a document's first byte; a patch begins
-    where p[t] >= 1/2. Nothing of it looks ahead: with a causal x it is causal. Both projections
-    begin as the identity, so that equal neighbours begin no patch.
+    where p[t] > 1/2, as in H-Net's code (its paper has >=). Nothing of it looks ahead: with a
+    causal x it is causal. Both projections begin as the identity, so that equal neighbours begin no
+    patch. H-Net's code applies W_q to x[t-1] and W_k to x[t]: its weights load with the two
+    exchanged.
 
     Args:
         dim: width D of the states.
@@ -80,7 +85,8 @@ class Router(nn.Module):
     ) -> Routing:
         """The routing of packed states, or of dense ones, each row a document, as if packed.
 
-        A state of zeros points nowhere: its cosine is 0, and p = 1/2 begins a patch.
+        A state of zeros points nowhere: its cosine is 0 and has no gradient, and p = 1/2 begins no
+        patch.
 
         Raises:
             ValueError: dense x with cu_seqlens, or x of another width.
@@ -96,10 +102,10 @@ class Router(nn.Module):
             x = torch.where(inside[:, None], x, 0)
         query, key = _direction(self.query(x)), _direction(self.key(x))
         before = torch.where(first[:, None], 0, torch.cat([key[-1:], key[:-1]]))
-        cosine = (query * before).mean(-1)
+        cosine = (query * before).sum(-1)
         probs = ((1 - cosine) / 2).clamp(0, 1)  # rounding may leave the range
         probs = torch.where(inside, torch.where(first, 1, probs), 0)
-        starts = inside & (probs >= 0.5)
+        starts = inside & (probs > 0.5)
         chosen = torch.where(starts, probs, 1 - probs)
         return Routing(probs, starts, chosen + (1 - chosen).detach())
 
@@ -128,8 +134,13 @@ class Router(nn.Module):
 
 
 def _direction(x: Tensor) -> Tensor:
-    """x in float32 or wider with a mean square of 1, so that a mean of products is a cosine."""
-    return rms_norm(x.to(torch.promote_types(x.dtype, torch.float32)))
+    """x in float32 or wider as unit vectors, so that their products are cosines.
+
+    As F.normalize, vectors shorter than 1e-12 are divided by that; but zeros, where that makes
+    gradients of 1e12, have none.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return F.normalize(wide.masked_fill((wide == 0).all(-1, keepdim=True), 0), dim=-1, eps=EPS)
 
 
 def _places(x: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:

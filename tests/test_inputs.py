@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from stlm_kernels import Patches, find_patches
 from stlm_models import STLM, ModelConfig, TiedEmbedding
 from stlm_models.compress import compress
 from stlm_models.evaluate import bits_per_byte
+from stlm_models.inputs import targets_of_documents
 from stlm_models.layers import UntiedEmbedding
 
 GIVEN = dataclasses.replace(TINY, patch_rule="given")
@@ -206,3 +207,55 @@ def test_what_a_core_leaves_in_unused_slots_reaches_no_gradient(options: dict[st
     loss_sum.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is None or parameter.grad.isfinite().all(), name
+
+
+class TestRowsOfNoDocument:
+    """From cu_seqlens[-1] on there are none: neither ids nor targets there say anything."""
+
+    KINDS: ClassVar[list[dict[str, Any]]] = [
+        {},
+        {"pooling": "attention", "pooling_heads": 2, "unpooling": "ema"},
+        {"patch_rule": "none", "core_layers": 0, "max_patch_len": None},
+        {"output": "parallel", "decoder_window": None, "reconstruction_weight": 0.5},
+    ]
+
+    @pytest.mark.parametrize(
+        ("options", "dtype"),
+        [*((kind, torch.int64) for kind in KINDS), ({}, torch.int16), ({}, torch.uint8)],
+    )
+    def test_their_targets_do_not_count(self, options: dict[str, Any], dtype: torch.dtype) -> None:
+        model = scrambled(dataclasses.replace(TINY, **options)).train()
+        ids, borders = torch.tensor([*TEXT]), torch.tensor([0, 9, 30], dtype=torch.int32)
+        targets = ids.roll(-1).to(dtype)
+        want, n_wanted = model(ids[:30], targets[:30], cu_seqlens=borders)
+        wanted = torch.autograd.grad(want, list(model.parameters()), allow_unused=True)
+        assert n_wanted == 30
+        for there in (0, 100):
+            targets[30:] = there
+            got, n_valid = model(ids, targets, cu_seqlens=borders)
+            assert n_valid == 30
+            torch.testing.assert_close(got, want)
+            found = torch.autograd.grad(got, list(model.parameters()), allow_unused=True)
+            for a, b in zip(found, wanted, strict=True):
+                torch.testing.assert_close(a, b, **CLOSE)
+
+    def test_their_targets_are_not_looked_at(self) -> None:
+        model, ids = scrambled(), torch.tensor([*TEXT])
+        targets = torch.full_like(ids, 9999)
+        targets[:30] = 7
+        borders = torch.tensor([0, 30], dtype=torch.int32)
+        assert model(ids, targets, cu_seqlens=borders)[1] == 30
+        with pytest.raises(IndexError, match="got 9999 at position 30"):
+            model(ids, targets)
+
+    def test_no_document_at_all(self) -> None:
+        model, ids = scrambled(), torch.tensor([*TEXT])
+        loss_sum, n_valid = model(ids, ids, cu_seqlens=torch.zeros(1, dtype=torch.int32))
+        assert (loss_sum.item(), n_valid.item()) == (0, 0)
+
+    def test_compiled_whole(self) -> None:
+        compiled = torch.compile(targets_of_documents, fullgraph=True, backend="aot_eager")
+        targets, borders = torch.arange(9, dtype=torch.int16), torch.tensor([0, 3, 7]).int()
+        want = torch.tensor([*range(7), -100, -100])
+        assert torch.equal(compiled(targets, borders), want)
+        assert torch.equal(targets_of_documents(targets, borders), want)

@@ -152,6 +152,27 @@ class TestDistillation:
         with pytest.raises(ValueError, match=r"weight: expected 0 to 1, got 1\.5"):
             distillation_loss(embedding, hidden, targets, teacher, weight=1.5)
 
+    def test_rows_of_no_document_do_not_count(self) -> None:
+        embedding, borders = table(), torch.tensor([0, 4, 7], dtype=torch.int32)
+        hidden, teacher = torch.randn(9, 8).double(), torch.randn(9, 257).double()
+        targets = torch.randint(0, 256, (9,))
+        want, n_wanted = distillation_loss(embedding, hidden[:7], targets[:7], teacher[:7])
+        got, n_valid = distillation_loss(embedding, hidden, targets, teacher, cu_seqlens=borders)
+        assert n_valid == n_wanted == 7
+        torch.testing.assert_close(got, want)
+        with pytest.raises(ValueError, match="cu_seqlens: expected None with dense targets"):
+            distillation_loss(
+                embedding, hidden[None], targets[None], teacher[None], cu_seqlens=borders
+            )
+
+    def test_byte_156_is_a_target(self) -> None:
+        """As a uint8 it has the bits of -100."""
+        embedding, hidden = table(), torch.randn(3, 8).double()
+        teacher, targets = torch.randn(3, 257).double(), torch.tensor([156, 7, 156])
+        want = distillation_loss(embedding, hidden, targets, teacher)
+        got = distillation_loss(embedding, hidden, targets.to(torch.uint8), teacher)
+        torch.testing.assert_close(got, want)
+
     def test_the_student_comes_nearer(self) -> None:
         student, teacher = small(0), small(1)
         nn.init.normal_(teacher.to_output.weight)

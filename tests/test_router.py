@@ -38,7 +38,8 @@ def test_probabilities_by_hand() -> None:
     routing = router(x)
     wanted = [1, 0, 0.5, 1, (1 - math.sqrt(0.5)) / 2, 0.5]
     torch.testing.assert_close(routing.probs, torch.tensor(wanted), rtol=0, atol=1e-5)
-    assert routing.starts.tolist() == [True, False, True, True, False, True]
+    # Where p = 1/2 the code of H-Net, whose argmax takes the first of equals, begins no patch.
+    assert routing.starts.tolist() == [True, False, False, True, False, False]
     assert routing.confidence.tolist() == [1.0] * 6
 
 
@@ -46,6 +47,34 @@ def test_probabilities_are_those_of_stock_torch() -> None:
     router, x = random_router(), 3 * torch.randn(50, DIM)
     cosine = F.cosine_similarity(router.query(x[1:]), router.key(x[:-1]))
     torch.testing.assert_close(router(x).probs[1:], (1 - cosine) / 2, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0, 1e3])
+def test_probabilities_are_the_cosines_for_states_of_any_size(
+    scale: float, dtype: torch.dtype
+) -> None:
+    """Scaling by a power of two changes neither directions nor their rounding."""
+    power = 2.0 ** math.floor(math.log2(scale))
+    router, unit = random_router().to(dtype), torch.randn(200, DIM).to(dtype)
+    x = unit * power
+    routing = router(x)
+    query, key = (linear(x).double() for linear in (router.query, router.key))
+    norms = query[1:].norm(dim=-1) * key[:-1].norm(dim=-1)
+    want = (1 - (query[1:] * key[:-1]).sum(-1) / norms) / 2
+    torch.testing.assert_close(routing.probs[1:].double(), want, rtol=0, atol=1e-6)
+    assert torch.equal(routing.starts, router(unit).starts)
+
+
+@pytest.mark.parametrize("norm", [1e-30, 1e-13, 1e-12, 1e-11])
+def test_states_of_next_to_nothing_are_as_in_h_net(norm: float) -> None:
+    """Its code divides by F.normalize's eps, which turns the cosine to 0 below it."""
+    router, x = Router(DIM), F.normalize(torch.randn(30, DIM), dim=-1) * norm
+    cosine = (F.normalize(x[1:], dim=-1) * F.normalize(x[:-1], dim=-1)).sum(-1)
+    torch.testing.assert_close(router(x).probs[1:], (1 - cosine) / 2, rtol=0, atol=1e-6)
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(router(x).probs.sum(), x)
+    assert gradient.isfinite().all()
 
 
 def test_documents_are_apart_and_slots_beyond_are_never_read() -> None:
@@ -119,11 +148,21 @@ def test_the_confidence_passes_the_gradient_of_the_choice() -> None:
     assert torch.autograd.gradcheck(lambda x: router(x).probs, x.requires_grad_(), fast_mode=True)
 
 
-def test_states_of_zeros_have_bounded_gradients() -> None:
-    router, x = Router(DIM), torch.zeros(5, DIM, requires_grad=True)
-    router(x).probs.sum().backward()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_states_of_zeros_have_no_gradient(dtype: torch.dtype) -> None:
+    """Nor send one of 1e12 to their neighbours, which are states like any other."""
+    router = random_router().to(dtype)
+    x = torch.randn(9, DIM).to(dtype)
+    x[3:6] = 0
+    x.requires_grad_()
+    routing = router(x)
+    assert routing.probs[3:7].tolist() == [0.5] * 4
+    assert not routing.starts[3:7].any()
+    routing.probs.sum().backward()
     assert x.grad is not None
-    assert x.grad.abs().max() < 1e4
+    assert not x.grad[3:6].any()
+    assert 0 < x.grad.abs().max() < 100
+    assert router.query.weight.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("documents", [None, (0, 7, 30)])
