@@ -32,7 +32,8 @@ def bits_per_byte(
     """nats / (ln 2 x bytes), every byte scored exactly once.
 
     Each document starts with id 256 as context. It is read in windows of `context` ids that move on
-    by `stride`; each scores the ids that no window before has scored.
+    by `stride`; each scores the ids that no window before has scored. Bytes alone have probability,
+    as in generation and in `stlm_models.compress`: see `STLM.byte_loss`.
 
     Args:
         data: one document, or a list of them; at least one byte in all.
@@ -123,5 +124,5 @@ def _nats(model: STLM, batch: list[_Window]) -> float:
     ids = torch.from_numpy(np.concatenate([window.ids for window in batch])).to(device)
     targets = torch.from_numpy(np.concatenate([window.targets for window in batch])).to(device)
     lengths = torch.tensor([0, *(len(window.ids) for window in batch)], device=device)
-    loss_sum, _ = model(ids, targets.long(), cu_seqlens=lengths.cumsum(0).int())
+    loss_sum, _ = model.byte_loss(ids, targets.long(), cu_seqlens=lengths.cumsum(0).int())
     return float(loss_sum)

@@ -105,7 +105,7 @@ class GivenPatches(BytePatcher):
         )
 
 
-class TiedEmbedding(nn.Module):
+class TiedEmbedding(nn.Embedding):
     """One table of byte embeddings for the input and, transposed, for the output projection.
 
     Args:
@@ -116,6 +116,9 @@ class TiedEmbedding(nn.Module):
 
     Under FSDP2 the table belongs to the root's group: `fully_shard` the blocks, then the model that
     holds the table and calls `embed` and `loss` in its own forward. A sharded table raises.
+
+    It is an `nn.Embedding` of the table's rows, so that what looks for one (hooks on the input
+    embeddings, say) finds it; `forward` is `embed`.
     """
 
     def __init__(
@@ -127,13 +130,16 @@ class TiedEmbedding(nn.Module):
         logit_scale: float = 1.0,
         softcap: float | None = None,
     ) -> None:
-        super().__init__()
         for name, value in (("vocab_size", vocab_size), ("dim", dim), ("pad_to", pad_to)):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
         rows = -(-vocab_size // pad_to) * pad_to
+        super().__init__(rows, dim, _weight=torch.randn(rows, dim) * dim**-0.5)
         self.vocab_size, self.logit_scale, self.softcap = vocab_size, logit_scale, softcap
-        self.weight = nn.Parameter(torch.randn(rows, dim) * dim**-0.5)
+
+    def reset_parameters(self) -> None:
+        """Draw the table anew."""
+        nn.init.normal_(self.weight, std=self.embedding_dim**-0.5)
 
     def _table(self) -> Tensor:
         """The table of the input, whole; one shard of it would give wrong losses or none."""
@@ -157,6 +163,10 @@ class TiedEmbedding(nn.Module):
         _refuse_padded_ids(byte_ids, self.vocab_size)
         return lookup(self._table(), byte_ids.int())
 
+    def forward(self, byte_ids: Tensor) -> Tensor:
+        """As `embed`."""
+        return self.embed(byte_ids)
+
     def pool(self, byte_ids: Tensor, patches: Patches, *, mode: str = "mean") -> Tensor:
         """The pooled embeddings of each patch, (P, D); the (T, D) embeddings never exist."""
         _refuse_padded_ids(byte_ids, self.vocab_size)
@@ -177,9 +187,16 @@ class TiedEmbedding(nn.Module):
             return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
 
     def loss(
-        self, x: Tensor, targets: Tensor, *, ignore_index: int = -100
+        self,
+        x: Tensor,
+        targets: Tensor,
+        *,
+        ignore_index: int = -100,
+        valid_vocab: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Cross entropy of x (..., D) against targets (...), without the logits in memory.
+
+        Ids from valid_vocab (None: vocab_size) on have no probability and are no targets.
 
         Returns:
             (loss_sum, n_valid): nats over the targets not ignored, and their number, both 0-d.
@@ -192,12 +209,22 @@ class TiedEmbedding(nn.Module):
             ignore_index=ignore_index,
             softcap=self.softcap,
             logit_scale=self.logit_scale,
-            valid_vocab=self.vocab_size,
+            valid_vocab=self.vocab_size if valid_vocab is None else valid_vocab,
         )
         return loss_sum, (targets.long() != ignore_index).sum()
 
-    def logprobs(self, x: Tensor, targets: Tensor, *, ignore_index: int = -100) -> Tensor:
-        """Log-probability of each target (...) after x (..., D), fp32; 0 where it is ignored."""
+    def logprobs(
+        self,
+        x: Tensor,
+        targets: Tensor,
+        *,
+        ignore_index: int = -100,
+        valid_vocab: int | None = None,
+    ) -> Tensor:
+        """Log-probability of each target (...) after x (..., D), fp32; 0 where it is ignored.
+
+        valid_vocab as in `loss`.
+        """
         logprobs, _ = linear_logprobs(
             x,
             self._output_table(),
@@ -205,7 +232,7 @@ class TiedEmbedding(nn.Module):
             ignore_index=ignore_index,
             softcap=self.softcap,
             logit_scale=self.logit_scale,
-            valid_vocab=self.vocab_size,
+            valid_vocab=self.vocab_size if valid_vocab is None else valid_vocab,
         )
         return logprobs
 

@@ -20,7 +20,7 @@ from .layers import BytePatcher, ByteUnpooling, TiedEmbedding, UntiedEmbedding
 from .lookup import lookup
 from .norms import rms_norm
 from .pooling import EmaUnpooling
-from .transformer import PatchCore, run_blocks
+from .transformer import PatchCore, TransformerBlock, run_blocks
 
 
 class STLM(nn.Module):
@@ -64,6 +64,23 @@ class STLM(nn.Module):
         self.decoder, self.decoder_feed_forward = build.decoder_blocks(config)
         self.to_output = nn.Linear(config.byte_dim, config.byte_dim, bias=False)
         build.initialise(self)
+        self.checkpointing = config.checkpointing
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether training keeps the inputs of blocks alone: less memory, a second forward pass.
+
+        Setting it holds for all blocks of the model, and of a core such as `PatchCore`.
+        """
+        return any(block.checkpointing for block in self._blocks())
+
+    @checkpointing.setter
+    def checkpointing(self, value: bool) -> None:
+        for block in self._blocks():
+            block.checkpointing = value
+
+    def _blocks(self) -> list[TransformerBlock]:
+        return [module for module in self.modules() if isinstance(module, TransformerBlock)]
 
     def _add_patch_rate(self, core: nn.Module) -> None:
         config = self.config
@@ -133,12 +150,44 @@ class STLM(nn.Module):
                 would let a byte read what is not complete at it.
             IndexError: for ids or targets out of range (on the CPU).
         """
+        if targets is not None:
+            return self._loss(byte_ids, targets, cu_seqlens, patches, None)
+        check_inputs(byte_ids, None)
+        return self.embedding.logits(self._run(byte_ids, cu_seqlens, patches)[0])
+
+    def byte_loss(
+        self,
+        byte_ids: Tensor,
+        targets: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        patches: Patches | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`forward` with targets, where the 256 bytes alone have probability, as in generation.
+
+        Special ids are never a target, so that what a model gives them is lost to the bytes. Of a
+        model of words all ids are words, and this is `forward`.
+
+        Raises:
+            IndexError: for a target that is no byte (on the CPU), and as `forward`.
+        """
+        valid_vocab = BYTES if self.config.tokens == "bytes" else None
+        return self._loss(byte_ids, targets, cu_seqlens, patches, valid_vocab)
+
+    def _loss(
+        self,
+        byte_ids: Tensor,
+        targets: Tensor,
+        cu_seqlens: Tensor | None,
+        patches: Patches | None,
+        valid_vocab: int | None,
+    ) -> tuple[Tensor, Tensor]:
         check_inputs(byte_ids, targets)
         hidden, auxiliary = self._run(byte_ids, cu_seqlens, patches)
-        if targets is None:
-            return self.embedding.logits(hidden)
         counted = targets_of_documents(targets, cu_seqlens)
-        loss_sum, n_valid = self.embedding.loss(hidden, counted, ignore_index=IGNORED)
+        loss_sum, n_valid = self.embedding.loss(
+            hidden, counted, ignore_index=IGNORED, valid_vocab=valid_vocab
+        )
         return loss_sum if auxiliary is None else loss_sum + auxiliary() * n_valid, n_valid
 
     def hidden(
@@ -156,7 +205,7 @@ class STLM(nn.Module):
     ) -> tuple[Tensor, Callable[[], Tensor] | None]:
         """The states of `hidden`, and what gives the weighed auxiliary loss, where there is one."""
         borders, flat = document_borders(byte_ids, cu_seqlens), byte_ids.flatten()
-        embedded = self.embedding.embed(flat)  # first, for it knows which ids there are
+        embedded = self.embedding(flat)  # first, for it knows which ids there are
         ngrams = self.ngram_rows(flat, borders)
         own = self.own_states(embedded, ngrams)
         if self.is_flat:

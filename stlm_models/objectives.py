@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from stlm_kernels import segment_pool
 
 from .attention import document_starts
-from .config import IGNORED
+from .config import BYTES, IGNORED
 from .decoding import prompt_ids
 from .inputs import targets_of_documents
 from .layers import TiedEmbedding, dense_cu_seqlens
@@ -257,7 +257,10 @@ def continuation_logprobs(
         torch.tensor(ids, dtype=torch.int16, device=device), cu_seqlens=cu_seqlens
     )
     logprobs = model.embedding.logprobs(
-        hidden, torch.tensor(targets, dtype=torch.int16, device=device), ignore_index=IGNORED
+        hidden,
+        torch.tensor(targets, dtype=torch.int16, device=device),
+        ignore_index=IGNORED,
+        valid_vocab=BYTES,  # as they are generated
     )
     return segment_pool(logprobs[:, None], cu_seqlens, mode="sum")[:, 0]
 

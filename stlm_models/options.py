@@ -72,6 +72,8 @@ class ModelConfig:
         qk_norm, rope_base: of every attention.
         logit_scale, softcap: of the tied output projection.
         context: bytes that training and generation show the model at once.
+        checkpointing: training keeps the inputs of blocks alone and runs each again in the backward
+            pass: less memory, more time, the same model. `STLM.checkpointing` changes it.
 
     Raises:
         ValueError: for a value out of range, naming the field, what it expects and what it got.
@@ -115,6 +117,7 @@ class ModelConfig:
     logit_scale: float = 1.0
     softcap: float | None = None
     context: int = 1024
+    checkpointing: bool = False
 
     def __post_init__(self) -> None:
         # JSON knows lists only; a tuple keeps the config hashable and equal to what was written.

@@ -328,6 +328,11 @@ def _parser() -> argparse.ArgumentParser:
         help="on a CPU; default: by the times of the steps, as others load it",
     )
     add("--compile", action=argparse.BooleanOptionalAction, help="through torch.compile")
+    add(
+        "--checkpointing",
+        action=argparse.BooleanOptionalAction,
+        help="keep the inputs of blocks alone: less memory, more time",
+    )
     add("--sample-every", type=float, default=30.0, metavar="SECONDS")
     add("--save-every", type=float, default=120.0, metavar="SECONDS")
     return parser

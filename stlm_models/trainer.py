@@ -47,6 +47,7 @@ class TrainOptions:
         clip: the norm of all gradients together is at most this; None is no limit.
         compile: run the model through torch.compile. On a CPU give patches a capacity: attention
             is compiled there for each number of patches anew.
+        checkpointing: as in `ModelConfig`, where the config does not say so already.
 
     Raises:
         ValueError: for a value out of range.
@@ -63,6 +64,7 @@ class TrainOptions:
     schedule: str = "wsd"
     clip: float | None = None
     compile: bool = False
+    checkpointing: bool = False
 
     def __post_init__(self) -> None:
         if (self.minutes is None) == (self.steps is None):
@@ -144,6 +146,8 @@ class Trainer:
         with torch.random.fork_rng():
             torch.manual_seed(options.seed)
             self.model = STLM(config)
+        if options.checkpointing:
+            self.model.checkpointing = True
         self.model.to(self.device)
         self.wrapped = ranks.wrap(self.model)
         self.compute = torch.compile(self.wrapped) if options.compile else self.wrapped

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .attention import Attention
 from .cache import CacheRows, KVCache
@@ -34,6 +36,9 @@ class TransformerBlock(nn.Module):
         attention: of the stream's width.
         hidden_dim: of the SwiGLU; None: each call brings the one that several blocks share.
     """
+
+    checkpointing = False
+    """Keep nothing but the input for the backward pass, which runs the block again."""
 
     def __init__(self, attention: Attention, hidden_dim: int | None) -> None:
         super().__init__()
@@ -112,11 +117,14 @@ def run_blocks(
 ) -> Tensor:
     """One block after another, each with its cache where there are caches."""
     for i, block in enumerate(blocks):
-        cache = None if caches is None else caches[i]
-        if feed_forward is None:
-            x = block(x, cu_seqlens, cache)
+        arguments: list[Any] = [x, cu_seqlens, None if caches is None else caches[i]]
+        if feed_forward is not None:
+            arguments.append(feed_forward)
+        if block.checkpointing and caches is None and torch.is_grad_enabled():
+            # No block draws random numbers.
+            x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
-            x = block(x, cu_seqlens, cache, feed_forward)
+            x = block(*arguments)
     return x
 
 

@@ -17,8 +17,8 @@ ENOUGH_SECONDS = 0.02
 def flops_per_byte(trainer: Trainer) -> float:
     """Floating-point operations of forward and backward per real byte, counted on the first window.
 
-    A multiply and an add are two; unused slots of patches are left out. Parameters, their gradients
-    and random numbers stay as they are.
+    A multiply and an add are two; unused slots of patches are left out, and so is what
+    checkpointing runs again. Parameters, their gradients and random numbers stay as they are.
     """
     windows = copy.copy(trainer.windows)
     windows.own_rows = windows.own_rows[:1]
@@ -29,12 +29,14 @@ def flops_per_byte(trainer: Trainer) -> float:
         patches = patches._replace(cu_patchlens=used)
     trainer.model.train()
     parameters = [p for p in trainer.model.parameters() if p.requires_grad]
+    checkpointing, trainer.model.checkpointing = trainer.model.checkpointing, False
     with torch.random.fork_rng(), FlopCounterMode(display=False) as counter:
         with trainer.autocast():
             loss_sum, _ = trainer.model(
                 batch.byte_ids, batch.targets, cu_seqlens=batch.cu_seqlens, patches=patches
             )
         torch.autograd.grad(loss_sum, parameters, allow_unused=True)
+    trainer.model.checkpointing = checkpointing
     return counter.get_total_flops() / (batch.n_bytes * trainer.bytes_per_id)
 
 
