@@ -8,7 +8,6 @@ moment that the other process begins, so what finding the number costs is part o
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -19,13 +18,14 @@ from pathlib import Path
 
 import torch
 
+from stlm_kernels import terminal
 from stlm_models.config import preset
 from stlm_models.data import load_corpus
 from stlm_models.threads import ThreadCount
 from stlm_models.trainer import Trainer, TrainOptions
 
 from . import report
-from .command import positive, result_path
+from .command import positive, result_path, write_json
 
 ENOUGH = 0.4
 """The least share of the quiet throughput that a busy core may leave."""
@@ -78,6 +78,7 @@ def shares(rates: dict[str, list[float]]) -> dict[str, float]:
     return {name: statistics.median(found) / quiet for name, found in rates.items()}
 
 
+@terminal.command(on_closed_pipe=1)
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.busy",
@@ -105,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = f"python -m bench.busy {options.preset} --precision {options.precision}"
     figures = {"shares_of_quiet": {name: round(share, 3) for name, share in kept.items()}}
     values = {**about, "command": command, **figures, "bytes_per_second": rates}
-    path.write_text(json.dumps(values, indent=1))
+    write_json(path, values)
     print(path)
     is_enough = kept["busy_chosen"] >= ENOUGH
     print(f"{'met' if is_enough else 'MISSED'}: at least {ENOUGH:.0%} beside a busy core")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from stlm_kernels import terminal
 from stlm_kernels._spec import Case, OpSpec
 from stlm_kernels.registry import OPS
 
@@ -100,6 +101,7 @@ def line(found: Comparison) -> str:
     )
 
 
+@terminal.command(on_closed_pipe=1)
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.check", description=__doc__)
     parser.add_argument("ops", nargs="*", metavar="op", help="ops to check (default: all)")

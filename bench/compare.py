@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stlm_kernels import terminal
+
 from .report import Record
 
 GROWTH, SPREADS = 1.05, 3
@@ -76,6 +78,7 @@ def _change(name: str, old: Record, new: Record) -> Change:
     return Change(name, old["stats"]["median"], new["stats"]["median"], spread)
 
 
+@terminal.command(on_closed_pipe=1)
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__)
     parser.add_argument("old", type=Path)

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from stlm_kernels import terminal
 from stlm_models.config import ModelConfig, preset
 from stlm_models.data import load_corpus
 from stlm_models.trainer import PRECISIONS, Trainer, TrainOptions, fastest_precision
@@ -122,6 +123,7 @@ def _trainer(settings: Settings) -> Trainer:
     return Trainer(config, load_corpus(None), options)
 
 
+@terminal.command()
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.naive_step",
@@ -158,4 +160,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

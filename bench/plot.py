@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stlm_kernels import terminal
 from stlm_models.files import write_png
 
 from .compare import load
@@ -198,6 +199,7 @@ def _intensity(record: Record) -> float:
     return record["extra_info"]["flops"] / record["extra_info"]["bytes"]
 
 
+@terminal.command()
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.plot",
@@ -216,4 +218,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from stlm_kernels import _launch
+from stlm_kernels import _launch, terminal
 from stlm_kernels._spec import Case, OpSpec
 from stlm_kernels.inspect import LIMITS, inspect_op, merged, table
 from stlm_kernels.registry import OPS
@@ -179,6 +179,7 @@ def _ceilings(options: argparse.Namespace, gpu: Gpu | None) -> Ceilings | None:
     return None if gpu is None else gpu.ceilings()
 
 
+@terminal.command()
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from stlm_kernels import terminal
 from stlm_kernels._dispatch import has_triton
 from stlm_kernels._launch import device_file
 from stlm_models.files import replace_file
@@ -305,6 +306,7 @@ def _plain_values(values: Record) -> Iterator[tuple[str, object]]:
             yield key, value
 
 
+@terminal.command()
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
@@ -318,4 +320,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

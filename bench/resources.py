@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 import stlm_kernels
+from stlm_kernels import terminal
 from stlm_kernels.inspect import LIMITS, Report, inspect_op, merged, table
 from stlm_kernels.registry import OPS
 
@@ -88,6 +89,7 @@ def summary(ops: AbstractSet[str] = OPS.keys(), arch: int = 90) -> str:
     return "\n".join(lines(json.loads(path.read_text()), sources_sha256(), ops))
 
 
+@terminal.command()
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.resources",
@@ -110,4 +112,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.utils.flop_counter import FlopCounterMode
 
+from stlm_kernels import terminal
 from stlm_models.config import ModelConfig, preset
 from stlm_models.data import load_corpus
 from stlm_models.trainer import PRECISIONS, Trainer, TrainOptions, fastest_precision
@@ -224,6 +225,7 @@ def _config(name: str, context: int | None) -> ModelConfig:
     return config if context is None else replace(config, context=context)
 
 
+@terminal.command()
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.step",
@@ -266,4 +268,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -26,7 +26,7 @@ from unittest import mock
 
 import torch
 
-from stlm_kernels import _launch
+from stlm_kernels import _launch, terminal
 from stlm_kernels._launch import Config
 from stlm_kernels._spec import Case, OpSpec
 from stlm_kernels.inspect import inspect_op
@@ -321,6 +321,7 @@ def write(path: Path, about: dict[str, Any], entries: dict[str, Entry]) -> None:
     write_json(path, kept | {"configs": dict(sorted((old | entries).items()))})
 
 
+@terminal.command()
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__)
     parser.add_argument("ops", nargs="*", metavar="op", help="ops to tune (default: all)")

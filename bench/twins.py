@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from stlm_kernels import terminal
 from stlm_models.config import ModelConfig, preset
 from stlm_models.data import Corpus, load_corpus
 from stlm_models.train import judge
@@ -163,6 +164,7 @@ def contenders_of(arguments: argparse.Namespace) -> tuple[Corpus, list[Contender
     return corpus, contenders
 
 
+@terminal.command()
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     parsed = parser.parse_args(arguments)
@@ -226,4 +228,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

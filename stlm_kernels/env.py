@@ -14,6 +14,7 @@ import torch
 from ._dispatch import explain, kernels_interpreted
 from ._launch import device_file
 from .registry import OPS
+from .terminal import command
 
 PACKAGES = ("torch", "triton", "einops", "numpy", "safetensors", "pytest-benchmark")
 
@@ -50,6 +51,7 @@ def describe_ops() -> list[str]:
     return lines
 
 
+@command()
 def main() -> int:
     print(f"python: {platform.python_version()} on {platform.platform()}")
     for package in PACKAGES:

@@ -26,6 +26,7 @@ import torch
 from . import _launch
 from ._spec import Case, OpSpec
 from .registry import OPS
+from .terminal import command
 
 ARCHS = (80, 90, 100)
 MMA = re.compile(r"\b(UTC[A-Z]*MMA|HGMMA|QGMMA|IGMMA|HMMA|IMMA|DMMA)\b")
@@ -235,6 +236,7 @@ def table(reports: Sequence[Report]) -> str:
     return "\n".join(lines)
 
 
+@command()
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m stlm_kernels.inspect", description=__doc__)
     parser.add_argument("ops", nargs="*", help="public op names (default: all with kernels)")

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from stlm_kernels.terminal import command, note
+
 from .arithmetic import Encoder
 from .checkpoint import load_checkpoint, model_of, require_extra
 from .compressed import Compressed, machine_of, sha256
@@ -84,6 +86,7 @@ def compress(
     ).pack()
 
 
+@command()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compress a file; 1 and a line on stderr for bad input."""
     options = _parser().parse_args(arguments)
@@ -104,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         replace_file(out, file)
     except (ValueError, ImportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        note(f"error: {error}")
         return 1
     # Text on standard output would become part of a file that is written there.
     report = sys.stderr if is_stdout(out) else sys.stdout

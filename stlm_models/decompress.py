@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from stlm_kernels.terminal import command, note
+
 from .arithmetic import Decoder, most_symbols
 from .checkpoint import load_checkpoint, model_of, require_extra
 from .compress import EXTRA, SUFFIX, FileProgress, new_file
@@ -86,6 +88,7 @@ def _other_arithmetic(packed: Compressed, machine: str) -> str:
     )
 
 
+@command()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Decompress a file; 1 and a line on stderr for bad input."""
     options = _parser().parse_args(arguments)
@@ -102,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         replace_file(out, data)
     except (ValueError, ImportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        note(f"error: {error}")
         return 1
     # Text on standard output would become part of a file that is written there.
     report = sys.stderr if is_stdout(out) else sys.stdout

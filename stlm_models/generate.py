@@ -3,38 +3,43 @@
 from __future__ import annotations
 
 import argparse
-import itertools
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from stlm_kernels.terminal import bytes_of, command, note
+
 from .checkpoint import load_model, require_extra
 
 
+@command()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the prompt and what the model makes of it; 1 and a line on stderr for bad input."""
     options = _parser().parse_args(arguments)
     try:
         require_extra(["safetensors"])
         model = load_model(options.run)
+        prompt = bytes_of(options.prompt)
         pieces = model.stream(
-            options.prompt,
+            prompt,
             max_new_bytes=options.max_new_bytes,
             temperature=options.temperature,
             top_k=options.top_k,
             top_p=options.top_p,
             seed=options.seed,
-            stop=[stop.encode() for stop in options.stop],
+            stop=[bytes_of(stop) for stop in options.stop],
         )
     except (ValueError, ImportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        note(f"error: {error}")
         return 1
+    print(prompt.decode("utf-8", "backslashreplace"), end="", flush=True)
     try:
-        for piece in itertools.chain([options.prompt], pieces, ["\n"]):
+        for piece in pieces:
             print(piece, end="", flush=True)
-    except BrokenPipeError:  # who reads has read enough, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except FloatingPointError as error:
+        note("", f"error: {error}")
+        return 1
+    print()
     return 0
 
 

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from stlm_kernels.terminal import note
+
 from .files import replace_file, write_png
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -21,7 +23,7 @@ class ProgressLine:
         from tqdm import tqdm
 
         self._bar = None
-        if sys.stderr.isatty():
+        if sys.stderr is not None and sys.stderr.isatty():
             self._bar = tqdm(total=1.0, bar_format="{percentage:3.0f}%|{bar:20}| {desc}")
         self._next_line = 0.0
 
@@ -32,14 +34,14 @@ class ProgressLine:
             self._bar.set_description_str(text)
         elif time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
-            print(f"{progress:4.0%} {text}", file=sys.stderr, flush=True)
+            note(f"{progress:4.0%} {text}")
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
         else:
-            print(text, file=sys.stderr, flush=True)
+            note(text)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -7,12 +7,15 @@ on a piece of the standard library's source.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+
+from stlm_kernels.terminal import command
 
 from .config import DOCUMENT_START, PRESETS, ModelConfig, preset
 from .data import load_corpus
@@ -121,6 +124,7 @@ def lines(name: str, found: Summary) -> list[str]:
     ]
 
 
+@command()
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m stlm_models.summary",
@@ -140,4 +144,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

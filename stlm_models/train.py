@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from stlm_kernels.terminal import command, note, print_result
+
 from .checkpoint import latest_checkpoint, load_checkpoint, require_extra
 from .config import preset
 from .data import Corpus, load_corpus
@@ -148,6 +150,7 @@ def judge(trainer: Trainer) -> dict[str, Any]:
     }
 
 
+@command()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train as the command line says; 1 and one line on stderr for bad input."""
     parsed = _parser().parse_args(arguments)
@@ -164,14 +167,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, FloatingPointError) as error:
         return _fail(error)
     except KeyboardInterrupt:
-        print("stopped; what was saved stays", file=sys.stderr)
+        note("stopped; what was saved stays")
         return INTERRUPTED
     finally:
         ranks.leave()
 
 
 def _fail(error: Exception) -> int:
-    print(f"error: {error}", file=sys.stderr)
+    note(f"error: {error}")
     return 1
 
 
@@ -241,13 +244,13 @@ def _options(arguments: argparse.Namespace, base: dict[str, Any]) -> TrainOption
 def _corpus(arguments: argparse.Namespace, ranks: Ranks) -> Corpus:
     corpus = load_corpus(arguments.data)
     if ranks.is_first:
-        print(f"corpus: {corpus.name}", *corpus.describe(), sep="\n", file=sys.stderr)
+        note(f"corpus: {corpus.name}", *corpus.describe())
     return corpus
 
 
 def _train(trainer: Trainer, run: Path, arguments: argparse.Namespace) -> int:
     n_parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-    print(f"{n_parameters:,} parameters, {trainer.options.precision}, {run}", file=sys.stderr)
+    note(f"{n_parameters:,} parameters, {trainer.options.precision}, {run}")
     reporter = Reporter(trainer, run, arguments)
     with Interrupt() as interrupt:
         finished = _run(trainer, reporter, interrupt.requested, arguments.threads)
@@ -255,18 +258,18 @@ def _train(trainer: Trainer, run: Path, arguments: argparse.Namespace) -> int:
         trainer.save(run)
         draw_loss_curve(run)
         if not finished:
-            print(f"stopped and saved; go on with  --resume --out {run}", file=sys.stderr)
+            note(f"stopped and saved; go on with  --resume --out {run}")
             return INTERRUPTED
     n_bytes = sum(map(len, trainer.corpus.held_out))
-    print(f"judging by {n_bytes:,} held-out bytes", file=sys.stderr)
+    note(f"judging by {n_bytes:,} held-out bytes")
     result = {**judge(trainer), **reporter.rates}
     replace_file(run / "result.json", (json.dumps(result, indent=1) + "\n").encode())
-    print(
+    print_result(
         f"held out, {result['held_out_bytes']:,} bytes: {result['bits_per_byte']:.4f} bits per byte"
         f" (gzip -9: {result['gzip_9_bits_per_byte']:.4f},"
         f" xz -9: {result['xz_9_bits_per_byte']:.4f})"
     )
-    print(f"sample:\n{sample(trainer, FINAL_SAMPLE_BYTES)}")
+    print_result(f"sample:\n{sample(trainer, FINAL_SAMPLE_BYTES)}")
     return 0
 
 
