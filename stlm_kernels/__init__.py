@@ -1,6 +1,7 @@
 """Fused Triton kernels for byte-level language models, each with a plain-PyTorch path.
 
-Importing this package needs neither a GPU nor triton.
+Importing this package needs neither a GPU nor triton. It loads no triton, and nothing of torch
+beyond what `import torch` does.
 """
 
 from ._dispatch import explain

@@ -10,9 +10,10 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import sys
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -21,6 +22,7 @@ from ._launch import is_recording
 
 Impl = Literal["auto", "triton", "torch"]
 Reasons = Callable[..., list[str]]
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 IMPLS = ("auto", "triton", "torch")
 MIN_CAPABILITY = (8, 0)
@@ -44,11 +46,23 @@ def kernels_interpreted() -> bool:
     return isinstance(_tiles.segment_bounds, InterpretedFunction)
 
 
-@torch.compiler.assume_constant_result
+def constant_while_traced(function: _Function) -> _Function:
+    """Have torch.compile call a function while it traces, and take the result as a constant.
+
+    `torch.compiler.assume_constant_result` sets the same mark, but imports all of torch._dynamo,
+    and with it triton, for that.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_while_traced
 def machine_reasons(device_type: str, index: int | None) -> list[str]:
     """Why no kernel of ours can run on this device, whatever the arguments."""
     if not has_triton():
-        return ["triton is not installed (pip install triton)"]
+        on_linux = sys.platform == "linux"
+        hint = " (pip install triton)" if on_linux else ", and is released for Linux only"
+        return [f"triton is not installed{hint}"]
     if device_type == "cpu":
         if kernels_interpreted() or is_recording():
             return []

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.flop_counter import register_flop_formula
 
 from ._dispatch import kernels_interpreted
+from ._flops import register_flops
 from ._launch import is_recording
 from ._sharding import register_rows
 
@@ -70,7 +70,7 @@ def register(
     _library.impl(name, on_cpu, "CPU")
     torch.library.register_fake(f"{NAMESPACE}::{name}", meta, lib=_library)
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
-    register_flop_formula(overload.overloadpacket)(flops)
+    register_flops(overload.overloadpacket, flops)
     if results:
         register_rows(overload, per_row, results)
     return overload

@@ -1,22 +1,19 @@
 """DTensors: the rows of a loss divided among processes, the weights whole on each.
 
 The registered ops get a sharding strategy; the torch paths run on each process's own rows.
+`torch.distributed.tensor` takes over a second to import, so this waits until somebody else has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _checks
-
-if torch.distributed.is_available():
-    # Costs nothing here: torch.compiler, which the package needs, imports it as well.
-    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
-    from torch.distributed.tensor.experimental import register_sharding
+from ._dispatch import constant_while_traced
 
 ROW, SUM = "row", "sum"
 """What a result holds: an entry for each row, or a sum over them."""
@@ -24,23 +21,30 @@ ROW, SUM = "row", "sum"
 WHOLE_ROWS = "a DTensor whose every placement is Shard(0) or Replicate() (see redistribute)"
 
 
+_waiting: list[tuple[Any, Callable[..., Any]]] = []
+
+
 def is_dtensor(x: Any) -> bool:
-    return torch.distributed.is_available() and isinstance(x, DTensor)
+    """True for a DTensor; where nobody has imported its module, there is none."""
+    module = getattr(torch.distributed, "tensor", None)
+    return module is not None and isinstance(x, module.DTensor)
 
 
 def register_rows(op: Any, per_row: Sequence[str], results: Sequence[str]) -> None:
     """Let a registered op run on DTensors: on each process for the rows it holds.
+
+    The rule is registered when the first DTensor is seen.
 
     Args:
         op: the overload.
         per_row: names of the arguments with an entry for each row; every other tensor is whole.
         results: ROW or SUM for each.
     """
-    if not torch.distributed.is_available():
-        return
     divided = [argument.name in per_row for argument in op._schema.arguments]
 
     def strategies(*arguments: Any) -> list[tuple[list[Any], list[Any]]]:
+        from torch.distributed.tensor import Partial, Replicate, Shard
+
         # Plain numbers have no placement.
         tensors = [hasattr(x, "placements") for x in arguments]
         whole = [Replicate() if tensor else None for tensor in tensors]
@@ -53,7 +57,16 @@ def register_rows(op: Any, per_row: Sequence[str], results: Sequence[str]) -> No
             ([Shard(0) if kind == ROW else Partial() for kind in results], shards),
         ]
 
-    register_sharding(op)(strategies)
+    _waiting.append((op, strategies))
+
+
+@constant_while_traced
+def _register_waiting() -> None:
+    from torch.distributed.tensor.experimental import register_sharding
+
+    while _waiting:
+        op, strategies = _waiting.pop()
+        register_sharding(op)(strategies)
 
 
 def require_rows(input: Any, per_row: dict[str, Any], whole: dict[str, Any]) -> None:
@@ -62,6 +75,9 @@ def require_rows(input: Any, per_row: dict[str, Any], whole: dict[str, Any]) -> 
     if not is_dtensor(input):
         require_plain(**others)
         return
+    from torch.distributed.tensor import Replicate
+
+    _register_waiting()
     placements = input.placements
     allowed = all(p.is_replicate() or p.is_shard(0) for p in placements)
     _checks.require(allowed, "input", WHOLE_ROWS, placements)
@@ -99,6 +115,8 @@ def own_part(
 
 def from_own_part(result: Tensor, kind: str, rows: Any) -> Tensor:
     """A process's result for its own rows as a DTensor: 1-D by row, or 0-d and summed."""
+    from torch.distributed.tensor import DTensor
+
     mesh = rows.device_mesh
     if kind == SUM:
         return DTensor.from_local(result, mesh, _summed(rows), run_check=False)
@@ -109,6 +127,8 @@ def from_own_part(result: Tensor, kind: str, rows: Any) -> Tensor:
 
 
 def _summed(rows: Any) -> list[Any]:
+    from torch.distributed.tensor import Partial
+
     return [Partial() if p.is_shard() else p for p in rows.placements]
 
 

@@ -123,33 +123,6 @@ def test_files_stay_readable(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 400
 
 
-BARE_IMPORT = """
-import sys
-for name in {missing!r}:
-    sys.modules[name] = None  # importing it now fails as if it were not installed
-import {package}
-"""
-
-
-@pytest.mark.parametrize(
-    ("package", "missing"),
-    [
-        ("stlm_kernels", ["triton"]),
-        ("stlm_models", ["triton", "safetensors", "tqdm", "matplotlib", "transformers"]),
-    ],
-)
-def test_import_needs_nothing_optional(package: str, missing: list[str]) -> None:
-    code = BARE_IMPORT.format(package=package, missing=missing)
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-def test_importing_the_package_decorates_no_kernel() -> None:
-    """Triton reads its settings when it decorates, so that must wait until a kernel is wanted."""
-    code = "import stlm_kernels, sys; assert 'stlm_kernels._tiles' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-
-
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 PATH_IN_TEXT = re.compile(r"`((?:stlm_kernels|stlm_models|bench|tests|\.ci)/[\w./-]*)`")
 MODULE_COMMAND = re.compile(r"python3? -m (stlm_\w+(?:\.\w+)*|bench(?:\.\w+)*)")
