@@ -23,7 +23,8 @@ import torch
 from stlm_kernels import terminal
 from stlm_models.config import ModelConfig, preset
 from stlm_models.data import load_corpus
-from stlm_models.trainer import PRECISIONS, Trainer, TrainOptions, fastest_precision
+from stlm_models.precision import faster_precision
+from stlm_models.trainer import PRECISIONS, Trainer, TrainOptions
 
 from . import report
 from .command import positive, result_path, write_json
@@ -137,11 +138,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--steps", type=positive, default=5)
     parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
-    parser.add_argument("--precision", choices=sorted(PRECISIONS), help="default: the faster one")
+    parser.add_argument(
+        "--precision", choices=sorted(PRECISIONS), help="default: bf16 where the device has it"
+    )
     parser.add_argument("--json", type=Path, help="where the result goes (default: out/bench/)")
     parser.add_argument("--commit", help="what to record as the commit, where git is not there")
     options = parser.parse_args(arguments)
-    precision = options.precision or fastest_precision()
+    precision = options.precision or faster_precision().name
     settings = Settings(options.preset, options.rows, options.context, precision, options.threads)
     try:
         _config_and_options(settings)

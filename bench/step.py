@@ -23,7 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from stlm_kernels import terminal
 from stlm_models.config import ModelConfig, preset
 from stlm_models.data import load_corpus
-from stlm_models.trainer import PRECISIONS, Trainer, TrainOptions, fastest_precision
+from stlm_models.precision import faster_precision
+from stlm_models.trainer import PRECISIONS, Trainer, TrainOptions
 
 from . import report
 from .command import positive, result_path, write_json
@@ -238,7 +239,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--context", type=positive, help="bytes in a window (default: the preset's)"
     )
     parser.add_argument("--rounds", type=positive, default=9)
-    parser.add_argument("--precision", choices=sorted(PRECISIONS), help="default: the faster one")
+    parser.add_argument(
+        "--precision", choices=sorted(PRECISIONS), help="default: bf16 where the device has it"
+    )
     parser.add_argument("--json", type=Path, help="where the result goes (default: out/bench/)")
     parser.add_argument("--commit", help="what to record as the commit, where git is not there")
     options = parser.parse_args(arguments)
@@ -251,7 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     about, ceilings = report.machine(machine.device, options.commit), machine.ceilings()
     print(report.header(about, ceilings))
     corpus, results = load_corpus(None), {}
-    precision = options.precision or fastest_precision()
+    precision = options.precision or faster_precision().name
     for name in options.presets:
         # The rates never change here: a budget of many steps keeps the schedule at its peak.
         settings = TrainOptions(steps=1 << 30, rows=options.rows, precision=precision)

@@ -22,8 +22,9 @@ import torch
 from stlm_kernels import terminal
 from stlm_models.config import ModelConfig, preset
 from stlm_models.data import Corpus, load_corpus
+from stlm_models.precision import faster_precision
 from stlm_models.train import judge
-from stlm_models.trainer import PRECISIONS, StepResult, Trainer, TrainOptions, fastest_precision
+from stlm_models.trainer import PRECISIONS, StepResult, Trainer, TrainOptions
 from stlm_models.words import WordVocabulary
 
 from . import report
@@ -145,7 +146,7 @@ def contenders_of(arguments: argparse.Namespace) -> tuple[Corpus, list[Contender
             raise ValueError(f"judge-bytes: expected at least 1, got {arguments.judge_bytes}")
         held_out = first_bytes(corpus.held_out, arguments.judge_bytes)
         corpus = dataclasses.replace(corpus, held_out=held_out)
-    precision = arguments.precision or fastest_precision()
+    precision = arguments.precision or faster_precision().name
     contenders = []
     for kind in KINDS:
         name = arguments.preset + kind
@@ -217,7 +218,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--data", nargs="+", metavar="PATH", help="files, folders or globs (default: the stdlib)")
     add("--rows", type=positive, default=8, help="windows in a step")
     add("--seed", type=int, default=0)
-    add("--precision", choices=sorted(PRECISIONS), help="default: the faster one")
+    add("--precision", choices=sorted(PRECISIONS), help="default: bf16 where the device has it")
     add("--rates", nargs="+", type=_rates, metavar="MUON/ADAMW", help="each model at each of these")
     add("--threads", type=positive, help="threads of torch (default: its own choice)")
     add("--turn", type=float, default=TURN_SECONDS, help="seconds of a turn")

@@ -31,6 +31,7 @@ from .files import replace_file
 from .interrupt import Interrupt
 from .optim import SCHEDULES
 from .parallel import Ranks
+from .precision import Precision, faster_precision
 from .progress import (
     Metrics,
     ProgressLine,
@@ -39,7 +40,7 @@ from .progress import (
     progress_text,
 )
 from .threads import ThreadCount
-from .trainer import PRECISIONS, StepResult, Trainer, TrainOptions, fastest_precision
+from .trainer import PRECISIONS, StepResult, Trainer, TrainOptions
 from .utilisation import flops_per_byte, matmul_flops_per_second
 
 EXTRA = ("safetensors", "tqdm", "matplotlib")
@@ -191,14 +192,23 @@ def _prepare(arguments: argparse.Namespace, ranks: Ranks) -> tuple[Trainer, Path
         if latest_checkpoint(run) is not None:
             raise ValueError(f"out: expected a folder without a run, got {run}; add --resume")
         config = preset(arguments.preset or "demo")
-        precision = arguments.precision or ("fp32" if _any_prefers_fp32(ranks) else "bf16")
-        options = _options(arguments, {"precision": precision})
+        options = _options(arguments, {"precision": _precision(arguments.precision, ranks)})
         trainer = Trainer(config, _corpus(arguments, ranks), options, ranks)
     return trainer, run
 
 
-def _any_prefers_fp32(ranks: Ranks) -> bool:
-    return ranks.agree(0.0, fastest_precision() == "fp32")[1]
+def _precision(wanted: str | None, ranks: Ranks) -> str:
+    """The precision asked for, else the one that suits all processes; the first one says why."""
+    if wanted is not None:
+        chosen = Precision(wanted, "asked for by --precision")
+    else:
+        chosen = faster_precision()
+        _, any_fp32 = ranks.agree(0.0, chosen.name == "fp32")
+        if any_fp32 and chosen.name != "fp32":
+            chosen = Precision("fp32", "the device of another process does not multiply in bf16")
+    if ranks.is_first:
+        print(f"precision: {chosen.name}, {chosen.reason}", file=sys.stderr)
+    return chosen.name
 
 
 def _resumed(arguments: argparse.Namespace, run: Path, ranks: Ranks) -> Trainer:
@@ -226,6 +236,8 @@ def _resumed(arguments: argparse.Namespace, run: Path, ranks: Ranks) -> Trainer:
         given = getattr(arguments, name)
         if given is not None and given != saved[name]:
             raise ValueError(f"{name}: expected {saved[name]} as the run began with, got {given}")
+    if ranks.is_first:
+        print(f"precision: {saved['precision']}, as the run began with", file=sys.stderr)
     return Trainer.resume(checkpoint, _corpus(arguments, ranks), _options(arguments, saved), ranks)
 
 
@@ -319,7 +331,7 @@ def _parser() -> argparse.ArgumentParser:
     budget.add_argument("--steps", type=int, help="budget in steps instead")
     add("--rows", type=int, help="windows of one context in a step")
     add("--seed", type=int, help="of the parameters and the order of the data")
-    add("--precision", choices=("fp32", "bf16"), help="default: the faster one on this machine")
+    add("--precision", choices=("fp32", "bf16"), help="default: bf16 where the device has it")
     add("--muon-lr", type=float, help="peak learning rate of the matrices")
     add("--adamw-lr", type=float, help="peak learning rate of the rest")
     add("--schedule", choices=SCHEDULES, help="of the learning rates (default: wsd)")

@@ -296,22 +296,3 @@ def _rows_at_once(options: TrainOptions, ranks: Ranks) -> int:
         expected = f"a multiple of {parts} parts x {ranks.world} processes"
         raise ValueError(f"rows: expected {expected}, got {options.rows}")
     return options.rows // parts
-
-
-def fastest_precision() -> str:
-    """ "bf16" where this machine multiplies such matrices clearly faster than fp32 ones."""
-    if torch.cuda.is_available():
-        return "bf16"
-    return (
-        "bf16" if 1.3 * _matmul_seconds(torch.bfloat16) < _matmul_seconds(torch.float32) else "fp32"
-    )
-
-
-def _matmul_seconds(dtype: torch.dtype) -> float:
-    a, b = torch.ones(2048, 256, dtype=dtype), torch.ones(256, 256, dtype=dtype)
-    times = []
-    for _ in range(5):
-        started = time.perf_counter()
-        a @ b
-        times.append(time.perf_counter() - started)
-    return min(times)

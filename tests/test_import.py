@@ -1,4 +1,4 @@
-"""What importing the packages loads, each time in a fresh process."""
+"""Modules that importing the packages loads, each time in a fresh process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HEAVY = ("triton", "sympy", "torch._dynamo", "torch._inductor", "torch.distribut
 
 
 def run(code: str) -> str:
-    """What a fresh interpreter prints."""
+    """Run code in a fresh interpreter; its output."""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -32,7 +32,7 @@ def run(code: str) -> str:
 
 @functools.cache
 def loaded_by(package: str) -> list[str]:
-    """The modules that a package loads beyond those of torch."""
+    """Modules that a package loads beyond those of torch."""
     modules = json.loads(run(LOADED.format(package=package)))
     assert package in modules
     return modules
