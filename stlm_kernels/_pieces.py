@@ -6,7 +6,8 @@ the size of all scores is kept: the backward forms each piece's weights again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -93,13 +94,16 @@ def _harmless(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(poison == 0, x, 0), poison
 
 
-def _form(q: Tensor, k: Tensor, v: Tensor, piece: Piece, rule: Rule) -> Formed:
+Operands = tuple[Tensor, Tensor, Tensor]
+"""q (n, L_q, H, K), k and v (n, L_k, H_kv, K) of a piece."""
+
+
+def _form(operands: Operands, piece: Piece, rule: Rule) -> Formed:
     """A weight of zero does not hide a NaN. Where rows of others are about, the operands go into
     the products without their non-finite rows, whose scores become NaN instead, before the mask.
     """
-    kv_heads = k.shape[1]
-    q = _grouped(take(q, piece.rows), kv_heads)
-    k, v = (_grouped(take(x, piece.keys), kv_heads) for x in (k, v))
+    kv_heads = operands[1].shape[2]
+    q, k, v = (_grouped(x, kv_heads) for x in operands)
     poison = slope = kept = None
     if _guarded(piece):
         (q, q_poison), (k, k_poison), (v, v_poison) = map(_harmless, (q, k, v))
@@ -153,29 +157,56 @@ def _masked(x: Tensor, piece: Piece, value: float = 0.0) -> Tensor:
     return by_query.masked_fill(piece.hidden[:, None, None], value).reshape(x.shape)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, piece: Piece, rule: Rule) -> Tensor:
+def _attend(operands: Operands, piece: Piece, rule: Rule) -> Tensor:
     """(n L_q, H, K)."""
-    formed = _form(q, k, v, piece, rule)
+    formed = _form(operands, piece, rule)
     weights = formed.weights if formed.kept is None else formed.weights * formed.kept
     return _ungrouped(weights @ formed.v, length_of(piece.rows))
 
 
+def _taken(q: Tensor, k: Tensor, v: Tensor, piece: Piece) -> Operands:
+    return take(q, piece.rows), take(k, piece.keys), take(v, piece.keys)
+
+
 def attend_plainly(q: Tensor, k: Tensor, v: Tensor, pieces: Iterable[Piece], rule: Rule) -> Tensor:
     """(T, H, K), from ops that torch differentiates any number of times; zeros outside pieces."""
-    values, places = [], []
-    for piece in pieces:
-        values.append(_attend(q, k, v, piece, rule))
-        places.append(positions(piece.rows, q.device).flatten())
-    if not values:
+    pieces = list(pieces)
+    if not pieces:
         return torch.zeros_like(q)
+    rows, keys = [piece.rows for piece in pieces], [piece.keys for piece in pieces]
+    operands = zip(_take_all(q, rows), _take_all(k, keys), _take_all(v, keys), strict=True)
+    values = [_attend(x, piece, rule) for x, piece in zip(operands, pieces, strict=True)]
+    places = [positions(place, q.device).flatten() for place in rows]
     return torch.zeros_like(q).index_copy(0, torch.cat(places), torch.cat(values))
+
+
+def _take_all(x: Tensor, places: list[Place]) -> list[Tensor]:
+    """`take` for each place, cut once: the gradient of a cut is as large as what was cut."""
+    by_index = [place for place in places if isinstance(place, Tensor)]
+    sizes = [place.numel() for place in by_index]
+    gathered: Iterator[Tensor] = iter(())
+    if by_index:
+        rows = torch.cat([place.flatten() for place in by_index])
+        gathered = iter(x.index_select(0, rows).split(sizes))
+    ranges = [place for place in places if isinstance(place, slice)]
+    edges = sorted({0, x.shape[0]}.union(*((place.start, place.stop) for place in ranges)))
+    chunks = x.split([b - a for a, b in pairwise(edges)])
+    index = {edge: i for i, edge in enumerate(edges)}
+
+    def taken(place: Place) -> Tensor:
+        if isinstance(place, Tensor):
+            return next(gathered).view(*place.shape, *x.shape[1:])
+        covered = chunks[index[place.start] : index[place.stop]]
+        return torch.cat(covered or [x[:0]])[None]
+
+    return [taken(place) for place in places]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, pieces: Iterable[Piece], rule: Rule) -> Tensor:
     """(T, H, K); the result of each piece goes where it belongs at once."""
     out = torch.zeros_like(q)
     for piece in pieces:
-        _write(out, piece.rows, _attend(q, k, v, piece, rule))
+        _write(out, piece.rows, _attend(_taken(q, k, v, piece), piece, rule))
     return out
 
 
@@ -185,7 +216,7 @@ def gradients(
     """Of q, k and v; each piece owns its queries, and pieces given by ranges add to their keys."""
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for piece in pieces:
-        formed = _form(q, k, v, piece, rule)
+        formed = _form(_taken(q, k, v, piece), piece, rule)
         up, weights = _grouped(take(grad, piece.rows), k.shape[1]), formed.weights
         if _guarded(piece):
             up, poison = _harmless(up)

@@ -10,6 +10,7 @@ import torch
 from conftest import Way
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from stlm_kernels._spec import Case, Inputs, OpSpec
 from stlm_kernels.registry import OPS
@@ -137,4 +138,21 @@ class LargestTensor(TorchDispatchMode):
         for x in out if isinstance(out, tuple | list) else (out,):
             if isinstance(x, Tensor) and not func.is_view:
                 self.elements = max(self.elements, x.numel())
+        return out
+
+
+class ElementsMade(TorchDispatchMode):
+    """How many elements the results of aten ops have, without views and what is written in place.
+
+    An index op's operands do not count: it reads and writes few of their rows.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view and not func._schema.is_mutable:
+            self.elements += sum(x.numel() for x in tree_leaves(out) if isinstance(x, Tensor))
         return out

@@ -18,7 +18,7 @@ SOURCES = [path for package in PACKAGES for path in sorted((ROOT / package).rglo
 OP_FILES = ("__init__", "op", "torch_impl", "reference", "cases")
 KERNEL_FILES = ("triton_impl", "launch")
 SECOND_FAMILY = ("chunked_op", "chunked_impl")
-WAYS_ON_A_CPU = ("banded", "folded")
+WAYS_OF_TORCH = ("banded", "documents", "folded")
 """Registered ops and kernels of an op that large shapes take, where one file would hold two."""
 MAX_KERNEL_LINES, MAX_KERNEL_PARAMETERS, MAX_KERNEL_FLAGS = 80, 20, 3
 
@@ -87,7 +87,7 @@ def test_every_op_has_the_same_files(folder: Path) -> None:
     stems = {path.stem for path in folder.glob("*.py")}
     assert stems >= set(OP_FILES)
     assert "triton_impl" not in stems or "launch" in stems
-    assert stems <= {*OP_FILES, *KERNEL_FILES, *SECOND_FAMILY, *WAYS_ON_A_CPU}
+    assert stems <= {*OP_FILES, *KERNEL_FILES, *SECOND_FAMILY, *WAYS_OF_TORCH}
     assert (ROOT / f"tests/test_{folder.name}.py").exists()
 
 

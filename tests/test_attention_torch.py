@@ -13,7 +13,7 @@ from op_helpers import LargestTensor
 from torch import Tensor
 
 from stlm_kernels import _pieces, attention, patch_attention
-from stlm_kernels.ops.attention import banded, torch_impl
+from stlm_kernels.ops.attention import banded, documents, torch_impl
 from stlm_kernels.ops.attention.reference import reference
 
 CPU = Way("torch", "cpu", torch.float32)
@@ -77,6 +77,20 @@ def test_a_query_of_nan_shows(length: int, packed: bool) -> None:
     for causal in (False, True):
         assert attention(q, k, v, causal=causal, **documents)[-1, 1].isnan().all()
         assert patch_attention(q, k, v, borders, causal=causal)[-1, 1].isnan().all()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_documents_without_the_flash_attention_of_cpus(
+    causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Single ones, batches of one length, batches of several lengths: the way of other devices."""
+    monkeypatch.setattr(documents, "_has_flash", lambda x: False)
+    borders = ints(0, 3, 3, 70, 110, 150, 160, 169, 200)
+    operands = example((210,), 4, 2, 8, CPU)
+    assert_close_to_oracle(operands, CPU, cu_seqlens=borders, causal=causal)
+    plain = attention(*operands, cu_seqlens=borders, causal=causal)
+    want = reference(*[x.double() for x in operands], cu_seqlens=borders, causal=causal)
+    torch.testing.assert_close(plain.double(), want, rtol=1e-5, atol=1e-5)
 
 
 def weights_of(p: float, total: int = 60, **options: Any) -> Tensor:

@@ -42,6 +42,7 @@ CASES = (
     case("bench_full", T=65_536, S=8, H=8, KV=2, K=64, borders="ragged"),
     case("bench_cpu", B=4, T=256, H=8, KV=2, K=32),
     case("bench_cpu", T=1024, S=6, H=8, KV=2, K=32, borders="ragged"),
+    case("bench_cpu", T=20_480, S=400, H=2, KV=1, K=16, borders="ragged"),
     case("bench_cpu", B=1, T=1024, H=8, KV=2, K=32, W=64),
 )
 

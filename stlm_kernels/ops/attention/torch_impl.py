@@ -1,11 +1,11 @@
 """attention in aten ops: SDPA where it fits, else blocks of queries over the keys that they see.
 
-SDPA takes dense calls, and documents grouped by length into batches; windows on a CPU are cut into
-blocks for it (`banded`). Its backward cannot be differentiated, so one that is itself recorded, or
-takes many gradients at once, goes through the plain composition. Other windows, softcap and
-dropout, non-finite operands (of which SDPA lets hidden ones through), torch.func, and documents
-whose borders cannot be read (compile, shapes alone) go through pieces: a block of rows meets one
-range of keys, so that memory stays small and the work of a window grows with T x window.
+SDPA takes dense calls, and packed documents by their lengths (`documents`); windows on a CPU are
+cut into blocks for it (`banded`). Its backward cannot be differentiated, so one that is itself
+recorded, or takes many gradients at once, goes through the plain composition. Other windows,
+softcap and dropout, non-finite operands (of which SDPA lets hidden ones through), torch.func, and
+documents whose borders cannot be read (compile, shapes alone) go through pieces: a block of rows
+meets one range of keys, so that memory stays small and the work of a window grows with T x window.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import _checks, _pieces, _recorded
-from ..._pieces import LEAST_ROWS, Piece, Place, Rule
+from ..._pieces import LEAST_ROWS, Piece, Rule
 from ..._rounding import rounded
 from . import banded as bands
+from . import documents
 
 LEAST_BLOCK = 64
 """Rows of a block in a short window: smaller ones waste more on each op than on hidden keys."""
-SHORT = 64
-"""Documents up to this length share a batch with others up to the same power of two."""
 
 
 class Options(NamedTuple):
@@ -35,13 +34,6 @@ class Options(NamedTuple):
     scale: float
     softcap: float | None
     dropout_p: float
-
-
-class Group(NamedTuple):
-    """Documents that SDPA takes as one batch."""
-
-    rows: Place  # (n, L) int64, or one document's range
-    valid: Tensor | None  # (n, L) bool; None: all. What is not valid repeats the first row.
 
 
 def attention(
@@ -73,85 +65,38 @@ def attention(
             out = _sdpa(q, k, v, options)
         elif _hides_poison(options, q, k, v):
             out = _in_pieces(q, k, v, cu_seqlens, options)
-        elif torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-            out = _Stock.apply(q, k, v, cu_seqlens, options)
         else:
-            out = _stock(q, k, v, cu_seqlens, options)
+            out = _by_stock(q, k, v, cu_seqlens, options)
     return out.to(out_dtype, copy=True)  # `out` may be a view, which nobody could change in place
 
 
 # SDPA
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, options: Options, mask: Tensor | None = None) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
     """(B, T, H, K) of the same."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        mask,
-        is_causal=options.causal,
-        scale=options.scale,
-        enable_gqa=q.shape[1] != k.shape[1],
+        q, k, v, is_causal=options.causal, scale=options.scale, enable_gqa=q.shape[1] != k.shape[1]
     )
     return out.transpose(1, 2)
 
 
-def _stock(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, options: Options) -> Tensor:
+def _by_stock(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, options: Options
+) -> Tensor:
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if cu_seqlens is None:
-        return _sdpa(q, k, v, options)
-    values, places = [], []
-    groups = list(_groups(cu_seqlens, q.shape[1]))
-    ranges = [rows for rows, _ in groups if isinstance(rows, slice)]
-    if ranges and len(ranges) == len(groups):
-        return _by_range(q, k, v, sorted(ranges, key=lambda rows: rows.start), options)
-    for rows, valid in groups:
-        mask = None
-        if valid is not None and not options.causal:  # causal rows never see what fills up the end
-            mask = valid[:, None, None]
-        q_part, k_part, v_part = (_pieces.take(x[0], rows) for x in (q, k, v))
-        part = _sdpa(q_part, k_part, v_part, options, mask).flatten(0, 1)
-        place = _pieces.positions(rows, q.device).flatten()
-        if valid is not None:
-            part, place = part[valid.flatten()], place[valid.flatten()]
-        values.append(part)
-        places.append(place)
-    out = torch.zeros_like(q[0])
-    if values:
-        out = out.index_copy(0, torch.cat(places), torch.cat(values))
-    return out[None]
+        return _Stock.apply(q, k, v, options) if recorded else _sdpa(q, k, v, options)
+    if recorded:
+        return _Documents.apply(q, k, v, cu_seqlens, options)
+    plan = _plan(q, k, cu_seqlens, options)
+    return documents.attend(*_flat(q, k, v), plan, keep=False)[0][None]
 
 
-def _by_range(q: Tensor, k: Tensor, v: Tensor, ranges: list[slice], options: Options) -> Tensor:
-    """Documents of different lengths, one call each; they lie behind each other."""
-    parts = [_sdpa(q[:, rows], k[:, rows], v[:, rows], options) for rows in ranges]
-    before, after = ranges[0].start, q.shape[1] - ranges[-1].stop
-    out = torch.cat(parts, 1)
-    return F.pad(out, (0, 0, 0, 0, before, after)) if before or after else out
-
-
-def _groups(cu_seqlens: Tensor, total: int) -> Iterator[Group]:
-    """Long documents by their length, short ones by the power of two above it."""
-    borders = _checks.clamped_bounds(cu_seqlens, total).cpu().long()
-    starts, lengths = borders[:-1], borders.diff()
-    folded = torch.where(lengths <= SHORT, _power_above(lengths), lengths)
-    device = cu_seqlens.device
-    for size in folded[lengths > 0].unique().tolist():
-        here = (folded == size) & (lengths > 0)
-        group = starts[here]
-        if group.shape[0] == 1:
-            first = int(group)
-            yield Group(slice(first, first + int(lengths[here])), None)
-            continue
-        slots = torch.arange(size)
-        valid = slots < lengths[here, None]
-        rows = group[:, None] + torch.where(valid, slots, 0)
-        yield Group(rows.to(device), None if bool(valid.all()) else valid.to(device))
-
-
-def _power_above(lengths: Tensor) -> Tensor:
-    return 2 ** lengths.clamp(min=1).double().log2().ceil().long()
+def _plan(q: Tensor, k: Tensor, cu_seqlens: Tensor, options: Options) -> documents.Plan:
+    sizes = q.shape[1], k.shape[1]
+    return documents.plan(cu_seqlens, cu_seqlens, *sizes, options.causal, options.scale)
 
 
 def _hides_poison(options: Options, *tensors: Tensor) -> bool:
@@ -166,26 +111,47 @@ class _Stock(torch.autograd.Function):
     """SDPA with its own backward, for as long as nobody differentiates that."""
 
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, options: Options
-    ) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
         with torch.enable_grad():
-            out = _stock(leaves[0], leaves[1], leaves[2], cu_seqlens, options)
+            out = _sdpa(leaves[0], leaves[1], leaves[2], options)
         ctx.recorded, ctx.leaves, ctx.options = out, leaves, options
-        ctx.save_for_backward(q, k, v, cu_seqlens)
+        ctx.save_for_backward(q, k, v)
         return out.detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v = ctx.saved_tensors
+        derived: Sequence[Tensor | None]
+        if _recorded.is_needed(*grads) or _hides_poison(ctx.options, *grads):
+            derived = _gradients(grads[0], q, k, v, None, ctx.options, None)
+        else:
+            derived = torch.autograd.grad(ctx.recorded, ctx.leaves, grads, retain_graph=True)
+        return *derived, None
+
+
+class _Documents(torch.autograd.Function):
+    """The same for packed documents."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, options: Options
+    ) -> Tensor:
+        ctx.plan, ctx.options = _plan(q, k, cu_seqlens, options), options
+        out, ctx.kept = documents.attend(*_flat(q, k, v), ctx.plan, keep=True)
+        ctx.save_for_backward(q, k, v, cu_seqlens)
+        return out[None]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, cu_seqlens = ctx.saved_tensors
-        empty = not ctx.recorded.requires_grad  # there is no document
-        if empty or _recorded.is_needed(*grads) or _hides_poison(ctx.options, *grads):
+        derived: Sequence[Tensor | None]
+        if _recorded.is_needed(*grads) or _hides_poison(ctx.options, *grads):
             derived = _gradients(grads[0], q, k, v, cu_seqlens, ctx.options, None)
         else:
-            derived = torch.autograd.grad(
-                ctx.recorded, ctx.leaves, grads, retain_graph=True, materialize_grads=True
-            )
+            grad = grads[0].flatten(0, 1)
+            flat = documents.gradients(grad, *_flat(q, k, v), ctx.plan, ctx.kept)
+            derived = [x[None] for x in flat]
         return *derived, None, None
 
 
@@ -249,6 +215,8 @@ def _cutter(
     start, end = _sight(q, cu_seqlens, options)
     total = q.shape[0] * q.shape[1]
     reach = total if options.window is None else min(options.window, total)
+    if total and _checks.values_readable(start):
+        reach = max(1, int((end - start).max()))
     return lambda mixed: _cut(start, end, q.shape[2], reach, options.causal, mixed)
 
 
