@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -90,18 +91,11 @@ class Attention(nn.Module):
         return self._attend(x, cu_seqlens, cache)
 
     def new_cache(self, batch: int) -> KVCache:
-        """An empty cache for this many rows."""
-        weight = self.key.weight
-        device = weight.device.type
-        autocast = torch.is_autocast_enabled(device)
-        return KVCache(
-            batch,
-            self.kv_heads,
-            self.head_dim,
-            window=self.window,
-            dtype=torch.get_autocast_dtype(device) if autocast else weight.dtype,
-            device=weight.device,
-        )
+        """An empty cache for this many rows; it takes the dtype of the first keys it is given."""
+        # Not `key.weight`: quantised linear maps keep integers there, or nothing.
+        mine = next(chain(self.parameters(), self.buffers()), None)
+        device = None if mine is None else mine.device
+        return KVCache(batch, self.kv_heads, self.head_dim, window=self.window, device=device)
 
     def _attend(
         self, x: Tensor, cu_seqlens: Tensor | None, cache: KVCache | CacheRows | None = None

@@ -21,7 +21,7 @@ class KVCache:
     Args:
         batch, kv_heads, head_dim: rows, heads, width of a head.
         window: how many positions are kept; None is all.
-        dtype, device: of keys and values.
+        dtype, device: of keys and values; None is those of the first that it is given.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class KVCache:
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> None:
-        self.window = window
+        self.window, self._dtype = window, dtype
         self.k = torch.zeros(batch, 0, kv_heads, head_dim, dtype=dtype, device=device)
         """(B, C, H_kv, K); C grows when a row needs it."""
         self.v = torch.zeros_like(self.k)
@@ -57,6 +57,7 @@ class KVCache:
         Raises:
             ValueError: for another number of documents than rows.
         """
+        self._adopt(k)
         expected = len(self.lens) if rows is None else len(rows)
         lens = cu_seqlens.diff()
         if len(lens) != expected:
@@ -83,6 +84,7 @@ class KVCache:
             keys and values (B, C, H_kv, K) and how many slots of each row hold one, (B,) int32:
             what `decode_attention` takes.
         """
+        self._adopt(k)
         capacity = self.k.shape[1]
         if self.longest >= capacity and capacity != self.window:
             # Rows that were begun anew, or that skip steps, leave `longest` too high.
@@ -100,6 +102,13 @@ class KVCache:
             held, lens = min(held, self.window), lens.clamp(max=self.window)
         keys, values = self.k[:, :held], self.v[:, :held]
         return (keys, values, lens) if rows is None else (keys[rows], values[rows], lens)
+
+    def _adopt(self, k: Tensor) -> None:
+        """Before anything is kept, lie where the keys do, in their dtype unless another is set."""
+        if self.k.shape[1] == 0:
+            dtype = k.dtype if self._dtype is None else self._dtype
+            self.k, self.v = (x.to(k.device, dtype) for x in (self.k, self.v))
+            self.lens = self.lens.to(k.device)
 
     def _slots(self, positions: Tensor) -> Tensor:
         return positions if self.window is None else positions % self.window

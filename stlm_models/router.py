@@ -72,7 +72,7 @@ class Router(nn.Module):
             raise ValueError(f"dim: expected at least 1, got {dim}")
         if not target_length > 1:
             raise ValueError(f"target_length: expected more than 1, got {target_length}")
-        self.target_length = target_length
+        self.dim, self.target_length = dim, target_length
         self.query = nn.Linear(dim, dim, bias=False)
         self.key = nn.Linear(dim, dim, bias=False)
         nn.init.eye_(self.query.weight)
@@ -91,8 +91,8 @@ class Router(nn.Module):
         Raises:
             ValueError: dense x with cu_seqlens, or x of another width.
         """
-        if x.shape[-1] != self.query.in_features or x.dim() not in (2, 3):
-            expected = f"shape (T, {self.query.in_features}) or (B, T, {self.query.in_features})"
+        if x.shape[-1] != self.dim or x.dim() not in (2, 3):
+            expected = f"shape (T, {self.dim}) or (B, T, {self.dim})"
             raise ValueError(f"x: expected {expected}, got {tuple(x.shape)}")
         if x.dim() == 3:
             cu_seqlens = dense_cu_seqlens(x[..., 0], cu_seqlens)
