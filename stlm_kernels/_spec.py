@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 Inputs = dict[str, Any]
 
@@ -60,6 +61,8 @@ class OpSpec:
         row_args: tables whose gradient is also judged row by row.
         fp32_args: float arguments that are never rounded, so stay fp32 beside 16-bit ones.
         exact: the outputs and gradients that must equal the oracle bit for bit, by case.
+        terms: (upstream gradients by output, fp64 inputs) -> the results and gradients that may
+            cancel to nothing, by name, each as the sum of the absolute terms of its elements.
         bytes_moved: (case, dtype, pass) -> bytes that any implementation must move.
         flops: (case, pass) -> FLOPs that the op needs.
         kernels: names of the Triton kernels, without the `stlm_` prefix; empty: torch path only.
@@ -82,6 +85,7 @@ class OpSpec:
     row_args: tuple[str, ...] = ()
     fp32_args: tuple[str, ...] = ()
     exact: Callable[[Case], frozenset[str]] = lambda case: frozenset()
+    terms: Callable[..., Mapping[str, Tensor]] = lambda upstream, **inputs: {}
     kernels: tuple[str, ...] = ()
     registered: str = ""
     mma_kernels: tuple[str, ...] = ()

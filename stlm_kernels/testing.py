@@ -30,11 +30,16 @@ def assert_matches(
     name: str = "result",
     exact: bool = False,
     rows: bool = False,
+    terms: Tensor | None = None,  # fp64, shaped as the reference
 ) -> None:
     """Hold `actual` to the tolerance rule.
 
     RMS error <= 1.5 x the yardstick's + eps/4 x RMS(reference), and max error <= 2 x (the
     yardstick's + eps x max|reference|). NaN and infinities must stand where the reference has them.
+
+    A result that may cancel to nothing has no relative error: its terms were rounded. With `terms`
+    the floor of the accumulator (`RMS_FLOOR`, of fp32 for 16-bit results) is relative to them; what
+    is allowed for rounding to the result's own dtype stays relative to the reference.
 
     Args:
         actual: the tested result.
@@ -42,7 +47,9 @@ def assert_matches(
         yardstick: what stock torch ops give, accumulated in fp32 and stored in actual's dtype.
         name: what the message calls the result.
         exact: demand equality with the reference instead (gathers, maxima).
-        rows: judge a table row by row too; rows that are zero in the reference must be zero.
+        rows: judge a table row by row too; rows that are zero in the reference must be zero, those
+            whose terms are zero where there are terms.
+        terms: the sum of the absolute terms that make each element, where they may cancel.
 
     Raises:
         AssertionError: with the errors found and allowed.
@@ -59,43 +66,79 @@ def assert_matches(
     same = (got == want) | (got.isnan() & want.isnan())
     assert bool((same | finite).all()), f"{name}: NaN or infinity of the reference is missing"
     assert bool(got[finite].isfinite().all()), f"{name}: NaN or infinity that should not be there"
+    if want.numel() == 0:
+        return
+    summed = want if terms is None else terms.detach().cpu().double()
+    assert summed.shape == want.shape, f"{name}: terms of {summed.shape} for {want.shape}"
     zeros = torch.zeros_like(want)
-    got, want, stock = (torch.where(finite, x, zeros) for x in (got, want, stock))
+    got, want, stock, summed = (torch.where(finite, x, zeros) for x in (got, want, stock, summed))
     eps = torch.finfo(actual.dtype).eps
-    _assert_within(got - want, stock - want, want, eps, name, actual.dtype)
+    floor = RMS_FLOOR.get(actual.dtype, 0.0 if terms is None else RMS_FLOOR[torch.float32])
+    _assert_within(got - want, stock - want, want, floor * summed, eps, name)
     if rows:
-        _assert_rows_within(got - want, stock - want, want, eps, name, actual.dtype)
+        wide = actual.dtype in RMS_FLOOR
+        _assert_rows_within(got - want, stock - want, want, floor * summed, eps, name, wide)
 
 
 def _assert_within(
-    error: Tensor, stock_error: Tensor, want: Tensor, eps: float, name: str, dtype: torch.dtype
+    error: Tensor, stock_error: Tensor, want: Tensor, floor: Tensor, eps: float, name: str
 ) -> None:
-    if want.numel() == 0:
-        return
     allowed = 1.5 * _rms(stock_error) + eps / 4 * _rms(want)
-    floor = RMS_FLOOR.get(dtype, 0.0)
-    allowed = max(allowed, floor * _rms(want))
-    assert _rms(error) <= allowed, f"{name}: RMS error {_rms(error):.3e} > {allowed:.3e}"
-    allowed = 2 * (_largest(stock_error) + max(eps, floor) * _largest(want))
-    assert _largest(error) <= allowed, f"{name}: max error {_largest(error):.3e} > {allowed:.3e}"
+    hold(f"{name}: RMS error", _rms(error), max(allowed, _rms(floor)))
+    allowed = 2 * (_largest(stock_error) + max(eps * _largest(want), _largest(floor)))
+    hold(f"{name}: max error", _largest(error), allowed)
 
 
 def _assert_rows_within(
-    error: Tensor, stock_error: Tensor, want: Tensor, eps: float, name: str, dtype: torch.dtype
+    error: Tensor,
+    stock_error: Tensor,
+    want: Tensor,
+    floor: Tensor,
+    eps: float,
+    name: str,
+    wide: bool,
 ) -> None:
-    if want.numel() == 0:
-        return
-    got_rms, stock_rms, want_rms = (
-        x.square().flatten(1).mean(1).sqrt() for x in (error, stock_error, want)
+    got_rms, stock_rms, want_rms, floor_rms = (
+        x.square().flatten(1).mean(1).sqrt() for x in (error, stock_error, want, floor)
     )
-    allowed = 2 * stock_rms + eps * want_rms
-    if dtype in RMS_FLOOR:
+    allowed = 2 * stock_rms + torch.maximum(eps * want_rms, floor_rms)
+    if wide:
         # Here few entries make a row's error, so one row of the yardstick may be right by luck;
         # its worst row stands for all. A row that vanished is still far beyond this.
-        allowed = 2 * stock_rms.max() + RMS_FLOOR[dtype] * want_rms
-    allowed = torch.where(want_rms > 0, allowed, 0.0)
+        allowed = 2 * stock_rms.max() + floor_rms
+    allowed = torch.where((want_rms > 0) | (floor_rms > 0), allowed, 0.0)
     wrong = (got_rms > allowed).nonzero().flatten().tolist()
     assert not wrong, f"{name}: rows {wrong[:10]} are beyond their own tolerance ({len(wrong)})"
+    _record(f"{name}: a row", float((got_rms / allowed).nan_to_num(nan=0.0).max()))
+
+
+_recorders: list[list[tuple[str, float]]] = []
+
+
+@contextlib.contextmanager
+def recorded_margins() -> Iterator[list[tuple[str, float]]]:
+    """Collect how near each judgement of `assert_matches` came to its limit.
+
+    Yields:
+        A list that grows by (what was judged, error over allowed) for all that is accepted.
+    """
+    found: list[tuple[str, float]] = []
+    _recorders.append(found)
+    try:
+        yield found
+    finally:
+        _recorders.remove(found)
+
+
+def _record(what: str, margin: float) -> None:
+    for found in _recorders:
+        found.append((what, margin))
+
+
+def hold(what: str, error: float, allowed: float) -> None:
+    """Assert that an error is within what is allowed, and record how near it came."""
+    assert error <= allowed, f"{what} {error:.3e} > {allowed:.3e}"
+    _record(what, error / allowed if allowed else 0.0)
 
 
 def _rms(x: Tensor) -> float:

@@ -11,14 +11,17 @@ gpu        everything on a CUDA device
 from __future__ import annotations
 
 import os
+import platform
 import time
 from collections.abc import Generator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 from digest import NO_TIME
 from hypothesis import HealthCheck, settings
+from margins import Margins
 
 LANES = ("cpu", "interpret", "aot", "gpu")
 # Values, then what only a GPU shows: minutes there may be cut off.
@@ -52,6 +55,8 @@ WAYS = {
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--lane", choices=LANES, default="cpu", help="which lane to run")
     parser.addoption("--full", action="store_true", help="the long form of the lane")
+    parser.addoption("--seeds", type=int, help="draws of what rounding decides (1; --full: 20)")
+    parser.addoption("--margins", action="store_true", help="fail near a limit, as --full does")
     parser.addoption("--ends-at", type=int, help="no test begins after it (seconds since 1970)")
 
 
@@ -60,11 +65,15 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "lanes(*names): the lanes a test belongs to (default: cpu)")
     config.addinivalue_line("markers", "alone: wants the GPU to itself, for its memory or its time")
     config.addinivalue_line("markers", "one_dtype: float32 shows it; others only with --full")
+    strict = config.getoption("--full") or config.getoption("--margins")
+    config.pluginmanager.register(Margins(strict))
     # Triton reads this when it decorates a kernel, so it must be set before any is imported.
     if lane == "interpret":
         os.environ["TRITON_INTERPRET"] = "1"
     else:
         os.environ.pop("TRITON_INTERPRET", None)
+    if lane != "gpu":
+        keep_compilers_here()
     torch.set_num_threads(1)
     settings.register_profile(
         "stlm",
@@ -77,8 +86,22 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("stlm")
 
 
+def keep_compilers_here() -> None:
+    """Caches in the checkout, one for each instruction set: inductor fails on another's entries.
+
+    On a GPU machine they stay where they are, for the benchmarks that follow the tests.
+    """
+    sets = (torch.__version__, torch.backends.cpu.get_cpu_capability(), platform.machine())
+    folder = Path(__file__).parents[1] / ".cache" / "-".join(sets)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
+    os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`way` runs over what the lane covers."""
+    """`way` runs over what the lane covers, `draw` over seeds."""
+    if "draw" in metafunc.fixturenames:
+        many = 20 if metafunc.config.getoption("--full") else 1
+        metafunc.parametrize("draw", range(metafunc.config.getoption("--seeds") or many))
     if "way" in metafunc.fixturenames:
         ways = WAYS[metafunc.config.getoption("--lane")]
         metafunc.parametrize("way", ways, ids=str)

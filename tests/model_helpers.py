@@ -30,7 +30,6 @@ TINY = ModelConfig(
 )
 # Every kind of border: forced ones, runs of spaces, UTF-8, a space at the very beginning and end.
 TEXT = " ab c,  de\n\n extraordinarily(x) == 'Zoë'; 12_345 ".encode()
-CLOSE = {"rtol": 1e-3, "atol": 1e-4}
 
 RULES = {
     "space": TINY,

@@ -109,6 +109,13 @@ def gradients(
     }
 
 
+def terms_of(spec: OpSpec, wide: Inputs, outputs: dict[str, Tensor], seed: int = 1) -> Any:
+    """Absolute terms of what may cancel, for the random upstream gradient of `seed`."""
+    fixed = map_tensors(wide, torch.Tensor.detach)
+    with torch.no_grad():
+        return spec.terms(upstream_of(outputs, seed), **fixed)
+
+
 def run(
     spec: OpSpec, function: Callable[..., Any], inputs: Inputs, **options: Any
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from model_helpers import CLOSE, TEXT, TINY, ids_of, packed, scrambled
+from model_helpers import TEXT, TINY, ids_of, packed, scrambled
+from norms import assert_same_rows
 from test_cached import full_states, seen_ids, varied, write_greedily
 from torch import nn
 
@@ -41,9 +42,9 @@ class TestModel:
         together = model(ids, cu_seqlens=cu_seqlens)
         for i, text in enumerate(texts):
             own = together[cu_seqlens[i] : cu_seqlens[i + 1]]
-            torch.testing.assert_close(own, model(ids_of(text)), **CLOSE)
+            assert_same_rows(own, model(ids_of(text)))
         dense = model(ids_of(TEXT)[None])
-        torch.testing.assert_close(dense[0], together[: len(TEXT) + 1], **CLOSE)
+        assert_same_rows(dense[0], together[: len(TEXT) + 1])
 
     def test_every_parameter_gets_a_gradient(self) -> None:
         model = scrambled(FLAT)
@@ -77,7 +78,7 @@ def test_cached_rows_agree_with_the_full_run(model: STLM) -> None:
             run.restart([1], [texts[1][: shown[1]]])
             rows = [0, 1, 2]
         expected = full_states(model, [texts[r][: shown[r]] for r in rows])
-        torch.testing.assert_close(run.hidden[rows], expected, **CLOSE)
+        assert_same_rows(run.hidden[rows], expected)
 
 
 @torch.no_grad()

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from model_helpers import CLOSE, TEXT, packed
+from model_helpers import TEXT, packed
+from norms import assert_same_rows
 from torch import Tensor, nn
 
 from stlm_kernels import byte_pool, ngram_embedding
@@ -67,11 +68,11 @@ class TestAttention:
         documents = [0] * 9 + [2] * 3 + [3] * 11
         cu_seqlens = torch.tensor([0, 9, 9, 12, 23], dtype=torch.int32)
         expected = naive_attention(layer, x, documents).float()
-        torch.testing.assert_close(layer(x, cu_seqlens=cu_seqlens), expected, **CLOSE)
+        assert_same_rows(layer(x, cu_seqlens=cu_seqlens), expected)
         dense = torch.stack((x, x.flip(0)))
         rows = [naive_attention(layer, row, [0] * 23).float() for row in dense]
-        torch.testing.assert_close(layer(dense), torch.stack(rows), **CLOSE)
-        torch.testing.assert_close(layer(x), rows[0], **CLOSE)
+        assert_same_rows(layer(dense), torch.stack(rows))
+        assert_same_rows(layer(x), rows[0])
 
     @pytest.mark.parametrize("window", [None, 4])
     def test_rows_of_no_document_are_zero_and_never_read(self, window: int | None) -> None:

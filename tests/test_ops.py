@@ -20,6 +20,7 @@ from op_helpers import (
     results,
     run,
     skip_unless_covered,
+    terms_of,
     upstream_of,
 )
 from torch import Tensor
@@ -39,13 +40,14 @@ def assert_op_matches(spec: OpSpec, case: Case, way: Way) -> None:
     allowed, allowed_grads = run(spec, spec.yardstick, stock)
     with poisoned_memory():
         got, got_grads = run(spec, spec.op, inputs, impl=way.impl)
-    exact = spec.exact(case)
+    exact, terms = spec.exact(case), terms_of(spec, wide, want)
     for name, x in got.items():
         if not x.is_floating_point():
             torch.testing.assert_close(x.cpu(), want[name].to(x.dtype), rtol=0, atol=0)
             continue
         assert x.dtype == allowed[name].dtype
-        assert_matches(x, want[name], allowed[name], name=name, exact=name in exact)
+        judged = {"name": name, "exact": name in exact, "terms": terms.get(name)}
+        assert_matches(x, want[name], allowed[name], **judged)
     for name, grad in got_grads.items():
         assert grad.dtype == inputs[name].dtype
         assert_matches(
@@ -55,6 +57,7 @@ def assert_op_matches(spec: OpSpec, case: Case, way: Way) -> None:
             name=f"gradient of {name}",
             exact=name in exact,
             rows=name in spec.row_args,
+            terms=terms.get(name),
         )
 
 

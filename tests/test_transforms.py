@@ -21,6 +21,7 @@ from op_helpers import (
     results,
     run,
     skip_unless_covered,
+    terms_of,
     upstream_of,
 )
 from test_options_kernels import MODELS
@@ -117,12 +118,15 @@ def test_many_gradients_at_once(spec: OpSpec, case: Case, take: Any) -> None:
     ups = [upstream_of(results(spec.op(**inputs)), seed) for seed in (1, 2)]
     together = tuple(torch.stack([up[name] for up in ups]) for name in ups[0])
     found = take(function, [inputs[name] for name in names], together)
+    wide = in_fp64(spec, inputs)
     for i, up in enumerate(ups):
-        want = alone(spec.reference, in_fp64(spec, inputs), up)
+        want = alone(spec.reference, wide, up)
+        terms = terms_of(spec, wide, results(spec.reference(**wide)), i + 1)
         allowed = alone(spec.yardstick, as_leaves(spec, inputs), up)
         for name, grads in zip(names, found, strict=True):
-            exact, rows = name in spec.exact(case), name in spec.row_args
-            assert_matches(grads[i], want[name], allowed[name], name=name, exact=exact, rows=rows)
+            judged = {"exact": name in spec.exact(case), "rows": name in spec.row_args}
+            judged |= {"name": name, "terms": terms.get(name)}
+            assert_matches(grads[i], want[name], allowed[name], **judged)
 
 
 TWICE: dict[str, Callable[..., Tensor]] = {

@@ -7,7 +7,7 @@ import torch
 from ..._inputs import normal, patch_borders
 from ..._spec import Case, Inputs, OpSpec, case
 from .op import attention
-from .reference import reference, yardstick
+from .reference import reference, terms, yardstick
 
 CASES = (
     case("smoke", B=2, T=70, H=2, KV=1, K=16),
@@ -89,6 +89,7 @@ SPEC = OpSpec(
     bytes_moved=bytes_moved,
     flops=flops,
     grad_args=("q", "k", "v"),
+    terms=terms,
     kernels=("row_bounds", *MMA_KERNELS),
     mma_kernels=MMA_KERNELS,
 )

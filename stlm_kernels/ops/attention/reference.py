@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..._terms import attention_terms
+
 BLOCK = 2048
 """Rows whose scores the yardstick forms at a time."""
 
@@ -52,6 +54,29 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None, softcap: float
         scores = softcap * torch.tanh(scores / softcap)
     weights = (scores - scores.amax(1, keepdim=True).detach()).exp()
     return torch.einsum("hk,khd->hd", weights / weights.sum(1, keepdim=True), v)
+
+
+def terms(
+    upstream: dict[str, Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> dict[str, Tensor]:
+    """Of the result, and of the gradients of q and k: zero where a row sees one key."""
+    up, packed = upstream["out"], q.dim() == 3
+    out, of_q, of_k = torch.zeros_like(q), torch.zeros_like(q), torch.zeros_like(k)
+    where = torch.arange(q.shape[-3])
+    seen = seen_mask(where, where, causal, window, cu_seqlens)
+    for i in [slice(None)] if packed else range(q.shape[0]):
+        found = attention_terms(q[i], k[i], v[i], up[i], seen, scale, softcap)
+        out[i], of_q[i], of_k[i] = found
+    return {"out": out, "q": of_q, "k": of_k}
 
 
 def yardstick(

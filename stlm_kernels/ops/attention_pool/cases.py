@@ -7,7 +7,7 @@ import torch
 from ..._inputs import normal, patch_borders
 from ..._spec import Case, Inputs, OpSpec, case
 from .op import attention_pool
-from .reference import reference, yardstick
+from .reference import reference, terms, yardstick
 
 MILLION = 1 << 20
 
@@ -89,5 +89,6 @@ SPEC = OpSpec(
     bytes_moved=bytes_moved,
     flops=flops,
     grad_args=("query", "key", "value"),
+    terms=terms,
     kernels=("attention_pool_fwd", "attention_pool_bwd"),
 )

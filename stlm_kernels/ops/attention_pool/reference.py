@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..._terms import attention_terms
+
 
 def reference(
     query: Tensor,  # (H, K) or (P, H, K) fp64
@@ -28,6 +30,29 @@ def reference(
         weights = scores.softmax(1) if end > start else scores
         rows.append(torch.einsum("ht,thd->hd", weights, v)[None])
     return torch.cat(rows)
+
+
+def terms(
+    upstream: dict[str, Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_patchlens: Tensor,
+    *,
+    scale: float | None = None,
+) -> dict[str, Tensor]:
+    """Of the result, and of the gradients of query and key: zero in a patch of one byte."""
+    of_query, of_key = torch.zeros_like(query), torch.zeros_like(key)
+    out = torch.zeros_like(upstream["out"])
+    for patch, (start, end) in enumerate(pairwise(cu_patchlens.tolist())):
+        own = slice(start, end)
+        rows = query[None] if query.ndim == 2 else query[patch : patch + 1]
+        seen = torch.ones(1, end - start, dtype=torch.bool)
+        up = upstream["out"][patch : patch + 1]
+        found = attention_terms(rows, key[own], value[own], up, seen, scale)
+        out[patch], of_row, of_key[own] = found[0][0], found[1], found[2]
+        (of_query if query.ndim == 2 else of_query[patch]).add_(of_row[0])
+    return {"out": out, "query": of_query, "key": of_key}
 
 
 def yardstick(

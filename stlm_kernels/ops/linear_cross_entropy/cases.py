@@ -7,7 +7,7 @@ import torch
 from ..._spec import Case, Inputs, OpSpec, case
 from ..linear_logprobs import cases as rows
 from .op import linear_cross_entropy
-from .reference import reference, yardstick
+from .reference import reference, terms, yardstick
 
 CASES = (
     case("smoke", N=50, D=48, V=256, reduction="mean"),
@@ -61,6 +61,7 @@ SPEC = OpSpec(
     fp32_args=("linear_bias",),
     grad_args=rows.GRAD_ARGS,
     row_args=("linear_weight",),
+    terms=terms,
     kernels=rows.KERNELS,
     registered="linear_logprobs",
     mma_kernels=rows.MMA_KERNELS,

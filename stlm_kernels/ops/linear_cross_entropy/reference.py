@@ -9,7 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..linear_logprobs.reference import reference_logits, stock_logits
+from ..linear_logprobs.reference import (
+    kept_targets,
+    logit_terms,
+    product_terms,
+    reference_logits,
+    stock_logits,
+)
 
 LOGITS = 1 << 29
 """Formed at a time by the yardstick: 2 GiB in fp32."""
@@ -47,6 +53,35 @@ def reference(
     if reduction == "sum":
         return total
     return total / counted if counted else total * 0 + float("nan")
+
+
+def terms(
+    upstream: dict[str, Tensor],
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    **head: Any,
+) -> dict[str, Tensor]:
+    """Of the loss and all gradients: zero for a row that is sure of its target."""
+    found = logit_terms(input, linear_weight, linear_bias, **head)
+    kept, wanted = kept_targets(target, ignore_index)
+    chosen = F.one_hot(wanted, found.logits.shape[1])
+    share = (1 - label_smoothing) * chosen + label_smoothing / chosen.shape[1]
+    losses = found.lse + (share * found.logits).sum(1) + z_loss * found.lse.square()
+    of_logits = share + (1 + 2 * z_loss * found.lse[:, None]) * found.weights
+    up = upstream["out"].flatten().abs().expand(len(kept)) * kept
+    if reduction == "mean":
+        up, losses = up / max(1, int(kept.sum())), losses / max(1, int(kept.sum()))
+    losses = losses * kept
+    out = losses.view(target.shape) if reduction == "none" else losses.sum()
+    of_logits = of_logits * found.slope * up[:, None]
+    return {"out": out} | product_terms(of_logits, input, linear_weight, linear_bias)
 
 
 def yardstick(

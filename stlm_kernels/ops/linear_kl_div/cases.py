@@ -7,7 +7,7 @@ import torch
 from ..._spec import Case, Inputs, OpSpec, case
 from ..linear_logprobs import cases as rows
 from .op import linear_kl_div
-from .reference import reference, yardstick
+from .reference import reference, terms, yardstick
 
 CASES = (
     case("smoke", N=50, D=48, V=256, reduction="mean"),
@@ -64,4 +64,5 @@ SPEC = OpSpec(
     fp32_args=("linear_bias", "teacher_logits"),
     grad_args=rows.GRAD_ARGS,
     row_args=("linear_weight",),
+    terms=terms,
 )

@@ -8,7 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..linear_logprobs.reference import reference_logits, stock_logits
+from ..linear_logprobs.reference import (
+    logit_terms,
+    product_terms,
+    reference_logits,
+    stock_logits,
+)
 
 
 def reference(
@@ -44,6 +49,38 @@ def reference(
     if reduction == "sum":
         return total
     return total / counted if counted else total * 0 + float("nan")
+
+
+def terms(
+    upstream: dict[str, Tensor],
+    input: Tensor,
+    linear_weight: Tensor,
+    teacher_logits: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    reduction: str = "mean",
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    valid_vocab: int | None = None,
+) -> dict[str, Tensor]:
+    """Of the loss and all gradients: zero where the student agrees with its teacher."""
+    # A softmax at a temperature is that of smaller logits, with a smaller cap.
+    head = (None if softcap is None else softcap / temperature, logit_scale / temperature)
+    bias = linear_bias
+    found = logit_terms(input, linear_weight, bias, *head, valid_vocab)
+    teacher = teacher_logits.reshape(found.logits.shape) / temperature
+    p, log_p = teacher.softmax(1), teacher.log_softmax(1)
+    kept = torch.ones(len(p), dtype=torch.bool) if mask is None else mask.flatten()
+    own = torch.where(p > 0, p * log_p, 0.0).abs().sum(1)
+    losses = temperature**2 * (own + (p * found.logits).sum(1) + found.lse) * kept
+    up = upstream["out"].flatten().abs().expand(len(p)) * kept
+    if reduction == "mean":
+        up, losses = up / max(1, int(kept.sum())), losses / max(1, int(kept.sum()))
+    out = losses.view(input.shape[:-1]) if reduction == "none" else losses.sum()
+    of_logits = temperature**2 * (p + found.weights) * found.slope * up[:, None]
+    return {"out": out} | product_terms(of_logits, input, linear_weight, bias)
 
 
 def yardstick(

@@ -9,7 +9,7 @@ import torch
 from ..._inputs import normal
 from ..._spec import Case, Inputs, OpSpec, case
 from .op import linear_logprobs
-from .reference import reference, yardstick
+from .reference import reference, terms, yardstick
 
 EDGE_CASES = (
     case("smoke", N=50, D=48, V=256),
@@ -97,6 +97,7 @@ SPEC = OpSpec(
     fp32_args=("linear_bias",),
     grad_args=GRAD_ARGS,
     row_args=("linear_weight",),
+    terms=terms,
     kernels=KERNELS,
     mma_kernels=MMA_KERNELS,
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -48,6 +50,88 @@ def reference_logits(
     z = z * logit_scale
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
     return z[:valid_vocab]
+
+
+class Terms(NamedTuple):
+    """What rows of logits are made of, in absolute values."""
+
+    weights: Tensor  # (N, valid_vocab), the softmax
+    logits: Tensor  # (N, valid_vocab), of each logit
+    lse: Tensor  # (N,), of sum(weights x logits) + entropy
+    slope: Tensor  # (N, valid_vocab), of a logit by its product
+
+
+def logit_terms(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    valid_vocab: int | None = None,
+) -> Terms:
+    """Absolute terms of logits and of their log-sum-exp."""
+    z = stock_logits(input, linear_weight, linear_bias, softcap, logit_scale, valid_vocab)
+    bias = None if linear_bias is None else linear_bias.abs()
+    operands = (input.abs(), linear_weight.abs(), bias)
+    terms = stock_logits(*operands, None, abs(logit_scale), valid_vocab)
+    slope = torch.full_like(z, abs(logit_scale))
+    if softcap is not None:
+        slope = slope * (1 - (z / softcap).square())
+        terms = terms.clamp(max=softcap)
+    weights = z.softmax(1)
+    entropy = -torch.special.xlogy(weights, weights).sum(1)
+    return Terms(weights, terms, (weights * terms).sum(1) + entropy, slope)
+
+
+def product_terms(
+    of_logits: Tensor,  # (N, valid_vocab), absolute terms of the gradient of the logits
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+) -> dict[str, Tensor]:
+    """Absolute terms of the gradients that follow from those of the logits."""
+    rows, valid = input.reshape(-1, input.shape[-1]).abs(), of_logits.shape[1]
+    of_weight, of_bias = (
+        torch.zeros_like(linear_weight),
+        linear_weight.new_zeros(linear_weight.shape[0]),
+    )
+    of_weight[:valid], of_bias[:valid] = of_logits.T @ rows, of_logits.sum(0)
+    of_input = (of_logits @ linear_weight[:valid].abs()).view(input.shape)
+    found = {"input": of_input, "linear_weight": of_weight}
+    return found if linear_bias is None else found | {"linear_bias": of_bias}
+
+
+def terms(
+    upstream: dict[str, Tensor],
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    ignore_index: int | None = -100,
+    **head: Any,
+) -> dict[str, Tensor]:
+    """Of all but lse: a row that is sure of its target has logprob and gradient zero."""
+    found = logit_terms(input, linear_weight, linear_bias, **head)
+    kept, wanted = kept_targets(target, ignore_index)
+    chosen = F.one_hot(wanted, found.logits.shape[1])
+    up, up_lse = (upstream[name].flatten().abs()[:, None] for name in ("out0", "out1"))
+    of_logits = (
+        (up * (chosen + found.weights) + up_lse * found.weights) * found.slope * kept[:, None]
+    )
+    out = ((chosen * found.logits).sum(1) + found.lse) * kept
+    return {"out0": out.view(target.shape)} | product_terms(
+        of_logits, input, linear_weight, linear_bias
+    )
+
+
+def kept_targets(target: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor]:
+    """Which rows count, and their targets: 0 where they do not."""
+    wanted = target.flatten().long()
+    kept = torch.ones_like(wanted, dtype=torch.bool)
+    if ignore_index is not None:
+        kept = wanted != ignore_index
+    return kept, torch.where(kept, wanted, 0)
 
 
 def stock_logits(

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..._terms import attention_terms
+
 
 def reference(
     q: Tensor,  # (T, H, K) fp64
@@ -36,6 +38,27 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     scores = torch.einsum("qhd,khd->hqk", q, k) * (q.shape[2] ** -0.5 if scale is None else scale)
     weights = (scores - scores.amax(2, keepdim=True).detach()).exp() if k.shape[0] else scores
     return torch.einsum("hqk,khd->qhd", weights / weights.sum(2, keepdim=True), v)
+
+
+def terms(
+    upstream: dict[str, Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_patchlens: Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+) -> dict[str, Tensor]:
+    """Of the result, and of the gradients of q and k: zero in a patch of one byte."""
+    out, of_q, of_k = torch.zeros_like(q), torch.zeros_like(q), torch.zeros_like(k)
+    for start, end in pairwise(cu_patchlens.tolist()):
+        own = slice(start, end)
+        seen = torch.ones(end - start, end - start, dtype=torch.bool)
+        operands = (q[own], k[own], v[own], upstream["out"][own])
+        seen = seen.tril() if causal else seen
+        out[own], of_q[own], of_k[own] = attention_terms(*operands, seen, scale)
+    return {"out": out, "q": of_q, "k": of_k}
 
 
 def yardstick(
