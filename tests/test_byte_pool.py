@@ -153,7 +153,10 @@ def test_a_patch_does_not_see_its_neighbours(way: Way) -> None:
     together = byte_pool(**inputs, impl=way.impl)
     alone = {**inputs, "byte_ids": inputs["byte_ids"][10:23]}
     alone["cu_patchlens"] = inputs["cu_patchlens"][2:5] - 10
-    assert torch.equal(byte_pool(**alone, impl=way.impl), together[2:4])
+    found = byte_pool(**alone, impl=way.impl)
+    torch.testing.assert_close(found, together[2:4])
+    if way.impl == "triton":  # sums run in one order, whatever lies beside them
+        assert torch.equal(found, together[2:4])
 
 
 @RESULT_LANES

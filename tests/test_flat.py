@@ -83,6 +83,7 @@ def test_cached_rows_agree_with_the_full_run(model: STLM) -> None:
 
 @torch.no_grad()
 def test_greedy_writing_is_that_of_full_runs(model: STLM) -> None:
+    model.double()  # where rounding decides nothing
     prompts = [b"", b"ab c", TEXT]
     expected = write_greedily(model, seen_ids(prompts), 40)
     assert len(set(expected)) == 3

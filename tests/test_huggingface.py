@@ -91,6 +91,8 @@ def test_generate_is_that_of_full_runs(
     model: STLMForCausalLM, stlm: STLM, tokenizer: ByteTokenizer, cached: bool, masked: bool
 ) -> None:
     batch = tokenizer(PROMPTS, padding=True, padding_side="left", return_tensors="pt")
+    model.double()  # where rounding decides nothing
+    stlm.double()
     if not masked:
         del batch["attention_mask"]
     out = model.generate(**batch, max_new_tokens=6, do_sample=False, use_cache=cached)
@@ -107,6 +109,7 @@ def test_a_cache_goes_on_where_it_stopped(
     batch = tokenizer(
         PROMPTS, padding=length, max_length=pad_to, padding_side="left", return_tensors="pt"
     )
+    model.double()  # where rounding decides nothing
     options = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
     first = model.generate(**batch, **options)
     name = next(key for key in ("cache", "past_key_values") if key in first)
@@ -119,6 +122,7 @@ def test_a_cache_goes_on_where_it_stopped(
 
 
 def test_beams_go_on_from_a_cache(model: STLMForCausalLM, tokenizer: ByteTokenizer) -> None:
+    model.double()  # where rounding decides nothing
     batch = tokenizer(PROMPTS[:1], return_tensors="pt")
     runs = [
         model.generate(**batch, max_new_tokens=6, num_beams=3, do_sample=False, use_cache=cached)
