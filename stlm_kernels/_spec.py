@@ -18,10 +18,10 @@ class Case:
 
     Args:
         sizes: named sizes and options, e.g. {"T": 4096, "D": 128, "mode": "mean"}.
-        tags: "smoke" and "edge" are tested everywhere; "bench" is timed on a GPU, "bench_full" in
-            its sweeps, "bench_cpu" on a CPU; "aot" is compiled ahead of time, "aot_full" in the
-            lane's long form; "gpu" joins "smoke" in what only a GPU shows; "huge" has more than
-            2^31 elements.
+        tags: "smoke" and "edge" are tested everywhere; "cancels", where gradients are exactly
+            zero, with many seeds; "bench" is timed on a GPU, "bench_full" in its sweeps,
+            "bench_cpu" on a CPU; "aot" is compiled ahead of time, "aot_full" in the lane's long
+            form; "gpu" joins "smoke" in what only a GPU shows; "huge" has more than 2^31 elements.
     """
 
     sizes: Mapping[str, Any]

@@ -127,7 +127,7 @@ def recorded_margins() -> Iterator[list[tuple[str, float]]]:
     try:
         yield found
     finally:
-        _recorders.remove(found)
+        _recorders[:] = [each for each in _recorders if each is not found]
 
 
 def _record(what: str, margin: float) -> None:

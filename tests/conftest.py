@@ -21,7 +21,6 @@ import pytest
 import torch
 from digest import NO_TIME
 from hypothesis import HealthCheck, settings
-from margins import Margins
 
 LANES = ("cpu", "interpret", "aot", "gpu")
 # Values, then what only a GPU shows: minutes there may be cut off.
@@ -65,13 +64,15 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "lanes(*names): the lanes a test belongs to (default: cpu)")
     config.addinivalue_line("markers", "alone: wants the GPU to itself, for its memory or its time")
     config.addinivalue_line("markers", "one_dtype: float32 shows it; others only with --full")
-    strict = config.getoption("--full") or config.getoption("--margins")
-    config.pluginmanager.register(Margins(strict))
     # Triton reads this when it decorates a kernel, so it must be set before any is imported.
     if lane == "interpret":
         os.environ["TRITON_INTERPRET"] = "1"
     else:
         os.environ.pop("TRITON_INTERPRET", None)
+    from margins import Margins  # it imports triton
+
+    strict = config.getoption("--full") or config.getoption("--margins")
+    config.pluginmanager.register(Margins(strict))
     if lane != "gpu":
         keep_compilers_here()
     torch.set_num_threads(1)

@@ -38,7 +38,7 @@ def assert_same_rows(got: Tensor, want: Tensor, name: str = "states") -> None:
 
 def relative_error(got: Tensor, exact: Tensor) -> float:
     """Norm of the error over that of the exact result; what is exactly zero must be so."""
-    error, size = (float(x.norm()) for x in (got.double() - exact, exact))
+    error, size = (float(x.detach().norm()) for x in (got.double() - exact, exact))
     return error / size if size else (0.0 if error == 0 else float("inf"))
 
 

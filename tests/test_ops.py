@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -32,8 +33,8 @@ RESULT_LANES = pytest.mark.lanes("cpu", "interpret", "gpu")
 ONE_DTYPE = pytest.mark.one_dtype
 
 
-def assert_op_matches(spec: OpSpec, case: Case, way: Way) -> None:
-    inputs = inputs_of(spec, case, way)
+def assert_op_matches(spec: OpSpec, case: Case, way: Way, seed: int = 0) -> None:
+    inputs = inputs_of(spec, case, way, seed)
     wide = in_fp64(spec, inputs)
     stock = as_leaves(spec, inputs)
     want, want_grads = run(spec, spec.reference, wide)
@@ -66,6 +67,50 @@ def assert_op_matches(spec: OpSpec, case: Case, way: Way) -> None:
 def test_values_and_gradients(spec: OpSpec, case: Case, way: Way) -> None:
     skip_unless_covered(spec, way)
     assert_op_matches(spec, case, way)
+
+
+@RESULT_LANES
+@ONE_DTYPE
+@pytest.mark.parametrize(("spec", "case"), op_cases("cancels"))
+def test_what_cancels(spec: OpSpec, case: Case, way: Way, draw: int) -> None:
+    """Gradients that are exactly zero: rounding alone decides what is left of them."""
+    skip_unless_covered(spec, way)
+    assert_op_matches(spec, case, way, draw)
+
+
+class _Leak(torch.autograd.Function):
+    """The identity, whose gradient is too large by a given one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, leak: Tensor) -> Tensor:
+        ctx.leak = leak
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad + ctx.leak.to(grad), None
+
+
+@RESULT_LANES
+@ONE_DTYPE
+@pytest.mark.parametrize("share", [1e-3, 1e-5])
+@pytest.mark.parametrize(("spec", "case"), op_cases("cancels"))
+def test_what_should_cancel_and_does_not_shows(
+    spec: OpSpec, case: Case, way: Way, share: float
+) -> None:
+    """A small share of the terms, in each gradient by itself."""
+    skip_unless_covered(spec, way)
+    inputs = inputs_of(spec, case, way)
+    wide = in_fp64(spec, inputs)
+    terms = terms_of(spec, wide, results(spec.reference(**wide)))
+    for name in terms.keys() & inputs.keys():
+
+        def planted(name: str = name, **given: Any) -> Any:
+            given[name] = _Leak.apply(given[name], share * terms[name])
+            return spec.op(**given)
+
+        with pytest.raises(AssertionError, match=f"gradient of {name}: "):
+            assert_op_matches(replace(spec, op=planted), case, way)
 
 
 @pytest.mark.lanes("cpu", "gpu")

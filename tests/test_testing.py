@@ -14,6 +14,7 @@ from stlm_kernels.testing import (
     assert_matches,
     check_ids,
     poisoned_memory,
+    recorded_margins,
 )
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -93,6 +94,83 @@ def test_a_zero_reference_allows_nothing() -> None:
     assert_matches(zero.half(), zero, zero.half(), rows=True)
     with pytest.raises(AssertionError, match="RMS error"):
         assert_matches(zero.half() + 1e-6, zero, zero.half())
+
+
+# ---- what cancels ------------------------------------------------------------------------------
+
+
+def cancelled(dtype: torch.dtype, times: float) -> tuple[Tensor, Tensor, Tensor]:
+    """A result that is zero but for `times` an fp32 ulp of its terms; its reference; the terms."""
+    rng = torch.Generator().manual_seed(9)
+    terms = torch.rand(40, 16, generator=rng, dtype=torch.float64) + 0.5
+    noise = torch.rand(40, 16, generator=rng, dtype=torch.float64) - 0.5
+    got = (terms * noise * times * torch.finfo(torch.float32).eps).to(dtype)
+    return got, torch.zeros_like(terms), terms
+
+
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_cancels_is_judged_by_its_terms(dtype: torch.dtype, rows: bool) -> None:
+    """The yardstick may be exactly zero by luck, as where both numbers come from one product."""
+    got, zero, terms = cancelled(dtype, times=4)
+    assert_matches(got, zero, zero.to(dtype), terms=terms, rows=rows)
+    with pytest.raises(AssertionError, match="RMS error"):
+        assert_matches(got, zero, zero.to(dtype), rows=rows)
+    for times in (200, 1e4):  # 1e-3 of the terms, and a fiftieth of that
+        got, _, _ = cancelled(dtype, times)
+        with pytest.raises(AssertionError, match="RMS error"):
+            assert_matches(got, zero, zero.to(dtype), terms=terms, rows=rows)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_element_that_does_not_cancel_is_rejected(dtype: torch.dtype) -> None:
+    got, zero, terms = cancelled(dtype, times=0)
+    zero, terms, got = (x.expand(40, 16).repeat(100, 10) for x in (zero, terms, got))
+    got[17, 3] = 1e-4
+    with pytest.raises(AssertionError, match="max error"):
+        assert_matches(got, zero, zero.to(dtype), terms=terms)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_without_terms_is_zero(dtype: torch.dtype) -> None:
+    got, zero, terms = cancelled(dtype, times=4)
+    terms[7] = 0
+    got[7] = 0
+    assert_matches(got, zero, zero.to(dtype), terms=terms, rows=True)
+    got[7, 2] = 6e-8
+    with pytest.raises(AssertionError, match=r"rows \[7\]"):
+        assert_matches(got, zero, zero.to(dtype), terms=terms, rows=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_terms_allow_no_more_rounding_to_16_bits(dtype: torch.dtype) -> None:
+    """A narrow result is rounded once, as itself: terms that were rounded to 16 bits show."""
+    want = torch.randn(64, 48, dtype=torch.float64)
+    got = noisy(want, dtype, 6)
+    with pytest.raises(AssertionError, match="RMS error"):
+        assert_matches(got, want, want.to(dtype), terms=want.abs() * 50)
+
+
+def test_terms_are_shaped_as_the_result() -> None:
+    got, zero, terms = cancelled(torch.float32, times=1)
+    with pytest.raises(AssertionError, match="terms of"):
+        assert_matches(got, zero, zero.float(), terms=terms[:, :1])
+
+
+def test_margins_are_recorded() -> None:
+    """Error over allowed, of what is accepted, for everybody who listens."""
+    want = torch.ones(8, 8, dtype=torch.float64)
+    eps = torch.finfo(torch.float32).eps
+    with recorded_margins() as outer:
+        with recorded_margins() as found:
+            assert_matches((want + 8 * eps).float(), want, want.float(), name="x", rows=True)
+            with pytest.raises(AssertionError):
+                assert_matches(want.float() + 1e-3, want, want.float())
+        assert_matches(want.float(), want, want.float())
+    expected = {"x: RMS error": 8 * eps / 2e-6, "x: max error": 8 * eps / 4e-6}
+    assert dict(found) == pytest.approx(expected | {"x: a row": 8 * eps / 2e-6})
+    assert outer[:3] == found
+    assert [margin for _, margin in outer[3:]] == [0, 0]
 
 
 def test_shapes_must_agree() -> None:

@@ -12,7 +12,7 @@ from .reference import reference, terms, yardstick
 CASES = (
     case("smoke", B=2, T=70, H=2, KV=1, K=16),
     case("smoke", T=75, S=4, H=2, KV=2, K=48, W=20, borders="tail"),
-    case("edge", T=150, H=1, KV=1, K=16, W=1),
+    case("edge", "cancels", T=150, H=1, KV=1, K=16, W=1),
     case("edge", T=200, H=1, KV=1, K=32, W=70, scale=0.5),
     case("edge", T=40, S=60, H=3, KV=1, K=16, borders="ragged", scale=0.7),
     case("edge", T=65, H=1, KV=1, K=64, scale=-0.1),

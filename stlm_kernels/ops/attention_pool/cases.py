@@ -18,6 +18,8 @@ CASES = (
     case("edge", T=90, P=1, H=3, KV=1, K=32, query="shared", borders="even"),
     case("edge", T=24, P=30, H=6, KV=2, K=40, query="own", borders="ragged", scale=-0.7),
     case("edge", T=36, P=3, H=2, KV=1, K=128, query="own", borders="even"),
+    case("edge", "cancels", T=20, P=20, H=2, KV=1, K=16, query="own", borders="even"),
+    case("edge", "cancels", T=20, P=20, H=2, KV=1, K=16, query="shared", borders="even"),
     case("edge", T=0, P=3, H=2, KV=1, K=16, query="own", borders="even"),
     case("edge", T=30, P=5, H=1, KV=1, K=16, query="shared", borders="hollow"),
     case("edge", T=17, P=0, H=1, KV=1, K=16, query="shared", borders="even"),

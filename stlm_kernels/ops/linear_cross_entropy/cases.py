@@ -15,7 +15,7 @@ CASES = (
     case("smoke", N=40, D=32, V=260, reduction="none", ignored=0.2, z=1e-3, cap=5.0, scale=0.5),
     case("edge", N=33, D=100, V=320, reduction="mean", valid=257, ids="int16", smoothing=1.0),
     case("edge", N=20, D=31, V=100, reduction="mean", ids="uint8", bias=1, z=0.1),
-    case("edge", N=9, D=24, V=1, reduction="sum"),
+    case("edge", "cancels", N=9, D=24, V=1, reduction="sum"),
     case("edge", N=12, D=16, V=300, reduction="mean", ignored=1.0, bias=1),
     case("edge", N=12, D=16, V=300, reduction="sum", ignored=1.0),
     case("edge", N=0, D=16, V=260, reduction="none"),

@@ -13,7 +13,7 @@ CASES = (
     case("smoke", N=50, D=48, V=256, reduction="mean"),
     case("smoke", N=40, D=32, V=60, reduction="none", masked=0.3, bias=1, temperature=2.0),
     case("edge", N=33, D=20, V=72, reduction="sum", valid=65, masked=0.2, cap=5.0, scale=0.5),
-    case("edge", N=9, D=24, V=1, reduction="sum"),
+    case("edge", "cancels", N=9, D=24, V=1, reduction="sum"),
     case("edge", N=12, D=16, V=30, reduction="mean", masked=1.0, bias=1),
     case("edge", N=12, D=16, V=30, reduction="sum", masked=1.0),
     case("edge", N=0, D=16, V=26, reduction="none"),

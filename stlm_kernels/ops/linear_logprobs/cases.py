@@ -17,7 +17,7 @@ EDGE_CASES = (
     case("edge", N=33, D=100, V=320, valid=257, ids="int16", ignored=0.2),
     case("edge", N=40, D=16, V=512, ids="int32"),
     case("edge", N=20, D=31, V=100, ids="uint8", bias=1),
-    case("edge", N=9, D=24, V=1),
+    case("edge", "cancels", N=9, D=24, V=1),
     case("edge", N=17, D=8, V=5, cap=2.0),
     case("edge", N=12, D=16, V=300, ignored=1.0, bias=1),
     case("edge", N=0, D=16, V=260),

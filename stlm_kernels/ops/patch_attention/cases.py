@@ -15,7 +15,7 @@ CASES = (
     case("edge", T=80, P=2, H=1, KV=1, K=24, borders="ragged", scale=0.5),
     case("edge", T=100, P=1, H=1, KV=1, K=48, borders="even"),
     case("edge", T=120, P=1, H=1, KV=1, K=16, borders="even", causal=1),
-    case("edge", T=70, P=70, H=1, KV=1, K=16, borders="even"),
+    case("edge", "cancels", T=70, P=70, H=1, KV=1, K=16, borders="even"),
     case("edge", T=40, P=90, H=3, KV=1, K=16, borders="ragged", causal=1, scale=0.7),
     case("edge", T=36, P=3, H=4, KV=2, K=128, borders="even"),
     case("edge", T=0, P=3, H=2, KV=1, K=16, borders="even"),
