@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -43,8 +44,8 @@ def loss_and_gradients(model: STLM, naive: bool, **inputs: Tensor) -> dict[str, 
     return {"loss": loss.detach(), **grads}
 
 
-@pytest.mark.parametrize("dense", [True, False])
-def test_naive_model_equals_ours(dense: bool, draw: int) -> None:
+def three_runs(dense: bool, draw: int) -> list[dict[str, Tensor]]:
+    """Ours, the naive composition, and fp64."""
     text = b"the same model, written as one writes it at first; "
     ids = torch.tensor([256, *text[:-1]] * 2)
     targets = torch.tensor([*text[:-1], -100] * 2)
@@ -54,11 +55,44 @@ def test_naive_model_equals_ours(dense: bool, draw: int) -> None:
     else:
         inputs["cu_seqlens"] = torch.tensor([0, 20, 51, len(ids)], dtype=torch.int32)
     model = tiny(draw)
-    ours = loss_and_gradients(model, False, **inputs)
-    naive = loss_and_gradients(model, True, **inputs)
-    exact = loss_and_gradients(tiny(draw).double(), False, **inputs)
-    assert len(exact) == 1 + len(list(model.parameters()))
+    return [
+        loss_and_gradients(model, False, **inputs),
+        loss_and_gradients(model, True, **inputs),
+        loss_and_gradients(tiny(draw).double(), False, **inputs),
+    ]
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_naive_model_equals_ours(dense: bool, draw: int) -> None:
+    ours, naive, exact = three_runs(dense, draw)
+    assert len(exact) == 1 + len(list(tiny().parameters()))
     assert_as_right(ours, naive, exact)
+
+
+MUTATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "dropped": torch.zeros_like,
+    "scaled": lambda x: 1.001 * x,
+    "half the digits": lambda x: x.half().float(),
+    "last row dropped": lambda x: torch.cat([x[:-1], 0 * x[-1:]]),
+}
+
+
+@pytest.mark.parametrize("wrong", ["ours", "naive"])
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_one_wrong_gradient_of_the_model_shows(mutation: str, wrong: str) -> None:
+    """In either composition, of whichever parameter."""
+    ours, naive, exact = three_runs(False, 0)
+    planted = {name: MUTATIONS[mutation](x) for name, x in ours.items() if x.dim()}
+    # The last row of a table of bytes has no gradient to lose.
+    planted = {name: x for name, x in planted.items() if not torch.equal(x, ours[name])}
+    assert len(planted) > 20
+    for name, x in planted.items():
+        pair = (ours | {name: x}, naive) if wrong == "ours" else (ours, naive | {name: x})
+        with pytest.raises(AssertionError, match="relative error of"):
+            assert_as_right(*pair, exact)
+    missing = {name: x for name, x in ours.items() if name != "embedding.weight"}
+    with pytest.raises(AssertionError, match=r"only in one: \['embedding.weight'\]"):
+        assert_as_right(missing, naive, exact)
 
 
 def test_both_processes_train_the_same(full: bool) -> None:
