@@ -24,7 +24,8 @@ OPS ?=
 LINES ?=
 
 .PHONY: help test test-full lint lanes lane-cpu lane-interpret lane-aot bench check train \
-        gpu-wheels gpu-test gpu-bench gpu-tune gpu-site full-triton36 full-trainers clean
+        another-set \
+        gpu-wheels gpu-test gpu-bench gpu-tune gpu-site full-sets full-triton36 full-trainers clean
 
 help:
 	@echo "make test       lint, types and the three CPU lanes (about 10 minutes on 2 cores)"
@@ -46,10 +47,11 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 test: $(READY)
-	$(MAKE) --no-print-directory -j2 --output-sync=target lint lane-cpu lane-interpret lane-aot
+	$(MAKE) --no-print-directory -j2 --output-sync=target lint lane-cpu lane-interpret lane-aot another-set
 
 test-full: $(READY)
 	$(MAKE) --no-print-directory -j2 --output-sync=target lint lane-cpu lane-interpret lane-aot FULL=--full
+	$(MAKE) --no-print-directory full-sets
 	$(MAKE) --no-print-directory full-triton36
 	$(MAKE) --no-print-directory full-trainers
 
@@ -60,6 +62,14 @@ lint: $(READY)
 
 lane-cpu lane-interpret lane-aot: lane-%: $(READY)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q --lane $* $(FULL)
+
+# No result may hang on how a CPU rounds: the critical tests under one other instruction set, and
+# with `make test-full` all value tests under each that this CPU has.
+another-set: $(READY)
+	$(PY) tests/instruction_sets.py --critical
+
+full-sets: $(READY)
+	$(PY) tests/instruction_sets.py
 
 # The GPU machine's triton: the interpreter of 3.6.0 needs numpy below 2.4.
 full-triton36: $(READY)
@@ -139,4 +149,4 @@ gpu-tune: gpu-site
 	cp stlm_kernels/tuned/*.json $(OUT)/
 
 clean:
-	rm -rf $(VENV) $(VENV)-triton36 $(VENV)-trainers out build *.egg-info
+	rm -rf $(VENV) $(VENV)-triton36 $(VENV)-trainers .cache out build *.egg-info

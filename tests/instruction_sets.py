@@ -1,7 +1,7 @@
 """The value tests under other instruction sets: no result may hang on how a CPU rounds.
 
-    python tests/instruction_sets.py             every set, both CPU lanes, 20 seeds (make test-full)
-    python tests/instruction_sets.py --critical  the critical tests under one set (make test)
+    python tests/instruction_sets.py             every set, both CPU lanes, 20 seeds
+    python tests/instruction_sets.py --critical  the critical tests under one set
     python tests/instruction_sets.py --only Zen  the sets with this in their name
 
 ATEN_CPU_CAPABILITY decides for torch's own loops, MKL_* for its matrix products, OPENBLAS_CORETYPE
@@ -48,15 +48,19 @@ def files(*names: str) -> list[str]:
     return [f"tests/test_{name}.py" for name in names]
 
 
+JUDGED = ("-k", "values or cancel or oracle or digits")
+SEEDS = ("--seeds", "20")
 EVERY_VALUE = {
-    "cpu": [*files("ops", *MODELS, *OPS), "--seeds", "20"],
-    # Kernels against the oracle, and what rounds in a way of its own there.
-    "interpret": [*files("ops", "linear_logprobs", "linear_cross_entropy"), "--seeds", "20"]
-    + ["-k", "values or cancel or linear"],
+    "cpu": [*files("ops", *MODELS, *OPS), *SEEDS],
+    # Kernels against the oracle, where triton's interpreter takes minutes over a whole lane.
+    "interpret": [*files("ops", "linear_logprobs", "linear_cross_entropy"), *SEEDS, *JUDGED],
 }
 FEW_VALUES = {
-    "cpu": [*files("ops", "naive", "transforms")]
-    + ["-k", "float32 and (values or test_what_cancels) or naive_model or by_themselves"],
+    "cpu": [
+        *files("ops", "naive", "transforms"),
+        "-k",
+        "float32 and (values or test_what_cancels) or naive_model or by_themselves",
+    ],
     "interpret": [*files("ops"), "-k", "test_what_cancels"],
 }
 
