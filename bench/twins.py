@@ -140,7 +140,7 @@ def contenders_of(arguments: argparse.Namespace) -> tuple[Corpus, list[Contender
         ValueError: for an unknown preset, an option out of range, or a corpus that is too small.
         OSError: where a file cannot be read.
     """
-    corpus = load_corpus(arguments.data)
+    corpus = load_corpus(arguments.data, text_key=arguments.text_key, raw=arguments.raw)
     if arguments.judge_bytes is not None:
         if arguments.judge_bytes < 1:
             raise ValueError(f"judge-bytes: expected at least 1, got {arguments.judge_bytes}")
@@ -215,7 +215,15 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("preset", nargs="?", default="demo", help="the pooled model (default: demo)")
     add("--minutes", type=float, default=10.0, help="of training, for each of the three")
-    add("--data", nargs="+", metavar="PATH", help="files, folders or globs (default: the stdlib)")
+    add(
+        "--data",
+        nargs="+",
+        action="extend",
+        metavar="PATH",
+        help="files, folders or globs (default: the stdlib)",
+    )
+    add("--text-key", metavar="KEY", help="field of each line of .jsonl files that is a document")
+    add("--raw", action="store_true", help="take the bytes of every file as they are")
     add("--rows", type=positive, default=8, help="windows in a step")
     add("--seed", type=int, default=0)
     add("--precision", choices=sorted(PRECISIONS), help="default: bf16 where the device has it")

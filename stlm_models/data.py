@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import glob
 import hashlib
-import mmap
 import sysconfig
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,15 +15,14 @@ import torch
 from numpy.typing import NDArray
 
 from .config import DOCUMENT_START, IGNORED
+from .corpus_files import CorpusFile, find_files
+from .documents import Documents, contents
 from .loader import Batch, Patcher
 
 Document = bytes | memoryview | NDArray[np.int32]
 """Real bytes, in memory or in a mapped file, or ids (N,) of a vocabulary."""
 HELD_OUT_SHARE = 0.1
 MAX_HELD_OUT = 2_000_000
-LEAST_MAPPED = 1 << 20
-MOST_MAPPED = 256
-"""Files of a corpus that are mapped rather than read: each keeps a file handle open."""
 LEFT_OUT_FOLDERS = {"test", "tests", "site-packages", "dist-packages", "__pycache__"}
 # Tables, generated text, or gone in later Pythons.
 LEFT_OUT_NAMES = {"encodings", "pydoc_data", "idlelib", "distutils", "lib2to3"}
@@ -59,6 +56,8 @@ class Corpus:
     name: str
     train: Sequence[bytes | memoryview]
     held_out: list[bytes]
+    notes: tuple[str, ...] = ()
+    """What was left out, unpacked or not read as its name suggests, a line for each kind."""
 
     @cached_property
     def train_sha256(self) -> str:
@@ -66,8 +65,8 @@ class Corpus:
         return sha256_of(self.train)
 
     def describe(self) -> list[str]:
-        """A line for each split: number of documents and bytes, SHA-256 of their concatenation."""
-        return [
+        """A line for each split: number of documents and bytes, SHA-256 of all; then the notes."""
+        splits = [
             f"{split}: {len(documents)} documents, {sum(map(len, documents)):,} bytes,"
             f" sha256 {digest}"
             for split, documents, digest in (
@@ -75,25 +74,52 @@ class Corpus:
                 ("held out", self.held_out, sha256_of(self.held_out)),
             )
         ]
+        return [*splits, *self.notes]
 
 
-def load_corpus(paths: Sequence[str] | None = None) -> Corpus:
+def load_corpus(
+    paths: Sequence[str] | None = None,
+    *,
+    text_key: str | None = None,
+    raw: bool = False,
+    out: Path | None = None,
+) -> Corpus:
     """The files, folders and glob patterns given, or the default corpus.
 
     Of given files, in the order of their paths, the last tenth of the bytes is held out, 2 MB at
-    most; each file is a document, the one that the cut falls into becomes two.
+    most; each file is a document, the one that the cut falls into becomes two. A file counts once,
+    whatever its names; hidden files and folders, folders of runs, virtual environments and `out`
+    are left out where a folder is walked. gzip, bzip2 and xz files are decompressed, members of zip
+    and tar archives are documents of their own, .npy files of uint8 are read, each in memory, 4 GiB
+    at most; other containers are refused.
+
+    Args:
+        paths: None is the default corpus.
+        text_key: the field of each line of .jsonl, .ndjson and .json files that is a document.
+        raw: every file as it is, whatever it holds.
+        out: the folder of the run that will be trained.
 
     Raises:
-        ValueError: where a path matches no file, or all files are empty.
+        ValueError: where a path matches no file, all files are empty, or a file is a container that
+            is not read, or a damaged one.
         OSError: where a file cannot be read.
     """
+    if isinstance(paths, str):
+        raise ValueError(f"data: expected a list of paths, got {paths!r}")
     if not paths:
+        if raw or text_key is not None:
+            raise ValueError("data: expected paths beside raw or text_key, got none")
         return default_corpus()
-    documents = _read(sorted({file for path in paths for file in _files(path)}))
-    name = " ".join(paths)
+    if raw and text_key is not None:
+        raise ValueError(f"text_key: expected None beside raw, got {text_key!r}")
+    files, left_out = find_files(paths, out=out)
+    reader = Documents(text_key=text_key, raw=raw)
+    documents = list(reader.of(files))
+    name, notes = " ".join(map(str, paths)), (*left_out, *reader.notes())
     if not documents:
-        raise ValueError(f"data: expected at least one byte, got only empty files in {name}")
-    return Corpus(name, *_cut(documents))
+        found = "; ".join((f"only empty files in {name}", *notes))
+        raise ValueError(f"data: expected at least one byte, got {found}")
+    return Corpus(name, *_cut(documents), notes)
 
 
 def default_corpus(root: Path | None = None) -> Corpus:
@@ -125,29 +151,9 @@ def sha256_of(documents: Iterable[bytes | memoryview]) -> str:
     return digest.hexdigest()
 
 
-def _files(path: str) -> list[Path]:
-    if Path(path).is_dir():
-        found = [file for file in Path(path).rglob("*") if file.is_file()]
-    elif Path(path).exists():
-        found = [Path(path)]
-    else:
-        found = [Path(name) for name in glob.glob(path, recursive=True) if Path(name).is_file()]
-    if not found:
-        raise ValueError(f"data: expected a file, a folder with files or a glob, got {path!r}")
-    return found
-
-
-def _read(files: Iterable[Path]) -> list[bytes | memoryview]:
-    sizes = {file: file.stat().st_size for file in files}
-    large = [file for file, size in sizes.items() if size >= LEAST_MAPPED]
-    mapped = set(sorted(large, key=lambda file: -sizes[file])[:MOST_MAPPED])
-    documents = (_map(file) if file in mapped else file.read_bytes() for file in sizes)
-    return [document for document in documents if document]
-
-
-def _map(file: Path) -> memoryview:
-    with file.open("rb") as opened:
-        return memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ))
+def _read(paths: Iterable[Path]) -> list[bytes | memoryview]:
+    files = [CorpusFile([path], path.stat().st_size) for path in paths]
+    return [content for _, content in contents(files) if content]
 
 
 def _cut(documents: list[bytes | memoryview]) -> tuple[list[bytes | memoryview], list[bytes]]:

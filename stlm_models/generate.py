@@ -52,7 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-k", type=int)
     parser.add_argument("--top-p", type=float)
     parser.add_argument("--seed", type=int, help="same seed, same text")
-    parser.add_argument("--stop", action="append", default=[], help="end before it; repeatable")
+    parser.add_argument(
+        "--stop", nargs="+", action="extend", default=[], metavar="TEXT", help="end before any"
+    )
     return parser
 
 

@@ -193,7 +193,7 @@ def _prepare(arguments: argparse.Namespace, ranks: Ranks) -> tuple[Trainer, Path
             raise ValueError(f"out: expected a folder without a run, got {run}; add --resume")
         config = preset(arguments.preset or "demo")
         options = _options(arguments, {"precision": _precision(arguments.precision, ranks)})
-        trainer = Trainer(config, _corpus(arguments, ranks), options, ranks)
+        trainer = Trainer(config, _corpus(arguments, run, ranks), options, ranks)
     return trainer, run
 
 
@@ -238,7 +238,8 @@ def _resumed(arguments: argparse.Namespace, run: Path, ranks: Ranks) -> Trainer:
             raise ValueError(f"{name}: expected {saved[name]} as the run began with, got {given}")
     if ranks.is_first:
         print(f"precision: {saved['precision']}, as the run began with", file=sys.stderr)
-    return Trainer.resume(checkpoint, _corpus(arguments, ranks), _options(arguments, saved), ranks)
+    corpus = _corpus(arguments, run, ranks)
+    return Trainer.resume(checkpoint, corpus, _options(arguments, saved), ranks)
 
 
 def _options(arguments: argparse.Namespace, base: dict[str, Any]) -> TrainOptions:
@@ -253,8 +254,8 @@ def _options(arguments: argparse.Namespace, base: dict[str, Any]) -> TrainOption
     return TrainOptions(**{**base, **given})
 
 
-def _corpus(arguments: argparse.Namespace, ranks: Ranks) -> Corpus:
-    corpus = load_corpus(arguments.data)
+def _corpus(arguments: argparse.Namespace, run: Path, ranks: Ranks) -> Corpus:
+    corpus = load_corpus(arguments.data, text_key=arguments.text_key, raw=arguments.raw, out=run)
     if ranks.is_first:
         note(f"corpus: {corpus.name}", *corpus.describe())
     return corpus
@@ -324,7 +325,15 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--preset", help="shape of the model (default: demo, or the checkpoint's)")
     add("--out", type=Path, help="run folder (default: a new one under runs/)")
-    add("--data", nargs="+", metavar="PATH", help="files, folders or globs (default: the stdlib)")
+    add(
+        "--data",
+        nargs="+",
+        action="extend",
+        metavar="PATH",
+        help="files, folders or globs (default: the stdlib)",
+    )
+    add("--text-key", metavar="KEY", help="field of each line of .jsonl files that is a document")
+    add("--raw", action="store_true", help="take the bytes of every file as they are")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--minutes", type=float, help="time budget (default: 10)")

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from stlm_models import data
+from stlm_models import documents as reading
 from stlm_models.config import DOCUMENT_START
 from stlm_models.data import DocumentStream, TrainingWindows, default_corpus, load_corpus
 
@@ -90,8 +91,8 @@ class TestLargeFiles:
         texts = [bytes([n]) * (90 + n) for n in range(1, 12)]
         write(tmp_path, {f"{n:02}": text for n, text in enumerate(texts)})
         in_memory = load_corpus([str(tmp_path)])
-        monkeypatch.setattr(data, "LEAST_MAPPED", 95)
-        monkeypatch.setattr(data, "MOST_MAPPED", 5)
+        monkeypatch.setattr(reading, "LEAST_MAPPED", 95)
+        monkeypatch.setattr(reading, "MOST_MAPPED", 5)
         corpus = load_corpus([str(tmp_path)])
         kinds = [type(document) for document in corpus.train]
         assert kinds == [bytes] * 6 + [memoryview] * 4  # what is held out is read

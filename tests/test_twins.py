@@ -152,7 +152,7 @@ def test_rows_of_words_hold_as_many_bytes() -> None:
 
 
 def test_rates_to_try(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(twins, "load_corpus", lambda data: CORPUS)
+    monkeypatch.setattr(twins, "load_corpus", lambda data, **_: CORPUS)
     words = ["--rates", "0.02/0.004", "0.1/1", "--precision", "fp32"]
     _, found = twins.contenders_of(twins._parser().parse_args(words))
     rates = [(each.trainer.options.muon_lr, each.trainer.options.adamw_lr) for each in found]
@@ -181,7 +181,9 @@ def test_wrong_arguments(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(twins, "load_corpus", lambda data: load_corpus(data) if data else CORPUS)
+    monkeypatch.setattr(
+        twins, "load_corpus", lambda data, **_: load_corpus(data) if data else CORPUS
+    )
     with pytest.raises(SystemExit):
         twins.main([*arguments, "--precision", "fp32", "--commit", "abc"])
     assert message in capsys.readouterr().err
