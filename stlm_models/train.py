@@ -207,7 +207,7 @@ def _precision(wanted: str | None, ranks: Ranks) -> str:
         if any_fp32 and chosen.name != "fp32":
             chosen = Precision("fp32", "the device of another process does not multiply in bf16")
     if ranks.is_first:
-        print(f"precision: {chosen.name}, {chosen.reason}", file=sys.stderr)
+        note(f"precision: {chosen.name}, {chosen.reason}")
     return chosen.name
 
 
@@ -237,7 +237,7 @@ def _resumed(arguments: argparse.Namespace, run: Path, ranks: Ranks) -> Trainer:
         if given is not None and given != saved[name]:
             raise ValueError(f"{name}: expected {saved[name]} as the run began with, got {given}")
     if ranks.is_first:
-        print(f"precision: {saved['precision']}, as the run began with", file=sys.stderr)
+        note(f"precision: {saved['precision']}, as the run began with")
     corpus = _corpus(arguments, run, ranks)
     return Trainer.resume(checkpoint, corpus, _options(arguments, saved), ranks)
 

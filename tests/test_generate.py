@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from stlm_models import STLM
 from stlm_models.config import DOCUMENT_START
 from stlm_models.decoding import fit_context
-from stlm_models.generate import main
+from stlm_models.generate import _parser, main
 from stlm_models.layers import TiedEmbedding
 
 
@@ -242,3 +242,10 @@ def test_command_refuses_a_folder_without_a_run(
     error = capsys.readouterr().err
     assert error.startswith("error: checkpoint: expected one in")
     assert error.count("\n") == 1
+
+
+def test_flags_for_stops_add_up() -> None:
+    common = ["--run", "run"]
+    given = _parser().parse_args([*common, "--stop", "a", "b", "--stop", "c", "--stop=-d"])
+    assert given.stop == ["a", "b", "c", "-d"]
+    assert _parser().parse_args(common).stop == []

@@ -225,6 +225,41 @@ class TestResume:
         assert not (tmp_path / "none").exists()
 
 
+class TestData:
+    def test_of_a_folder_that_holds_its_runs(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What a run writes, and another before it, is not what it trains on when it goes on."""
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "text.txt").write_bytes(WORDS)
+        (tmp_path / ".git").mkdir()
+        common = ("--data", ".", "--precision", "fp32", "--rows", 1)
+        assert train(*common, "--out", "runs/a", "--steps", 1) == 0
+        (tmp_path / "runs/b").mkdir()
+        (tmp_path / "runs/b/log").write_bytes(b"of a shell")
+        assert train(*common, "--out", "runs/b", "--steps", 1) == 0
+        capsys.readouterr()
+        assert train(*common, "--out", "runs/b", "--steps", 2, "--resume") == 0
+        said = capsys.readouterr().err.splitlines()
+        assert f"train: 1 documents, {len(WORDS) * 9 // 10:,} bytes" in "\n".join(said)
+        assert "left out: 1 hidden folder, .git" in said
+        assert "left out: 1 folder of a run, runs/a" in said
+        assert "left out: 1 output folder, runs/b" in said
+
+    def test_paths_of_all_flags_and_fields_of_lines(
+        self, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        lines = tmp_path / "a.jsonl"
+        lines.write_text(json.dumps({"text": "x" * 500}) + "\n" + json.dumps({"text": "y" * 500}))
+        (tmp_path / "b").write_bytes(b"b" * 1000)
+        data = ("--data", tmp_path / "b", lines, "--data", text, "--text-key", "text")
+        assert train(*data, "--out", tmp_path / "run", "--rows", 1, "--steps", 1) == 0
+        said = capsys.readouterr().err
+        n_bytes = (2000 + len(WORDS)) * 9 // 10
+        assert f"train: 4 documents, {n_bytes:,} bytes" in said
+        assert f"JSON lines, of each the field 'text' taken: 1 file, {lines}" in said
+
+
 class TestBadInput:
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -232,6 +267,10 @@ class TestBadInput:
             (["--data", "{tmp}/none"], "data: expected a file, a folder with files or a glob"),
             (["--data", "{tmp}/empty"], "data: expected at least one byte"),
             (["--data", "{tmp}/short"], "data: expected at least one window of 64 bytes"),
+            (["--data", "{tmp}/short", "--data", "{tmp}/table"], "table is a Parquet file, which"),
+            (["--data", "{tmp}/short", "--text-key", "x"], "text_key: expected a file of JSON"),
+            (["--text-key", "x", "--raw"], "text_key: expected None beside raw, got 'x'"),
+            (["--data", "{tmp}/a.jsonl", "--text-key", "y"], "a.jsonl, line 1: expected text in a"),
             (["--preset", "huge"], "preset: expected one of"),
             (["--steps", "0"], "steps: expected more than 0"),
             (["--minutes", "-1"], "minutes: expected more than 0"),
@@ -248,6 +287,8 @@ class TestBadInput:
     ) -> None:
         (tmp_path / "empty").write_bytes(b"")
         (tmp_path / "short").write_bytes(b"x" * 50)
+        (tmp_path / "table").write_bytes(b"PAR1" + bytes(50))
+        (tmp_path / "a.jsonl").write_bytes(b'{"x": "text"}')
         given = [argument.format(tmp=tmp_path) for argument in arguments]
         base = [] if "--data" in arguments else ["--data", text]
         assert train("--out", tmp_path / "run", *base, *given) == 1
