@@ -190,7 +190,7 @@ def test_benchmarks_follow_the_same_rule(
     monkeypatch.setattr(bench, "faster_precision", rule)
     for name in {"Trainer", "measure"} & vars(bench).keys():
         monkeypatch.setattr(bench, name, too_late)
-    monkeypatch.setattr(bench, "load_corpus", lambda _: Corpus("text", [WORDS], [WORDS]))
+    monkeypatch.setattr(bench, "load_corpus", lambda _, **options: Corpus("text", [WORDS], [WORDS]))
     for name in ("Cpu", "Gpu"):
         monkeypatch.setattr(f"bench.timing.{name}.ceilings", lambda _: CEILINGS)
     with pytest.raises(Asked):
