@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -28,7 +30,8 @@ def _linear_cross_entropy(**inputs: Any) -> Tensor:
     return F.cross_entropy(_logits(inputs), inputs["target"].long(), reduction=inputs["reduction"])
 
 
-def _torch_linear_cross_entropy(**inputs: Any) -> Tensor:
+def _torch_linear_cross_entropy(chunked: bool, **inputs: Any) -> Tensor:
+    """Without options torch takes its reference, which forms and keeps all logits."""
     fused = F.linear_cross_entropy  # type: ignore[attr-defined]
     return fused(
         inputs["input"],
@@ -36,12 +39,13 @@ def _torch_linear_cross_entropy(**inputs: Any) -> Tensor:
         inputs["target"].long(),
         linear_bias=inputs.get("linear_bias"),
         reduction=inputs["reduction"],
+        options=torch.nn.LinearCrossEntropyOptions() if chunked else None,  # type: ignore[attr-defined]
     )
 
 
 def _has_torch_linear_cross_entropy(case: Case) -> str | None:
-    if not hasattr(F, "linear_cross_entropy"):
-        return "this torch has no F.linear_cross_entropy"
+    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        return "this torch has no F.linear_cross_entropy with options"
     return _plain_head(case)
 
 
@@ -67,10 +71,13 @@ PEERS: dict[str, tuple[Entry, ...]] = {
     "linear_logprobs": (_LINEAR_LOGP, compiled(_LINEAR_LOGP)),
     "linear_cross_entropy": (
         _LINEAR_CE,
-        Entry(
-            "F.linear_cross_entropy",
-            _torch_linear_cross_entropy,
-            unsupported=_has_torch_linear_cross_entropy,
+        *(
+            Entry(
+                f"F.linear_cross_entropy, {name}",
+                partial(_torch_linear_cross_entropy, chunked),
+                unsupported=_has_torch_linear_cross_entropy,
+            )
+            for name, chunked in (("unfused", False), ("chunked", True))
         ),
         *LOSSES,
         compiled(_LINEAR_CE),

@@ -17,38 +17,53 @@ from .entry import Entry
 
 
 @functools.cache  # called within what is timed
+def _found(module: str, name: str) -> tuple[Any, str | None]:
+    """A function of another library, or None and the reason."""
+    library = module.split(".", 1)[0]
+    if importlib.util.find_spec(library) is None:
+        return None, f"no {library} is installed"
+    try:
+        return getattr(importlib.import_module(module), name), None
+    except AttributeError:
+        return None, f"{module} has no {name}"
+    except Exception as error:  # a library may raise anything where it lacks something
+        return None, f"{library} is installed, but {module} does not import: {error}"
+
+
 def function_of(module: str, name: str) -> Any:
     """A function of another library, or None where this machine has none."""
-    if importlib.util.find_spec(module.split(".", 1)[0]) is None:
-        return None
-    try:
-        return getattr(importlib.import_module(module), name, None)
-    except ImportError:
-        return None
+    return _found(module, name)[0]
+
+
+def why_missing(module: str, name: str) -> str | None:
+    """Why `function_of` gives None, or None where it does not."""
+    return _found(module, name)[1]
 
 
 def on_gpu(case: Case) -> str | None:
     return None if torch.cuda.is_available() else "it needs a CUDA device"
 
 
-def _reason(found: Callable[[], Any], library: str) -> Callable[[Case], str | None]:
+def _reason(module: str, name: str) -> Callable[[Case], str | None]:
     def unsupported(case: Case) -> str | None:
         special = {"bias", "cap", "valid", "smoothing", "z", "scale"} & set(case.sizes)
         if special:
             return f"it is not asked for {' and '.join(sorted(special))}"
-        return on_gpu(case) or (None if found() else f"no {library} is installed")
+        return why_missing(module, name) or on_gpu(case)
 
     return unsupported
 
 
-def _liger_function() -> Any:
-    module = "liger_kernel.ops.fused_linear_cross_entropy"
-    return function_of(module, "LigerFusedLinearCrossEntropyFunction")
+_LIGER = (
+    "liger_kernel.ops.fused_linear_cross_entropy",
+    "LigerFusedLinearCrossEntropyFunction",
+)
+_CCE = ("cut_cross_entropy", "linear_cross_entropy")
 
 
 def _liger(**inputs: Any) -> Tensor:
     """Its autograd function: what stands around it needs another library."""
-    loss: Tensor = _liger_function().apply(
+    loss: Tensor = function_of(*_LIGER).apply(
         inputs["input"],
         inputs["linear_weight"],
         inputs["target"],
@@ -62,25 +77,21 @@ def _liger(**inputs: Any) -> Tensor:
     return loss
 
 
-def _cce_function() -> Any:
-    return function_of("cut_cross_entropy", "linear_cross_entropy")
-
-
 def _cce(**inputs: Any) -> Tensor:
     """Without its filter of small gradients; every release knows these arguments."""
     operands = inputs["input"], inputs["linear_weight"], inputs["target"]
-    loss: Tensor = _cce_function()(
+    loss: Tensor = function_of(*_CCE)(
         *operands, reduction=inputs["reduction"], filter_eps=None, impl="cce"
     )
     return loss
 
 
 LOSSES = (
-    Entry("Liger", _liger, unsupported=_reason(_liger_function, "liger_kernel")),
+    Entry("Liger", _liger, unsupported=_reason(*_LIGER)),
     Entry(
         "CCE, exact",
         _cce,
-        unsupported=_reason(_cce_function, "cut_cross_entropy"),
+        unsupported=_reason(*_CCE),
         loose_gradients="it adds up the table's gradient in 16 bits",
     ),
 )

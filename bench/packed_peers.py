@@ -15,34 +15,29 @@ from torch import Tensor
 from stlm_kernels._spec import Case, Inputs
 
 from .entry import Entry, lengths_of
-from .others import function_of, on_gpu
+from .others import function_of, on_gpu, why_missing
 
-
-def _function(module: str, name: str) -> Any:
-    """The peer's function, or None where this machine has none with a window."""
-    found = function_of(module, name)
-    return found if found and "window_size" in inspect.signature(found).parameters else None
+_VARLEN = ("torch.nn.attention.varlen", "varlen_attn")
+_FLA = ("fla.ops.attn", "parallel_attn")
 
 
 @functools.cache  # called within what is timed
-def _varlen_function() -> Any:
-    return _function("torch.nn.attention.varlen", "varlen_attn")
+def _takes(module: str, name: str, argument: str) -> bool:
+    return argument in inspect.signature(function_of(module, name)).parameters
 
 
-@functools.cache
-def _asks_for_groups() -> bool:
-    return "enable_gqa" in inspect.signature(_varlen_function()).parameters
-
-
-@functools.cache
-def _fla_function() -> Any:
-    return _function("fla.ops.attn", "parallel_attn")
+def _why_not(module: str, name: str) -> str | None:
+    """Why this machine has no such function with a window, or None."""
+    missing = why_missing(module, name)
+    if missing is None and not _takes(module, name, "window_size"):
+        missing = f"this {name} has no window"
+    return missing
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, **options: Any) -> Tensor:
     shape = q.shape
     q, k, v = (x.flatten(0, -3) for x in (q, k, v))
-    out: Tensor = _varlen_function()(q, k, v, cu, cu, longest, longest, **options)
+    out: Tensor = function_of(*_VARLEN)(q, k, v, cu, cu, longest, longest, **options)
     return out.view(shape)
 
 
@@ -52,7 +47,11 @@ def _varlen_inputs(inputs: Inputs) -> Inputs:
         rows = q.shape[:-2].numel()
         cu = torch.arange(0, rows + 1, q.shape[-3], dtype=torch.int32, device=q.device)
     # A torch that does not ask whether heads are grouped takes them as they come.
-    grouped = {"enable_gqa": q.shape[-2] != inputs["k"].shape[-2]} if _asks_for_groups() else {}
+    grouped = (
+        {"enable_gqa": q.shape[-2] != inputs["k"].shape[-2]}
+        if _takes(*_VARLEN, "enable_gqa")
+        else {}
+    )
     return {name: inputs[name] for name in ("q", "k", "v", "scale")} | {
         "cu": cu,
         "longest": max(lengths_of(cu), default=0),
@@ -62,8 +61,7 @@ def _varlen_inputs(inputs: Inputs) -> Inputs:
 
 
 def _varlen_reason(case: Case) -> str | None:
-    missing = None if _varlen_function() else "this torch has no varlen_attn with a window"
-    return on_gpu(case) or missing
+    return _why_not(*_VARLEN) or on_gpu(case)
 
 
 def _patch_inputs(inputs: Inputs) -> Inputs:
@@ -74,7 +72,9 @@ def _patch_inputs(inputs: Inputs) -> Inputs:
 
 
 def _fla(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    out: Tensor = _fla_function()(*(x if x.dim() == 4 else x[None] for x in (q, k, v)), **options)
+    out: Tensor = function_of(*_FLA)(
+        *(x if x.dim() == 4 else x[None] for x in (q, k, v)), **options
+    )
     return out.view(q.shape)
 
 
@@ -88,8 +88,7 @@ def _fla_inputs(inputs: Inputs) -> Inputs:
 
 
 def _fla_reason(case: Case) -> str | None:
-    missing = None if _fla_function() else "no flash-linear-attention with a window is installed"
-    return on_gpu(case) or missing
+    return _why_not(*_FLA) or on_gpu(case)
 
 
 VARLEN = Entry("varlen_attn", _varlen, _varlen_inputs, _varlen_reason)

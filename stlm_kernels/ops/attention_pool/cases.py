@@ -49,6 +49,7 @@ CASES = (
         case("bench_cpu", T=16_384, P=2731, H=8, KV=8, K=16, query=query, borders="ragged")
         for query in ("shared", "own")
     ),
+    case("bench_cpu", T=8192, P=942, H=8, KV=8, K=16, query="shared", borders="words"),
 )
 
 

@@ -45,7 +45,7 @@ CASES = (
     ),
     *(
         case(
-            "bench_full",
+            "bench" if (text, width) == ("english", 128) else "bench_full",
             T=MILLION,
             P=120_646,
             V=256,
@@ -66,6 +66,10 @@ CASES = (
             ("mean", "uniform"),
             ("mean", "equal"),
         )
+    ),
+    *(
+        case("bench_cpu", T=65_536, P=7536, V=256, D=128, mode=mode, borders="words", text=text)
+        for mode, text in (("mean", "english"), ("sum", "english"), ("mean", "code"))
     ),
     case("bench_cpu", T=8192, P=942, V=320, D=512, mode="mean", borders="words", text="english"),
 )

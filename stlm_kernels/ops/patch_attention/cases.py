@@ -42,12 +42,17 @@ CASES = (
         for width in (16, 32)
         for causal in (0, 1)
     ),
+    case("bench_full", T=262_144, P=30_161, H=8, KV=8, K=32, borders="words"),
     case("bench_full", T=262_144, P=43_691, H=8, KV=8, K=64, borders="ragged"),
     case("bench_full", T=262_144, P=16_384, H=8, KV=8, K=32, borders="even"),
     case("bench_full", T=65_536, P=8, H=8, KV=2, K=64, borders="ragged", causal=1),
     *(
         case("bench_cpu", T=total, P=total // 12, H=8, KV=8, K=16, borders=borders)
         for total, borders in ((12_288, "even"), (4096, "ragged"))  # its peers pad: slow
+    ),
+    *(
+        case("bench_cpu", T=8192, P=942, H=8, KV=8, K=16, borders="words", causal=causal)
+        for causal in (0, 1)
     ),
 )
 

@@ -40,7 +40,10 @@ CASES = (
         for mode in ("mean", "max")
     ),
     *(case("bench_cpu", T=65_536, P=10_923, D=128, mode=mode, borders="ragged") for mode in MODES),
-    case("bench_cpu", T=8192, P=942, D=256, mode="mean", borders="words"),
+    *(
+        case("bench_cpu", T=8192, P=942, D=256, mode=mode, borders="words")
+        for mode in ("mean", "max")
+    ),
 )
 
 
