@@ -32,6 +32,7 @@ class CachedRun:
         windows: the ids of each row, at least one in each; rows may differ in length.
     """
 
+    @torch.inference_mode(False)  # or a run could go on only in the mode that it began in
     @torch.no_grad()
     def __init__(self, model: STLM, windows: Sequence[list[int]]) -> None:
         self.model, self.device = model, model.embedding.weight.device
@@ -40,12 +41,14 @@ class CachedRun:
         self.hidden = self._rows.start(self._index(range(batch)), *_packed(windows, self.device))
         """(B, D) the states before the output projection."""
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def restart(self, rows: Sequence[int], windows: Sequence[list[int]]) -> None:
         """Put these ids in place of all that these rows have seen; the others stay."""
         index = self._index(rows)
         self.hidden[index] = self._rows.start(index, *_packed(windows, self.device))
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def step(self, byte_ids: Tensor, rows: Sequence[int]) -> None:
         """Show one more id, of (B,), to each of these rows (ascending).

@@ -14,6 +14,7 @@ from stlm_kernels import linear_sample
 
 from .cached import CachedRun
 from .config import BYTES, DOCUMENT_START
+from .modes import inference
 
 if TYPE_CHECKING:
     from .model import STLM
@@ -45,10 +46,12 @@ def generate(
         max_new_bytes: how many at most.
         temperature, top_k, top_p: see `stlm_kernels.linear_sample`; special ids are never drawn.
         seed: same seed, same bytes; None draws one from torch's generator.
-        stop: end before the first of these; the result does not contain it.
+        stop: end with the first byte that completes one of these, in whatever order they are; the
+            result goes up to its beginning, that of the longest where one byte completes several.
 
     Raises:
         ValueError: for an argument out of range.
+        FloatingPointError: where the logits of a byte are NaN, +inf, or all -inf.
     """
     return generate_batch(
         model,
@@ -100,7 +103,8 @@ def stream(
     """`generate` as text, piece by piece, never with half a character.
 
     What is not UTF-8 comes as the replacement character. What may turn out to be the beginning of
-    a stop is held back until it is not.
+    a stop is held back until it is not. Between two pieces the model is in the mode that the
+    caller has it in; its parameters must not change before the last.
     """
     settings = _Sampling(temperature, top_k, top_p, seed)
     row = _Row.start(prompt, _stops(stop))
@@ -167,11 +171,10 @@ class _Row:
     def append(self, byte: int) -> None:
         self.window.append(byte)
         self.text.append(byte)
-        for stop in self.stops:
-            if self.text.endswith(stop):
-                del self.text[-len(stop) :]
-                self.done = True
-                return
+        ended = max((len(stop) for stop in self.stops if self.text.endswith(stop)), default=0)
+        if ended:
+            del self.text[-ended:]
+            self.done = True
 
     def held_back(self) -> int:
         """How many bytes at the end may be the beginning of a stop."""
@@ -195,7 +198,7 @@ def _stops(stop: Stop) -> list[bytes]:
     stops = [] if stop is None else [stop] if isinstance(stop, bytes) else stop
     if not isinstance(stops, list) or not all(isinstance(s, bytes) and s for s in stops):
         raise ValueError(f"stop: expected None, bytes or a list of them, none empty, got {stop!r}")
-    return stops
+    return list(stops)  # the caller's own may change while a stream is read
 
 
 def check_writes_bytes(model: STLM) -> None:
@@ -232,25 +235,38 @@ def _run_steps(
     """Add a byte to every row that is not done, again and again."""
     if not rows or max_new_bytes == 0:
         return
-    training = model.training
-    model.eval()
-    try:
+    with inference(model):
         for row in rows:
             row.window = fit_context(model, row.window)
         run = CachedRun(model, [row.window for row in rows])
-        for step in range(max_new_bytes):
+    # Between two steps the caller goes on with the model: nothing may be in force there.
+    for step in range(max_new_bytes):
+        with inference(model):
             # Finished rows stay in, so that the noise of the others does not depend on them.
             ids = model.embedding.sample(run.hidden, **settings.at_step(step, base))
-            for row, byte in zip(rows, ids.tolist(), strict=True):
-                if not row.done:
-                    row.append(byte)
-            yield
-            if all(row.done for row in rows) or step == max_new_bytes - 1:
-                return
-            active = [i for i, row in enumerate(rows) if not row.done]
+            drawn = _checked_ids(model, run, rows, ids)
+        for row, byte in zip(rows, drawn, strict=True):
+            if not row.done:
+                row.append(byte)
+        yield
+        if all(row.done for row in rows) or step == max_new_bytes - 1:
+            return
+        active = [i for i, row in enumerate(rows) if not row.done]
+        with inference(model):
             advance(run, [row.window for row in rows], ids, active)
-    finally:
-        model.train(training)
+
+
+def _checked_ids(model: STLM, run: CachedRun, rows: Sequence[_Row], ids: Tensor) -> list[int]:
+    """The ids (B,) on the host, or a FloatingPointError where they were drawn from no numbers."""
+    peaks = model.embedding.logits(run.hidden, valid_vocab=BYTES).amax(-1)  # NaN where one is
+    drawn: list[int] = ids.masked_fill(~peaks.isfinite(), -1).tolist()  # waits once for both
+    for i, row in enumerate(rows):
+        if drawn[i] < 0 and not row.done:
+            raise FloatingPointError(
+                f"logits: expected numbers to draw from, got a maximum of {float(peaks[i])} for"
+                f" prompt {i} after {len(row.text)} bytes: check the model's parameters"
+            )
+    return drawn
 
 
 def advance(

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from .config import DOCUMENT_START, IGNORED
+from .modes import eval_mode
 
 if TYPE_CHECKING:
     from .model import STLM
@@ -61,13 +62,9 @@ def bits_per_byte(
     ids = (_ids(document, vocabulary) for document in documents)
     windows = (window for document in ids for window in _windows(document, context, stride))
     nats = 0.0
-    was_training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         for batch in _batches(windows):
             nats += _nats(model, batch)
-    finally:
-        model.train(was_training)
     return nats / (math.log(2) * n_bytes)
 
 

@@ -21,6 +21,7 @@ from .arithmetic import TOTAL_BITS
 from .cached import CachedRun
 from .config import BYTES, DOCUMENT_START
 from .decoding import advance, check_writes_bytes
+from .modes import eval_mode
 
 if TYPE_CHECKING:
     from .model import STLM
@@ -89,12 +90,13 @@ def cumulative_shares(logits: Tensor) -> NDArray[np.int64]:
 @contextmanager
 def reproducible(model: STLM) -> Iterator[None]:
     """Eval mode, no autocast, and one thread: several may sum a product in another order."""
-    training, threads_before = model.training, torch.get_num_threads()
-    model.eval()
+    threads_before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with torch.autocast(model.embedding.weight.device.type, enabled=False):
+        with (
+            eval_mode(model),
+            torch.autocast(model.embedding.weight.device.type, enabled=False),
+        ):
             yield
     finally:
         torch.set_num_threads(threads_before)
-        model.train(training)
