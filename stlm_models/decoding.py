@@ -262,11 +262,16 @@ def _checked_ids(model: STLM, run: CachedRun, rows: Sequence[_Row], ids: Tensor)
     drawn: list[int] = ids.masked_fill(~peaks.isfinite(), -1).tolist()  # waits once for both
     for i, row in enumerate(rows):
         if drawn[i] < 0 and not row.done:
-            raise FloatingPointError(
-                f"logits: expected numbers to draw from, got a maximum of {float(peaks[i])} for"
-                f" prompt {i} after {len(row.text)} bytes: check the model's parameters"
-            )
+            raise lost_logits(peaks[i], f"prompt {i} after {len(row.text)} bytes")
     return drawn
+
+
+def lost_logits(peak: Tensor, place: str) -> FloatingPointError:
+    """The error of logits to draw from whose maximum, 0-d, is no number."""
+    return FloatingPointError(
+        f"logits: expected numbers to draw from, got a maximum of {float(peak)} for {place}:"
+        " check the model's parameters"
+    )
 
 
 def advance(

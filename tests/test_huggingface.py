@@ -17,6 +17,7 @@ from stlm_models.huggingface import (  # noqa: E402
     ByteTokenizer,
     STLMForCausalLM,
     STLMHFConfig,
+    modeling_stlm,
 )
 
 PROMPTS = ["ab c", "Zoë and a longer prompt", ""]
@@ -218,3 +219,47 @@ def test_trainer_accumulates_what_one_batch_gives(
     for name, tensor in moved[0].items():
         torch.testing.assert_close(tensor, moved[1][name], rtol=1e-4, atol=1e-6)
     assert not torch.equal(moved[0]["to_core.weight"], stlm.to_core.weight)
+
+
+class TestGenerationState:
+    @pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"num_beams": 2}])
+    @pytest.mark.parametrize("use_cache", [True, False])
+    def test_lost_logits_are_an_error(
+        self,
+        model: STLMForCausalLM,
+        tokenizer: ByteTokenizer,
+        options: dict[str, object],
+        use_cache: bool,
+    ) -> None:
+        inputs = tokenizer("ab", return_tensors="pt")
+        with torch.no_grad():
+            model.stlm.to_output.weight[0, 0] = float("nan")
+        with pytest.raises(
+            FloatingPointError, match=r"logits: expected numbers .* of nan for row 0"
+        ):
+            model.generate(**inputs, max_new_tokens=2, use_cache=use_cache, **options)
+
+    def test_modes_and_lists_stay(self, model: STLMForCausalLM, tokenizer: ByteTokenizer) -> None:
+        inputs = tokenizer("ab", return_tensors="pt")
+        suppressed = [65, 66]
+        config = transformers.GenerationConfig(max_new_tokens=3, suppress_tokens=suppressed)
+        model.train()
+        model.stlm.core.eval()
+        before = [module.training for module in model.modules()]
+        own = list(model.generation_config.suppress_tokens)
+        model.generate(**inputs, generation_config=config)
+        model.generate(**inputs, max_new_tokens=2, suppress_tokens=suppressed)
+        assert [module.training for module in model.modules()] == before
+        assert suppressed == [65, 66] == config.suppress_tokens
+        assert model.generation_config.suppress_tokens == own
+        assert torch.is_grad_enabled()
+
+    def test_a_cache_of_inference_mode_goes_on_outside(
+        self, model: STLMForCausalLM, tokenizer: ByteTokenizer
+    ) -> None:
+        ids = tokenizer("ab c", return_tensors="pt").input_ids
+        name = modeling_stlm._CACHE
+        with torch.inference_mode():
+            first = model(ids[:, :-1], use_cache=True, logits_to_keep=1)
+        logits = model(ids[:, -1:], logits_to_keep=1, **{name: getattr(first, name)}).logits
+        torch.testing.assert_close(logits[:, -1], model(ids).logits[:, -1], rtol=1e-3, atol=1e-4)

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, LogitsProcessor, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from stlm_models import DOCUMENT_START, STLM
 from stlm_models.cached import CachedRun
 from stlm_models.checkpoint import load_tensors
 from stlm_models.config import BYTES, IGNORED
-from stlm_models.decoding import check_writes_bytes
+from stlm_models.decoding import check_writes_bytes, lost_logits
 
 from .configuration_stlm import STLMHFConfig
 
@@ -193,12 +193,30 @@ class STLMForCausalLM(PreTrainedModel, GenerationMixin):
         mask[:, -1] -= is_start[:, -1] - leading[:, -1]  # right padding, which is refused
         return mask
 
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
+        # Greedy search would take NaN for the largest of all, whatever id it stands at.
+        processors = super()._get_logits_processor(*args, **kwargs)
+        processors.insert(0, _RefuseLostLogits())
+        return processors
+
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # ours is made by the first step
 
     def _init_weights(self, module: torch.nn.Module) -> None:
         """Nothing: an `STLM` initialises itself, and a checkpoint holds every tensor."""
+
+
+class _RefuseLostLogits(LogitsProcessor):
+    """The error that `STLM.generate` raises, in that of transformers."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        peaks = scores.amax(-1)
+        lost = ~peaks.isfinite()
+        if lost.any():
+            row = int(lost.nonzero()[0])
+            raise lost_logits(peaks[row], f"row {row} after {input_ids.shape[1]} ids")
+        return scores
 
 
 class GrowingTexts:
