@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ class ProgressLine:
         """Show how far the run is, 0 to 1."""
         if self._bar is not None:
             self._bar.n = min(1.0, progress)
-            self._bar.set_description_str(text)
+            with suppress(OSError):  # of a terminal that has gone: the run goes on
+                self._bar.set_description_str(text)
         elif time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
             note(f"{progress:4.0%} {text}")
@@ -39,13 +41,15 @@ class ProgressLine:
     def say(self, text: str) -> None:
         """Print a line above the bar."""
         if self._bar is not None:
-            self._bar.write(text, file=sys.stderr)
+            with suppress(OSError):
+                self._bar.write(text, file=sys.stderr)
         else:
             note(text)
 
     def close(self) -> None:
         if self._bar is not None:
-            self._bar.close()
+            with suppress(OSError):
+                self._bar.close()
 
 
 class Metrics:

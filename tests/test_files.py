@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
+import json
 import os
 import threading
 from collections.abc import Callable
@@ -10,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
+import bench.command
+import bench.tune
 import stlm_models.files
 from stlm_models.files import is_stdout, replace_file, require_writable
+from stlm_models.progress import Metrics, draw_loss_curve, read_metrics
 
 NOT_FOR_ROOT = pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 
@@ -67,6 +72,54 @@ class TestNeighbours:
             writer.join()
         assert (tmp_path / "f").read_bytes() in contents
         assert os.listdir(tmp_path) == ["f"]
+
+
+class TestWriters:
+    """What writes files goes through `replace_file`: neighbours and links stay."""
+
+    def test_of_a_run(self, tmp_path: Path) -> None:
+        kept = [".loss.png", ".metrics.jsonl"]
+        for name in kept:
+            (tmp_path / name).write_text("mine")
+        (tmp_path / "elsewhere").write_text("")
+        (tmp_path / "metrics.jsonl").symlink_to("elsewhere")
+        metrics = Metrics(tmp_path)
+        record = {"step": 1, "seconds": 60.0, "bits_per_byte": 2.0}
+        metrics.write(record)
+        draw_loss_curve(tmp_path)
+        Metrics(tmp_path, step=1)
+        assert [(tmp_path / name).read_text() for name in kept] == ["mine"] * 2
+        assert (tmp_path / "metrics.jsonl").is_symlink()
+        assert json.loads((tmp_path / "elsewhere").read_text()) == record
+        assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_metrics_that_go_to_a_device(self, tmp_path: Path) -> None:
+        (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+        with pytest.raises(OSError, match="No space left on device"):
+            Metrics(tmp_path).write({"step": 1})
+        (tmp_path / "metrics.jsonl").unlink()
+        (tmp_path / "metrics.jsonl").symlink_to("/dev/null")
+        Metrics(tmp_path).write({"step": 1})
+        assert read_metrics(tmp_path) == []
+
+    def test_of_benchmarks(self, tmp_path: Path) -> None:
+        (tmp_path / "device.part").write_text("mine")
+        about = dict.fromkeys(("device", "torch", "triton", "commit", "date"), "x")
+        bench.tune.write(tmp_path / "device.json", about, {"key": {"us": 1.0}})
+        bench.tune.write(tmp_path / "device.json", about, {"other": {"us": 2.0}})
+        assert (tmp_path / "device.part").read_text() == "mine"
+        assert bench.tune.entries_of_file(tmp_path / "device.json").keys() == {"key", "other"}
+        assert sorted(os.listdir(tmp_path)) == ["device.json", "device.part"]
+
+    def test_the_place_of_a_result_is_tried_without_a_trace(self, tmp_path: Path) -> None:
+        """It was an empty file, which stayed where the work failed."""
+        parser = argparse.ArgumentParser()
+        path = bench.command.result_path(tmp_path / "new" / "result.json", "name", parser)
+        assert not path.exists()
+        bench.command.write_json(path, {"a": 1})
+        assert json.loads(path.read_text()) == {"a": 1}
+        with pytest.raises(SystemExit):
+            bench.command.result_path(tmp_path, "name", parser)
 
 
 class TestLinks:
