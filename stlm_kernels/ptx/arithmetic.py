@@ -1,0 +1,297 @@
+"""Instructions without memory, lanes or control flow, as functions of arrays of register bits.
+
+Registers hold unsigned integers, predicates bools. `function_of` turns an opcode into a function
+from source arrays to the destination's array; approximations (ex2, lg2, rcp, ...) are computed in
+fp64 and rounded, which is within the error that the PTX ISA allows them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from . import bitwise, conversion, formats
+from .formats import fused_multiply_add, packed, to_single, unpacked, widen
+from .registers import SIGNED, UNSIGNED, Array, bits_of, signed, single, unsigned
+
+Function = Callable[..., Array]
+
+
+def function_of(opcode: str) -> Function | None:
+    """The function of an arithmetic opcode; None where it is of another kind."""
+    name, *modifiers = opcode.split(".")
+    maker = _MAKERS.get(name)
+    return None if maker is None else maker(modifiers)
+
+
+def _floats(modifiers: list[str], function: Function) -> Function | None:
+    """`function` over fp32, fp64 or 16-bit floats, as the last modifier says."""
+    kind = modifiers[-1]
+    if kind in ("f32", "f64"):
+        flushes = "ftz" in modifiers
+
+        def apply(*operands: Array) -> Array:
+            values = [single(x) for x in operands]
+            if flushes:
+                values = [formats.flushed(x) for x in values]
+            result = function(*values)
+            return unsigned(formats.flushed(result) if flushes else result)
+
+        return apply
+    if kind in ("bf16", "f16"):
+        return unpacked(kind, function)
+    if kind in ("bf16x2", "f16x2"):
+        return packed(kind[:-2], function)
+    return None
+
+
+def _integers(modifiers: list[str], function: Function) -> Function | None:
+    kind = modifiers[-1]
+    if kind[0] == "s" and kind[1:].isdecimal():
+        return lambda *operands: unsigned(function(*(signed(x) for x in operands)))
+    if kind[0] in "ub" and kind[1:].isdecimal():
+        return function
+    return None
+
+
+def _either(modifiers: list[str], integer: Function, floating: Function) -> Function | None:
+    return _integers(modifiers, integer) or _floats(modifiers, floating)
+
+
+def _add(modifiers: list[str]) -> Function | None:
+    return None if _is_unusual(modifiers) else _either(modifiers, np.add, np.add)
+
+
+def _sub(modifiers: list[str]) -> Function | None:
+    return None if _is_unusual(modifiers) else _either(modifiers, np.subtract, np.subtract)
+
+
+def _is_unusual(modifiers: list[str]) -> bool:
+    """Saturation, or a rounding other than to nearest, which triton does not write here."""
+    return bool({"sat", "rz", "rm", "rp"} & set(modifiers))
+
+
+def _mul(modifiers: list[str]) -> Function | None:
+    if modifiers[0] == "wide":
+        return _wide_product(modifiers[-1])
+    if modifiers[0] == "hi":
+        return _high_product(modifiers[-1])
+    if _is_unusual(modifiers):
+        return None
+    return _either(modifiers, np.multiply, np.multiply)
+
+
+def _wide_product(kind: str) -> Function:
+    view, types = (signed, SIGNED) if kind[0] == "s" else (unsigned, UNSIGNED)
+    wide = types[2 * bits_of(kind)]
+    return lambda a, b: unsigned(view(a).astype(wide) * view(b).astype(wide))
+
+
+def _high_product(kind: str) -> Function:
+    bits = bits_of(kind)
+    if bits < 64:
+        product = _wide_product(kind)
+        return lambda a, b: (product(a, b) >> UNSIGNED[2 * bits](bits)).astype(UNSIGNED[bits])
+
+    def apply(a: Array, b: Array) -> Array:
+        mask, half = np.uint64(0xFFFFFFFF), np.uint64(32)
+        low_a, high_a, low_b, high_b = a & mask, a >> half, b & mask, b >> half
+        middle = high_a * low_b + ((low_a * low_b) >> half)
+        other = low_a * high_b + (middle & mask)
+        high = high_a * high_b + (middle >> half) + (other >> half)
+        if kind[0] == "s":
+            high = high - np.where(signed(a) < 0, b, np.uint64(0))
+            high = high - np.where(signed(b) < 0, a, np.uint64(0))
+        return high
+
+    return apply
+
+
+def _mad(modifiers: list[str]) -> Function | None:
+    product = _mul(modifiers)
+    if product is None or modifiers[-1][0] == "f":
+        return None
+    return lambda a, b, c: product(a, b) + c
+
+
+def _fma(modifiers: list[str]) -> Function | None:
+    if _is_unusual(modifiers) or "relu" in modifiers:
+        return None
+    if modifiers[-1] == "f32":
+        return _floats(modifiers, fused_multiply_add)
+    if modifiers[-1] == "f64":
+        return None
+    # fp64 holds products of 16-bit floats exactly, and their sums well beyond a second rounding.
+    return _floats(modifiers, lambda a, b, c: a * b + c)
+
+
+def _div(modifiers: list[str]) -> Function | None:
+    if _is_unusual(modifiers):
+        return None
+    return _either(modifiers, _truncated_quotient, np.divide)
+
+
+def _truncated_quotient(a: Array, b: Array) -> Array:
+    b = np.where(b == 0, b.dtype.type(1), b)  # the result of a division by zero is unspecified
+    if a.dtype.kind == "u":
+        return a // b
+    quotient = np.abs(a) // np.abs(b)
+    return np.where((a < 0) != (b < 0), -quotient, quotient)
+
+
+def _rem(modifiers: list[str]) -> Function | None:
+    return _integers(modifiers, lambda a, b: a - _truncated_quotient(a, b) * b)
+
+
+def _extremum(
+    integer: Function, ignoring_nan: Function, keeping_nan: Function
+) -> Callable[[list[str]], Function | None]:
+    def make(modifiers: list[str]) -> Function | None:
+        if "xorsign" in modifiers or "abs" in modifiers:
+            return None
+        relu = "relu" in modifiers
+        floating = keeping_nan if "NaN" in modifiers else ignoring_nan
+
+        def clamped(function: Function) -> Function:
+            return (lambda *x: np.maximum(function(*x), x[0].dtype.type(0))) if relu else function
+
+        return _either(modifiers, clamped(integer), clamped(floating))
+
+    return make
+
+
+def _unary(integer: Function, floating: Function) -> Callable[[list[str]], Function | None]:
+    return lambda modifiers: _either(modifiers, integer, floating)
+
+
+def _approximation(function: Function) -> Callable[[list[str]], Function | None]:
+    def make(modifiers: list[str]) -> Function | None:
+        if modifiers[-1] not in ("f32", "f16", "bf16", "f16x2", "bf16x2") or _is_unusual(modifiers):
+            return None
+        return _floats(
+            modifiers,
+            lambda x: (
+                to_single(function(x.astype(np.float64))) if x.dtype == np.float32 else function(x)
+            ),
+        )
+
+    return make
+
+
+def _bitwise(function: Function) -> Callable[[list[str]], Function | None]:
+    return lambda modifiers: function
+
+
+def _not(modifiers: list[str]) -> Function:
+    return np.logical_not if modifiers[-1] == "pred" else np.invert
+
+
+def _selp(modifiers: list[str]) -> Function:
+    def apply(a: Array, b: Array, chosen: Array) -> Array:
+        return np.where(chosen, a, b)
+
+    return apply
+
+
+_COMPARISONS: dict[str, Callable[[Array, Array], Array]] = {
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+    "lo": np.less,
+    "ls": np.less_equal,
+    "hi": np.greater,
+    "hs": np.greater_equal,
+}
+
+
+def _setp(modifiers: list[str]) -> Function | None:
+    kind, name = modifiers[-1], modifiers[0]
+    combine = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
+    flushes = "ftz" in modifiers
+    compare = (
+        _float_comparison(name) if kind[0] == "f" or kind[:2] == "bf" else _COMPARISONS.get(name)
+    )
+    if compare is None:
+        return None
+
+    def as_number(x: Array) -> Array:
+        if kind in ("f32", "f64"):
+            return formats.flushed(single(x)) if flushes else single(x)
+        if kind in ("bf16", "f16"):
+            return widen(x, kind)
+        return signed(x) if kind[0] == "s" else x
+
+    def apply(a: Array, b: Array, other: Array | None = None) -> Array:
+        result = compare(as_number(a), as_number(b))
+        return result if other is None else combine[modifiers[1]](result, other)
+
+    return apply
+
+
+def _float_comparison(name: str) -> Callable[[Array, Array], Array] | None:
+    if name == "num":
+        return lambda a, b: ~(np.isnan(a) | np.isnan(b))
+    if name == "nan":
+        return lambda a, b: np.isnan(a) | np.isnan(b)
+    if name == "ne":  # ordered: false where either is NaN
+        return lambda a, b: (a < b) | (a > b)
+    if name in _COMPARISONS:
+        return _COMPARISONS[name]
+    ordered = _COMPARISONS.get(name.removesuffix("u"))
+    if ordered is None:
+        return None
+    return lambda a, b: ordered(a, b) | np.isnan(a) | np.isnan(b)
+
+
+def _copysign(modifiers: list[str]) -> Function | None:
+    return _floats(modifiers, lambda a, b: np.copysign(b, a))
+
+
+def _mov(modifiers: list[str]) -> Function:
+    return lambda a: a
+
+
+_MAKERS: dict[str, Callable[[list[str]], Function | None]] = {
+    "add": _add,
+    "sub": _sub,
+    "mul": _mul,
+    "mad": _mad,
+    "fma": _fma,
+    "div": _div,
+    "rem": _rem,
+    "max": _extremum(np.maximum, np.fmax, np.maximum),
+    "min": _extremum(np.minimum, np.fmin, np.minimum),
+    "neg": _unary(np.negative, np.negative),
+    "abs": _unary(np.abs, np.abs),
+    "and": _bitwise(np.bitwise_and),
+    "or": _bitwise(np.bitwise_or),
+    "xor": _bitwise(np.bitwise_xor),
+    "not": _not,
+    "shl": bitwise.shift(left=True),
+    "shr": bitwise.shift(left=False),
+    "shf": bitwise.funnel_shift,
+    "lop3": bitwise.lookup,
+    "prmt": bitwise.permute,
+    "bfe": bitwise.extract_field,
+    "bfi": bitwise.insert_field,
+    "popc": bitwise.count_ones,
+    "clz": bitwise.count_leading_zeros,
+    "brev": bitwise.reverse,
+    "selp": _selp,
+    "setp": _setp,
+    "cvt": conversion.convert,
+    "mov": _mov,
+    "copysign": _copysign,
+    "ex2": _approximation(np.exp2),
+    "lg2": _approximation(np.log2),
+    "rcp": _approximation(np.reciprocal),
+    "sqrt": _approximation(np.sqrt),
+    "rsqrt": _approximation(lambda x: 1 / np.sqrt(x)),
+    "tanh": _approximation(np.tanh),
+    "sin": _approximation(np.sin),
+    "cos": _approximation(np.cos),
+}

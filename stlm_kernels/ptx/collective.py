@@ -1,0 +1,286 @@
+"""Instructions of whole warps and warpgroups as steps of the machine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import lanes, matrix
+from .accesses import Place, put
+from .memory import bytes_at, gather
+from .parse import Constant, Instruction, Operand, Register, Vector
+from .registers import signed, unsigned
+
+if TYPE_CHECKING:
+    from .decode import Decoder
+    from .machine import Machine, Mask, Step
+
+Array = NDArray[Any]
+WARPGROUP = 128
+
+
+def _registers(decoder: Decoder, operand: Operand) -> list[int]:
+    assert isinstance(operand, Vector)
+    return [decoder.slot(item, 32) for item in operand.items]
+
+
+def shuffle(decoder: Decoder, instruction: Instruction) -> Step | None:
+    target, value, b, c, *_ = instruction.operands
+    mode = instruction.parts[2]
+    both = target.items if isinstance(target, Vector) else (target,)
+    results = [decoder.destination(item) for item in both]
+    slots = [decoder.slot(x, 32) for x in (value, b, c)]
+
+    def step(machine: Machine, mask: Mask) -> None:
+        machine.require_whole_warps(mask)
+        found = lanes.shuffle(mode, *(machine.whole(slot) for slot in slots))
+        for result, outcome in zip(results, found, strict=False):
+            if result is not None:
+                machine.set(result, outcome, mask)
+
+    return step
+
+
+def reduce(decoder: Decoder, instruction: Instruction) -> Step | None:
+    target, value, _ = instruction.operands
+    name, kind = instruction.parts[2], instruction.parts[-1]
+    if kind not in ("s32", "u32", "b32"):
+        return None
+    result, slot = decoder.destination(target), decoder.slot(value, 32)
+    assert result is not None
+
+    def step(machine: Machine, mask: Mask) -> None:
+        machine.require_whole_warps(mask)
+        operand = machine.whole(slot)
+        operand = signed(np.ascontiguousarray(operand)) if kind == "s32" else operand
+        machine.set(result, unsigned(lanes.reduce(name, operand)), mask)
+
+    return step
+
+
+def vote(decoder: Decoder, instruction: Instruction) -> Step | None:
+    target, value, _ = instruction.operands
+    mode = instruction.parts[2]
+    result, slot = decoder.destination(target), decoder.slot(value, 1)
+    if result is None or mode not in ("any", "all", "ballot"):
+        return None
+
+    def step(machine: Machine, mask: Mask) -> None:
+        machine.require_whole_warps(mask)
+        ballot = lanes.ballot(machine.whole(slot))
+        outcome = {"any": ballot != 0, "all": ballot == 0xFFFFFFFF, "ballot": ballot}[mode]
+        machine.set(result, outcome, mask)
+
+    return step
+
+
+def elect(decoder: Decoder, instruction: Instruction) -> Step | None:
+    """elect.sync: lane 0 of a whole warp is the leader."""
+    target = instruction.operands[0]
+    items = target.items if isinstance(target, Vector) else (target,)
+    leader, chosen = decoder.destination(items[0]), decoder.destination(items[-1])
+
+    def step(machine: Machine, mask: Mask) -> None:
+        machine.require_whole_warps(mask)
+        if len(items) == 2 and leader is not None:
+            machine.set(leader, np.zeros(1, np.uint32), mask)
+        if chosen is not None:
+            machine.set(chosen, machine.thread % lanes.LANES == 0, mask)
+
+    return step
+
+
+def active_mask(decoder: Decoder, instruction: Instruction) -> Step | None:
+    result = decoder.destination(instruction.operands[0])
+    assert result is not None
+
+    def step(machine: Machine, mask: Mask) -> None:
+        active = np.ones(machine.n, bool) if mask is None else mask
+        machine.set(result, lanes.ballot(active), mask)
+
+    return step
+
+
+def warp_barrier(decoder: Decoder, instruction: Instruction) -> Step | None:
+    """bar.warp.sync; block-wide barriers are flow, those of some threads are not known here."""
+    if "warp" not in instruction.parts:
+        return None
+    return lambda machine, mask: machine.require_whole_warps(mask)
+
+
+def fence(decoder: Decoder, instruction: Instruction) -> Step | None:
+    """fence.proxy.async shows generic writes of the block to the asynchronous proxy."""
+    if "proxy" not in instruction.parts:
+        return lambda machine, mask: None
+
+    def step(machine: Machine, mask: Mask) -> None:
+        blocks = np.unique(machine.block[machine.active(mask)])
+        machine.shared.unfenced.reshape(machine.shared.blocks, -1)[blocks] = False
+
+    return step
+
+
+def _matrix_access(instruction: Instruction) -> tuple[int, bool] | None:
+    """How many 8 x 8 matrices of 16-bit words, and whether they are transposed."""
+    parts = instruction.parts
+    counts = {"x1": 1, "x2": 2, "x4": 4}
+    found = [counts[part] for part in parts if part in counts]
+    if len(found) != 1 or "m8n8" not in parts or parts[-1] != "b16":
+        return None
+    return found[0], "trans" in parts
+
+
+class _Rows:
+    """Accesses of matrix rows: the lanes whose addresses count, and the positions of the rows."""
+
+    def __init__(self, machine: Machine, place: Place, mask: Mask, count: int) -> None:
+        machine.require_whole_warps(mask)
+        self.threads = machine.active(mask)
+        addresses = place.of(machine, self.threads)
+        self.first = lanes.rows_of_matrices(addresses, count).reshape(-1)
+        used = lanes.rows_of_matrices(self.threads, count).reshape(-1)
+        self.block, self.warp = machine.block[used], machine.warp[used]
+        self.epoch = machine.epoch[self.block]
+        self.report = machine.reporter(used)
+        self.report("misaligned", self.first % 16 != 0, "16 bytes must begin at a multiple of 16")
+        self.places = machine.shared.places(self.first, self.block, 16, self.report)
+
+
+def load_matrix(decoder: Decoder, instruction: Instruction) -> Step | None:
+    form = _matrix_access(instruction)
+    if form is None:
+        return None
+    count, transposed = form
+    slots = _registers(decoder, instruction.operands[0])
+    place = Place(decoder, instruction.operands[1], "shared")
+
+    def step(machine: Machine, mask: Mask) -> None:
+        rows = _Rows(machine, place, mask, count)
+        machine.shared.check_read(bytes_at(rows.places, 16), rows.warp, rows.epoch, rows.report)
+        words = np.stack(gather(machine.shared.data, rows.places, 2, 8), -1)
+        fragments = lanes.fragments_of(words.reshape(-1, count, 8, 8), transposed)
+        for slot, fragment in zip(slots, fragments, strict=True):
+            put(machine, slot, rows.threads, fragment, mask)
+
+    return step
+
+
+def store_matrix(decoder: Decoder, instruction: Instruction) -> Step | None:
+    form = _matrix_access(instruction)
+    if form is None:
+        return None
+    count, transposed = form
+    place = Place(decoder, instruction.operands[0], "shared")
+    slots = _registers(decoder, instruction.operands[1])
+
+    def step(machine: Machine, mask: Mask) -> None:
+        rows = _Rows(machine, place, mask, count)
+        fragments = [machine.of(slot, rows.threads) for slot in slots]
+        words = lanes.matrices_of(fragments, transposed).reshape(-1, 8)
+        new = np.ascontiguousarray(words).view(np.uint8)
+        where = bytes_at(rows.places, 16)
+        machine.shared.put(where, new, rows.warp, rows.epoch, rows.report)
+
+    return step
+
+
+def multiply(decoder: Decoder, instruction: Instruction) -> Step | None:
+    """mma.sync with fp32 sums."""
+    shape = matrix.shape_of(instruction.opcode)
+    if shape is None:
+        return None
+    d, a, b, c = (_registers(decoder, operand) for operand in instruction.operands)
+
+    def step(machine: Machine, mask: Mask) -> None:
+        machine.require_whole_warps(mask)
+        threads = machine.active(mask)
+
+        def of(slots: list[int]) -> list[Array]:
+            return [lanes.by_warp(machine.of(slot, threads)) for slot in slots]
+
+        left, right = matrix.operand_a(of(a), shape), matrix.operand_b(of(b), shape)
+        total = matrix.product(left, right, matrix.accumulator(of(c), shape.n))
+        for slot, value in zip(d, matrix.registers_of(total, len(d)), strict=True):
+            put(machine, slot, threads, value.reshape(-1), mask)
+
+    return step
+
+
+def multiply_asynchronously(decoder: Decoder, instruction: Instruction) -> Step | None:
+    """wgmma: products of a warpgroup, and the fence, groups and waits around them."""
+    kind = instruction.parts[1]
+    if kind == "fence":
+        return lambda machine, mask: None
+    if kind == "commit_group":
+        return lambda machine, mask: machine.products.commit()
+    if kind == "wait_group":
+        newest = instruction.operands[0]
+        assert isinstance(newest, Constant)
+        return lambda machine, mask: machine.products.wait(newest.value)
+    return _Warpgroup(decoder, instruction).step if kind == "mma_async" else None
+
+
+class _Warpgroup:
+    """One wgmma.mma_async: D (64 x n) = A (64 x k) B (k x n) + D, A in registers or in memory."""
+
+    def __init__(self, decoder: Decoder, instruction: Instruction) -> None:
+        shape = matrix.shape_of(instruction.opcode)
+        assert shape is not None
+        self.shape = shape
+        d, a, b, scale, *rest = instruction.operands
+        self.sums = _registers(decoder, d)
+        self.left = _registers(decoder, a) if isinstance(a, Vector) else None
+        self.left_descriptor = None if self.left else decoder.slot(a, 64)
+        self.right_descriptor = decoder.slot(b, 64)
+        self.scale = decoder.slot(scale, 1 if isinstance(scale, Register) else 32)
+        flags = [x.value for x in rest if isinstance(x, Constant)]
+        assert flags[:2] == [1, 1], "negated operands"
+        transposed = flags[2:]
+        self.right_transposed = bool(transposed and transposed[-1])
+        self.left_transposed = bool(len(transposed) == 2 and transposed[0])
+
+    def step(self, machine: Machine, mask: Mask) -> None:
+        machine.require_whole_warps(mask)
+        threads = machine.active(mask)
+        n, k = self.shape.n, self.shape.k
+        if self.left is not None:
+            registers = [lanes.by_warp(machine.of(slot, threads)) for slot in self.left]
+            left = matrix.operand_a(registers, self.shape).reshape(-1, 64, k)
+        else:
+            assert self.left_descriptor is not None
+            left = self._operand(machine, threads, self.left_descriptor, 64, self.left_transposed)
+        right = self._operand(machine, threads, self.right_descriptor, n, self.right_transposed)
+        sums = [lanes.by_warp(machine.of(slot, threads)) for slot in self.sums]
+        before = matrix.accumulator(sums, n).reshape(-1, 64, n)
+        scale = machine.of(self.scale, threads)[::WARPGROUP, None, None]
+        total = matrix.product(left, right.swapaxes(1, 2), np.where(scale, before, np.float32(0)))
+        values = matrix.registers_of(total.reshape(-1, 16, n), len(self.sums))
+        for slot, value in zip(self.sums, values, strict=True):
+            put(machine, slot, threads, value.reshape(-1), mask)
+        machine.products.issue(self.sums)
+
+    def _operand(
+        self, machine: Machine, threads: Array, slot: int, rows: int, transposed: bool
+    ) -> Array:
+        """(warpgroups, rows, k) from shared memory, as fp32."""
+        first = threads[::WARPGROUP]
+        element = 4 if self.shape.kind == "tf32" else 2
+        offsets = matrix.descriptor_offsets(
+            machine.of(slot, first), rows, self.shape.k, element, depth_major=not transposed
+        )
+        units = len(offsets)
+        report = machine.reporter(np.repeat(first, rows * self.shape.k))
+        block = np.repeat(machine.block[first], rows * self.shape.k)
+        places = machine.shared.places(offsets.reshape(-1), block, element, report)
+        every = bytes_at(places, element)
+        shared = machine.shared
+        report("proxy", shared.unfenced[every].any(1), "written without fence.proxy.async after it")
+        # The four warps of a group read as one: whatever was written before the last barrier.
+        warps = np.repeat(machine.warp[first], rows * self.shape.k)
+        shared.check_read(every, warps, machine.epoch[block], report)
+        words = gather(shared.data, places, element, 1)[0].reshape(units, rows, self.shape.k)
+        if self.shape.kind == "tf32":
+            return (words & np.uint32(0xFFFFE000)).view(np.float32)
+        return matrix.widen(words, self.shape.kind)

@@ -1,0 +1,346 @@
+"""Programs made ready to run: registers as slots, each instruction as a function of the machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from . import accesses, collective
+from .arithmetic import function_of
+from .machine import Code, Machine, Mask, Step
+from .parse import (
+    Address,
+    Constant,
+    Instruction,
+    Operand,
+    Program,
+    PtxError,
+    Register,
+    Symbol,
+    Vector,
+)
+from .registers import UNSIGNED, Array, bits_of
+
+IGNORED = ("prefetch", "discard", "griddepcontrol", "membar", "fence", "nanosleep", "setmaxnreg")
+"""Instructions that change no value. A fence of the asynchronous proxy is one with a meaning."""
+
+
+class Decoder:
+    """Slots of registers and constants, while a program is decoded."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.slots = {name: i for i, name in enumerate(program.registers)}
+        self.constants: list[tuple[int, Array]] = []
+        self._known: dict[tuple[int, int], int] = {}
+
+    def slot(self, operand: Operand, bits: int) -> int:
+        """Slot that holds an operand: its register, or a constant of `bits`."""
+        if isinstance(operand, Register):
+            return self.slots[operand.name]
+        if isinstance(operand, Constant):
+            return self.constant(operand.value, bits)
+        if isinstance(operand, Symbol) and operand.name in self.program.shared:
+            return self.constant(self.program.shared[operand.name], bits)
+        raise PtxError(f"{self.program.name}: expected a register or a number, got {operand}")
+
+    def constant(self, value: int, bits: int) -> int:
+        key = (value % (1 << bits), bits)
+        if key not in self._known:
+            dtype = bool if bits == 1 else UNSIGNED[bits]
+            self._known[key] = len(self.slots) + len(self.constants)
+            self.constants.append((self._known[key], np.array([key[0]], dtype)))
+        return self._known[key]
+
+    def destination(self, operand: Operand) -> int | None:
+        """Slot of a result; None for the sink `_`."""
+        if isinstance(operand, Register):
+            return self.slots[operand.name]
+        return None
+
+    def width(self, operand: Operand) -> int:
+        assert isinstance(operand, Register), operand
+        return self.program.registers[operand.name]
+
+
+def decode(program: Program) -> Code:
+    """Decode once for any number of launches. Unknown instructions fail when they are reached."""
+    decoder = Decoder(program)
+    steps: list[Step | None] = []
+    flow: dict[int, tuple[str, int]] = {}
+    for index, instruction in enumerate(program.instructions):
+        kind = _flow_of(program, instruction)
+        if kind is not None:
+            flow[index] = kind
+        steps.append(None if kind is not None else _step(decoder, instruction))
+    touched = [_touched(decoder, instruction) for instruction in program.instructions]
+    return Code(
+        program, steps, flow, decoder.slots, decoder.constants, _ends(program, flow), touched
+    )
+
+
+def _flow_of(program: Program, instruction: Instruction) -> tuple[str, int] | None:
+    name, *modifiers = instruction.parts
+    if name == "bra":
+        target = instruction.operands[0]
+        assert isinstance(target, Symbol)
+        return "bra", program.labels[target.name]
+    if name in ("ret", "exit"):
+        return "ret", 0
+    if name in ("bar", "barrier") and "sync" in modifiers and "warp" not in modifiers:
+        if len(instruction.operands) == 1:
+            return "bar", 0
+        count = instruction.operands[1]
+        if isinstance(count, Constant) and count.value == program.threads:
+            return "bar", 0
+    return None
+
+
+def _ends(program: Program, flow: dict[int, tuple[str, int]]) -> list[int]:
+    """For each index the end of its straight run: the next branch, barrier or label."""
+    stops = set(flow) | set(program.labels.values())
+    ends = [len(program.instructions)] * (len(program.instructions) + 1)
+    for index in range(len(program.instructions) - 1, -1, -1):
+        if index in flow:
+            ends[index] = index
+        elif index + 1 in stops:
+            ends[index] = index + 1
+        else:
+            ends[index] = ends[index + 1]
+    return ends
+
+
+def _step(decoder: Decoder, instruction: Instruction) -> Step | None:
+    """What an instruction does; None where it is not known here."""
+    name = instruction.parts[0]
+    try:
+        maker = _MAKERS.get(name)
+        if maker is not None:
+            return maker(decoder, instruction)
+        if name in IGNORED:
+            return _nothing
+        return _arithmetic(decoder, instruction)
+    except (PtxError, KeyError, ValueError, AssertionError):
+        return None
+
+
+def _nothing(machine: Machine, mask: Mask) -> None:
+    pass
+
+
+def _arithmetic(decoder: Decoder, instruction: Instruction) -> Step | None:
+    function = function_of(instruction.opcode)
+    if function is None:
+        return None
+    target, *sources = instruction.operands
+    widths = _source_widths(instruction)
+    slots = tuple(decoder.slot(source, bits) for source, bits in zip(sources, widths, strict=True))
+    result = decoder.destination(target)
+    if result is None:
+        return None
+    bits = decoder.width(target)
+    dtype = bool if bits == 1 else UNSIGNED[bits]
+    if instruction.parts[0] == "cvt":
+        return _conversion(function, result, slots, _extends(instruction), bits)
+    return _apply(function, result, slots, dtype)
+
+
+def _apply(
+    function: Callable[..., Array], result: int, slots: tuple[int, ...], dtype: type
+) -> Step:
+    if len(slots) == 2:
+        a, b = slots
+
+        def binary(machine: Machine, mask: Mask) -> None:
+            values = machine.values
+            machine.set(result, function(values[a], values[b]).astype(dtype, copy=False), mask)
+
+        return binary
+
+    def general(machine: Machine, mask: Mask) -> None:
+        values = machine.values
+        value = function(*(values[slot] for slot in slots))
+        machine.set(result, value.astype(dtype, copy=False), mask)
+
+    return general
+
+
+def _extends(instruction: Instruction) -> bool:
+    return instruction.parts[-2][0] == "s"
+
+
+def _conversion(
+    function: Callable[..., Array], result: int, slots: tuple[int, ...], is_signed: bool, bits: int
+) -> Step:
+    """cvt into a register that may be wider than the type: signed results are extended."""
+
+    def step(machine: Machine, mask: Mask) -> None:
+        value = function(*(machine.values[slot] for slot in slots))
+        if 8 * value.dtype.itemsize != bits:
+            if is_signed:
+                value = value.view(f"i{value.dtype.itemsize}").astype(f"i{bits // 8}")
+            value = value.astype(UNSIGNED[bits])
+        machine.set(result, value, mask)
+
+    return step
+
+
+def _source_widths(instruction: Instruction) -> list[int]:
+    """Bits of each source, for its constants."""
+    name, *modifiers = instruction.parts
+    count = len(instruction.operands) - 1
+    bits = bits_of(modifiers[-1])
+    if name == "cvt" and count == 2:
+        return [32, 32]
+    if name == "cvt":  # a narrow type may come in a wider register
+        return [max(bits, 16)]
+    if name in ("shl", "shr"):
+        return [bits, 32]
+    if name in ("bfe", "bfi", "shf"):
+        return [bits] * (count - 2) + [32, 32] if name != "shf" else [32, 32, 32]
+    if name == "selp":
+        return [bits, bits, 1]
+    if name == "setp":
+        return [bits, bits] + [1] * (count - 2)
+    if name in ("mul", "mad") and modifiers[0] == "wide":
+        return [bits, bits] + [2 * bits] * (count - 2)
+    return [bits] * count
+
+
+def _move(decoder: Decoder, instruction: Instruction) -> Step | None:
+    """mov: also of special registers, of addresses, and between a register and its parts."""
+    target, source = instruction.operands
+    bits = bits_of(instruction.parts[-1])
+    if isinstance(source, Vector):
+        return _packing(decoder, target, source, bits)
+    if isinstance(target, Vector):
+        return _unpacking(decoder, target, source, bits)
+    result = decoder.destination(target)
+    assert result is not None
+    if isinstance(source, Symbol) and source.name.startswith("%"):
+        return _special(source.name, result)
+    slot = decoder.slot(source, bits)
+
+    def step(machine: Machine, mask: Mask) -> None:
+        machine.set(result, machine.values[slot], mask)
+
+    return step
+
+
+def _special(name: str, result: int) -> Step:
+    def step(machine: Machine, mask: Mask) -> None:
+        if name not in machine.special:
+            raise PtxError(f"{machine.program.name}: {name} is not known here")
+        machine.set(result, machine.special[name], mask)
+
+    return step
+
+
+def _packing(decoder: Decoder, target: Operand, source: Vector, bits: int) -> Step:
+    part = bits // len(source.items)
+    slots = [decoder.slot(item, part) for item in source.items]
+    result = decoder.destination(target)
+    assert result is not None
+    dtype = UNSIGNED[bits]
+
+    def step(machine: Machine, mask: Mask) -> None:
+        value = np.zeros(1, dtype)
+        for i, slot in enumerate(slots):
+            value = value | (machine.values[slot].astype(dtype) << dtype(part * i))
+        machine.set(result, value, mask)
+
+    return step
+
+
+def _unpacking(decoder: Decoder, target: Vector, source: Operand, bits: int) -> Step:
+    part = bits // len(target.items)
+    slot = decoder.slot(source, bits)
+    results = [decoder.destination(item) for item in target.items]
+    narrow = UNSIGNED[part]
+
+    def step(machine: Machine, mask: Mask) -> None:
+        value = machine.values[slot]
+        for i, result in enumerate(results):
+            if result is not None:
+                shifted = value >> value.dtype.type(part * i)
+                machine.set(result, shifted.astype(narrow), mask)
+
+    return step
+
+
+def _set_predicate(decoder: Decoder, instruction: Instruction) -> Step | None:
+    """setp with one destination, or with a second one that is its negation."""
+    target, *sources = instruction.operands
+    if not isinstance(target, Vector):
+        return _arithmetic(decoder, instruction)
+    function = function_of(instruction.opcode)
+    if function is None or len(sources) != 2:
+        return None
+    slots = [
+        decoder.slot(x, bits) for x, bits in zip(sources, _source_widths(instruction), strict=True)
+    ]
+    results = [decoder.destination(item) for item in target.items]
+
+    def step(machine: Machine, mask: Mask) -> None:
+        value = function(*(machine.values[slot] for slot in slots))
+        for result, outcome in zip(results, (value, ~value), strict=True):
+            if result is not None:
+                machine.set(result, outcome, mask)
+
+    return step
+
+
+def _convert_address(decoder: Decoder, instruction: Instruction) -> Step | None:
+    """cvta: global addresses are the same in both spaces; shared ones have no such form here."""
+    if "shared" in instruction.parts:
+        return None
+    target, source = instruction.operands
+    result, slot = decoder.destination(target), decoder.slot(source, 64)
+    assert result is not None
+    return _apply(lambda x: x, result, (slot,), np.uint64)
+
+
+def _touched(decoder: Decoder, instruction: Instruction) -> tuple[int, ...]:
+    """Slots of the registers that an instruction reads or writes (a product: not its own sums)."""
+    operands = instruction.operands
+    if instruction.parts[0] == "wgmma" and operands:
+        operands = operands[1:]
+    found: list[int] = []
+
+    def visit(operand: Operand) -> None:
+        if isinstance(operand, Register):
+            found.append(decoder.slots[operand.name])
+        elif isinstance(operand, Vector):
+            for item in operand.items:
+                visit(item)
+        elif isinstance(operand, Address):
+            visit(operand.base)
+
+    for operand in operands:
+        visit(operand)
+    return tuple(found)
+
+
+_MAKERS: dict[str, Callable[[Decoder, Instruction], Step | None]] = {
+    "mov": _move,
+    "setp": _set_predicate,
+    "cvta": _convert_address,
+    "ld": accesses.load,
+    "ldu": accesses.load,
+    "st": accesses.store,
+    "cp": accesses.copy,
+    "atom": accesses.atomic,
+    "red": accesses.atomic,
+    "shfl": collective.shuffle,
+    "redux": collective.reduce,
+    "vote": collective.vote,
+    "elect": collective.elect,
+    "activemask": collective.active_mask,
+    "bar": collective.warp_barrier,
+    "ldmatrix": collective.load_matrix,
+    "stmatrix": collective.store_matrix,
+    "mma": collective.multiply,
+    "wgmma": collective.multiply_asynchronously,
+    "fence": collective.fence,
+}

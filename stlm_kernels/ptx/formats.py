@@ -1,0 +1,128 @@
+"""Number formats by their bits: conversions with every rounding, and exact fused multiply-add."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+Bits = NDArray[np.unsignedinteger]
+Floats = NDArray[np.floating]
+
+# name -> (bits of the exponent, bits of the fraction)
+SMALL_FLOATS = {"bf16": (8, 7), "f16": (5, 10), "tf32": (8, 10)}
+
+
+def widen(bits: Bits, kind: str) -> NDArray[np.float32]:
+    """16-bit floats as fp32, exactly."""
+    if kind == "bf16":
+        return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return bits.view(np.float16).astype(np.float32)
+
+
+def narrow(values: Floats, kind: str, rounding: str = "rn") -> Bits:
+    """Round floats to "bf16", "f16" (uint16) or "tf32" (uint32 with the low bits zero).
+
+    Args:
+        values: fp32 or fp64; exact arithmetic comes in fp64, so that it is rounded once.
+        rounding: "rn" to nearest even, "rna" to nearest away from zero, "rz" towards zero.
+    """
+    if kind == "f16":
+        return _narrow_to_half(values, rounding)
+    single = to_single(values, "rn" if rounding == "rna" else rounding)
+    dropped = 16 if kind == "bf16" else 13
+    bits = single.view(np.uint32).astype(np.uint64)
+    if rounding == "rn" and values.dtype == np.float64:
+        bits = to_odd(values.astype(np.float64)).view(np.uint32).astype(np.uint64)
+    if rounding == "rn":
+        last = (bits >> np.uint64(dropped)) & np.uint64(1)
+        rounded = bits + np.uint64((1 << (dropped - 1)) - 1) + last
+    elif rounding == "rna":
+        rounded = bits + np.uint64(1 << (dropped - 1))
+    else:
+        rounded = bits
+    rounded = np.where(np.isnan(single), np.uint64(0x7FFFFFFF), rounded) >> np.uint64(dropped)
+    if kind == "tf32":
+        return (rounded << np.uint64(dropped)).astype(np.uint32)
+    return rounded.astype(np.uint16)
+
+
+def _narrow_to_half(values: Floats, rounding: str) -> Bits:
+    half = values.astype(np.float16)
+    if rounding == "rz":
+        beyond = np.abs(half.astype(np.float64)) > np.abs(values.astype(np.float64))
+        half = np.where(beyond, np.nextafter(half, np.float16(0)), half)
+    bits = half.astype(np.float16).view(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FFF), bits)
+
+
+def to_odd(values: NDArray[np.float64]) -> NDArray[np.float32]:
+    """fp64 as fp32 rounded to odd: a later rounding to fewer bits is then the only one."""
+    single = to_single(values, "rz")
+    inexact = (single.astype(np.float64) != values) & np.isfinite(values)
+    return (single.view(np.uint32) | inexact.astype(np.uint32)).view(np.float32)
+
+
+def to_single(values: Floats, rounding: str = "rn") -> NDArray[np.float32]:
+    """Floats as fp32."""
+    if values.dtype == np.float32:
+        return values  # type: ignore[return-value]
+    single = values.astype(np.float32)
+    if rounding == "rz":
+        beyond = np.abs(single.astype(np.float64)) > np.abs(values)
+        single = np.where(beyond, np.nextafter(single, np.float32(0)), single)
+    return single
+
+
+def flushed(values: Floats) -> Floats:
+    """Subnormal fp32 numbers as zeros of their sign (`.ftz`)."""
+    tiny = np.abs(values) < np.finfo(np.float32).tiny
+    return np.where(tiny, np.copysign(np.float32(0), values), values).astype(np.float32)
+
+
+def fused_multiply_add(a: Floats, b: Floats, c: Floats) -> NDArray[np.float32]:
+    """a * b + c of fp32 numbers, rounded once.
+
+    The product is exact in fp64. Its sum with c is not, and rounding that to fp32 would round
+    twice; this shows where the sum lies half way between two fp32 numbers, or is subnormal there,
+    and those few are rounded to odd first.
+    """
+    product = a.astype(np.float64) * b
+    total = product + c
+    low = total.view(np.uint64) & np.uint64((1 << 29) - 1)
+    doubtful = (low == np.uint64(1 << 28)) | (np.abs(total) < 2.0**-125)
+    if doubtful.any():
+        total = np.where(doubtful & np.isfinite(total), _odd_sum(product, c, total), total)
+    return total.astype(np.float32)
+
+
+def _odd_sum(a: NDArray[np.float64], b: Floats, total: NDArray[np.float64]) -> NDArray[np.float64]:
+    """a + b rounded to odd in fp64, from the sum that was rounded to nearest."""
+    b = b.astype(np.float64)
+    part = total - a
+    error = (a - (total - part)) + (b - part)
+    even = (total.view(np.uint64) & np.uint64(1)) == 0
+    towards = np.where(error > 0, np.inf, -np.inf)
+    return np.where((error != 0) & even, np.nextafter(total, towards), total)
+
+
+def packed(kind: str, function: Callable[..., Floats]) -> Callable[..., Bits]:
+    """A function of two 16-bit floats in each uint32, from one of exact floats."""
+
+    def apply(*operands: Bits) -> Bits:
+        low = scalar(*(x.astype(np.uint16) for x in operands))
+        high = scalar(*((x >> np.uint32(16)).astype(np.uint16) for x in operands))
+        return low.astype(np.uint32) | (high.astype(np.uint32) << np.uint32(16))
+
+    scalar = unpacked(kind, function)
+    return apply
+
+
+def unpacked(kind: str, function: Callable[..., Floats]) -> Callable[..., Bits]:
+    """A function of 16-bit floats from one of exact floats, rounded once."""
+
+    def apply(*operands: Bits) -> Bits:
+        return narrow(function(*(widen(x, kind).astype(np.float64) for x in operands)), kind)
+
+    return apply

@@ -1,0 +1,161 @@
+"""Compile a kernel with the installed triton for a GPU that is not here, and execute its PTX."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ..inspect import target
+from .decode import decode
+from .faults import Collector, Fault
+from .machine import Code, Counts, Machine
+from .memory import NO_SHADOWS, GlobalMemory, Shadow
+from .parse import Program, parse
+from .registers import UNSIGNED
+
+THREADS_AT_ONCE = 8192
+"""Threads whose registers lie side by side: more leave the caches, fewer cost more calls."""
+
+
+@dataclass
+class Execution:
+    """What a launch did."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+    program: Program
+    counts: Counts
+    faults: list[Fault] = field(default_factory=list)
+    ptx: str = ""
+    arguments: tuple[Any, ...] = ()
+    shared_bytes: int = 0
+
+
+def run(
+    kernel: Any,
+    grid: Sequence[int],
+    *args: Any,
+    arch: int = 90,
+    collect: Iterable[str] = (),
+    fresh: Mapping[int, Shadow] = NO_SHADOWS,
+    **options: Any,
+) -> Execution:
+    """Execute a `@triton.jit` kernel over the bytes of its CPU tensors.
+
+    Args:
+        kernel: the jitted function.
+        grid: blocks along up to three dimensions.
+        args, options: those of a launch; tensors lie on the CPU.
+        arch: compute capability without the dot.
+        collect: kinds of faults to keep in the result instead of raising them.
+        fresh: by address of a storage, which of its bytes have been written; see `executing`.
+
+    Returns:
+        The program, how often each instruction was issued, and the faults that were kept.
+
+    Raises:
+        Fault: the kernel did what it must not, see `faults.KINDS`.
+        PtxError: an instruction that is not known here was reached.
+    """
+    with target(arch):
+        compiled = kernel.warmup(*args, grid=tuple(grid), **options)
+        compiled = compiled.result() if hasattr(compiled, "result") else compiled
+    bound = bind(kernel, compiled, args, options)
+    shared_bytes = compiled.metadata.shared
+    text = compiled.asm["ptx"]
+    return execute(text, grid, bound, shared_bytes=shared_bytes, collect=collect, fresh=fresh)
+
+
+def bind(kernel: Any, compiled: Any, args: tuple[Any, ...], options: dict[str, Any]) -> list[Any]:
+    """The arguments that the compiled kernel takes at run time, in its order."""
+    names = [parameter.name for parameter in kernel.params]
+    given = {**dict(zip(names, args, strict=False)), **options}
+    signature = compiled.src.signature
+    return [
+        argument
+        for name in names
+        for argument in _run_time_values(given.get(name), signature.get(name, "constexpr"))
+    ]
+
+
+def _run_time_values(value: Any, kind: Any) -> Iterator[Any]:
+    """The values of an argument that are parameters of the compiled kernel; tuples one by one."""
+    if isinstance(kind, tuple):
+        for item, item_kind in zip(value, kind, strict=True):
+            yield from _run_time_values(item, item_kind)
+    elif kind != "constexpr":
+        yield value
+
+
+def execute(
+    ptx: str,
+    grid: Sequence[int],
+    arguments: Sequence[Any],
+    *,
+    shared_bytes: int,
+    collect: Iterable[str] = (),
+    fresh: Mapping[int, Shadow] = NO_SHADOWS,
+) -> Execution:
+    """Execute PTX text. `arguments` are tensors, ints and floats in the kernel's order.
+
+    Parameters beyond the arguments (triton's scratch pointers) are zero.
+    """
+    code = _decoded(ptx)
+    x, y, z = (*grid, 1, 1)[:3]
+    parameters = {
+        parameter.name: _bits(argument, parameter.kind)
+        for parameter, argument in zip(
+            code.program.parameters,
+            [*arguments, *[0] * (len(code.program.parameters) - len(arguments))],
+            strict=True,
+        )
+    }
+    memory = GlobalMemory(_storages(arguments), fresh)
+    collector = Collector(frozenset(collect))
+    counts = Counts(np.zeros(len(code.program.instructions) + 1, np.int64), blocks=x * y * z)
+    at_once = max(1, THREADS_AT_ONCE // code.program.threads)
+    # Lanes that are switched off compute too; what they overflow says nothing.
+    with np.errstate(all="ignore"):
+        for first in range(0, x * y * z, at_once):
+            count = min(at_once, x * y * z - first)
+            Machine(
+                code, (x, y, z), first, count, parameters, memory, shared_bytes, collector, counts
+            ).run()
+    counts.sampled_blocks = x * y * z
+    faults = list(collector.found.values())
+    return Execution(
+        code.program.name, (x, y, z), code.program, counts, faults, ptx,
+        tuple(arguments), shared_bytes,
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=512)
+def _decoded(ptx: str) -> Code:
+    return decode(parse(ptx))
+
+
+def _storages(arguments: Sequence[Any]) -> Iterator[tuple[int, int, str]]:
+    for position, argument in enumerate(arguments):
+        if isinstance(argument, Tensor):
+            storage = argument.untyped_storage()
+            shape = tuple(argument.shape)
+            yield storage.data_ptr(), storage.nbytes(), f"argument {position} {shape}"
+
+
+def _bits(argument: Any, kind: str) -> np.ndarray:
+    """The bytes of a parameter."""
+    if isinstance(argument, Tensor):
+        if argument.device.type != "cpu":
+            raise ValueError(f"ptx: expected CPU tensors, got one on {argument.device}")
+        argument = argument.data_ptr()
+    size = int(kind.lstrip("bfus")) // 8
+    if kind[0] == "f":
+        dtype = {2: np.float16, 4: np.float32, 8: np.float64}[size]
+        return np.array([argument], dtype).view(np.uint8)
+    value = int(argument or 0) % (1 << 8 * size)
+    return np.array([value], UNSIGNED[8 * size]).view(np.uint8)

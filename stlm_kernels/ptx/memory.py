@@ -1,0 +1,309 @@
+"""Global and shared memory by byte, with the shadow state that the checks need.
+
+An access is an array of addresses, one per active thread, of `count` words of `width` bytes. Global
+addresses are those of the tensors themselves: results land where torch sees them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+NOBODY, SEVERAL = -1, -2
+LAUNCH = 0
+"""The one epoch of global memory: nothing orders the blocks of a launch."""
+
+Ints = NDArray[np.int64]
+Array = NDArray[Any]
+Shadow = NDArray[np.bool_]
+"""For each byte of a storage whether something has written it."""
+NO_SHADOWS: Mapping[int, Shadow] = {}
+
+
+class Reporter(Protocol):
+    """Says that the threads at these positions of an access show a fault."""
+
+    def __call__(self, kind: str, wrong: Any, detail: str) -> None: ...
+
+
+def gather(data: NDArray[np.uint8], offsets: Ints, width: int, count: int) -> list[Array]:
+    """Words of `width` bytes at aligned byte offsets, `count` in a row from each."""
+    words = data[: len(data) // width * width].view(WORDS[width])
+    first = offsets // width
+    return [words[first + i] for i in range(count)]
+
+
+def scatter(data: NDArray[np.uint8], offsets: Ints, values: list[Array]) -> None:
+    """The inverse of `gather`; where offsets repeat, the last thread's value stays."""
+    width = values[0].dtype.itemsize
+    words = data[: len(data) // width * width].view(WORDS[width])
+    first = offsets // width
+    for i, value in enumerate(values):
+        words[first + i] = value
+
+
+def bytes_at(offsets: Ints, size: int) -> Ints:
+    """Every byte of accesses: (threads, size)."""
+    return offsets[:, None] + np.arange(size)
+
+
+class Owners:
+    """Which warp or block wrote and read each byte since a point in its program (an epoch).
+
+    Two accesses of one byte by different owners in the same epoch, one of them a write, have no
+    order. Writes of the value that is there already do no harm and are let through: triton's
+    layouts hold some values several times.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.writer = np.full(size, NOBODY, np.int32)
+        self.written_at = np.full(size, -1, np.int32)
+        self.reader = np.full(size, NOBODY, np.int32)
+        self.read_at = np.full(size, -1, np.int32)
+
+    def read(self, places: Ints, owner: Array, epoch: Array | int) -> Array:
+        """Note reads; which of them race with a write."""
+        races = (self.written_at[places] == epoch) & (self.writer[places] != owner)
+        same = self.read_at[places] == epoch
+        before = self.reader[places]
+        several = same & (before != owner)
+        self.reader[places] = np.where(several, SEVERAL, owner)
+        self.read_at[places] = epoch
+        # Owners that meet in one instruction: the last of them stands there now.
+        others = self.reader[places] != owner
+        self.reader[places[others]] = SEVERAL
+        return races
+
+    def write(self, places: Ints, owner: Array, epoch: Array | int) -> Array:
+        """Note writes; which of them meet a read or a write of somebody else."""
+        written = (self.written_at[places] == epoch) & (self.writer[places] != owner)
+        read = (self.read_at[places] == epoch) & (self.reader[places] != owner)
+        self.writer[places] = owner
+        self.written_at[places] = epoch
+        return written | read
+
+
+class Allocation:
+    """The bytes of one tensor's storage."""
+
+    def __init__(self, start: int, size: int, name: str, written: Shadow | None) -> None:
+        self.start, self.end, self.name = start, start + size, name
+        buffer = (ctypes.c_uint8 * size).from_address(start)
+        self.data = np.ctypeslib.as_array(buffer)
+        self.owners: Owners | None = None
+        # None: all of it was written before.
+        self.written = written
+
+
+class GlobalMemory:
+    """The storages that a launch may touch.
+
+    Args:
+        storages: (address, bytes, name) of each.
+        fresh: shadows of those that began uninitialised, by address.
+    """
+
+    def __init__(
+        self, storages: Iterable[tuple[int, int, str]], fresh: Mapping[int, Shadow] = NO_SHADOWS
+    ) -> None:
+        unique = {start: (size, name) for start, size, name in storages if size}
+        self.allocations = [Allocation(a, *unique[a], fresh.get(a)) for a in sorted(unique)]
+        self.starts = np.array([a.start for a in self.allocations], np.int64)
+
+    def _parts(
+        self, addresses: Ints, size: int, report: Reporter
+    ) -> Iterable[tuple[Allocation, Array]]:
+        """Allocations and the positions of `addresses` that fall into each."""
+        if not len(self.starts):
+            report("outside", np.ones(len(addresses), bool), "the launch has no tensors")
+            return
+        index = np.searchsorted(self.starts, addresses, "right") - 1
+        for i in np.unique(index):
+            chosen = np.flatnonzero(index == i)
+            allocation = self.allocations[max(i, 0)]
+            inside = (addresses[chosen] >= allocation.start) & (
+                addresses[chosen] + size <= allocation.end
+            )
+            if not inside.all():
+                wrong = np.zeros(len(addresses), bool)
+                wrong[chosen[~inside]] = True
+                off = int(addresses[chosen[~inside]][0]) - allocation.start
+                extent = allocation.end - allocation.start
+                report(
+                    "outside",
+                    wrong,
+                    f"{size} bytes at byte {off} of {allocation.name}, which has {extent}",
+                )
+            yield allocation, chosen[inside]
+
+    def read(
+        self, addresses: Ints, width: int, count: int, blocks: Array, report: Reporter
+    ) -> list[Array]:
+        _check_alignment(addresses, width * count, report)
+        results = [np.zeros(len(addresses), WORDS[width]) for _ in range(count)]
+        for allocation, chosen in self._parts(addresses, width * count, report):
+            offsets = addresses[chosen] - allocation.start
+            for result, words in zip(
+                results, gather(allocation.data, offsets, width, count), strict=True
+            ):
+                result[chosen] = words
+            self._check_read(allocation, chosen, offsets, width * count, blocks, report)
+        return results
+
+    def _check_read(
+        self,
+        allocation: Allocation,
+        chosen: Array,
+        offsets: Ints,
+        size: int,
+        blocks: Array,
+        report: Reporter,
+    ) -> None:
+        places = bytes_at(offsets, size)
+        if allocation.written is not None:
+            fresh = ~allocation.written[places].all(1)
+            report("unwritten", _among(chosen, fresh, len(blocks)), f"of {allocation.name}")
+        if allocation.owners is None:
+            allocation.owners = Owners(len(allocation.data))
+        owner = blocks[chosen][:, None]
+        races = allocation.owners.read(places, np.broadcast_to(owner, places.shape), LAUNCH)
+        detail = f"another block wrote these bytes of {allocation.name}"
+        report("race", _among(chosen, races.any(1), len(blocks)), detail)
+
+    def write(self, addresses: Ints, values: list[Array], blocks: Array, report: Reporter) -> None:
+        size = values[0].dtype.itemsize * len(values)
+        _check_alignment(addresses, size, report)
+        for allocation, chosen in self._parts(addresses, size, report):
+            offsets = addresses[chosen] - allocation.start
+            places = bytes_at(offsets, size)
+            mine = [value[chosen] for value in values]
+            if allocation.owners is None:
+                allocation.owners = Owners(len(allocation.data))
+            owner = np.broadcast_to(blocks[chosen][:, None], places.shape)
+            new = _as_bytes(mine)
+            races = allocation.owners.write(places, owner, LAUNCH)
+            races &= allocation.data[places] != new
+            scatter(allocation.data, offsets, mine)
+            races |= allocation.data[places] != new  # by another thread in this instruction
+            detail = f"somebody else writes other values to these bytes of {allocation.name}"
+            report("race", _among(chosen, races.any(1), len(blocks)), detail)
+            if allocation.written is not None:
+                allocation.written[places] = True
+
+    def atomic(
+        self, addresses: Ints, report: Reporter, size: int
+    ) -> Iterable[tuple[Allocation, Array]]:
+        """Storages and positions of an atomic access, which the caller carries out in turn."""
+        _check_alignment(addresses, size, report)
+        return self._parts(addresses, size, report)
+
+
+class SharedMemory:
+    """Shared memory of a batch of blocks, one after the other.
+
+    Args:
+        blocks: how many.
+        size: bytes of each.
+    """
+
+    def __init__(self, blocks: int, size: int) -> None:
+        # Whole lines, so that what is aligned in a block is aligned here.
+        self.pitch = -(-max(size, 1) // 1024) * 1024
+        self.size, self.blocks = size, blocks
+        total = self.pitch * blocks
+        self.data = np.zeros(total, np.uint8)
+        self.written = np.zeros(total, bool)
+        self.pending = np.zeros(total, bool)  # an asynchronous copy will land there
+        self.unfenced = np.zeros(total, bool)  # the asynchronous proxy may not see it yet
+        self.owners = Owners(total)
+
+    def places(self, offsets: Ints, blocks: Array, size: int, report: Reporter) -> Ints:
+        """Positions in `data` of accesses by threads of these blocks of the batch."""
+        outside = (offsets < 0) | (offsets + size > self.size)
+        report("outside", outside, f"{size} bytes beyond the {self.size} of shared memory")
+        return np.where(outside, 0, offsets) + blocks * self.pitch
+
+    def read(
+        self,
+        offsets: Ints,
+        width: int,
+        count: int,
+        blocks: Array,
+        warps: Array,
+        epochs: Array,
+        report: Reporter,
+    ) -> list[Array]:
+        """Words per thread. `warps` and `epochs` are the reader's warp and its barriers so far."""
+        _check_alignment(offsets, width * count, report)
+        first = self.places(offsets, blocks, width * count, report)
+        self.check_read(bytes_at(first, width * count), warps, epochs, report)
+        return gather(self.data, first, width, count)
+
+    def check_read(self, places: Ints, warps: Array, epochs: Array, report: Reporter) -> None:
+        report(
+            "async", self.pending[places].any(1), "an asynchronous copy to it was not waited for"
+        )
+        report("unwritten", ~self.written[places].all(1), "of shared memory")
+        races = self.owners.read(
+            places,
+            np.broadcast_to(warps[:, None], places.shape),
+            np.broadcast_to(epochs[:, None], places.shape),
+        )
+        report("race", races.any(1), "another warp wrote it since the last barrier")
+
+    def write(
+        self,
+        offsets: Ints,
+        values: list[Array],
+        blocks: Array,
+        warps: Array,
+        epochs: Array,
+        report: Reporter,
+    ) -> None:
+        size = values[0].dtype.itemsize * len(values)
+        _check_alignment(offsets, size, report)
+        first = self.places(offsets, blocks, size, report)
+        places = bytes_at(first, size)
+        report("async", self.pending[places].any(1), "an asynchronous copy to it is on its way")
+        self.put(places, _as_bytes(values), warps, epochs, report)
+
+    def put(
+        self, places: Ints, new: NDArray[np.uint8], warps: Array, epochs: Array, report: Reporter
+    ) -> None:
+        """Write bytes of each thread."""
+        races = self.note_write(places, warps, epochs)
+        races &= self.data[places] != new
+        self.data[places] = new
+        races |= self.data[places] != new  # by another thread in this instruction
+        report("race", races.any(1), "another warp or lane touches it since the last barrier")
+
+    def note_write(self, places: Ints, warps: Array, epochs: Array) -> Array:
+        """Which bytes another warp touched since the last barrier."""
+        races = self.owners.write(
+            places,
+            np.broadcast_to(warps[:, None], places.shape),
+            np.broadcast_to(epochs[:, None], places.shape),
+        )
+        self.written[places] = True
+        self.unfenced[places] = True
+        return races
+
+
+def _as_bytes(values: list[Array]) -> NDArray[np.uint8]:
+    """Words of each thread as its bytes: (threads, bytes)."""
+    return np.stack(values, 1).view(np.uint8)
+
+
+def _among(chosen: Array, wrong: Any, total: int) -> Array:
+    flags = np.zeros(total, bool)
+    flags[chosen] = wrong
+    return flags
+
+
+def _check_alignment(addresses: Ints, size: int, report: Reporter) -> None:
+    report("misaligned", addresses % size != 0, f"{size} bytes must begin at a multiple of {size}")

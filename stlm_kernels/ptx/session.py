@@ -1,0 +1,111 @@
+"""Ops of the library on compiled kernels: their launches run here, and what they leave unwritten."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import _launch
+from .launch import Execution, run
+from .memory import Shadow, bytes_at
+
+MAKERS = ("empty", "empty_like", "empty_strided")
+
+
+class Session:
+    """The launches inside `executing`, and the memory that began uninitialised there."""
+
+    def __init__(self) -> None:
+        self.executions: list[Execution] = []
+        self._fresh: dict[int, tuple[Tensor, int, Shadow]] = {}
+
+    def note(self, x: Tensor) -> Tensor:
+        """Remember a tensor whose memory nothing has written yet."""
+        storage = x.untyped_storage()
+        if x.device.type == "cpu" and storage.nbytes():
+            shadow = np.zeros(storage.nbytes(), bool)
+            # The tensor is kept, so that its address stays its own.
+            self._fresh[storage.data_ptr()] = (x, x._version, shadow)
+        return x
+
+    def shadows(self) -> dict[int, Shadow]:
+        """Shadows of fresh memory; what torch itself has written since counts as written."""
+        for x, version, shadow in self._fresh.values():
+            if x._version != version:
+                shadow[:] = True
+        return {address: shadow for address, (_, _, shadow) in self._fresh.items()}
+
+    def assert_written(self, *results: Tensor) -> None:
+        """Every element of results that kernels made was stored by one.
+
+        Raises:
+            AssertionError: with how many were not, and the first of them.
+        """
+        shadows = self.shadows()
+        for position, x in enumerate(results):
+            shadow = shadows.get(x.untyped_storage().data_ptr())
+            if shadow is None or not x.numel():
+                continue
+            places = torch.empty(0, dtype=torch.int64).set_(
+                torch.arange(len(shadow) // x.itemsize).untyped_storage(),
+                x.storage_offset(),
+                x.shape,
+                x.stride(),
+            )
+            written = shadow[bytes_at(places.numpy().reshape(-1) * x.itemsize, x.itemsize)].all(1)
+            if not written.all():
+                first = np.unravel_index(int(np.flatnonzero(~written)[0]), tuple(x.shape))
+                count, where = int((~written).sum()), tuple(map(int, first))
+                raise AssertionError(
+                    f"result {position}: {count} of {x.numel()} elements were never written,"
+                    f" the first at {where}"
+                )
+
+
+@contextmanager
+def executing(arch: int = 90, collect: Iterable[str] = ()) -> Iterator[Session]:
+    """Inside, the ops' own launchers (`impl="triton"`) run here, on CPU tensors.
+
+    Args:
+        arch: compute capability without the dot, for which kernels are compiled.
+        collect: kinds of faults that executions keep instead of raising them.
+    """
+    session = Session()
+    kinds = tuple(collect)
+
+    def launch(kernel: Any, programs: int, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        done = run(
+            kernel, (programs,), *args, arch=arch, collect=kinds, fresh=session.shadows(), **options
+        )
+        session.executions.append(done)
+
+    with _launch.recording(launch), _noting(session.note):
+        yield session
+
+
+@contextmanager
+def _noting(note: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Show `note` every tensor that `torch.empty` and its kin make."""
+    originals = {name: getattr(torch, name) for name in MAKERS}
+    new_empty = Tensor.new_empty
+
+    def noting(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def made(*args: Any, **kwargs: Any) -> Tensor:
+            return note(make(*args, **kwargs))
+
+        return made
+
+    try:
+        for name, make in originals.items():
+            setattr(torch, name, noting(make))
+        Tensor.new_empty = noting(new_empty)  # type: ignore[method-assign]
+        yield
+    finally:
+        for name, make in originals.items():
+            setattr(torch, name, make)
+        Tensor.new_empty = new_empty  # type: ignore[method-assign]
