@@ -3,6 +3,7 @@
 cpu        the torch path on the CPU, everything
 interpret  the kernels under triton's interpreter: fp32 and fp16, small shapes
 aot        the kernels compiled to cubins for GPUs that are not there
+compiled   the kernels' PTX for such a GPU (--arch), executed on the CPU: bf16, fp16 and fp32
 gpu        everything on a CUDA device
 
 `--full` widens a lane to the size that is run before an issue closes.
@@ -13,7 +14,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import torch
 from digest import NO_TIME
 from hypothesis import HealthCheck, settings
 
-LANES = ("cpu", "interpret", "aot", "gpu")
+LANES = ("cpu", "interpret", "aot", "compiled", "gpu")
 # Values, then what only a GPU shows: minutes there may be cut off.
 FIRST_ON_A_GPU = {"test_ops": 0, "test_gpu": 1}
 FP32, FP16, BF16, FP64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
@@ -44,6 +45,7 @@ WAYS = {
     "cpu": [Way("torch", "cpu", dtype) for dtype in (FP32, BF16, FP16, FP64)],
     "interpret": [Way("triton", "cpu", dtype) for dtype in (FP32, FP16)],
     "aot": [],
+    "compiled": [Way("triton", "cpu", dtype) for dtype in (BF16, FP16, FP32)],
     "gpu": [
         *(Way("triton", "cuda", dtype) for dtype in (FP32, BF16, FP16)),
         *(Way("torch", "cuda", dtype) for dtype in (FP32, BF16)),
@@ -53,6 +55,7 @@ WAYS = {
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--lane", choices=LANES, default="cpu", help="which lane to run")
+    parser.addoption("--arch", type=int, default=90, help="GPU of the compiled lane, e.g. 80")
     parser.addoption("--full", action="store_true", help="the long form of the lane")
     parser.addoption("--seeds", type=int, help="draws of what rounding decides (1; --full: 20)")
     parser.addoption("--margins", action="store_true", help="fail near a limit, as --full does")
@@ -117,9 +120,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if mark is not None:
             wanted = lane in mark.args
         elif "way" in getattr(item, "fixturenames", ()):
-            wanted = bool(WAYS[lane])
+            wanted = bool(WAYS[lane]) and lane != "compiled"
         else:
             wanted = lane == "cpu"
+        if lane == "compiled" and wanted and not every_dtype:
+            case = getattr(item, "callspec", None) and item.callspec.params.get("case")  # type: ignore[attr-defined]
+            wanted = case is None or "smoke" in case.tags
         if item.get_closest_marker("one_dtype") and not every_dtype:
             wanted = wanted and item.callspec.params["way"].dtype == FP32  # type: ignore[attr-defined]
         (kept if wanted else dropped).append(item)
@@ -170,6 +176,18 @@ def cuda_is_lost() -> bool:
 def lane_is_possible(request: pytest.FixtureRequest) -> None:
     if request.config.getoption("--lane") == "gpu" and not torch.cuda.is_available():
         pytest.skip("the gpu lane needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def compiled_kernels_run_here(request: pytest.FixtureRequest) -> Iterator[None]:
+    """In the compiled lane a launch compiles its kernel for a GPU and executes the PTX."""
+    if request.config.getoption("--lane") != "compiled":
+        yield
+        return
+    from stlm_kernels import ptx
+
+    with ptx.executing(arch=request.config.getoption("--arch")):
+        yield
 
 
 @pytest.fixture

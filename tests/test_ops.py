@@ -30,6 +30,7 @@ from stlm_kernels._spec import Case, OpSpec
 from stlm_kernels.testing import GuardBand, assert_matches, poisoned_memory
 
 RESULT_LANES = pytest.mark.lanes("cpu", "interpret", "gpu")
+VALUE_LANES = pytest.mark.lanes("cpu", "interpret", "compiled", "gpu")
 ONE_DTYPE = pytest.mark.one_dtype
 
 
@@ -62,7 +63,7 @@ def assert_op_matches(spec: OpSpec, case: Case, way: Way, seed: int = 0) -> None
         )
 
 
-@RESULT_LANES
+@VALUE_LANES
 @pytest.mark.parametrize(("spec", "case"), op_cases("smoke", "edge"))
 def test_values_and_gradients(spec: OpSpec, case: Case, way: Way) -> None:
     skip_unless_covered(spec, way)

@@ -32,6 +32,9 @@ from ..._tiles import dot_type, segment_bounds, sum_splits, with_rows
 from . import launch
 
 LOG2_E = 1.4426950408889634
+FUSES = False
+"""A product fused into the first sum across lanes is rounded in one of two lanes only: lanes that
+should hold the same sum would then store values that differ in the last bit to one address."""
 RUNS_ADDED_AT_ONCE = 64
 
 
@@ -217,7 +220,7 @@ def launch_fwd(
         stlm_attention_pool_fwd, _launch.ceil_div(patches, options["BLOCK_P"]) * tiles,
         query, key, value, cu_patchlens.contiguous(), out, lse,
         patches, total, _row_stride(query), key.stride(0), value.stride(0), scale * LOG2_E,
-        device=device, **options,
+        enable_fp_fusion=FUSES, device=device, **options,
     )  # fmt: skip
     return out, lse
 
@@ -250,7 +253,7 @@ def launch_bwd(
         query, key, value, cu_patchlens.contiguous(), grad.contiguous(), lse, dquery, dkey, dvalue,
         patches, total, run, _launch.ceil_div(total, runs),
         _row_stride(query), key.stride(0), value.stride(0), scale * LOG2_E, scale,
-        IS_SHARED=shared, device=device, **options,
+        IS_SHARED=shared, enable_fp_fusion=FUSES, device=device, **options,
     )  # fmt: skip
     return _sum_of_runs(dquery, query.dtype) if shared else dquery, dkey, dvalue
 

@@ -1,0 +1,57 @@
+"""Kernels of no op, small enough to plant a fault in each of their instructions."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def add_rows(x_ptr, y_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    """out = x + y, a block of elements a program."""
+    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = places < n
+    x = tl.load(x_ptr + places, mask=inside, other=0.0)
+    y = tl.load(y_ptr + places, mask=inside, other=0.0)
+    tl.store(out_ptr + places, x + y, mask=inside)
+
+
+@triton.jit
+def row_sums(x_ptr, out_ptr, columns, BLOCK: tl.constexpr):
+    """Sum of each row by all warps of a program: partial sums meet in shared memory."""
+    row = tl.program_id(0).to(tl.int64)
+    places = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * columns + places, mask=places < columns, other=0.0)
+    tl.store(out_ptr + row, tl.sum(x, 0))
+
+
+@triton.jit
+def multiply(a_ptr, b_ptr, out_ptr, depth, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
+    """out (M, N) = a (M, depth) @ b (depth, N), a block of the depth at a time."""
+    rows, columns, inner = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
+    total = tl.zeros((M, N), tl.float32)
+    for begin in range(0, depth, K):
+        a = tl.load(a_ptr + rows[:, None] * depth + begin + inner[None, :])
+        b = tl.load(b_ptr + (begin + inner)[:, None] * N + columns[None, :])
+        total = tl.dot(a, b, total)
+    tl.store(out_ptr + rows[:, None] * N + columns[None, :], total.to(out_ptr.dtype.element_ty))
+
+
+@triton.jit
+def count_down(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    """Programs that loop a different number of times each; lanes count as long as they may."""
+    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    left = tl.load(x_ptr + places, mask=places < n, other=0)
+    steps = tl.zeros((BLOCK,), tl.int32)
+    while tl.max(left, 0) > 0:
+        steps += (left > 0).to(tl.int32)
+        left -= 1
+    tl.store(out_ptr + places, steps, mask=places < n)
+
+
+@triton.jit
+def add_to_bins(ids_ptr, bins_ptr, n, BLOCK: tl.constexpr):
+    """Counts of ids, by atomics (which none of the library's kernels uses)."""
+    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ids = tl.load(ids_ptr + places, mask=places < n, other=0)
+    tl.atomic_add(bins_ptr + ids, tl.full((BLOCK,), 1, tl.int32), mask=places < n)
