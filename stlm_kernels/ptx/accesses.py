@@ -88,6 +88,7 @@ def read(machine: Machine, place: Place, threads: Array, width: int, count: int)
     report = machine.reporter(threads)
     addresses = place.of(machine, threads)
     block = machine.block[threads]
+    count_access(machine, place.space, "load", addresses, width * count, threads)
     if place.space == "global":
         return machine.memory.read(
             addresses, width, count, machine.block_index[threads].astype(np.int32), report
@@ -95,6 +96,20 @@ def read(machine: Machine, place: Place, threads: Array, width: int, count: int)
     return machine.shared.read(
         addresses, width, count, block, machine.warp[threads], machine.epoch[block], report
     )
+
+
+def count_access(
+    machine: Machine, space: str, kind: str, addresses: Array, size: int, threads: Array
+) -> None:
+    """Add an access to the costs, where they are counted."""
+    costs = machine.counts.costs
+    if costs is None or not len(threads):
+        return
+    warps = machine.warp_index[threads]
+    if space == "global":
+        costs.global_access(machine.index, kind, addresses, size, warps)
+    else:
+        costs.shared_access(machine.index, kind, addresses, size, warps)
 
 
 def put(machine: Machine, slot: int, threads: Array, value: Array, mask: Mask) -> None:
@@ -144,6 +159,8 @@ def write(machine: Machine, place: Place, threads: Array, words: list[Array]) ->
     report = machine.reporter(threads)
     addresses = place.of(machine, threads)
     block = machine.block[threads]
+    size = words[0].dtype.itemsize * len(words)
+    count_access(machine, place.space, "store", addresses, size, threads)
     if place.space == "global":
         machine.memory.write(
             addresses, words, machine.block_index[threads].astype(np.int32), report

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import lanes, matrix
-from .accesses import Place, put
+from .accesses import Place, count_access, put
 from .memory import bytes_at, gather
 from .parse import Constant, Instruction, Operand, Register, Vector
 from .registers import signed, unsigned
@@ -140,7 +140,7 @@ class _Rows:
         self.threads = machine.active(mask)
         addresses = place.of(machine, self.threads)
         self.first = lanes.rows_of_matrices(addresses, count).reshape(-1)
-        used = lanes.rows_of_matrices(self.threads, count).reshape(-1)
+        self.used = used = lanes.rows_of_matrices(self.threads, count).reshape(-1)
         self.block, self.warp = machine.block[used], machine.warp[used]
         self.epoch = machine.epoch[self.block]
         self.report = machine.reporter(used)
@@ -158,6 +158,7 @@ def load_matrix(decoder: Decoder, instruction: Instruction) -> Step | None:
 
     def step(machine: Machine, mask: Mask) -> None:
         rows = _Rows(machine, place, mask, count)
+        count_access(machine, "shared", "load", rows.first, 16, rows.used)
         machine.shared.check_read(bytes_at(rows.places, 16), rows.warp, rows.epoch, rows.report)
         words = np.stack(gather(machine.shared.data, rows.places, 2, 8), -1)
         fragments = lanes.fragments_of(words.reshape(-1, count, 8, 8), transposed)
@@ -177,6 +178,7 @@ def store_matrix(decoder: Decoder, instruction: Instruction) -> Step | None:
 
     def step(machine: Machine, mask: Mask) -> None:
         rows = _Rows(machine, place, mask, count)
+        count_access(machine, "shared", "store", rows.first, 16, rows.used)
         fragments = [machine.of(slot, rows.threads) for slot in slots]
         words = lanes.matrices_of(fragments, transposed).reshape(-1, 8)
         new = np.ascontiguousarray(words).view(np.uint8)
@@ -184,6 +186,13 @@ def store_matrix(decoder: Decoder, instruction: Instruction) -> Step | None:
         machine.shared.put(where, new, rows.warp, rows.epoch, rows.report)
 
     return step
+
+
+def count_flops(machine: Machine, shape: matrix.Shape, products: int) -> None:
+    costs = machine.counts.costs
+    if costs is not None:
+        flops = 2 * shape.m * shape.n * shape.k * products
+        costs.add(machine.index, **{f"matrix_flops_{shape.kind}": flops})
 
 
 def multiply(decoder: Decoder, instruction: Instruction) -> Step | None:
@@ -201,6 +210,7 @@ def multiply(decoder: Decoder, instruction: Instruction) -> Step | None:
             return [lanes.by_warp(machine.of(slot, threads)) for slot in slots]
 
         left, right = matrix.operand_a(of(a), shape), matrix.operand_b(of(b), shape)
+        count_flops(machine, shape, len(threads) // lanes.LANES)
         total = matrix.product(left, right, matrix.accumulator(of(c), shape.n))
         for slot, value in zip(d, matrix.registers_of(total, len(d)), strict=True):
             put(machine, slot, threads, value.reshape(-1), mask)
@@ -260,6 +270,7 @@ class _Warpgroup:
         for slot, value in zip(self.sums, values, strict=True):
             put(machine, slot, threads, value.reshape(-1), mask)
         machine.products.issue(self.sums)
+        count_flops(machine, self.shape, len(threads) // WARPGROUP)
 
     def _operand(
         self, machine: Machine, threads: Array, slot: int, rows: int, transposed: bool

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..inspect import target
+from .count import Costs
 from .decode import decode
 from .faults import Collector, Fault
 from .machine import Code, Counts, Machine
@@ -34,6 +36,7 @@ class Execution:
     ptx: str = ""
     arguments: tuple[Any, ...] = ()
     shared_bytes: int = 0
+    cubin: bytes = b""
 
 
 def run(
@@ -43,6 +46,8 @@ def run(
     arch: int = 90,
     collect: Iterable[str] = (),
     fresh: Mapping[int, Shadow] = NO_SHADOWS,
+    costs: bool = False,
+    sample: int | None = None,
     **options: Any,
 ) -> Execution:
     """Execute a `@triton.jit` kernel over the bytes of its CPU tensors.
@@ -54,6 +59,8 @@ def run(
         arch: compute capability without the dot.
         collect: kinds of faults to keep in the result instead of raising them.
         fresh: by address of a storage, which of its bytes have been written; see `executing`.
+        costs: count memory and matrix work too.
+        sample: execute so many blocks, spread evenly, instead of all; results are then incomplete.
 
     Returns:
         The program, how often each instruction was issued, and the faults that were kept.
@@ -68,7 +75,12 @@ def run(
     bound = bind(kernel, compiled, args, options)
     shared_bytes = compiled.metadata.shared
     text = compiled.asm["ptx"]
-    return execute(text, grid, bound, shared_bytes=shared_bytes, collect=collect, fresh=fresh)
+    done = execute(
+        text, grid, bound, shared_bytes=shared_bytes, collect=collect, fresh=fresh, costs=costs,
+        sample=sample,
+    )  # fmt: skip
+    done.cubin = compiled.asm["cubin"]
+    return done
 
 
 def bind(kernel: Any, compiled: Any, args: tuple[Any, ...], options: dict[str, Any]) -> list[Any]:
@@ -100,10 +112,13 @@ def execute(
     shared_bytes: int,
     collect: Iterable[str] = (),
     fresh: Mapping[int, Shadow] = NO_SHADOWS,
+    costs: bool = False,
+    sample: int | None = None,
 ) -> Execution:
     """Execute PTX text. `arguments` are tensors, ints and floats in the kernel's order.
 
-    Parameters beyond the arguments (triton's scratch pointers) are zero.
+    Parameters beyond the arguments (triton's scratch pointers) are zero. `costs` and `sample` are
+    those of `run`.
     """
     code = _decoded(ptx)
     x, y, z = (*grid, 1, 1)[:3]
@@ -117,16 +132,22 @@ def execute(
     }
     memory = GlobalMemory(_storages(arguments), fresh)
     collector = Collector(frozenset(collect))
-    counts = Counts(np.zeros(len(code.program.instructions) + 1, np.int64), blocks=x * y * z)
+    total = x * y * z
+    chosen = _sampled(total, sample)
+    n_instructions = len(code.program.instructions) + 1
+    counts = Counts(
+        np.zeros(n_instructions, np.int64), np.zeros(n_instructions, np.int64), len(chosen), total,
+        Costs() if costs else None,
+    )  # fmt: skip
+    memory.costs = counts.costs
     at_once = max(1, THREADS_AT_ONCE // code.program.threads)
     # Lanes that are switched off compute too; what they overflow says nothing.
     with np.errstate(all="ignore"):
-        for first in range(0, x * y * z, at_once):
-            count = min(at_once, x * y * z - first)
+        for begin in range(0, len(chosen), at_once):
+            blocks = chosen[begin : begin + at_once]
             Machine(
-                code, (x, y, z), first, count, parameters, memory, shared_bytes, collector, counts
+                code, (x, y, z), blocks, parameters, memory, shared_bytes, collector, counts
             ).run()
-    counts.sampled_blocks = x * y * z
     faults = list(collector.found.values())
     return Execution(
         code.program.name, (x, y, z), code.program, counts, faults, ptx,
@@ -137,6 +158,13 @@ def execute(
 @functools.lru_cache(maxsize=512)
 def _decoded(ptx: str) -> Code:
     return decode(parse(ptx))
+
+
+def _sampled(blocks: int, sample: int | None) -> NDArray[np.int64]:
+    """Indices of the blocks to execute: all, or so many spread evenly, the first and last too."""
+    if sample is None or sample >= blocks:
+        return np.arange(blocks)
+    return np.unique(np.linspace(0, blocks - 1, sample).round().astype(np.int64))
 
 
 def _storages(arguments: Sequence[Any]) -> Iterator[tuple[int, int, str]]:

@@ -10,13 +10,14 @@ batch by batch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .asynchronous import Copies, Products
+from .count import Costs
 from .faults import Collector, Fault, Place
 from .memory import GlobalMemory, Reporter, SharedMemory
 from .parse import Instruction, Program, PtxError
@@ -33,12 +34,20 @@ DONE = 1 << 30
 
 @dataclass
 class Counts:
-    """How often each instruction of the program was issued, by warps that had an active lane."""
+    """How often warps issued each instruction, and what it cost where that was asked for.
+
+    Args:
+        issued: by index of the instruction: warps that had an active lane.
+        partial: those of them in which some lanes were switched off by a branch.
+        executed_blocks, blocks: of the grid; fewer than all where blocks were sampled.
+        costs: memory and matrix work; None where nobody asked.
+    """
 
     issued: NDArray[np.int64]
-    sampled_blocks: int = 0
-    blocks: int = 0
-    extra: dict[str, float] = field(default_factory=dict)
+    partial: NDArray[np.int64]
+    executed_blocks: int
+    blocks: int
+    costs: Costs | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +78,7 @@ class Machine:
     Args:
         code: the decoded kernel.
         grid: blocks along x, y, z.
-        first: index of the batch's first block, `count`: how many.
+        blocks: indices of the batch's blocks in the grid.
         parameters: name -> bits, as arrays of one element.
         memory: global memory.
         shared_bytes: of each block.
@@ -81,8 +90,7 @@ class Machine:
         self,
         code: Code,
         grid: tuple[int, int, int],
-        first: int,
-        count: int,
+        blocks: NDArray[np.int64],
         parameters: dict[str, Array],
         memory: GlobalMemory,
         shared_bytes: int,
@@ -92,14 +100,16 @@ class Machine:
         self.code, self.program = code, code.program
         self.parameters, self.memory, self.collector = parameters, memory, collector
         self.counts = counts
-        threads = self.program.threads
+        threads, count = self.program.threads, len(blocks)
         self.n_threads, self.n = threads, threads * count
         self.block = np.repeat(np.arange(count), threads)  # in the batch
         self.thread = np.tile(np.arange(threads, dtype=np.uint32), count)
         self.warp = (self.thread // LANES).astype(np.int32)
-        self.block_index = first + self.block
+        self.block_index = blocks[self.block]
         self.special = _special_registers(self, grid)
         self.shared = SharedMemory(count, shared_bytes)
+        self.warp_index = np.arange(self.n) // LANES  # in the batch
+        self.index = 0  # of the instruction in execution
         self.epoch = np.zeros(count, np.int32)  # barriers that each block has passed
         self.copies, self.products = Copies(self), Products(self)
         self.values: list[Array] = [np.zeros(1, np.uint32)] * (
@@ -188,11 +198,10 @@ class Machine:
 
     def _straight_run(self, begin: int, end: int, mask: Mask) -> None:
         instructions, steps = self.program.instructions, self.code.steps
-        n_warps = self.n // LANES if mask is None else int(mask.reshape(-1, LANES).any(1).sum())
-        self.counts.issued[begin : min(end + 1, len(steps))] += n_warps
+        self._count(begin, min(end + 1, len(steps)), mask)
         for index in range(begin, end):
-            self.current = instruction = instructions[index]
-            step = steps[index]
+            self.index, self.current = index, instructions[index]
+            instruction, step = self.current, steps[index]
             if step is None:
                 raise PtxError(_unknown(self.program, instruction))
             if self.products.pending:
@@ -203,6 +212,16 @@ class Machine:
             chosen = self._predicated(instruction, mask)
             if chosen is None or chosen.any():
                 step(self, chosen)
+
+    def _count(self, begin: int, end: int, mask: Mask) -> None:
+        """Note that the active warps issue a run of instructions."""
+        if mask is None:
+            self.counts.issued[begin:end] += self.n // LANES
+            return
+        by_warp = mask.reshape(-1, LANES)
+        active = by_warp.any(1)
+        self.counts.issued[begin:end] += int(active.sum())
+        self.counts.partial[begin:end] += int((active & ~by_warp.all(1)).sum())
 
     def _predicated(self, instruction: Instruction, mask: Mask) -> Mask:
         assert instruction.predicate is not None

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from .count import Costs
+
 WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 NOBODY, SEVERAL = -1, -2
 LAUNCH = 0
@@ -114,6 +116,7 @@ class GlobalMemory:
         unique = {start: (size, name) for start, size, name in storages if size}
         self.allocations = [Allocation(a, *unique[a], fresh.get(a)) for a in sorted(unique)]
         self.starts = np.array([a.start for a in self.allocations], np.int64)
+        self.costs: Costs | None = None
 
     def _parts(
         self, addresses: Ints, size: int, report: Reporter
@@ -153,6 +156,9 @@ class GlobalMemory:
             ):
                 result[chosen] = words
             self._check_read(allocation, chosen, offsets, width * count, blocks, report)
+            if self.costs is not None:
+                extent = len(allocation.data)
+                self.costs.touch(allocation.start, offsets, width * count, extent, writes=False)
         return results
 
     def _check_read(
@@ -194,6 +200,9 @@ class GlobalMemory:
             report("race", _among(chosen, races.any(1), len(blocks)), detail)
             if allocation.written is not None:
                 allocation.written[places] = True
+            if self.costs is not None:
+                extent = len(allocation.data)
+                self.costs.touch(allocation.start, offsets, size, extent, writes=True)
 
     def atomic(
         self, addresses: Ints, report: Reporter, size: int

@@ -1,4 +1,4 @@
-"""Ops of the library on compiled kernels: their launches run here, and what they leave unwritten."""
+"""Ops of the library on compiled kernels: their launches run here, over CPU tensors."""
 
 from __future__ import annotations
 
@@ -68,20 +68,32 @@ class Session:
 
 
 @contextmanager
-def executing(arch: int = 90, collect: Iterable[str] = ()) -> Iterator[Session]:
+def executing(
+    arch: int = 90,
+    collect: Iterable[str] = (),
+    *,
+    costs: bool = False,
+    sample: int | None = None,
+) -> Iterator[Session]:
     """Inside, the ops' own launchers (`impl="triton"`) run here, on CPU tensors.
 
     Args:
         arch: compute capability without the dot, for which kernels are compiled.
         collect: kinds of faults that executions keep instead of raising them.
+        costs, sample: as in `run`.
     """
     session = Session()
     kinds = tuple(collect)
 
+    def shadows() -> dict[int, Shadow]:
+        # Launches of some blocks leave holes for the next to read.
+        return session.shadows() if sample is None else {}
+
     def launch(kernel: Any, programs: int, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         done = run(
-            kernel, (programs,), *args, arch=arch, collect=kinds, fresh=session.shadows(), **options
-        )
+            kernel, (programs,), *args, arch=arch, collect=kinds, fresh=shadows(),
+            costs=costs, sample=sample, **options,
+        )  # fmt: skip
         session.executions.append(done)
 
     with _launch.recording(launch), _noting(session.note):

@@ -1,0 +1,150 @@
+"""Lower bounds of a launch's time on a device, one for each thing it cannot do without.
+
+Each is a count over a rate: a kernel takes at least the largest of them. They are bounds, not
+times: waiting, cache misses beyond the first, clocks below boost and partial waves come on top.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .count import class_of
+from .disassembly import MachineCounts, machine_counts
+from .launch import Execution
+
+DEVICES = Path(__file__).parent / "devices"
+LANES = 32
+
+
+@dataclass(frozen=True)
+class Device:
+    """Rates of a GPU, from `devices/<name>.json`, which names their sources."""
+
+    name: str
+    arch: int
+    sms: int
+    clock_ghz: float
+    issue_per_clock: float
+    alu_per_clock: float
+    mufu_per_clock: float
+    lsu_bytes_per_clock: float
+    matrix_tflops: dict[str, float]
+    dram_tb_per_s: float
+    l2_tb_per_s: float | None
+
+    @classmethod
+    def load(cls, name: str) -> Device:
+        """The device of this name.
+
+        Raises:
+            ValueError: there is none.
+        """
+        path = DEVICES / f"{name}.json"
+        if not path.exists():
+            known = sorted(each.stem for each in DEVICES.glob("*.json"))
+            raise ValueError(f"device: expected one of {known}, got {name!r}")
+        values = json.loads(path.read_text())
+        del values["sources"]
+        return cls(**values)
+
+    @property
+    def clocks_per_us(self) -> float:
+        """Clocks of all SMs together in a microsecond."""
+        return self.sms * self.clock_ghz * 1e3
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a launch costs.
+
+    Args:
+        kernel: its name.
+        us: lower bound of each limit, in microseconds.
+        counts: of the whole grid, extrapolated where blocks were sampled.
+        machine: warp instructions of the machine code; None where it was not at hand.
+        factor: of the extrapolation: blocks of the grid over blocks executed.
+    """
+
+    kernel: str
+    us: dict[str, float]
+    counts: dict[str, float]
+    machine: MachineCounts | None
+    factor: float
+
+    @property
+    def binding(self) -> str:
+        """The limit with the largest bound."""
+        return max(self.us, key=lambda name: self.us[name])
+
+    @property
+    def largest(self) -> float:
+        """Microseconds that the launch takes at least."""
+        return self.us[self.binding]
+
+
+def bounds_of(done: Execution, device: Device) -> Bounds:
+    """Bounds of an execution whose costs were counted.
+
+    Raises:
+        ValueError: the execution was run without `costs=True`.
+    """
+    costs = done.counts.costs
+    if costs is None:
+        raise ValueError("bounds_of: expected an execution with costs=True, got one without")
+    factor = done.counts.blocks / max(1, done.counts.executed_blocks)
+    classes = classes_of(done)
+    machine = machine_counts(done) if done.cubin else None
+    issued = machine.issued if machine else sum(classes.values())
+    counts: dict[str, float] = {
+        **{f"class_{name}": count * factor for name, count in classes.items()},
+        **{name: count * factor for name, count in costs.counts.items()},
+        "ptx_instructions": sum(classes.values()) * factor,
+        "instructions": issued * factor,
+        "divergent_instructions": int(done.counts.partial.sum()) * factor,
+        "dram_bytes": costs.dram_bytes * factor,
+        "l2_bytes": costs.l2_bytes * factor,
+    }
+    return Bounds(done.kernel, _microseconds(counts, device), counts, machine, factor)
+
+
+def classes_of(done: Execution) -> Counter[str]:
+    """Warp instructions of the PTX by class."""
+    classes: Counter[str] = Counter()
+    for instruction, count in zip(done.program.instructions, done.counts.issued, strict=False):
+        classes[class_of(instruction.opcode)] += int(count)
+    return classes
+
+
+def _microseconds(counts: dict[str, Any], device: Device) -> dict[str, float]:
+    clocks = device.clocks_per_us
+    kinds = ("load", "store", "copy")
+    moved = sum(counts.get(f"global_{kind}_cycles", 0) for kind in kinds)
+    passes = sum(counts.get(f"shared_{kind}_wavefronts", 0) for kind in kinds)
+    matrix = sum(
+        counts.get(f"matrix_flops_{kind}", 0) / (rate * 1e6)
+        for kind, rate in device.matrix_tflops.items()
+    )
+    us = {
+        "issue": counts["instructions"] / (clocks * device.issue_per_clock),
+        "alu": counts.get("class_integer", 0) / (clocks * device.alu_per_clock),
+        "mufu": counts.get("class_mufu", 0) / (clocks * device.mufu_per_clock),
+        "lsu": (moved + passes) / clocks,
+        "matrix": matrix,
+        "dram": counts["dram_bytes"] / (device.dram_tb_per_s * 1e6),
+    }
+    if device.l2_tb_per_s is not None:
+        us["l2"] = counts["l2_bytes"] / (device.l2_tb_per_s * 1e6)
+    return us
+
+
+def ratio(counts: dict[str, float], what: str) -> float:
+    """Needed over ideal "sectors" (global) or "wavefronts" (shared); 1 where there are none."""
+    space = "global" if what == "sectors" else "shared"
+    kinds = ("load", "store", "copy")
+    needed = sum(counts.get(f"{space}_{kind}_{what}", 0) for kind in kinds)
+    ideal = sum(counts.get(f"{space}_{kind}_ideal_{what}", 0) for kind in kinds)
+    return needed / ideal if ideal else 1.0

@@ -1,0 +1,150 @@
+"""What an execution costs, counted under the names that Nsight Compute gives the same quantities.
+
+Counts are exact for the PTX that ran. Instructions here are PTX's, not the machine's; memory
+requests, sectors and wavefronts do not depend on that, except where the assembler merges or drops
+accesses.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+SECTOR = 32
+BANKS, BANK_BYTES = 32, 4
+LINE = 128  # bytes that shared memory and the L1 move in a cycle
+
+NAMES = {
+    "instructions": "smsp__inst_executed.sum",
+    "global_load_requests": "l1tex__t_requests_pipe_lsu_mem_global_op_ld.sum",
+    "global_store_requests": "l1tex__t_requests_pipe_lsu_mem_global_op_st.sum",
+    "global_load_sectors": "l1tex__t_sectors_pipe_lsu_mem_global_op_ld.sum",
+    "global_store_sectors": "l1tex__t_sectors_pipe_lsu_mem_global_op_st.sum",
+    "global_copy_sectors": "l1tex__t_sectors_pipe_lsu_mem_global_op_ldgsts.sum",
+    "shared_load_wavefronts": "l1tex__data_pipe_lsu_wavefronts_mem_shared_op_ld.sum",
+    "shared_store_wavefronts": "l1tex__data_pipe_lsu_wavefronts_mem_shared_op_st.sum",
+}
+"""Names of the counts that Nsight Compute has too."""
+
+
+@dataclass
+class Costs:
+    """Counts of a launch; `counts` by name, see `NAMES` and the methods."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    read_sectors: dict[int, NDArray[np.bool_]] = field(default_factory=dict)
+    written_sectors: dict[int, NDArray[np.bool_]] = field(default_factory=dict)
+    by_instruction: dict[int, Counter[str]] = field(default_factory=dict)
+
+    def add(self, index: int, **values: float) -> None:
+        """Add counts to an instruction, by its index, and to the total."""
+        self.counts.update(values)
+        self.by_instruction.setdefault(index, Counter()).update(values)
+
+    def global_access(
+        self, index: int, kind: str, addresses: Array, size: int, warps: Array
+    ) -> None:
+        """A request of each warp: the 32-byte sectors it touches, and the fewest that could do.
+
+        Args:
+            index: of the instruction.
+            kind: "load", "store" or "copy".
+            addresses: of each active thread, aligned to `size` bytes.
+            warps: the warp of each.
+        """
+        sectors = np.unique(_keys(warps, addresses // SECTOR))
+        places = np.unique(_keys(warps, addresses // size))
+        warp_of_place = places >> np.int64(48)
+        useful = np.bincount(warp_of_place) * size
+        requests = int((useful > 0).sum())
+        self.add(
+            index,
+            **{
+                f"global_{kind}_requests": requests,
+                f"global_{kind}_sectors": len(sectors),
+                f"global_{kind}_ideal_sectors": int((-(-useful // SECTOR)).sum()),
+                f"global_{kind}_cycles": int(np.maximum(1, -(-useful // LINE))[useful > 0].sum()),
+            },
+        )
+
+    def shared_access(self, index: int, kind: str, offsets: Array, size: int, warps: Array) -> None:
+        """Wavefronts of each warp: passes over the 32 banks, and the fewest that could do.
+
+        Accesses of 8 bytes are served by half warps, of 16 by quarters, each in a pass of its own.
+        """
+        lanes_at_once = max(1, min(32, LINE // size))
+        order = _rank_in_warp(warps) // lanes_at_once
+        words = (offsets[:, None] + np.arange(0, max(size, BANK_BYTES), BANK_BYTES)) // BANK_BYTES
+        group = np.broadcast_to((warps * 64 + order)[:, None], words.shape)
+        distinct = np.unique(_keys(group.reshape(-1), words.reshape(-1)))
+        bank = (distinct & np.int64((1 << 48) - 1)) % BANKS
+        groups, where = np.unique(distinct >> np.int64(48), return_inverse=True)
+        passes = np.zeros((len(groups), BANKS), np.int64)
+        np.add.at(passes, (where, bank), 1)
+        total = passes.sum(1)
+        self.add(
+            index,
+            **{
+                f"shared_{kind}_wavefronts": int(passes.max(1).sum()),
+                f"shared_{kind}_ideal_wavefronts": int((-(-total // BANKS)).sum()),
+            },
+        )
+
+    def touch(self, start: int, offsets: Array, size: int, extent: int, writes: bool) -> None:
+        """Note the sectors of a storage: each is moved from or to DRAM once at least."""
+        table = self.written_sectors if writes else self.read_sectors
+        flags = table.setdefault(start, np.zeros(-(-extent // SECTOR), bool))
+        flags[offsets // SECTOR] = True
+        flags[np.minimum((offsets + size - 1) // SECTOR, len(flags) - 1)] = True
+
+    @property
+    def dram_bytes(self) -> int:
+        """The fewest bytes between DRAM and L2: each touched sector once in each direction."""
+        tables = (self.read_sectors, self.written_sectors)
+        return SECTOR * sum(int(flags.sum()) for table in tables for flags in table.values())
+
+    @property
+    def l2_bytes(self) -> int:
+        """Bytes of all sectors requested: what crosses the L2 where the L1 keeps nothing."""
+        kinds = ("load", "store", "copy")
+        return SECTOR * int(sum(self.counts[f"global_{kind}_sectors"] for kind in kinds))
+
+
+def _keys(warps: Array, places: Array) -> Array:
+    """One int64 of a warp (16 bits) and a place (48 bits) in it."""
+    return (warps.astype(np.int64) << np.int64(48)) | places.astype(np.int64)
+
+
+def _rank_in_warp(warps: Array) -> Array:
+    """Position of each access among those of its warp."""
+    first = np.r_[True, warps[1:] != warps[:-1]]
+    begins = np.flatnonzero(first)
+    return np.arange(len(warps)) - np.repeat(begins, np.diff(np.r_[begins, len(warps)]))
+
+
+CLASSES = {
+    "mufu": ("ex2", "lg2", "rcp", "rsqrt", "sqrt", "tanh", "sin", "cos", "div"),
+    "matrix": ("mma", "wgmma", "ldmatrix", "stmatrix"),
+    "memory": ("ld", "st", "cp", "atom", "red"),
+    "lanes": ("shfl", "redux", "vote", "elect"),
+    "barrier": ("bar", "barrier", "fence"),
+    "branch": ("bra", "ret", "exit"),
+    "convert": ("cvt",),
+    "move": ("mov", "selp", "cvta"),
+}
+FLOATS = {"f16", "f32", "f64", "bf16", "f16x2", "bf16x2"}
+
+
+def class_of(opcode: str) -> str:
+    """The class of a PTX instruction, as `CLASSES` has them; "float" or "integer" for the rest."""
+    name, *modifiers = opcode.split(".")
+    for kind, names in CLASSES.items():
+        if name in names:
+            return kind
+    return "float" if modifiers and modifiers[-1] in FLOATS else "integer"
