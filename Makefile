@@ -23,12 +23,12 @@ OPS ?=
 # Which benchmark lines, as pytest's -k; empty is all.
 LINES ?=
 
-.PHONY: help test test-full lint lanes lane-cpu lane-interpret lane-aot bench check train \
+.PHONY: help test test-full lint lanes lane-cpu lane-interpret lane-aot lane-compiled bench check train \
         another-set \
         gpu-wheels gpu-test gpu-bench gpu-tune gpu-site full-sets full-triton36 full-trainers clean
 
 help:
-	@echo "make test       lint, types and the three CPU lanes (about 10 minutes on 2 cores)"
+	@echo "make test       lint, types and the four CPU lanes (about 10 minutes on 2 cores)"
 	@echo "make test-full  the same lanes in their long form, triton 3.6.0, and other trainers"
 	@echo "make bench      our ops beside their stock peers, on this machine"
 	@echo "make check      our torch path against the best stock composition, turn by turn"
@@ -47,10 +47,11 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 test: $(READY)
-	$(MAKE) --no-print-directory -j2 --output-sync=target lint lane-cpu lane-interpret lane-aot another-set
+	$(MAKE) --no-print-directory -j2 --output-sync=target lint lane-cpu lane-interpret lane-aot lane-compiled another-set
 
 test-full: $(READY)
-	$(MAKE) --no-print-directory -j2 --output-sync=target lint lane-cpu lane-interpret lane-aot FULL=--full
+	$(MAKE) --no-print-directory -j2 --output-sync=target lint lane-cpu lane-interpret lane-aot lane-compiled FULL=--full
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q --lane compiled --arch 80 --full
 	$(MAKE) --no-print-directory full-sets
 	$(MAKE) --no-print-directory full-triton36
 	$(MAKE) --no-print-directory full-trainers
@@ -60,7 +61,7 @@ lint: $(READY)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-lane-cpu lane-interpret lane-aot: lane-%: $(READY)
+lane-cpu lane-interpret lane-aot lane-compiled: lane-%: $(READY)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q --lane $* $(FULL)
 
 # No result may hang on how a CPU rounds: the critical tests under one other instruction set, and
