@@ -26,8 +26,16 @@ def _plain_head(case: Case) -> str | None:
     return f"it has no {' and no '.join(sorted(special))}" if special else None
 
 
-def _linear_cross_entropy(**inputs: Any) -> Tensor:
-    return F.cross_entropy(_logits(inputs), inputs["target"].long(), reduction=inputs["reduction"])
+def _linear_cross_entropy(**inputs: Any) -> Any:
+    z, weight = _logits(inputs), inputs.get("weight")
+    loss = F.cross_entropy(
+        z,
+        inputs["target"].long(),
+        weight=None if weight is None else weight.float(),
+        reduction=inputs["reduction"],
+        label_smoothing=inputs["label_smoothing"],
+    )
+    return (loss, z.logsumexp(-1)) if inputs["return_lse"] else loss
 
 
 def _torch_linear_cross_entropy(chunked: bool, **inputs: Any) -> Tensor:
@@ -46,6 +54,8 @@ def _torch_linear_cross_entropy(chunked: bool, **inputs: Any) -> Tensor:
 def _has_torch_linear_cross_entropy(case: Case) -> str | None:
     if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         return "this torch has no F.linear_cross_entropy with options"
+    if {"lse", "smoothing"} & set(case.sizes):
+        return "it gives no lse, and smooths on its unfused path alone"
     return _plain_head(case)
 
 

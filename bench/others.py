@@ -44,9 +44,12 @@ def on_gpu(case: Case) -> str | None:
     return None if torch.cuda.is_available() else "it needs a CUDA device"
 
 
+NOT_ASKED_FOR = ("bias", "cap", "valid", "smoothing", "z", "scale", "weights", "lse")
+
+
 def _reason(module: str, name: str) -> Callable[[Case], str | None]:
     def unsupported(case: Case) -> str | None:
-        special = {"bias", "cap", "valid", "smoothing", "z", "scale"} & set(case.sizes)
+        special = set(NOT_ASKED_FOR) & set(case.sizes)
         if special:
             return f"it is not asked for {' and '.join(sorted(special))}"
         return why_missing(module, name) or on_gpu(case)

@@ -20,7 +20,7 @@ from stlm_kernels import linear_cross_entropy, linear_kl_div, linear_logprobs, l
 
 ROWS, WIDTH = 13, 8  # not equal shares
 VOCABS = {"torch": (40,), "triton": (40, 520)}  # on the chip, and in chunks
-Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Any]
 
 
 def data(vocab: int) -> list[Tensor]:
@@ -46,11 +46,20 @@ def losses(impl: str) -> dict[str, Loss]:
         logprob, lse = linear_logprobs(hidden, weight, target, linear_bias=bias, impl=impl)
         return (2 * lse - logprob).sum()
 
+    def weighted(hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Tensor:
+        """Class weights, which are whole as the bias is, and the lse of each row."""
+        classes = bias.detach().abs()
+        loss, lse = cross_entropy("mean", weight=classes, return_lse=True, label_smoothing=0.1)(
+            hidden, weight, bias, target
+        )
+        return loss + lse.square().sum()
+
     return {
         "sum": cross_entropy("sum"),
         "mean": cross_entropy("mean", label_smoothing=0.1),
         "none": lambda *tensors: cross_entropy("none")(*tensors).square().sum(),
         "logprobs": logprobs,
+        "weighted mean": weighted,
     }
 
 

@@ -167,19 +167,19 @@ def test_registration(way: Way) -> None:
     if way.dtype != torch.float32:
         pytest.skip("one dtype shows the shapes")
     hidden, weight, target = (x.detach() for x in example(way))
-    bias = torch.zeros(520, device=way.device)
+    bias, classes = torch.zeros(520, device=way.device), torch.ones(520, device=way.device)
     options = (torch.float32, -100, 0.0, 1.0, 515, 0.1, 0.0)
     upstream = torch.ones(7, device=way.device)
     ops, checks = torch.ops.stlm, ("test_schema", "test_faketensor")
     head = (hidden, weight, target)
     for op, arguments in (
-        (ops.linear_logprobs_chunked_fwd, (*head, None, *options)),
+        (ops.linear_logprobs_chunked_fwd, (*head, None, None, *options)),
         (
             ops.linear_logprobs_chunked_bwd,
-            (upstream, upstream, *head, bias, *options, True, True, True),
+            (upstream, upstream, *head, bias, classes, *options, True, True, True),
         ),
-        (ops.linear_cross_entropy_chunked_fwd, (*head, bias, *options, True, False, True)),
-        (ops.linear_cross_entropy_chunked_fwd, (*head, None, *options, False, True, False)),
+        (ops.linear_cross_entropy_chunked_fwd, (*head, bias, classes, *options, True, False, True)),
+        (ops.linear_cross_entropy_chunked_fwd, (*head, None, None, *options, False, True, False)),
     ):
         torch.library.opcheck(op.default, arguments, test_utils=checks)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal, overload
+
 import torch
 from torch import Tensor
 
 from ... import _checks
 from ..._dispatch import Impl, use_triton
+from ..._sharding import require_rows
 from ..linear_logprobs import chunked_op
 from ..linear_logprobs.launch import fits_on_chip
 from ..linear_logprobs.op import RowOptions, check, row_losses
@@ -17,12 +20,15 @@ from .launch import unsupported_reasons
 REDUCTIONS = ("mean", "sum", "none")
 
 
+@overload
 def linear_cross_entropy(
-    input: Tensor,  # (..., D)
-    linear_weight: Tensor,  # (V, D)
-    target: Tensor,  # (...) integer
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
     *,
-    linear_bias: Tensor | None = None,  # (V,)
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    return_lse: Literal[False] = ...,
     reduction: str = "mean",
     ignore_index: int | None = -100,
     label_smoothing: float = 0.0,
@@ -31,13 +37,53 @@ def linear_cross_entropy(
     logit_scale: float = 1.0,
     valid_vocab: int | None = None,
     impl: Impl = "auto",
-) -> Tensor:
+) -> Tensor: ...
+
+
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    return_lse: Literal[True],
+    reduction: str = "mean",
+    ignore_index: int | None = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    valid_vocab: int | None = None,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]: ...
+
+
+def linear_cross_entropy(
+    input: Tensor,  # (..., D)
+    linear_weight: Tensor,  # (V, D)
+    target: Tensor,  # (...) integer
+    *,
+    linear_bias: Tensor | None = None,  # (V,)
+    weight: Tensor | None = None,  # (V,)
+    return_lse: bool = False,
+    reduction: str = "mean",
+    ignore_index: int | None = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    valid_vocab: int | None = None,
+    impl: Impl = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
     """Cross entropy of `input @ linear_weight.T + linear_bias` with `target`, without the logits.
 
     z = logit_scale * (input @ linear_weight.T + linear_bias), then softcap * tanh(z / softcap),
-    columns from valid_vocab on removed. A row's loss is its cross entropy with the target
-    (smoothed over the valid_vocab columns) + z_loss * logsumexp(z)^2. Names and order of
-    `torch.nn.functional.linear_cross_entropy` without `weight` and `options`; there
+    columns from valid_vocab on removed. With log p = z - lse, lse = logsumexp(z), smoothing s over
+    V = valid_vocab columns and class weights w (1 without), a row's loss is
+    -(1 - s) * w[target] * log p[target] - s / V * sum(w * log p) + z_loss * lse^2.
+    Names and order of `torch.nn.functional.linear_cross_entropy` without `options`; there
     ignore_index=None reads as -100, here it ignores nothing.
 
     Args:
@@ -47,7 +93,11 @@ def linear_cross_entropy(
         target: (...) uint8, int16, int32 or int64, widened to int64 before comparing; each in
             [0, valid_vocab) or ignore_index.
         linear_bias: (V,) in the weight's or the input's dtype, or None.
-        reduction: "mean" over the rows not ignored, "sum", or "none".
+        weight: (V,) class weights as in `torch.nn.functional.cross_entropy`, in the input's dtype
+            or float32, or None. Constants: there is no gradient to them. They weigh no z-loss.
+        return_lse: whether to give the log-sum-exp of each row beside the loss.
+        reduction: "mean", the sum over the number of rows not ignored, or over the sum of their
+            targets' class weights; "sum"; or "none".
         ignore_index: rows with this target give 0 and take no gradient, even where their input is
             NaN. None ignores nothing.
         label_smoothing: in [0, 1].
@@ -58,18 +108,22 @@ def linear_cross_entropy(
         impl: "auto", "triton" or "torch".
 
     Returns:
-        A scalar, or (...) for "none", float32 (float64 for float64 inputs). A mean over no row is
-        NaN with gradients of exactly 0; a sum of nothing is 0.
+        A scalar, or (...) for "none", float32 (float64 for float64 inputs). A mean over no row, or
+        over class weights that sum to 0, is NaN with gradients of exactly 0; a sum of nothing is 0.
+        With return_lse (loss, lse): lse (...) of the same dtype is differentiable as well; ignored
+        rows have 0 and no gradient.
 
     Raises:
-        ValueError: a wrong type, dtype, shape, device or scalar.
+        ValueError: a wrong type, dtype, shape, device or scalar, or class weights that require a
+            gradient while autograd records.
         IndexError: on CPU in eager mode, a target outside [0, valid_vocab) that is not ignored.
         NotImplementedError: impl="triton" cannot run this call; the message lists why.
 
     Numerics:
         As `linear_logprobs`. On the torch path, and on the kernels above 512 columns, "mean" and
         "sum" form their gradients in the forward, chunk by chunk, and scale them by the upstream
-        gradient in the backward, out of place. Beside that of the input (N, D), extra memory
+        gradient in the backward, out of place; a gradient of lse has the logits formed again
+        there. Beside that of the input (N, D), extra memory
         does not grow with the number of rows: on the kernels above 512 columns 256 MB of logits,
         and the weight in the input's dtype and its gradient in float32. The torch path holds rows
         of 16 bits, and their gradient, in float32.
@@ -79,6 +133,8 @@ def linear_cross_entropy(
     options = check(
         input, linear_weight, target, linear_bias, ignore_index, softcap, logit_scale, valid_vocab
     )
+    _check_class_weight(weight, input, linear_weight)
+    _checks.require(isinstance(return_lse, bool), "return_lse", "a bool", repr(return_lse))
     _checks.require_choice("reduction", reduction, REDUCTIONS)
     ok = _checks.is_number(label_smoothing) and 0 <= label_smoothing <= 1
     _checks.require_number(ok, "label_smoothing", "a number in [0, 1]", label_smoothing)
@@ -86,6 +142,32 @@ def linear_cross_entropy(
     _checks.require_number(ok, "z_loss", "a finite number >= 0", z_loss)
     options = options._replace(label_smoothing=float(label_smoothing), z_loss=float(z_loss))
 
+    head = (input, linear_weight, target, linear_bias, weight)
+    loss, lse = _losses(head, options, reduction, return_lse, impl)
+    if reduction == "mean":
+        loss = mean_of_counted(loss, _counted(target, weight, options))
+    if not return_lse:
+        return loss
+    assert lse is not None
+    return loss, lse.view(target.shape)
+
+
+def _check_class_weight(weight: Tensor | None, input: Tensor, linear_weight: Tensor) -> None:
+    if weight is None:
+        return
+    dtypes = _checks.weight_dtypes(input.dtype)
+    _checks.require_tensor("weight", weight, linear_weight.shape[:1], dtypes, input.device)
+    require_rows(input, {}, {"weight": weight})
+    ok = not (weight.requires_grad and torch.is_grad_enabled())
+    got = "one that requires a gradient (use weight.detach())"
+    _checks.require(ok, "weight", "class weights that are constants", got)
+
+
+def _losses(
+    head: tuple[Any, ...], options: RowOptions, reduction: str, return_lse: bool, impl: Impl
+) -> tuple[Tensor, Tensor | None]:
+    """The losses of all rows or their sum, and the lse (N,) where it is asked for."""
+    input, linear_weight, target, bias, class_weight = head
     on_kernels = use_triton(
         "linear_cross_entropy",
         impl,
@@ -94,31 +176,40 @@ def linear_cross_entropy(
         input=input,
         linear_weight=linear_weight,
         target=target,
-        valid_vocab=valid_vocab,
+        valid_vocab=options.valid_vocab,
     )
     on_chip = fits_on_chip(options.valid_vocab)
     if reduction == "none" or (on_kernels and (on_chip or _checks.inside_torch_func())):
         path: Impl = "triton" if on_kernels else "torch"
-        loss, _ = row_losses(
-            "linear_cross_entropy", input, linear_weight, target, linear_bias, options, path
+        loss, lse = row_losses(
+            "linear_cross_entropy", input, linear_weight, target, bias, class_weight, options, path
         )
-        return loss if reduction == "none" else _reduced(loss.sum(), target, reduction, options)
+        return loss if reduction == "none" else loss.sum(), lse
     rows, targets = input.reshape(-1, input.shape[-1]), target.reshape(-1)
     if on_kernels:
-        total = chunked_op.summed_loss(rows, linear_weight, targets, linear_bias, options)
-    else:
-        total = torch_impl.summed_loss(TARGETS, options, rows, linear_weight, linear_bias, targets)
-    return _reduced(total, target, reduction, options)
+        return chunked_op.summed_loss(
+            rows, linear_weight, targets, bias, class_weight, options, with_lse=return_lse
+        )
+    given = (targets,) if class_weight is None else (targets, class_weight)
+    return torch_impl.summed_loss(
+        TARGETS, options, rows, linear_weight, bias, *given, with_lse=return_lse
+    )
 
 
-def _reduced(total: Tensor, target: Tensor, reduction: str, options: RowOptions) -> Tensor:
-    if reduction == "sum":
-        return total
-    return mean_of_counted(total, (target.long() != options.ignore_index).sum())
+def _counted(target: Tensor, class_weight: Tensor | None, options: RowOptions) -> Tensor:
+    """What a mean divides by: the rows that count, or the sum of their targets' weights."""
+    wide = target.long().flatten()
+    counted = wide != options.ignore_index
+    if class_weight is None:
+        return counted.sum()
+    index = torch.where(counted, wide, 0).clamp(0, options.valid_vocab - 1)
+    dtype = torch.promote_types(class_weight.dtype, torch.float32)
+    return torch.where(counted, class_weight.to(dtype)[index], 0).sum()
 
 
 def mean_of_counted(total: Tensor, count: Tensor) -> Tensor:
     """The mean of a sum of row losses; over no row NaN, with gradients of exactly 0."""
-    if _checks.values_visible(total, count) and count > 0:
+    if _checks.values_visible(total, count) and count != 0:
         return total / count
-    return torch.where(count > 0, total / count.clamp(min=1), float("nan"))
+    some = count != 0
+    return torch.where(some, total / torch.where(some, count, 1), float("nan"))

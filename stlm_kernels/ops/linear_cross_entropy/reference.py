@@ -27,6 +27,8 @@ def reference(
     target: Tensor,  # (...)
     *,
     linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,  # (V,) fp64
+    return_lse: bool = False,
     reduction: str = "mean",
     ignore_index: int | None = -100,
     label_smoothing: float = 0.0,
@@ -34,25 +36,31 @@ def reference(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     valid_vocab: int | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """The definition, one row after the other."""
-    losses, counted = [], 0
+    losses, lses, counted = [], [], 0.0
+    classes = torch.ones(linear_weight.shape[0]) if weight is None else weight
+    classes = classes.double()[:valid_vocab]
     for row, wanted in zip(input.reshape(-1, input.shape[-1]), target.flatten(), strict=True):
         if ignore_index is not None and int(wanted) == ignore_index:
             losses.append(row.new_zeros(()))
+            lses.append(row.new_zeros(()))
             continue
-        counted += 1
+        counted += float(classes[int(wanted)])
         z = reference_logits(row, linear_weight, linear_bias, softcap, logit_scale, valid_vocab)
         lse = z.exp().sum().log()
-        smooth = (lse - z).mean()
-        hard = lse - z[int(wanted)]
+        smooth = (classes * (lse - z)).mean()
+        hard = classes[int(wanted)] * (lse - z[int(wanted)])
         losses.append((1 - label_smoothing) * hard + label_smoothing * smooth + z_loss * lse**2)
-    if reduction == "none":
-        return torch.stack(losses).view(target.shape) if losses else input.new_zeros(target.shape)
-    total = sum(losses, input.new_zeros(()))
-    if reduction == "sum":
-        return total
-    return total / counted if counted else total * 0 + float("nan")
+        lses.append(lse)
+    each, lse = (
+        torch.stack(xs).view(target.shape) if xs else input.new_zeros(target.shape)
+        for xs in (losses, lses)
+    )
+    loss = each if reduction == "none" else sum(losses, input.new_zeros(()))
+    if reduction == "mean":
+        loss = loss / counted if counted else loss * 0 + float("nan")
+    return (loss, lse) if return_lse else loss
 
 
 def terms(
@@ -89,12 +97,14 @@ def yardstick(
     linear_weight: Tensor,
     target: Tensor,
     *,
+    weight: Tensor | None = None,
+    return_lse: bool = False,
     ignore_index: int | None = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     **head: Any,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Stock torch: logits in fp32, F.cross_entropy, and the z-loss by hand.
 
     Rows whose logits would not fit go by blocks, which the backward forms again.
@@ -102,24 +112,33 @@ def yardstick(
     head = {"linear_bias": None, "softcap": None, "logit_scale": 1.0, "valid_vocab": None} | head
     wide = torch.promote_types(input.dtype, torch.float32)
     # Widened once, so that the blocks add up their gradients in fp32.
-    weight = linear_weight.to(input.dtype).to(wide)
+    table = linear_weight.to(input.dtype).to(wide)
     if head["linear_bias"] is not None:
         head["linear_bias"] = head["linear_bias"].to(wide)
     rows, wanted = input.reshape(-1, input.shape[-1]).to(wide), target.long().flatten()
     kept = wanted != (-(2**63) if ignore_index is None else ignore_index)
     wanted = torch.where(kept, wanted, -100)
+    classes = None if weight is None else weight[: head["valid_vocab"]].to(wide)
+    options: dict[str, Any] = {"weight": classes, "label_smoothing": label_smoothing}
 
-    def losses(rows: Tensor, wanted: Tensor) -> Tensor:
-        z = stock_logits(rows, weight, **head)
-        loss = F.cross_entropy(z, wanted, reduction="none", label_smoothing=label_smoothing)
-        return loss + torch.where(wanted != -100, z_loss * z.logsumexp(1).square(), 0.0)
+    def losses(rows: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        z = stock_logits(rows, table, **head)
+        lse = torch.where(wanted != -100, z.logsumexp(1), 0.0)
+        loss = F.cross_entropy(z, wanted, reduction="none", **options)
+        return loss + z_loss * lse.square(), lse
 
-    count = max(1, LOGITS // weight.shape[0])
+    count = max(1, LOGITS // table.shape[0])
     if rows.shape[0] <= count:
-        loss = losses(rows, wanted)
+        loss, lse = losses(rows, wanted)
     else:
         blocks = zip(rows.split(count), wanted.split(count), strict=True)
-        loss = torch.cat([checkpoint(losses, *block, use_reentrant=False) for block in blocks])
+        found = [checkpoint(losses, *block, use_reentrant=False) for block in blocks]
+        loss, lse = (torch.cat(each) for each in zip(*found, strict=True))
     if reduction == "none":
-        return loss.view(target.shape)
-    return loss.sum() if reduction == "sum" else loss.sum() / kept.sum()
+        loss = loss.view(target.shape)
+    elif reduction == "sum":
+        loss = loss.sum()
+    else:
+        counted = kept if classes is None else classes[wanted[kept]]
+        loss = loss.sum() / counted.sum()
+    return (loss, lse.view(target.shape)) if return_lse else loss

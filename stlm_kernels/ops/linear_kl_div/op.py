@@ -104,5 +104,5 @@ def linear_kl_div(
     if reduction == "none":
         loss, _ = row_losses(DIVERGENCE, options, rows, linear_weight, linear_bias, teacher, kept)
         return loss.view(leading)
-    total = summed_loss(DIVERGENCE, options, rows, linear_weight, linear_bias, teacher, kept)
+    total, _ = summed_loss(DIVERGENCE, options, rows, linear_weight, linear_bias, teacher, kept)
     return total if reduction == "sum" else mean_of_counted(total, kept.sum())

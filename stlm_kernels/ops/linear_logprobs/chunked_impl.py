@@ -27,13 +27,16 @@ from ..._tiles import finished_logits
 from . import launch
 from .triton_impl import (
     LEAST,
+    _column_weights,
     _dlogits,
     _largest_upstream,
     _loss_of,
     _merged,
     _row_targets,
+    _row_weights,
     _slopes,
     _statistics,
+    column_table,
 )
 
 SLICE = 16_384
@@ -44,33 +47,38 @@ SLICE = 16_384
 def stlm_linear_logprobs_chunk(
     z_ptr, grad_ptr, bias_ptr, target_ptr, dloss_ptr, dlse_ptr, unit_ptr, loss_ptr, lse_ptr,
     n_rows, valid, pitch, scale, cap, smoothing, z_loss, ignore_index, dloss_stride, dlse_stride,
-    HAS_BIAS: tl.constexpr, WITH_GRAD: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_WEIGHTS: tl.constexpr, WITH_GRAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     target, live, bad = _row_targets(target_ptr, row, n_rows, ignore_index, valid)
+    hard, mass = _row_weights(bias_ptr, target, live & ~bad, valid, smoothing, HAS_WEIGHTS)
     top, total = tl.zeros((1,), tl.float32) + LEAST, tl.zeros((1,), tl.float32)
     picked, plain = tl.zeros((1,), tl.float32), tl.zeros((1,), tl.float32)
     for first in range(0, valid, BLOCK):
         columns = first + tl.arange(0, BLOCK)
         z = _stored_logits(z_ptr, bias_ptr, row, columns, pitch, valid, scale, cap, HAS_BIAS)
-        tile_top, tile_total, tile_picked, tile_plain = _statistics(z, columns, target, valid)
+        soft = _column_weights(bias_ptr, columns, valid, smoothing, HAS_WEIGHTS)
+        tile_top, tile_total, tile_picked, tile_plain = _statistics(z, columns, target, soft)
         top, total, picked, plain = _merged(
             top, total, picked, plain, tile_top, tile_total, tile_picked, tile_plain
         )
-    loss, lse, log_total = _loss_of(top, total, picked, plain, bad, valid, smoothing, z_loss)
+    loss, lse, log_total = _loss_of(top, total, picked, plain, bad, hard, mass, z_loss)
     tl.store(loss_ptr + row, tl.where(live, loss, 0.0))
     tl.store(lse_ptr + row, tl.where(live, lse, 0.0))
     if WITH_GRAD:
         dloss, slope = _slopes(
             dloss_ptr + row * dloss_stride, dlse_ptr + row * dlse_stride, tl.load(unit_ptr),
-            live, bad, lse, z_loss,
+            live, bad, mass, lse, z_loss,
         )  # fmt: skip
         stored = grad_ptr.dtype.element_ty
         start = row * pitch * (32 // stored.primitive_bitwidth)
         for first in range(0, valid, BLOCK):
             columns = first + tl.arange(0, BLOCK)
             z = _stored_logits(z_ptr, bias_ptr, row, columns, pitch, valid, scale, cap, HAS_BIAS)
-            grad = _dlogits(z, columns, target, top, log_total, dloss, slope, valid, cap, smoothing)
+            soft = _column_weights(bias_ptr, columns, valid, smoothing, HAS_WEIGHTS)
+            grad = _dlogits(
+                z, columns, target, top, log_total, dloss, slope, hard, soft, valid, cap
+            )
             # 16-bit gradients of the first block lie over logits that other threads still load.
             tl.debug_barrier()
             place = grad_ptr + start[None, :] + columns[:, None]
@@ -103,6 +111,7 @@ def _walk(
     weight: Tensor,  # (V, D)
     targets: Tensor,  # (N,)
     bias: Tensor | None,  # (V,)
+    class_weight: Tensor | None,  # (V,)
     upstream: Sequence[Tensor],  # (N,) twice: losses and lse, of any stride
     unit: Tensor,  # (1,) what the upstream gradients are divided by in the products
     dot_dtype: torch.dtype,
@@ -122,6 +131,7 @@ def _walk(
     table, step = weight[:valid].to(dot_dtype).contiguous(), launch.chunk_rows(valid)
     scratch = torch.empty(min(step, count), launch.pitch_of(valid), **fp32)
     factor = unit * logit_scale
+    columns = column_table(bias, class_weight, valid)
     with torch.autocast(device.type, enabled=False):
         for first in range(0, count, step):
             part = slice(first, min(first + step, count))
@@ -133,8 +143,8 @@ def _walk(
             grad = scratch[:n].view(dot_dtype)
             given = (upstream[0][part], upstream[1][part], unit)
             _launch_chunk(
-                scratch, grad, bias, target, given, out.loss[part], out.lse[part], options,
-                with_grad=any(wants),
+                scratch, grad, columns, target, given, out.loss[part], out.lse[part], options,
+                with_weights=class_weight is not None, with_grad=any(wants),
             )  # fmt: skip
             grad = grad[:, :valid]
             if wants[0]:
@@ -153,24 +163,25 @@ def _walk(
 def _launch_chunk(
     scratch: Tensor,  # (chunk, pitch) fp32
     grad: Tensor,  # the same memory in the products' dtype
-    bias: Tensor | None,  # (V,)
+    columns: Tensor | None,
     targets: Tensor,  # (n,)
     upstream: tuple[Tensor, Tensor, Tensor],
     loss: Tensor,  # (n,)
     lse: Tensor,  # (n,)
     options: Sequence[Any],
+    with_weights: bool,
     with_grad: bool,
 ) -> None:
     ignore_index, softcap, logit_scale, valid, smoothing, z_loss = options
     dloss, dlse, unit = upstream
     _launch.launch(
         stlm_linear_logprobs_chunk, targets.shape[0],
-        scratch, grad, scratch if bias is None else bias.contiguous(), targets.contiguous(),
+        scratch, grad, scratch if columns is None else columns, targets.contiguous(),
         dloss, dlse, unit, loss, lse,
         targets.shape[0], valid, scratch.shape[1], logit_scale, softcap, smoothing, z_loss,
         ignore_index, dloss.stride(0), dlse.stride(0),
-        HAS_BIAS=bias is not None, WITH_GRAD=with_grad, device=scratch.device,
-        **launch.chunk_config(valid, grad.dtype, scratch.device),
+        HAS_BIAS=columns is not None, HAS_WEIGHTS=with_weights, WITH_GRAD=with_grad,
+        device=scratch.device, **launch.chunk_config(valid, grad.dtype, scratch.device),
     )  # fmt: skip
 
 
@@ -208,12 +219,14 @@ def launch_rows(
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
+    class_weight: Tensor | None,
     dot_dtype: torch.dtype,
     *options: Any,
 ) -> tuple[Tensor, Tensor]:
     """(loss, lse), each (N,) fp32."""
     *upstream, one = _ones(rows)
-    out = _walk(rows, weight, targets, bias, upstream, one, dot_dtype, options, (False,) * 3)
+    head = (rows, weight, targets, bias, class_weight)
+    out = _walk(*head, upstream, one, dot_dtype, options, (False,) * 3)
     return out.loss, out.lse
 
 
@@ -224,6 +237,7 @@ def launch_rows_bwd(
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
+    class_weight: Tensor | None,
     dot_dtype: torch.dtype,
     *options_and_wants: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -231,7 +245,8 @@ def launch_rows_bwd(
     *options, want_rows, want_weight, want_bias = options_and_wants
     wants = (want_rows, want_weight, want_bias)
     unit = _unit(_largest_upstream(dloss, dlse), dot_dtype)
-    out = _walk(rows, weight, targets, bias, (dloss, dlse), unit, dot_dtype, options, wants)
+    head = (rows, weight, targets, bias, class_weight)
+    out = _walk(*head, (dloss, dlse), unit, dot_dtype, options, wants)
     dbias = out.dbias if bias is None else out.dbias.to(bias.dtype)
     return out.drows, out.dweight.to(weight.dtype), dbias
 
@@ -241,12 +256,14 @@ def launch_sum(
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
+    class_weight: Tensor | None,
     dot_dtype: torch.dtype,
     *options_and_wants: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The sum of losses, and its gradients as they are before the upstream gradient."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The sum of losses, the lse, and the sum's gradients as they are before the upstream one."""
     *options, want_rows, want_weight, want_bias = options_and_wants
     *upstream, one = _ones(rows)
     wants, unit = (want_rows, want_weight, want_bias), _unit(one, dot_dtype)
-    out = _walk(rows, weight, targets, bias, upstream, unit, dot_dtype, options, wants)
-    return out.loss.sum(), out.drows, out.dweight, out.dbias
+    head = (rows, weight, targets, bias, class_weight)
+    out = _walk(*head, upstream, unit, dot_dtype, options, wants)
+    return out.loss.sum(), out.lse, out.drows, out.dweight, out.dbias

@@ -19,11 +19,13 @@ def row_losses(
     weight: Tensor,  # (V, D)
     targets: Tensor,  # (N,)
     bias: Tensor | None,  # (V,)
+    class_weight: Tensor | None,  # (V,)
     options: RowOptions,
 ) -> tuple[Tensor, Tensor]:
     """(loss, lse), each (N,) fp32; the backward forms the logits again."""
     dot_dtype = _checks.output_dtype(rows)
-    loss, lse = _RowLosses.apply(rows, weight, targets, bias, dot_dtype, *options)
+    head = (rows, weight, targets, bias, class_weight)
+    loss, lse = _RowLosses.apply(*head, dot_dtype, *options)
     return loss, lse
 
 
@@ -32,14 +34,21 @@ def summed_loss(
     weight: Tensor,  # (V, D)
     targets: Tensor,  # (N,)
     bias: Tensor | None,  # (V,)
+    class_weight: Tensor | None,  # (V,)
     options: RowOptions,
-) -> Tensor:
-    """0-d fp32 sum of the losses; the forward forms the gradients, the backward scales them."""
+    with_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """0-d fp32 sum of the losses, and the lse (N,) if asked.
+
+    The forward forms the gradients of the sum, the backward scales them; where a gradient of the
+    lse comes, it forms the logits again.
+    """
     recorded = torch.is_grad_enabled()
     wants = [recorded and x is not None and x.requires_grad for x in (rows, weight, bias)]
     dot_dtype = _checks.output_dtype(rows)
-    total, *_ = _SummedLoss.apply(rows, weight, targets, bias, dot_dtype, *options, *wants)
-    return total
+    head = (rows, weight, targets, bias, class_weight)
+    total, lse, *_ = _SummedLoss.apply(with_lse, *head, dot_dtype, *options, *wants)
+    return total, lse if with_lse else None
 
 
 class _RowLosses(torch.autograd.Function):
@@ -51,15 +60,16 @@ class _RowLosses(torch.autograd.Function):
         weight: Tensor,
         targets: Tensor,
         bias: Tensor | None,
+        class_weight: Tensor | None,
         dot_dtype: torch.dtype,
         *options: Any,
     ) -> tuple[Tensor, ...]:
-        return _ROWS(rows, weight, targets, bias, dot_dtype, *options)
+        return _ROWS(rows, weight, targets, bias, class_weight, dot_dtype, *options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        rows, weight, targets, bias, *ctx.options = inputs
-        ctx.save_for_backward(rows, weight, targets, bias)
+        ctx.options = inputs[5:]
+        ctx.save_for_backward(*inputs[:5])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -67,34 +77,49 @@ class _RowLosses(torch.autograd.Function):
         arguments = (*alike(grads), *ctx.saved_tensors, *ctx.options, *wants)
         found = _library.run_backward(_ROWS_BWD, "linear_logprobs", *arguments)
         drows, dweight, dbias = (x if w else None for x, w in zip(found, wants, strict=True))
-        return drows, dweight, None, dbias, *[None] * len(ctx.options)
+        return drows, dweight, None, dbias, None, *[None] * len(ctx.options)
 
 
 class _SummedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
+        with_lse: bool,
         rows: Tensor,
         weight: Tensor,
         targets: Tensor,
         bias: Tensor | None,
+        class_weight: Tensor | None,
         dot_dtype: torch.dtype,
         *options_and_wants: Any,
     ) -> tuple[Tensor, ...]:
-        return _SUM(rows, weight, targets, bias, dot_dtype, *options_and_wants)
+        head = (rows, weight, targets, bias, class_weight)
+        return _SUM(*head, dot_dtype, *options_and_wants)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        rows, weight, _, bias, *rest = inputs
-        ctx.wants, ctx.arguments = rest[-3:], len(inputs)
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(rows, weight, bias, *output[1:])
+        with_lse, *head = inputs[:6]
+        ctx.options, ctx.wants = inputs[6:-3], inputs[-3:]
+        ctx.mark_non_differentiable(*output[2 if with_lse else 1 :])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*head, *output[2:])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        arguments = (grads[0], *ctx.saved_tensors)
-        found = _library.run_backward(_scaled, "linear_cross_entropy", *arguments)
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        head, kept = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        rows, weight, _, bias, _ = head
+        dtotal, dlse = grads[:2]
+        if dtotal is dlse is None:
+            found = (None,) * 3
+        elif dlse is None:
+            arguments = (dtotal, rows, weight, bias, *kept)
+            found = _library.run_backward(_scaled, "linear_cross_entropy", *arguments)
+        else:
+            each = torch.zeros_like(dlse) if dtotal is None else dtotal.expand_as(dlse)
+            arguments = (*alike((each, dlse)), *head, *ctx.options, *ctx.wants)
+            found = _library.run_backward(_ROWS_BWD, "linear_cross_entropy", *arguments)
         drows, dweight, dbias = (x if w else None for x, w in zip(found, ctx.wants, strict=True))
-        return drows, dweight, None, dbias, *[None] * (ctx.arguments - 4)
+        unused = [None] * (len(ctx.options) + len(ctx.wants))
+        return None, drows, dweight, None, dbias, None, *unused
 
 
 def _scaled(by: Tensor, *leaves_and_grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -125,6 +150,7 @@ def _rows_bwd_meta(
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
+    class_weight: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     want_rows, want_weight, want_bias = rest[-3:]
@@ -140,10 +166,11 @@ def _rows_bwd_meta(
 
 def _sum_meta(
     rows: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     want_rows, want_weight, want_bias = rest[-3:]
     return (
         rows.new_empty((), dtype=torch.float32),
+        rows.new_empty(rows.shape[0], dtype=torch.float32),
         rows.new_empty(rows.shape if want_rows else 0),
         rows.new_empty(weight.shape if want_weight else 0, dtype=torch.float32),
         rows.new_empty(weight.shape[:1] if want_bias else 0, dtype=torch.float32),
@@ -167,7 +194,8 @@ _OPTIONS = (
     "float label_smoothing, float z_loss"
 )
 _WANTS = "bool want_rows, bool want_weight, bool want_bias"
-_ARGUMENTS = f"Tensor rows, Tensor weight, Tensor targets, Tensor? bias, {_OPTIONS}"
+_HEAD = "Tensor rows, Tensor weight, Tensor targets, Tensor? bias, Tensor? class_weight"
+_ARGUMENTS = f"{_HEAD}, {_OPTIONS}"
 
 _ROWS = _library.register(
     f"linear_logprobs_chunked_fwd({_ARGUMENTS}) -> (Tensor, Tensor)",
@@ -187,10 +215,11 @@ _ROWS_BWD = _library.register(
     results=(ROW, SUM, SUM),
 )
 _SUM = _library.register(
-    f"linear_cross_entropy_chunked_fwd({_ARGUMENTS}, {_WANTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"linear_cross_entropy_chunked_fwd({_ARGUMENTS}, {_WANTS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     launcher="linear_logprobs.chunked_impl:launch_sum",
     meta=_sum_meta,
     flops=_sum_flops,
     per_row=("rows", "targets"),
-    results=(SUM, ROW, SUM, SUM),
+    results=(SUM, ROW, ROW, SUM, SUM),
 )

@@ -85,7 +85,7 @@ def linear_logprobs(
         input, linear_weight, target, linear_bias, ignore_index, softcap, logit_scale, valid_vocab
     )
     loss, lse = row_losses(
-        "linear_logprobs", input, linear_weight, target, linear_bias, options, impl
+        "linear_logprobs", input, linear_weight, target, linear_bias, None, options, impl
     )
     return -loss, lse
 
@@ -154,6 +154,7 @@ def row_losses(
     linear_weight: Tensor,
     target: Tensor,
     linear_bias: Tensor | None,
+    class_weight: Tensor | None,
     options: RowOptions,
     impl: Impl,
 ) -> tuple[Tensor, Tensor]:
@@ -171,19 +172,26 @@ def row_losses(
     ):
         on_chip = fits_on_chip(options.valid_vocab)
         losses = _single_tile_losses if on_chip else chunked_op.row_losses
-        loss, lse = losses(rows, linear_weight, targets, linear_bias, options)
+        loss, lse = losses(rows, linear_weight, targets, linear_bias, class_weight, options)
     else:
+        given = (targets,) if class_weight is None else (targets, class_weight)
         loss, lse = torch_impl.row_losses(
-            torch_impl.TARGETS, options, rows, linear_weight, linear_bias, targets
+            torch_impl.TARGETS, options, rows, linear_weight, linear_bias, *given
         )
     return loss.view(target.shape), lse.view(target.shape)
 
 
 def _single_tile_losses(
-    rows: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, options: RowOptions
+    rows: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+    options: RowOptions,
 ) -> tuple[Tensor, Tensor]:
     dot_dtype = _checks.output_dtype(rows)
-    loss, lse, *_ = _RowLosses.apply(rows, weight, targets, bias, dot_dtype, *options)
+    head = (rows, weight, targets, bias, class_weight)
+    loss, lse, *_ = _RowLosses.apply(*head, dot_dtype, *options)
     return loss, lse
 
 
@@ -198,25 +206,23 @@ class _RowLosses(torch.autograd.Function):
         weight: Tensor,
         targets: Tensor,
         bias: Tensor | None,
+        class_weight: Tensor | None,
         dot_dtype: torch.dtype,
         *options: Any,
     ) -> tuple[Tensor, ...]:
-        return _FWD(rows, weight, targets, bias, dot_dtype, *options)
+        return _FWD(rows, weight, targets, bias, class_weight, dot_dtype, *options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        rows, weight, targets, bias, ctx.dot_dtype, *ctx.options = inputs
+        *head, ctx.dot_dtype = inputs[:6]
+        ctx.options = inputs[6:]
         _, _, top, log_total = output
         ctx.mark_non_differentiable(top, log_total)
-        ctx.save_for_backward(rows, weight, targets, bias, top, log_total)
+        ctx.save_for_backward(*head, top, log_total)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, targets, bias, top, log_total = ctx.saved_tensors
-        upstream = alike(grads[:2])
-        arguments = (
-            *upstream, rows, weight, targets, bias, top, log_total, ctx.dot_dtype, *ctx.options
-        )  # fmt: skip
+        arguments = (*alike(grads[:2]), *ctx.saved_tensors, ctx.dot_dtype, *ctx.options)
         drows = dweight = dbias = None
         if ctx.needs_input_grad[0]:
             drows = _library.run_backward(_BWD_ROWS, "linear_logprobs", *arguments)
@@ -227,7 +233,7 @@ class _RowLosses(torch.autograd.Function):
             dweight if ctx.needs_input_grad[1] else None,
             None,
             dbias if ctx.needs_input_grad[3] else None,
-            *[None] * (1 + len(RowOptions._fields)),
+            *[None] * (2 + len(RowOptions._fields)),
         )
 
 
@@ -268,7 +274,7 @@ def _bwd_flops(dloss: Any, dlse: Any, rows: Any, weight: Any, *_: Any, **__: Any
 
 _FWD = _library.register(
     "linear_logprobs_fwd(Tensor rows, Tensor weight, Tensor targets, Tensor? bias, "
-    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"Tensor? class_weight, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
     launcher="linear_logprobs:launch_fwd",
     meta=_fwd_meta,
     flops=_fwd_flops,
@@ -277,7 +283,7 @@ _FWD = _library.register(
 )
 _BWD_ARGUMENTS = (
     "Tensor dloss, Tensor dlse, Tensor rows, Tensor weight, Tensor targets, Tensor? bias, "
-    f"Tensor top, Tensor log_total, {_OPTIONS}"
+    f"Tensor? class_weight, Tensor top, Tensor log_total, {_OPTIONS}"
 )
 _BWD_PER_ROW = ("dloss", "dlse", "rows", "targets", "top", "log_total")
 _BWD_ROWS = _library.register(

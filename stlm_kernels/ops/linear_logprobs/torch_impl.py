@@ -60,7 +60,7 @@ def row_losses(
     rows: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
-    *given: Tensor,  # (N, ...)
+    *given: Tensor,  # (N, ...), or of the columns (V,)
 ) -> tuple[Tensor, Tensor]:
     """(loss, lse), each (N,) in fp32 (fp64 for fp64 rows)."""
     if is_dtensor(rows):
@@ -140,14 +140,33 @@ def counted_rows(rows: Tensor, kept: Tensor | None) -> Tensor:
     return rows if kept is None else torch.where(kept[:, None], rows, 0)
 
 
-def _prepare(options: RowOptions, targets: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(N, 1) indices that address no memory out of bounds, which rows count, whose are bad."""
+def _prepare(
+    options: RowOptions,
+    targets: Tensor,  # (N,)
+    class_weight: Tensor | None = None,  # (V,)
+) -> tuple[Tensor | None, ...]:
+    """(N, 1) indices that address no memory out of bounds, which rows count, whose are bad.
+
+    And with class weights what multiplies each row's log-probabilities: hard (N,) that of its
+    target, spread (N, V) those of all columns, mass (N,) the sum of both.
+    """
     wide = targets.long()
     kept = wide != options.ignore_index
-    if seen_to_count(kept):  # and the public functions have seen that none is bad
-        return wide[:, None], None, None
-    bad = kept & ((wide < 0) | (wide >= options.valid_vocab))
-    return torch.where(kept & ~bad, wide, 0)[:, None], kept, bad
+    index, counts = wide[:, None], None
+    bad: Tensor | None = None
+    if not seen_to_count(kept):  # or else the public functions have seen that none is bad
+        counts, bad = kept, kept & ((wide < 0) | (wide >= options.valid_vocab))
+        index = torch.where(kept & ~bad, wide, 0)[:, None]
+    if class_weight is None:
+        return index, counts, bad, None, None, None
+    classes = class_weight[: options.valid_vocab]
+    classes = classes.to(torch.promote_types(classes.dtype, torch.float32))
+    mass = hard = classes[index[:, 0]] * (1 - options.label_smoothing)
+    spread: Tensor | None = None
+    if options.label_smoothing:
+        soft = classes * (options.label_smoothing / options.valid_vocab)
+        spread, mass = soft.expand(len(index), -1), hard + soft.sum()
+    return index, counts, bad, hard, spread, mass
 
 
 def _form(
@@ -158,6 +177,9 @@ def _form(
     index: Tensor,  # (n, 1) int64
     kept: Tensor | None,  # (n,) bool
     bad: Tensor | None,  # (n,) bool
+    hard: Tensor | None,  # (n,)
+    spread: Tensor | None,  # (n, V)
+    mass: Tensor | None,  # (n,)
     out: Tensor | None = None,  # (n, at least V)
 ) -> Chunk:
     """Logits and losses of some rows, from ops that torch differentiates any number of times."""
@@ -167,8 +189,14 @@ def _form(
     logp = torch.log_softmax(logits, 1, out=None if options.softcap else out)
     logprob = logp.gather(1, index)[:, 0]
     lse = chosen - logprob
-    loss = -logprob
-    if options.label_smoothing:
+    loss = -logprob if hard is None else -hard * logprob
+    if spread is not None:
+        smoothed = logp[:, : options.valid_vocab]
+        if bias is not None:  # which may rule out a column: without weight it adds nothing
+            smoothed = smoothed.masked_fill(spread == 0, 0)
+        # All rows of spread are one; a sum over the one column serves no rows as well.
+        loss = loss - (smoothed @ spread[:1].t()).sum(1)
+    elif options.label_smoothing:
         average = logp[:, : options.valid_vocab].mean(1)
         loss = torch.lerp(loss, -average, options.label_smoothing)
     if options.z_loss:
@@ -188,6 +216,9 @@ def _dlogits(
     index: Tensor,  # (n, 1) int64
     kept: Tensor | None,  # (n,) bool
     bad: Tensor | None,  # (n,) bool
+    hard: Tensor | None,  # (n,)
+    spread: Tensor | None,  # (n, V)
+    mass: Tensor | None,  # (n,)
 ) -> Tensor:
     """(n, V...) gradient of the products before scale and cap."""
     if kept is not None:
@@ -195,15 +226,18 @@ def _dlogits(
         dlse = None if dlse is None else torch.where(kept, dlse, 0)
     if bad is not None:
         dloss = dloss.masked_fill(bad, float("nan"))
-    slope = dloss
+    slope = dloss if mass is None else dloss * mass
     if options.z_loss:
-        slope = slope * (1 + 2 * options.z_loss * chunk.lse)
+        slope = slope + dloss * (2 * options.z_loss * chunk.lse)
     if dlse is not None:
         slope = slope + dlse
     grad = chunk.logp.exp_().mul_(slope[:, None])
-    if options.label_smoothing:
+    if spread is not None:
+        grad[:, : options.valid_vocab].addcmul_(dloss[:, None], spread, value=-1)
+    elif options.label_smoothing:
         grad.sub_(dloss[:, None] * (options.label_smoothing / options.valid_vocab))
-    grad.scatter_add_(1, index, dloss[:, None] * (options.label_smoothing - 1))
+    picked = (options.label_smoothing - 1) if hard is None else -hard[:, None]
+    grad.scatter_add_(1, index, dloss[:, None] * picked)
     return through_cap_and_scale(grad, chunk.logits, options)
 
 
@@ -232,6 +266,7 @@ class Gradients:
         *per_row: Tensor | None,
         out: Tensor,  # (n, at least V)
         upstream: tuple[Tensor, Tensor] | None = None,
+        lse: Tensor | None = None,  # (n,) to be written
     ) -> Tensor:
         """Add what the rows of `part` give, and return their losses; upstream None: their sum.
 
@@ -239,6 +274,8 @@ class Gradients:
         """
         mine = part_of(per_row, part)
         chunk = objective.form(rows[part], weight, bias, options, *mine, out=out)
+        if lse is not None:
+            lse.copy_(chunk.lse)
         if self.rows is not None or self.weight is not None or self.bias is not None:
             dloss, dlse = torch.ones_like(chunk.loss), None
             if upstream is not None:
@@ -309,7 +346,7 @@ class _RowLosses(torch.autograd.Function):
             if _recorded.is_needed(*grads):
                 found = recorded_backward(ctx.objective, ctx.options, *arguments)
             else:
-                found = _backward(ctx.objective, ctx.options, wants, *arguments)
+                found = chunked_backward(ctx.objective, ctx.options, wants, *arguments)
         return None, None, *found, None
 
 
@@ -330,7 +367,7 @@ def recorded_backward(
     return _recorded.gradients(losses, (rows, weight, bias), grads)
 
 
-def _backward(
+def chunked_backward(
     objective: Objective,
     options: Any,
     wants: tuple[bool, ...],

@@ -2,7 +2,8 @@
 
 For a block of rows, z = cap(scale * (E H^T + b)) is formed with the columns down and the rows
 across, in a power-of-two block of columns and a narrow one behind it (258 = 256 + 16).
-loss = lse - (1 - s) z_y - s mean(z) + w lse^2, with smoothing s and z-loss weight w.
+loss = lse - (1 - s) z_y - s mean(z) + w lse^2, with smoothing s and z-loss weight w; class weights
+multiply each log-probability z - lse in it. They lie behind the biases (`column_table`).
 
 Forward. A program owns BLOCK_N rows: one pass over D, then max, sum and the picked column in fp32.
 Backward. From the saved row maxima and sums the logits' gradient G is formed again, in [-1, 1]: the
@@ -32,12 +33,34 @@ LEAST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
 @triton.jit
-def _statistics(z, columns, targets, valid):
-    """Of each row: largest logit, sum of exponentials below it, picked logit, sum of logits."""
+def _row_weights(bias_ptr, targets, picked, valid, smoothing, HAS_WEIGHTS: tl.constexpr):
+    """What multiplies the log-probability of each row's target, and those of all columns."""
+    hard, total = tl.full(targets.shape, 1.0, tl.float32), valid * 1.0
+    if HAS_WEIGHTS:
+        hard = tl.load(bias_ptr + valid + targets, mask=picked, other=0.0)
+        total = tl.load(bias_ptr + 2 * valid)
+    hard *= 1.0 - smoothing
+    # Without smoothing the weights of other columns may be infinite.
+    return hard, hard + tl.where(smoothing > 0, smoothing * (total / valid), 0.0)
+
+
+@triton.jit
+def _column_weights(bias_ptr, columns, valid, smoothing, HAS_WEIGHTS: tl.constexpr):
+    """What multiplies the log-probabilities of columns in every row; 0 where none exists."""
+    weights = tl.full(columns.shape, 1.0, tl.float32)
+    if HAS_WEIGHTS:
+        weights = tl.load(bias_ptr + valid + columns, mask=columns < valid, other=0.0)
+    return tl.where((columns < valid) & (smoothing > 0), weights * (smoothing / valid), 0.0)
+
+
+@triton.jit
+def _statistics(z, columns, targets, soft):
+    """Of each row: largest logit, sum of exponentials below it, picked logit, weighted sum."""
     top = tl.maximum(tl.max(z, 0), LEAST)  # a bias of -inf may rule a whole tile out
     total = tl.sum(tl.exp(z - top[None, :]), 0)
     picked = tl.sum(tl.where(columns[:, None] == targets[None, :], z, 0.0), 0)
-    plain = tl.sum(tl.where((columns < valid)[:, None], z, 0.0), 0)
+    # Logits of -inf count only where they are smoothed over.
+    plain = tl.sum(tl.where((soft != 0)[:, None], z * soft[:, None], 0.0), 0)
     return top, total, picked, plain
 
 
@@ -50,14 +73,12 @@ def _merged(top, total, picked, plain, tile_top, tile_total, tile_picked, tile_p
 
 
 @triton.jit
-def _loss_of(top, total, picked, plain, bad, valid, smoothing, z_loss):
+def _loss_of(top, total, picked, plain, bad, hard, mass, z_loss):
     """Loss, log-sum-exp, and the latter's part above the largest logit."""
     log_total = tl.log(total)
     lse = top + log_total
     # Differences from the largest logit first: a confident row's loss keeps its digits.
-    loss = log_total + (1.0 - smoothing) * (top - picked)
-    # A bias may rule columns out: their logits of -inf count only where they are smoothed over.
-    loss += tl.where(smoothing > 0, smoothing * (top - plain / valid), 0.0)
+    loss = mass * log_total + hard * (top - picked) + ((mass - hard) * top - plain)
     return tl.where(bad, float("nan"), loss + z_loss * lse * lse), lse, log_total
 
 
@@ -74,27 +95,30 @@ def _row_targets(target_ptr, rows, n_rows, ignore_index, valid):
 def stlm_linear_logprobs_fwd(
     h_ptr, w_ptr, bias_ptr, target_ptr, loss_ptr, lse_ptr, top_ptr, log_total_ptr,
     n_rows, valid, scale, cap, smoothing, z_loss, ignore_index,
-    D: tl.constexpr, DOT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    D: tl.constexpr, DOT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
     MAIN: tl.constexpr, TAIL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     targets, live, bad = _row_targets(target_ptr, rows, n_rows, ignore_index, valid)
+    hard, mass = _row_weights(bias_ptr, targets, live & ~bad, valid, smoothing, HAS_WEIGHTS)
     columns = tl.arange(0, MAIN)
     z = logits_tile(
         h_ptr, w_ptr, bias_ptr, rows, live, columns, valid, scale, cap, D, DOT, HAS_BIAS, BLOCK_D
     )
-    top, total, picked, plain = _statistics(z, columns, targets, valid)
+    soft = _column_weights(bias_ptr, columns, valid, smoothing, HAS_WEIGHTS)
+    top, total, picked, plain = _statistics(z, columns, targets, soft)
     if TAIL > 0:
         columns = MAIN + tl.arange(0, TAIL)
         z = logits_tile(
             h_ptr, w_ptr, bias_ptr, rows, live, columns, valid, scale, cap,
             D, DOT, HAS_BIAS, BLOCK_D,
         )  # fmt: skip
-        tail_top, tail_total, tail_picked, tail_plain = _statistics(z, columns, targets, valid)
+        soft = _column_weights(bias_ptr, columns, valid, smoothing, HAS_WEIGHTS)
+        tail_top, tail_total, tail_picked, tail_plain = _statistics(z, columns, targets, soft)
         top, total, picked, plain = _merged(
             top, total, picked, plain, tail_top, tail_total, tail_picked, tail_plain
         )
-    loss, lse, log_total = _loss_of(top, total, picked, plain, bad, valid, smoothing, z_loss)
+    loss, lse, log_total = _loss_of(top, total, picked, plain, bad, hard, mass, z_loss)
     tl.store(loss_ptr + rows, tl.where(live, loss, 0.0), mask=rows < n_rows)
     tl.store(lse_ptr + rows, tl.where(live, lse, 0.0), mask=rows < n_rows)
     tl.store(top_ptr + rows, tl.where(live, top, 0.0), mask=rows < n_rows)
@@ -103,38 +127,39 @@ def stlm_linear_logprobs_fwd(
 
 @triton.jit
 def _upstream(
-    target_ptr, top_ptr, log_total_ptr, dloss_ptr, dlse_ptr, unit, rows,
-    n_rows, valid, z_loss, ignore_index, dloss_stride,
+    bias_ptr, target_ptr, top_ptr, log_total_ptr, dloss_ptr, dlse_ptr, unit, rows,
+    n_rows, valid, smoothing, z_loss, ignore_index, dloss_stride, HAS_WEIGHTS: tl.constexpr,
 ):  # fmt: skip
     """What the gradient of a block of rows needs to know of each row."""
     targets, live, bad = _row_targets(target_ptr, rows, n_rows, ignore_index, valid)
+    hard, mass = _row_weights(bias_ptr, targets, live & ~bad, valid, smoothing, HAS_WEIGHTS)
     # Ignored rows: no exponential, so no overflow.
     top = tl.load(top_ptr + rows, mask=live, other=float("inf"))
     log_total = tl.load(log_total_ptr + rows, mask=live, other=0.0)
     dloss, slope = _slopes(
-        dloss_ptr + rows * dloss_stride, dlse_ptr + rows, unit, live, bad, top + log_total, z_loss
-    )
-    return targets, live, top, log_total, dloss, slope
+        dloss_ptr + rows * dloss_stride, dlse_ptr + rows, unit, live, bad, mass, top + log_total,
+        z_loss,
+    )  # fmt: skip
+    return targets, live, top, log_total, dloss, slope, hard
 
 
 @triton.jit
-def _slopes(dloss_ptrs, dlse_ptrs, unit, live, bad, lse, z_loss):
+def _slopes(dloss_ptrs, dlse_ptrs, unit, live, bad, mass, lse, z_loss):
     """Upstream gradients of the losses, and what multiplies the probabilities."""
     dloss = tl.load(dloss_ptrs, mask=live, other=0.0) / unit
     dloss = tl.where(bad, float("nan"), dloss)
-    slope = dloss * (1.0 + 2.0 * z_loss * tl.where(live, lse, 0.0))
+    slope = dloss * (mass + 2.0 * z_loss * tl.where(live, lse, 0.0))
     return dloss, slope + tl.load(dlse_ptrs, mask=live, other=0.0) / unit
 
 
 @triton.jit
 def _dlogits(
-    z, columns, targets, top, log_total, dloss, slope, valid, cap, smoothing
+    z, columns, targets, top, log_total, dloss, slope, hard, soft, valid, cap
 ):  # fmt: skip
     """Gradient of the scaled products before the cap; zero in columns that do not exist."""
     grad = tl.exp((z - top[None, :]) - log_total[None, :]) * slope[None, :]
     hit = columns[:, None] == targets[None, :]
-    spread = tl.where(hit, 1.0 - smoothing + smoothing / valid, smoothing / valid)
-    grad -= spread * dloss[None, :]
+    grad -= (tl.where(hit, hard[None, :], 0.0) + soft[:, None]) * dloss[None, :]
     if cap > 0:
         grad *= 1.0 - (z / cap) * (z / cap)
     return tl.where((columns < valid)[:, None], grad, 0.0)
@@ -145,29 +170,31 @@ def stlm_linear_logprobs_bwd_rows(
     h_ptr, w_ptr, bias_ptr, target_ptr, top_ptr, log_total_ptr, dloss_ptr, dlse_ptr, unit_ptr,
     dh_ptr,
     n_rows, valid, scale, cap, smoothing, z_loss, ignore_index, dloss_stride,
-    D: tl.constexpr, DOT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    D: tl.constexpr, DOT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
     MAIN: tl.constexpr, TAIL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     unit = tl.load(unit_ptr)
-    targets, live, top, log_total, dloss, slope = _upstream(
-        target_ptr, top_ptr, log_total_ptr, dloss_ptr, dlse_ptr, unit, rows,
-        n_rows, valid, z_loss, ignore_index, dloss_stride,
+    targets, live, top, log_total, dloss, slope, hard = _upstream(
+        bias_ptr, target_ptr, top_ptr, log_total_ptr, dloss_ptr, dlse_ptr, unit, rows,
+        n_rows, valid, smoothing, z_loss, ignore_index, dloss_stride, HAS_WEIGHTS,
     )  # fmt: skip
     main = tl.arange(0, MAIN)
     z = logits_tile(
         h_ptr, w_ptr, bias_ptr, rows, live, main, valid, scale, cap, D, DOT, HAS_BIAS, BLOCK_D
     )
+    soft = _column_weights(bias_ptr, main, valid, smoothing, HAS_WEIGHTS)
     grad = _dlogits(
-        z, main, targets, top, log_total, dloss, slope, valid, cap, smoothing
+        z, main, targets, top, log_total, dloss, slope, hard, soft, valid, cap
     ).to(DOT)  # fmt: skip
     if TAIL > 0:
         tail = MAIN + tl.arange(0, TAIL)
         z = logits_tile(
             h_ptr, w_ptr, bias_ptr, rows, live, tail, valid, scale, cap, D, DOT, HAS_BIAS, BLOCK_D
         )
+        soft = _column_weights(bias_ptr, tail, valid, smoothing, HAS_WEIGHTS)
         grad_tail = _dlogits(
-            z, tail, targets, top, log_total, dloss, slope, valid, cap, smoothing
+            z, tail, targets, top, log_total, dloss, slope, hard, soft, valid, cap
         ).to(DOT)  # fmt: skip
     for first in range(0, D, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)
@@ -193,7 +220,7 @@ def stlm_linear_logprobs_bwd_weight(
     h_ptr, w_ptr, bias_ptr, target_ptr, top_ptr, log_total_ptr, dloss_ptr, dlse_ptr, unit_ptr,
     dw_ptr, db_ptr,
     n_rows, valid, scale, cap, smoothing, z_loss, ignore_index, run, dloss_stride,
-    D: tl.constexpr, DOT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    D: tl.constexpr, DOT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
     FIRST: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -203,18 +230,19 @@ def stlm_linear_logprobs_bwd_weight(
     d = (program // v_tiles % d_tiles) * BLOCK_W + tl.arange(0, BLOCK_W)
     split = program // (v_tiles * d_tiles)
     unit = tl.load(unit_ptr)
+    soft = _column_weights(bias_ptr, columns, valid, smoothing, HAS_WEIGHTS)
     dw, db = tl.zeros((BLOCK_V, BLOCK_W), tl.float32), tl.zeros((BLOCK_V,), tl.float32)
     for first in range(split * run, tl.minimum((split + 1) * run, n_rows), BLOCK_N):
         rows = first + tl.arange(0, BLOCK_N)
-        targets, live, top, log_total, dloss, slope = _upstream(
-            target_ptr, top_ptr, log_total_ptr, dloss_ptr, dlse_ptr, unit, rows,
-            n_rows, valid, z_loss, ignore_index, dloss_stride,
+        targets, live, top, log_total, dloss, slope, hard = _upstream(
+            bias_ptr, target_ptr, top_ptr, log_total_ptr, dloss_ptr, dlse_ptr, unit, rows,
+            n_rows, valid, smoothing, z_loss, ignore_index, dloss_stride, HAS_WEIGHTS,
         )  # fmt: skip
         z = logits_tile(
             h_ptr, w_ptr, bias_ptr, rows, live, columns, valid, scale, cap,
             D, DOT, HAS_BIAS, BLOCK_D,
         )  # fmt: skip
-        grad = _dlogits(z, columns, targets, top, log_total, dloss, slope, valid, cap, smoothing)
+        grad = _dlogits(z, columns, targets, top, log_total, dloss, slope, hard, soft, valid, cap)
         mask = live[:, None] & (d < D)[None, :]
         h = tl.load(h_ptr + rows[:, None] * D + d[None, :], mask=mask, other=0.0).to(DOT)
         dw = tl.dot(grad.to(DOT), h, dw, input_precision="ieee")
@@ -231,6 +259,7 @@ def launch_fwd(
     weight: Tensor,  # (V, D)
     targets: Tensor,  # (N,)
     bias: Tensor | None,  # (V,)
+    class_weight: Tensor | None,  # (V,)
     dot_dtype: torch.dtype,
     ignore_index: int,
     softcap: float,
@@ -245,12 +274,13 @@ def launch_fwd(
     config = launch.fwd_config(width, valid_vocab, dot_dtype, rows.device)
     main, tail = launch.vocab_blocks(valid_vocab)
     rows, weight, targets = rows.contiguous(), weight.contiguous(), targets.contiguous()
+    columns = column_table(bias, class_weight, valid_vocab)
     _launch.launch(
         stlm_linear_logprobs_fwd, _launch.ceil_div(count, config["BLOCK_N"]),
-        rows, weight, weight if bias is None else bias.contiguous(), targets, *outputs,
+        rows, weight, weight if columns is None else columns, targets, *outputs,
         count, valid_vocab, logit_scale, softcap, label_smoothing, z_loss, ignore_index,
-        D=width, DOT=dot_type(dot_dtype), HAS_BIAS=bias is not None, MAIN=main, TAIL=tail,
-        device=rows.device, **config,
+        D=width, DOT=dot_type(dot_dtype), HAS_BIAS=columns is not None,
+        HAS_WEIGHTS=class_weight is not None, MAIN=main, TAIL=tail, device=rows.device, **config,
     )  # fmt: skip
     return tuple(outputs)
 
@@ -262,6 +292,7 @@ def launch_bwd_rows(
     weight: Tensor,  # (V, D)
     targets: Tensor,  # (N,)
     bias: Tensor | None,  # (V,)
+    class_weight: Tensor | None,  # (V,)
     top: Tensor,  # (N,)
     log_total: Tensor,  # (N,)
     dot_dtype: torch.dtype,
@@ -277,14 +308,15 @@ def launch_bwd_rows(
     config = launch.bwd_rows_config(width, valid, dot_dtype, rows.device)
     main, tail = launch.vocab_blocks(valid)
     drows = torch.empty((count, width), dtype=rows.dtype, device=rows.device)
+    columns = column_table(bias, class_weight, valid)
     _launch.launch(
         stlm_linear_logprobs_bwd_rows, _launch.ceil_div(count, config["BLOCK_N"]),
-        rows.contiguous(), weight.contiguous(), weight if bias is None else bias.contiguous(),
+        rows.contiguous(), weight.contiguous(), weight if columns is None else columns,
         targets.contiguous(), top, log_total, dloss, dlse.contiguous(),
         _largest_upstream(dloss, dlse), drows,
         count, valid, logit_scale, softcap, smoothing, z_loss, ignore_index, dloss.stride(0),
-        D=width, DOT=dot_type(dot_dtype), HAS_BIAS=bias is not None, MAIN=main, TAIL=tail,
-        device=rows.device, **config,
+        D=width, DOT=dot_type(dot_dtype), HAS_BIAS=columns is not None,
+        HAS_WEIGHTS=class_weight is not None, MAIN=main, TAIL=tail, device=rows.device, **config,
     )  # fmt: skip
     return drows
 
@@ -296,6 +328,7 @@ def launch_bwd_weight(
     weight: Tensor,  # (V, D)
     targets: Tensor,  # (N,)
     bias: Tensor | None,  # (V,)
+    class_weight: Tensor | None,  # (V,)
     top: Tensor,  # (N,)
     log_total: Tensor,  # (N,)
     dot_dtype: torch.dtype,
@@ -317,23 +350,35 @@ def launch_bwd_weight(
     dbias = torch.empty(splits, valid, dtype=torch.float32, device=device)
     # The narrow block behind the main one is a launch of its own, with tiles of its own height.
     unit, d_tiles = _largest_upstream(dloss, dlse), _launch.ceil_div(width, config["BLOCK_W"])
-    for first, columns in ((0, main), (main, tail)) if tail else ((0, main),):
-        block = min(block_v, columns)
+    columns = column_table(bias, class_weight, valid)
+    for first, wide in ((0, main), (main, tail)) if tail else ((0, main),):
+        block = min(block_v, wide)
         warps = {"num_warps": 4} if block < 64 else {}
         _launch.launch(
-            stlm_linear_logprobs_bwd_weight, splits * d_tiles * _launch.ceil_div(columns, block),
-            rows.contiguous(), weight.contiguous(), weight if bias is None else bias.contiguous(),
+            stlm_linear_logprobs_bwd_weight, splits * d_tiles * _launch.ceil_div(wide, block),
+            rows.contiguous(), weight.contiguous(), weight if columns is None else columns,
             targets.contiguous(), top, log_total, dloss, dlse.contiguous(),
             unit, dweight, dbias,
             count, valid, logit_scale, softcap, smoothing, z_loss, ignore_index, run,
             dloss.stride(0),
-            D=width, DOT=dot_type(dot_dtype), HAS_BIAS=bias is not None,
-            FIRST=first, COLUMNS=columns, BLOCK_V=block, device=device, **config | warps,
+            D=width, DOT=dot_type(dot_dtype), HAS_BIAS=columns is not None,
+            HAS_WEIGHTS=class_weight is not None, FIRST=first, COLUMNS=wide, BLOCK_V=block,
+            device=device, **config | warps,
         )  # fmt: skip
     table = _padded(sum_splits(dweight, weight.dtype), weight.shape[0])
     if bias is None:
         return table, rows.new_empty(0)
     return table, _padded(sum_splits(dbias, bias.dtype), weight.shape[0])
+
+
+def column_table(bias: Tensor | None, class_weight: Tensor | None, valid: int) -> Tensor | None:
+    """What the kernels add to or multiply with each column: the bias, or (2 valid + 1,) fp32
+    biases, class weights and the sum of the latter; None for neither."""
+    if class_weight is None:
+        return None if bias is None else bias.contiguous()
+    classes = class_weight[:valid].float()
+    biases = torch.zeros_like(classes) if bias is None else bias[:valid].float()
+    return torch.cat([biases, classes, classes.sum(0, keepdim=True)])
 
 
 def _padded(grad: Tensor, vocab: int) -> Tensor:
