@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 ID_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 KERNEL_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -147,6 +148,28 @@ def inside_torch_func() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def carries_tangents(*tensors: Tensor | None) -> bool:
+    """True where forward-mode AD may ask for a derivative: for tensors with a tangent, and in any
+    torch.func transform within torch.func.jvp or what is built on it.
+
+    Custom Functions have no such derivative here; a plain composition has.
+    """
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    if inside_torch_func():
+        return True
+    return any(x is not None and has_tangent(x) for x in tensors)
+
+
+def has_tangent(x: Tensor) -> bool:
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+
+
+def needs_composition(*tensors: Tensor | None) -> bool:
+    """True where only ops that torch differentiates itself will do, and none in place."""
+    return inside_torch_func() or carries_tangents(*tensors)
+
+
 def as_output(x: Tensor) -> Tensor:
     """What a Function's forward returns where it may have been written in place.
 
@@ -168,12 +191,17 @@ def values_readable(*tensors: Tensor) -> bool:
 
     Shapes alone (the meta device, a FakeTensorMode), graphs and transforms have none.
     """
-    if torch.compiler.is_compiling() or inside_torch_func():
+    if torch.compiler.is_compiling() or inside_torch_func() or _is_traced_by_fx():
         return False
     for x in tensors:
         if type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta or _is_batched(x):
             return False
     return True
+
+
+def _is_traced_by_fx() -> bool:
+    """True within make_fx, and so within torch.func.linearize: a value read would be a constant."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
 def many_at_once(*grads: Tensor) -> bool:

@@ -16,8 +16,9 @@ from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
 import torch
+from torch.utils._pytree import tree_flatten
 
-from ._checks import require_choice
+from ._checks import carries_tangents, require_choice
 from ._launch import is_recording
 
 Impl = Literal["auto", "triton", "torch"]
@@ -104,6 +105,7 @@ def use_triton(
     if impl == "torch" or (impl == "auto" and device.type != "cuda"):
         return False
     reasons = machine_reasons(device.type, device.index) + unsupported(**arguments)
+    reasons += transform_reasons(arguments)
     if impl == "triton":
         if reasons:
             raise NotImplementedError(_refusal(op, reasons))
@@ -113,6 +115,14 @@ def use_triton(
     if reasons:
         _warn_once(op, reasons)
     return not reasons
+
+
+def transform_reasons(arguments: dict[str, Any]) -> list[str]:
+    """Why the kernels cannot serve what differentiates this call."""
+    tensors, _ = tree_flatten(arguments)
+    if carries_tangents(*(x for x in tensors if isinstance(x, torch.Tensor))):
+        return ["forward-mode AD asks for a derivative that only impl='torch' has"]
+    return []
 
 
 def without_kernel(op: str, impl: Impl, device: torch.device) -> None:
@@ -163,7 +173,8 @@ def _reasons_against(package: str, impl: Impl, arguments: dict[str, Any]) -> lis
     declined = getattr(launch, "declined_reasons", None)
     if declined is not None and impl == "auto":
         reasons = reasons + declined(**arguments)
-    return list(dict.fromkeys(reasons + launch.unsupported_reasons(**arguments)))
+    reasons = reasons + launch.unsupported_reasons(**arguments) + transform_reasons(arguments)
+    return list(dict.fromkeys(reasons))
 
 
 def _refusal(op: str, reasons: list[str]) -> str:

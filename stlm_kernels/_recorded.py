@@ -11,13 +11,16 @@ from . import _checks
 
 
 def is_needed(*grads: Tensor) -> bool:
-    """Whether a backward is itself recorded, or is given gradients taken many at a time.
+    """Whether a backward is itself recorded, or is given gradients taken many at a time or with
+    tangents.
 
-    What a fast backward allocates could not be written with the latter.
+    What a fast backward allocates could not be written with the latter two.
     """
     if torch.compiler.is_compiling():
         return False
-    return torch.is_grad_enabled() or _checks.many_at_once(*grads)
+    if torch.is_grad_enabled() or _checks.many_at_once(*grads):
+        return True
+    return _checks.carries_tangents(*grads)
 
 
 def gradients(

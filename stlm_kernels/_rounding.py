@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _checks
+
 
 class _Rounded(torch.autograd.Function):
-    """What another dtype holds of x, widened. The gradient passes without being rounded twice."""
+    """What another dtype holds of x, widened; gradients and tangents are not rounded twice."""
 
     generate_vmap_rule = True
 
@@ -19,15 +21,24 @@ class _Rounded(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.dtype = inputs[0].dtype
+        ctx.dtype, ctx.wide = inputs[0].dtype, inputs[2]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return grads[0].to(ctx.dtype), None, None
 
 
+class _RoundedForward(_Rounded):
+    """The same with a tangent, of which Dynamo would trace neither."""
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor, *_: None) -> Tensor:
+        return dx.to(ctx.wide)
+
+
 def rounded(x: Tensor, dtype: torch.dtype, wide: torch.dtype) -> Tensor:
     """x as `dtype` holds it, in `wide`; its gradient is rounded once, to x's own dtype."""
     if x.dtype == dtype:
         return x if dtype == wide else x.to(wide)
-    return _Rounded.apply(x, dtype, wide)
+    function = _RoundedForward if _checks.carries_tangents(x) else _Rounded
+    return function.apply(x, dtype, wide)

@@ -277,7 +277,7 @@ def test_the_kernels_refuse_a_second_derivative(way: Way, vocab: int) -> None:
         ({"weight": torch.ones(5, device="meta")}, "weight: expected device cpu, got meta"),
         (
             {"weight": torch.ones(5, requires_grad=True)},
-            r"weight: expected class weights that are constants, got one that requires a gradient",
+            r"weight: expected class weights that are constants, got one that is differentiated",
         ),
         ({"return_lse": 1}, "return_lse: expected a bool, got 1"),
     ],
@@ -286,6 +286,14 @@ def test_bad_arguments(change: dict[str, Any], message: str) -> None:
     hidden, table = torch.randn(3, 4), torch.randn(5, 4)
     with pytest.raises(ValueError, match=message):
         linear_cross_entropy(hidden, table, torch.tensor([0, 1, 2]), **change)
+
+
+def test_a_tangent_of_class_weights_is_not_lost_silently() -> None:
+    hidden, table, target = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 1, 2])
+    classes = torch.ones(5)
+    for transform in (torch.func.jacfwd, torch.func.jacrev):
+        with pytest.raises(ValueError, match="weight: expected class weights that are constants"):
+            transform(lambda w: linear_cross_entropy(hidden, table, target, weight=w))(classes)
 
 
 def test_a_parameter_may_weigh_where_nothing_is_recorded() -> None:

@@ -48,7 +48,7 @@ def attention(
     dense = cu_seqlens is None
     readable = cu_seqlens is None or _checks.values_readable(cu_seqlens)
     windowed = options.window is not None and options.window < q.shape[1]
-    unread = _checks.inside_torch_func() or not readable
+    unread = _checks.needs_composition(q, k, v) or not readable
     plain = unread or options.softcap or options.dropout_p or q.numel() == 0
     stock = not (plain or windowed)
     banded = windowed and q.is_cpu and not (plain or torch.compiler.is_compiling())
@@ -193,7 +193,7 @@ def _in_pieces(
     seed = None
     if options.dropout_p:
         seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=q.device)
-    if _checks.inside_torch_func():
+    if _checks.needs_composition(q, k, v):
         pieces = _cutter(q, cu_seqlens, options)(True)
         return _attend_plainly(q, k, v, pieces, _rule(options, seed))
     return _InPieces.apply(q, k, v, cu_seqlens, options, seed)

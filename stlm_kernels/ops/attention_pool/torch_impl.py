@@ -103,8 +103,11 @@ def _spread(x: Tensor, patches: _Patches) -> Tensor:
 
 
 def _is_traced(x: Tensor) -> bool:
-    """Where stock ops differentiate themselves: EmbeddingBag has no batching rule."""
-    return torch.compiler.is_compiling() or _checks.many_at_once(x)
+    """Where stock ops differentiate themselves: EmbeddingBag has no batching rule and no
+    forward-mode derivative."""
+    if torch.compiler.is_compiling() or _checks.many_at_once(x):
+        return True
+    return _checks.carries_tangents(x)
 
 
 class _Sum(torch.autograd.Function):

@@ -48,6 +48,8 @@ def byte_pool(
     arguments = (ids, table.contiguous(), borders, patches, mean)
     recorded = torch.is_grad_enabled() and table.requires_grad
     pool = _Pool.apply if recorded or _checks.inside_torch_func() else _pool
+    if _checks.carries_tangents(table):
+        pool = _plain_pool
     pooled = pool(*arguments)
     pooled = pooled if wide == out_dtype else pooled.to(out_dtype)
     return pooled[lead:] if lead else pooled

@@ -43,7 +43,7 @@ def ema_unpool(
         follows = inside & (places > first_places)
         gate = torch.where(inside, gate, 0)
         states = torch.where(inside[:, None], states, 0)
-    smoothed = _Scan.apply(gate[:, None] * states, torch.where(follows, 1 - gate, 0), False)
+    smoothed = _scanned(gate[:, None] * states, torch.where(follows, 1 - gate, 0), False)
     if residual is not None:
         residual = rounded(residual, out_dtype, wide)
     return unpool(smoothed, read_ids, None, residual, wide).to(out_dtype)
@@ -74,9 +74,32 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         decay, y = ctx.saved_tensors
-        dx = _Scan.apply(grads[0], _shifted(decay, not ctx.reverse), not ctx.reverse)
+        dx = _scanned(grads[0], _shifted(decay, not ctx.reverse), not ctx.reverse)
         ddecay = (dx * _shifted(y, ctx.reverse)).sum(1) if ctx.needs_input_grad[1] else None
         return dx, ddecay, None
+
+
+class _ScanForward(_Scan):
+    """The same with tangents, of which Dynamo would trace neither."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _Scan.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(inputs[1], output)
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor | None, ddecay: Tensor | None, _: None) -> Tensor:
+        """The tangent follows the same recurrence."""
+        decay, y = ctx.saved_tensors
+        through = torch.zeros_like(y) if dx is None else dx
+        if ddecay is not None:
+            through = through + ddecay[:, None] * _shifted(y, ctx.reverse)
+        return _scanned(through, decay, ctx.reverse)
+
+
+def _scanned(x: Tensor, decay: Tensor, reverse: bool) -> Tensor:
+    function = _ScanForward if _checks.carries_tangents(x, decay) else _Scan
+    return function.apply(x, decay, reverse)
 
 
 def _shifted(x: Tensor, reverse: bool) -> Tensor:

@@ -114,8 +114,8 @@ def linear_cross_entropy(
         rows have 0 and no gradient.
 
     Raises:
-        ValueError: a wrong type, dtype, shape, device or scalar, or class weights that require a
-            gradient while autograd records.
+        ValueError: a wrong type, dtype, shape, device or scalar, or class weights that are
+            differentiated.
         IndexError: on CPU in eager mode, a target outside [0, valid_vocab) that is not ignored.
         NotImplementedError: impl="triton" cannot run this call; the message lists why.
 
@@ -158,9 +158,11 @@ def _check_class_weight(weight: Tensor | None, input: Tensor, linear_weight: Ten
     dtypes = _checks.weight_dtypes(input.dtype)
     _checks.require_tensor("weight", weight, linear_weight.shape[:1], dtypes, input.device)
     require_rows(input, {}, {"weight": weight})
-    ok = not (weight.requires_grad and torch.is_grad_enabled())
-    got = "one that requires a gradient (use weight.detach())"
-    _checks.require(ok, "weight", "class weights that are constants", got)
+    differentiated = weight.requires_grad and torch.is_grad_enabled()
+    if not torch.compiler.is_compiling():
+        differentiated = differentiated or _checks.has_tangent(weight)
+    got = "one that is differentiated (use weight.detach())"
+    _checks.require(not differentiated, "weight", "class weights that are constants", got)
 
 
 def _losses(
@@ -176,6 +178,7 @@ def _losses(
         input=input,
         linear_weight=linear_weight,
         target=target,
+        linear_bias=bias,
         valid_vocab=options.valid_vocab,
     )
     on_chip = fits_on_chip(options.valid_vocab)

@@ -42,7 +42,7 @@ def summed_loss(
     rows, weight, bias = widened(rows, weight, bias, options.valid_vocab)
     # The operands are rounded; autocast would round the logits as well.
     with _checks.without_autocast(rows):
-        if _checks.inside_torch_func():
+        if _checks.needs_composition(rows, weight, bias):
             loss, lse = plain_losses(objective, options, rows, weight, bias, *given)
             return loss.sum(), lse
         recorded, leaves = torch.is_grad_enabled(), (rows, weight, bias)

@@ -168,6 +168,7 @@ def row_losses(
         input=input,
         linear_weight=linear_weight,
         target=target,
+        linear_bias=linear_bias,
         valid_vocab=options.valid_vocab,
     ):
         on_chip = fits_on_chip(options.valid_vocab)

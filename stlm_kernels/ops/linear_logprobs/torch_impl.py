@@ -69,7 +69,7 @@ def row_losses(
     rows, weight, bias = widened(rows, weight, bias, options.valid_vocab)
     # The operands are rounded; autocast would round the logits as well.
     with _checks.without_autocast(rows):
-        if _checks.inside_torch_func():
+        if _checks.needs_composition(rows, weight, bias):
             return plain_losses(objective, options, rows, weight, bias, *given)
         return _RowLosses.apply(objective, options, rows, weight, bias, given)
 

@@ -47,7 +47,7 @@ def patch_attention(
     wide = torch.promote_types(out_dtype, torch.float32)
     q, k, v = (rounded(x, out_dtype, wide) for x in (q, k, v))
     with _checks.without_autocast(q):
-        if _checks.inside_torch_func():
+        if _checks.needs_composition(q, k, v):
             out = _attend_plainly(q, k, v, cu_patchlens, causal, scale)
         elif _folds(q, k, v, cu_patchlens, causal):
             return _Folded.apply(q, k, v, cu_patchlens, causal, scale).to(out_dtype)

@@ -39,11 +39,14 @@ def segment_pool(
         # Not F.pad: it makes a Python number of `total`, and compiled code would fix T.
         borders = torch.cat([borders.new_zeros(1), borders, borders.new_full((1,), total)])
     recorded = _checks.inside_torch_func() or (torch.is_grad_enabled() and x.requires_grad)
-    if mode == "max":
+    if mode == "max" and _checks.carries_tangents(x):
+        pooled = _picked(x.to(out_dtype), borders)
+    elif mode == "max":
         x = x.to(out_dtype)
         pooled = _SegmentMax.apply(x, borders) if recorded else _segment_max(x, borders)
     else:
         arguments = (x, borders, mode == "mean", out_dtype)
+        recorded = recorded and not _checks.carries_tangents(x)
         pooled = _SegmentSum.apply(*arguments) if recorded else _segment_sum(*arguments)
     return pooled if covered else pooled[1:-1]
 
@@ -80,7 +83,7 @@ def _lengths(borders: Tensor) -> Tensor:
 
 def _bag_sum(x: Tensor, borders: Tensor) -> Tensor:
     """(bags, D), accumulated in float32 or better."""
-    if _checks.inside_torch_func():  # EmbeddingBag has no batching rule
+    if _checks.needs_composition(x):  # EmbeddingBag has no batching rule, nor a forward one
         sums = x.new_zeros(borders.shape[0] - 1, x.shape[1], dtype=_wide(x.dtype))
         return sums.scatter_add(0, _bag_of(borders, x.shape), x.to(sums.dtype)).to(x.dtype)
     rows = torch.arange(x.shape[0], dtype=torch.int32, device=x.device)
@@ -124,6 +127,13 @@ def _segment_max(x: Tensor, borders: Tensor) -> Tensor:
     if _checks.inside_torch_func():  # vmap refuses to write what is batched in place
         return maxima.scatter_reduce(0, bags, x, "amax", include_self=False)
     return maxima.scatter_reduce_(0, bags, x, "amax", include_self=False)
+
+
+def _picked(x: Tensor, borders: Tensor) -> Tensor:
+    """Maxima as a gather of the rows that hold them, which torch differentiates itself."""
+    values = x.detach()
+    winners = _first_rows_holding(_segment_max(values, borders), values, borders)
+    return torch.cat([x, x.new_zeros(1, x.shape[1])]).gather(0, winners)
 
 
 class _SegmentMax(torch.autograd.Function):

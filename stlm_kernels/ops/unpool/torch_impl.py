@@ -39,6 +39,8 @@ def unpool(
     recorded = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in differentiable
     )
+    if _checks.carries_tangents(*differentiable):
+        return _read(*differentiable, rows, out_dtype)
     if recorded or _checks.inside_torch_func():
         return _Unpool.apply(*differentiable, rows, out_dtype)
     return _read(*differentiable, rows, out_dtype)
