@@ -129,9 +129,12 @@ def sample(trainer: Trainer, n_bytes: int) -> str:
     """What the model writes of itself, the same noise each time."""
     if trainer.words is not None:
         return "(a model of words writes no bytes)"
-    data = trainer.model.generate(
-        b"", max_new_bytes=n_bytes, temperature=SAMPLE_TEMPERATURE, seed=trainer.options.seed
-    )
+    try:
+        data = trainer.model.generate(
+            b"", max_new_bytes=n_bytes, temperature=SAMPLE_TEMPERATURE, seed=trainer.options.seed
+        )
+    except FloatingPointError as error:  # the loss will tell, with what to do about it
+        return f"(none: {error})"
     return data.decode("utf-8", "replace")
 
 
