@@ -9,7 +9,7 @@ from conftest import Way
 from torch import Tensor
 
 from stlm_kernels import attention
-from stlm_kernels.ops.attention.reference import reference, yardstick
+from stlm_kernels.ops.attention.reference import reference, terms, yardstick
 from stlm_kernels.testing import assert_matches
 
 NAMES = ("q", "k", "v")
@@ -55,8 +55,11 @@ def assert_close_to_oracle(operands: list[Tensor], way: Way, **options: Any) -> 
         if out.requires_grad:
             grads = torch.autograd.grad(out, leaves, up, materialize_grads=True)
         judged.append({"out": out, **dict(zip(NAMES, grads, strict=True))})
+    wide = [x.detach().cpu().double() for x in operands]
+    summed = terms({"out": upstream.to(operands[0].dtype).cpu().double()}, *wide, **options)
     for name, x in got.items():
-        assert_matches(x, judged[0][name], judged[1][name], name=name)
+        judges = (judged[0][name], judged[1][name])
+        assert_matches(x, *judges, name=name, terms=summed.get(name))
     return got
 
 

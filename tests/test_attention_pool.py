@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stlm_kernels import _launch, attention_pool, explain
-from stlm_kernels.ops.attention_pool.reference import reference, yardstick
+from stlm_kernels.ops.attention_pool.reference import reference, terms, yardstick
 from stlm_kernels.testing import assert_matches, poisoned_memory
 
 EVERY_LANE = pytest.mark.lanes("cpu", "interpret", "gpu")
@@ -73,8 +73,11 @@ def assert_close_to_oracle(
         out = function(*leaves, borders, **options)
         grads = torch.autograd.grad(out, leaves, upstream.to(out), materialize_grads=True)
         judged.append({"out": out, **dict(zip(NAMES, grads, strict=True))})
+    wide = [x.detach().cpu().double() for x in operands]
+    summed = terms({"out": upstream.double()}, *wide, borders.cpu(), **options)
     for name, x in got.items():
-        assert_matches(x, judged[0][name], judged[1][name], name=name)
+        judges = (judged[0][name], judged[1][name])
+        assert_matches(x, *judges, name=name, terms=summed.get(name))
     return got
 
 

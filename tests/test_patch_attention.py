@@ -16,7 +16,7 @@ from torch import Tensor
 from stlm_kernels import _launch, explain, patch_attention
 from stlm_kernels._pieces import length_of
 from stlm_kernels.ops.patch_attention import folded, torch_impl
-from stlm_kernels.ops.patch_attention.reference import reference, yardstick
+from stlm_kernels.ops.patch_attention.reference import reference, terms, yardstick
 from stlm_kernels.testing import assert_matches
 
 EVERY_LANE = pytest.mark.lanes("cpu", "interpret", "gpu")
@@ -69,8 +69,11 @@ def assert_close_to_oracle(
         if out.requires_grad:
             grads = torch.autograd.grad(out, leaves, upstream.cpu().to(out), materialize_grads=True)
         judged.append({"out": out, **dict(zip(NAMES, grads, strict=True))})
+    wide = [x.detach().cpu().double() for x in operands]
+    summed = terms({"out": upstream.cpu().double()}, *wide, borders.cpu(), **options)
     for name, x in got.items():
-        assert_matches(x, judged[0][name], judged[1][name], name=name)
+        judges = (judged[0][name], judged[1][name])
+        assert_matches(x, *judges, name=name, terms=summed.get(name))
     return got
 
 
