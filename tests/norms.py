@@ -7,6 +7,7 @@ gradients are as right as those of another composition, both against the fp64 mo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,14 @@ def assert_same_rows(got: Tensor, want: Tensor, name: str = "states") -> None:
     typical = float(b.square().sum(1).mean().sqrt())
     error = float((a - b).norm(dim=1).max())
     hold(f"{name}: norm of a row's error", error, half_the_digits(got.dtype) * typical)
+
+
+def assert_same_gradients(got: Mapping[Any, Tensor], want: Mapping[Any, Tensor]) -> None:
+    """Of every parameter: they differ by half the digits of its gradient's norm, at most."""
+    assert got.keys() == want.keys(), f"only in one: {sorted(got.keys() ^ want.keys())}"
+    for name, x in want.items():
+        error = float((got[name].detach().double() - x.detach().double()).norm())
+        hold(f"gradient of {name}", error, half_the_digits(x.dtype) * float(x.detach().norm()))
 
 
 def relative_error(got: Tensor, exact: Tensor) -> float:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from norms import assert_same_gradients
 from ranks import run_ranks
 from torch import Tensor, nn
 
@@ -74,10 +75,9 @@ def the_root_group_holds_the_table(mine: slice) -> None:
     fully_shard(sharded.block)
     fully_shard(sharded)
     sharded(ids[mine], targets[mine]).backward()
-    for name, parameter in sharded.named_parameters():
-        # FSDP averages over the ranks; the losses are sums.
-        got = parameter.grad.full_tensor() * WORLD
-        torch.testing.assert_close(got, alone.get_parameter(name).grad)
+    # FSDP averages over the ranks; the losses are sums.
+    got = {n: p.grad.full_tensor() * WORLD for n, p in sharded.named_parameters()}
+    assert_same_gradients(got, {name: p.grad for name, p in alone.named_parameters()})
 
 
 def a_sharded_table_is_refused() -> None:

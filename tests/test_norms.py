@@ -9,7 +9,13 @@ import margins
 import pytest
 import torch
 from margins import Margins, margin
-from norms import assert_as_right, assert_greedy, assert_same_rows, relative_error
+from norms import (
+    assert_as_right,
+    assert_greedy,
+    assert_same_gradients,
+    assert_same_rows,
+    relative_error,
+)
 from torch import Tensor
 
 STATES = torch.randn(40, 24, generator=torch.Generator().manual_seed(0))
@@ -70,6 +76,19 @@ def test_narrow_states_are_judged_by_their_own_digits() -> None:
     for pair in ((thrice, once), (once, thrice)):
         with pytest.raises(AssertionError, match="relative error"):
             assert_as_right(*pair, exact)
+
+
+@pytest.mark.parametrize("change", [torch.zeros_like, lambda x: 1.001 * x, lambda x: x.roll(1, 0)])
+def test_one_wrong_gradient_shows(change: Callable[[Tensor], Tensor]) -> None:
+    want = {"a": STATES, "b": STATES[0], "zero": torch.zeros(3)}
+    assert_same_gradients({name: x * (1 + 1e-5) for name, x in want.items()}, want)
+    for name in ("a", "b"):
+        with pytest.raises(AssertionError, match=f"gradient of {name}"):
+            assert_same_gradients(want | {name: change(want[name])}, want)
+    with pytest.raises(AssertionError, match="gradient of zero"):
+        assert_same_gradients(want | {"zero": torch.full((3,), 1e-9)}, want)
+    with pytest.raises(AssertionError, match=r"only in one: \['b'\]"):
+        assert_same_gradients({"a": STATES, "zero": torch.zeros(3)}, want)
 
 
 def test_greedy_ids_may_tie_and_nothing_more() -> None:

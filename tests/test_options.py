@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from model_helpers import TEXT, TINY, ids_of, packed, scrambled
-from norms import assert_same_rows
+from norms import assert_same_gradients, assert_same_rows
 from test_cached import seen_ids, varied, write_greedily
 from torch import Tensor
 
@@ -228,9 +228,9 @@ class TestParallel:
             row = slots[patch, t - int(patches.cu_patchlens[patch])]
             nats.append(-row.log_softmax(-1)[int(ids[t])])
         want = plain + torch.stack(nats).mean() * n_valid
-        torch.testing.assert_close(both, want)
+        assert_same_rows(both, want)
         light = dataclasses.replace(self.CONFIG, reconstruction_weight=0.0)
-        torch.testing.assert_close(scrambled(light).train()(ids, targets)[0], plain)
+        assert_same_rows(scrambled(light).train()(ids, targets)[0], plain)
 
     def test_patches_longer_than_the_slots_are_refused(self) -> None:
         ids = ids_of(TEXT)
@@ -281,7 +281,7 @@ class TestSharedFeedForward:
             )
             copies[name] = values[joint if weight else name]
         own.load_state_dict(copies)
-        torch.testing.assert_close(own(ids_of(TEXT)), shared(ids_of(TEXT)))
+        assert_same_rows(own(ids_of(TEXT)), shared(ids_of(TEXT)))
 
     def test_sharded_parameters(self, tmp_path: Path) -> None:
         ids = ids_of(TEXT)
@@ -295,8 +295,7 @@ class TestSharedFeedForward:
             grads = {name: p.grad.full_tensor() for name, p in sharded.named_parameters()}
         finally:
             dist.destroy_process_group()
-        for name, parameter in expected.named_parameters():
-            assert_same_rows(grads[name], parameter.grad)
+        assert_same_gradients(grads, {n: p.grad for n, p in expected.named_parameters()})
 
 
 def test_shapes_of_training_with_a_capacity_are_static() -> None:
