@@ -68,6 +68,7 @@ _AT_START: dict[bytes, Container] = {
     b"ARROW1\0\0": Container("an Arrow file", COLUMN),
     b"\xff\xff\xff\xff": Container("an Arrow stream", COLUMN),
     b"FEA1": Container("a Feather file", COLUMN),
+    b"ORC": Container("an ORC file", COLUMN),
     b"Obj\x01": Container("an Avro file", EXPORT),
     b"\x89HDF\r\n\x1a\n": Container("an HDF5 file", EXPORT),
     b"SQLite format 3\0": Container("an SQLite database", EXPORT),

@@ -88,6 +88,8 @@ class _Search:
         self._met = 0
 
     def add(self, path: str) -> None:
+        if not path:  # which Path takes for the current folder
+            raise ValueError("data: expected a file, a folder with files or a glob, got ''")
         before, named = self._met, Path(path)
         if named.exists():
             self._add_named(named)
@@ -116,8 +118,6 @@ class _Search:
         if not stat.S_ISDIR(status.st_mode):
             self._add_file(path, status)
             return
-        if identity(status, path) == self._out:
-            raise ValueError(f"data: expected another folder than the output folder, got {path}")
         for file, found in self._walk(path):
             self._add_file(file, found)
 
@@ -143,6 +143,8 @@ class _Search:
 
     def _walk(self, root: Path) -> Iterator[tuple[Path, os.stat_result]]:
         """The regular files below a folder."""
+        if identity(root.stat(), root) == self._out:
+            raise ValueError(f"data: expected another folder than the output folder, got {root}")
         waiting = [root]
         while waiting:
             folder = waiting.pop()
@@ -152,7 +154,9 @@ class _Search:
                 continue
             self._walked.add(key)
             names = sorted(os.listdir(folder))
-            is_hub_cache = bool(HUB_CACHE.match(folder.name)) and {"blobs", "snapshots"} <= {*names}
+            is_hub_cache = {"blobs", "snapshots"} <= {*names} and bool(
+                HUB_CACHE.match(folder.resolve().name)
+            )
             for name in names:
                 path = folder / name
                 status = self._status(path)

@@ -38,7 +38,7 @@ def assert_text_once(*paths: object) -> None:
 
 
 class TestEachFileOnce:
-    def test_of_a_hub_cache(self, tmp_path: Path) -> None:
+    def test_of_a_hub_cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         hub = tmp_path / "datasets--me--corpus"
         for folder in ("blobs", "refs", "snapshots/abc", "snapshots/def"):
             (hub / folder).mkdir(parents=True)
@@ -49,6 +49,8 @@ class TestEachFileOnce:
         assert_text_once(hub)
         assert_text_once(tmp_path)
         assert_text_once(hub / "blobs", hub)
+        monkeypatch.chdir(hub)
+        assert_text_once(".")
         files, notes = find_files([str(hub)])
         assert [path.name for path in files[0].names] == ["train.txt"] * 2
         assert notes[0].startswith("left out: 2 blobs and refs folders of hub caches")
@@ -132,6 +134,8 @@ class TestWalks:
         write(tmp_path, "a")
         with pytest.raises(ValueError, match="data: expected another folder than the output"):
             find_files([str(tmp_path)], out=tmp_path / "." / "")
+        with pytest.raises(ValueError, match="data: expected another folder than the output"):
+            find_files([f"{tmp_path}/**/*"], out=tmp_path)
         assert documents_of(tmp_path, out=tmp_path / "not yet") == ["a"]
 
     def test_an_output_folder_by_another_name(self, tmp_path: Path) -> None:
@@ -175,6 +179,11 @@ class TestNothing:
         with pytest.raises(ValueError, match=r"data: expected a file, a folder .* got '") as raised:
             find_files([str(tmp_path / path)])
         assert ("left out: 1 hidden folder" in str(raised.value)) == (path in (".", "**/*.txt"))
+
+    def test_an_empty_path(self) -> None:
+        """As a shell hands it over for a variable that is not set: not the current folder."""
+        with pytest.raises(ValueError, match=r"data: expected a file, a folder .* got ''"):
+            find_files([""])
 
     def test_one_bad_path_of_several(self, tmp_path: Path) -> None:
         write(tmp_path, "a")

@@ -280,6 +280,7 @@ REFUSED = {
     "Arrow file": (b"ARROW1\0\0" + bytes(40), "datasets or pyarrow"),
     "Arrow stream": (b"\xff\xff\xff\xff\x70\0\0\0" + bytes(40), "datasets or pyarrow"),
     "Feather": (b"FEA1" + bytes(40), "datasets or pyarrow"),
+    "ORC": (b"ORC\x1d\x00\x00\x0a\x0d" + bytes(40), "datasets or pyarrow"),
     "SQLite": (a_database(), "export its text"),
     "pickle": (pickle.dumps({"a": 1}), "export its text"),
     "file of torch.save": (saved_by_torch(), "leave it out"),
@@ -346,6 +347,16 @@ def test_zstandard_is_read_where_python_can(tmp_path: Path) -> None:
 )
 def test_texts_are_no_containers(text: bytes) -> None:
     assert container_of(text[:512], len(text)) is None
+
+
+def test_a_file_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
+    """Whoever runs this may read every file, so it is gone, between the search and the reading."""
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(TEXT)
+    files, _ = find_files([str(tmp_path)])
+    (tmp_path / "b").unlink()
+    with pytest.raises(FileNotFoundError, match=r"No such file or directory: '.*/b'"):
+        list(Documents().of(files))
 
 
 class TestTokenIds:
