@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from stlm_kernels.testing import values_visible
 
 from .cache import CacheRows, KVCache
 from .config import check_heads
+from .typed_call import typed_as
 
 
 class Attention(nn.Module):
@@ -89,6 +91,11 @@ class Attention(nn.Module):
         if cache is not None and cu_seqlens is None:
             cu_seqlens = torch.arange(2, dtype=torch.int32, device=x.device) * x.shape[0]
         return self._attend(x, cu_seqlens, cache)
+
+    if TYPE_CHECKING:
+
+        @typed_as(forward)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def new_cache(self, batch: int) -> KVCache:
         """An empty cache for this many rows; it takes the dtype of the first keys it is given."""

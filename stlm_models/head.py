@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor, nn
 
 from stlm_kernels import Patches
 from stlm_kernels.testing import values_visible
+
+from .typed_call import typed_as
 
 
 class ParallelHead(nn.Module):
@@ -29,6 +33,11 @@ class ParallelHead(nn.Module):
         x = self.to_slots(states).view(len(states) * self.slots, -1)
         borders = torch.arange(len(states) + 1, dtype=torch.int32, device=x.device)
         return x, borders * self.slots
+
+    if TYPE_CHECKING:
+
+        @typed_as(forward)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def with_null(self, states: Tensor) -> Tensor:
         """(P, core_dim) -> (P+1, core_dim): the state that -1 stands for comes last."""

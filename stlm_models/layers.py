@@ -7,7 +7,7 @@ All of them take packed tensors: T bytes or P patches of all documents behind ea
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from .attention import Attention
 from .lookup import lookup
 from .ngrams import NgramPooling
 from .pooling import BytePooling, ByteUnpooling
+from .typed_call import typed_as
 
 __all__ = [
     "Attention",
@@ -83,6 +84,11 @@ class BytePatcher(nn.Module):
             cu_seqlens=cu_seqlens,
             capacity=self.capacity if capacity is None else capacity,
         )
+
+    if TYPE_CHECKING:
+
+        @typed_as(forward)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 class GivenPatches(BytePatcher):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import overload
+from typing import TYPE_CHECKING, Any, overload
 
 from torch import Tensor, nn
 
@@ -21,6 +21,7 @@ from .lookup import lookup
 from .norms import rms_norm
 from .pooling import EmaUnpooling
 from .transformer import PatchCore, TransformerBlock, run_blocks
+from .typed_call import typed_as
 
 
 class STLM(nn.Module):
@@ -189,6 +190,11 @@ class STLM(nn.Module):
             hidden, counted, ignore_index=IGNORED, valid_vocab=valid_vocab
         )
         return loss_sum if auxiliary is None else loss_sum + auxiliary() * n_valid, n_valid
+
+    if TYPE_CHECKING:
+
+        @typed_as(forward)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def hidden(
         self,

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor, nn
 
 from stlm_kernels import Patches, ngram_embedding, segment_pool
+
+from .typed_call import typed_as
 
 
 class NgramPooling(nn.Module):
@@ -32,6 +36,11 @@ class NgramPooling(nn.Module):
     ) -> Tensor:
         """byte_ids (T,), cu_seqlens (S+1,) in bytes -> (P, out_dim)."""
         return self.projection(self.pool(byte_ids, patches, cu_seqlens, mode=mode))
+
+    if TYPE_CHECKING:
+
+        @typed_as(forward)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def pool(
         self, byte_ids: Tensor, patches: Patches, cu_seqlens: Tensor, *, mode: str = "mean"

@@ -34,6 +34,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +48,7 @@ from .decoding import prompt_ids
 from .inputs import targets_of_documents
 from .layers import TiedEmbedding, dense_cu_seqlens
 from .model import STLM
+from .typed_call import typed_as
 
 
 class MultiByteHeads(nn.Module):
@@ -101,6 +103,11 @@ class MultiByteHeads(nn.Module):
         ahead = [_targets_ahead(flat, i + 1, cu_seqlens) for i in range(len(self.heads))]
         states = torch.stack([head(hidden.flatten(0, -2)) for head in self.heads])
         return embedding.loss(states, torch.stack(ahead), ignore_index=IGNORED)
+
+    if TYPE_CHECKING:
+
+        @typed_as(forward)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 def _targets_ahead(targets: Tensor, by: int, cu_seqlens: Tensor | None) -> Tensor:

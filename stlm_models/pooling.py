@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor, nn
 
 from stlm_kernels import Patches, attention_pool, ema_unpool, segment_pool, unpool
 from stlm_kernels.testing import values_visible
+
+from .typed_call import typed_as
 
 
 class BytePooling(nn.Module):
@@ -49,6 +53,11 @@ class BytePooling(nn.Module):
     def forward(self, x: Tensor, patches: Patches) -> Tensor:
         """x (T, D) or (B, T, D) -> (P, D)."""
         return self.pool(x.reshape(-1, x.shape[-1]), patches.cu_patchlens)
+
+    if TYPE_CHECKING:
+
+        @typed_as(forward)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def pool(self, x: Tensor, cu_patchlens: Tensor) -> Tensor:
         """x (T, D) between the borders (P+1,) int32 -> (P, D)."""
@@ -99,6 +108,11 @@ class ByteUnpooling(nn.Module):
         out = unpool(patch_states, patches.read_ids, null_state=self.null_state, residual=flat)
         return out if residual is None else out.view(residual.shape)
 
+    if TYPE_CHECKING:
+
+        @typed_as(forward)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
 
 class EmaUnpooling(nn.Module):
     """Give each byte a running average of the patch states that are complete at it.
@@ -134,6 +148,11 @@ class EmaUnpooling(nn.Module):
         # A patch without bytes says nothing: the average goes on as it was.
         gates = self.gates(core_states).masked_fill(patches.cu_patchlens.diff() == 0, 0)
         return ema_unpool(patch_states, gates, read, cu_seqlens=borders, residual=residual)
+
+    if TYPE_CHECKING:
+
+        @typed_as(forward)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 def reads_ahead(patches: Patches) -> Tensor:

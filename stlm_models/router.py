@@ -26,7 +26,7 @@ read at once, whatever the pooling:
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,7 @@ from stlm_kernels import Patches, segment_pool
 
 from .attention import document_starts
 from .layers import dense_cu_seqlens, without_autocast
+from .typed_call import typed_as
 
 EPS = 1e-12
 """H-Net's: p is the cosine's for states of any size that occurs."""
@@ -108,6 +109,11 @@ class Router(nn.Module):
         starts = inside & (probs > 0.5)
         chosen = torch.where(starts, probs, 1 - probs)
         return Routing(probs, starts, chosen + (1 - chosen).detach())
+
+    if TYPE_CHECKING:
+
+        @typed_as(forward)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def gate(self, routing: Routing, patches: Patches) -> Tensor:
         """(P,) the gate of each patch for `ema_unpool`: p of its first byte, 0 if it is empty."""

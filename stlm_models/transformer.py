@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from .attention import Attention
 from .cache import CacheRows, KVCache
 from .config import ModelConfig
 from .norms import rms_norm
+from .typed_call import typed_as
 
 
 class SwiGLU(nn.Module):
@@ -27,6 +28,11 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.silu(self.gate(x)) * self.up(x))
+
+    if TYPE_CHECKING:
+
+        @typed_as(forward)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 class TransformerBlock(nn.Module):
@@ -58,6 +64,11 @@ class TransformerBlock(nn.Module):
         assert own is not None
         return x + own(rms_norm(x))
 
+    if TYPE_CHECKING:
+
+        @typed_as(forward)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
 
 class PatchCore(nn.Module):
     """A causal transformer over the patches of each document: (P, core_dim) -> (P, core_dim)."""
@@ -85,6 +96,11 @@ class PatchCore(nn.Module):
     ) -> Tensor:
         """The patches of whole documents, or beside caches the next one of each row, (B, 1, D)."""
         return run_blocks(self.blocks, x, cu_seqlens, caches, self.feed_forward)
+
+    if TYPE_CHECKING:
+
+        @typed_as(forward)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def new_caches(self, batch: int) -> list[KVCache]:
         """Empty caches of the layers, for this many rows."""
