@@ -5,6 +5,7 @@ beyond what `import torch` does.
 """
 
 from ._dispatch import explain
+from ._version import __version__
 from .ops.attention import attention
 from .ops.attention_pool import attention_pool
 from .ops.byte_pool import byte_pool
@@ -23,6 +24,7 @@ from .ops.unpool import unpool
 
 __all__ = [
     "Patches",
+    "__version__",
     "attention",
     "attention_pool",
     "byte_pool",

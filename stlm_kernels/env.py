@@ -5,16 +5,19 @@ What a bug report needs. Nothing is sent anywhere.
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import platform
 import sys
+from collections.abc import Sequence
 
 import torch
 
 from ._dispatch import explain, kernels_interpreted
 from ._launch import device_file
+from ._version import __version__
 from .registry import OPS
-from .terminal import command
+from .terminal import command, program
 
 PACKAGES = ("torch", "triton", "einops", "numpy", "safetensors", "pytest-benchmark")
 
@@ -52,7 +55,12 @@ def describe_ops() -> list[str]:
 
 
 @command()
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print what this machine has and what the ops make of it."""
+    argparse.ArgumentParser(prog=program("stlm_kernels.env"), description=__doc__).parse_args(
+        arguments
+    )
+    print(f"stlm: {__version__}")
     print(f"python: {platform.python_version()} on {platform.platform()}")
     for package in PACKAGES:
         print(f"{package}: {_version(package)}")

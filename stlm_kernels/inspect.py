@@ -26,7 +26,7 @@ import torch
 from . import _launch
 from ._spec import Case, OpSpec
 from .registry import OPS
-from .terminal import command
+from .terminal import command, note, program
 
 ARCHS = (80, 90, 100)
 MMA = re.compile(r"\b(UTC[A-Z]*MMA|HGMMA|QGMMA|IGMMA|HMMA|IMMA|DMMA)\b")
@@ -83,6 +83,10 @@ class Report:
         return blocks * self.warps / limits.warps_per_sm
 
 
+class NoCompiler(RuntimeError):
+    """Raised where nothing can be compiled in this process."""
+
+
 @contextmanager
 def target(arch: int) -> Iterator[None]:
     """Make triton compile for `arch` whatever this machine has."""
@@ -124,12 +128,12 @@ def inspect_op(
         A report for each launch.
 
     Raises:
-        RuntimeError: the kernels are interpreted in this process, or triton is missing.
+        NoCompiler: the kernels are interpreted in this process, or triton is missing.
     """
     from ._dispatch import has_triton, kernels_interpreted
 
     if not has_triton() or kernels_interpreted():
-        raise RuntimeError("inspect needs triton, and a process without TRITON_INTERPRET")
+        raise NoCompiler("inspect needs triton, and a process without TRITON_INTERPRET")
     reports: list[Report] = []
 
     def compile_launch(
@@ -238,7 +242,7 @@ def table(reports: Sequence[Report]) -> str:
 
 @command()
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m stlm_kernels.inspect", description=__doc__)
+    parser = argparse.ArgumentParser(prog=program("stlm_kernels.inspect"), description=__doc__)
     parser.add_argument("ops", nargs="*", help="public op names (default: all with kernels)")
     parser.add_argument("--arch", nargs="+", type=int, default=list(ARCHS), choices=sorted(LIMITS))
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
@@ -248,13 +252,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = sorted(set(args.ops) - set(with_kernels))
     if unknown:
         parser.error(f"no kernels for {', '.join(unknown)}; ops: {', '.join(with_kernels)}")
-    reports = merged(
-        report
-        for name in args.ops or with_kernels
-        for case in OPS[name].tagged("aot")
-        for arch in args.arch
-        for report in inspect_op(OPS[name], case, arch, getattr(torch, args.dtype))
-    )
+    try:
+        reports = merged(
+            report
+            for name in args.ops or with_kernels
+            for case in OPS[name].tagged("aot")
+            for arch in args.arch
+            for report in inspect_op(OPS[name], case, arch, getattr(torch, args.dtype))
+        )
+    except NoCompiler as error:
+        note(f"error: {error}")
+        return 1
     print(table(reports))
     for report in reports if args.dump else ():
         print(f"\n// {report.kernel} sm_{report.arch} {report.config}")

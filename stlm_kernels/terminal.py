@@ -9,6 +9,7 @@ import select
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import ParamSpec, TextIO
 
 P = ParamSpec("P")
@@ -54,6 +55,12 @@ def command(*, on_closed_pipe: int = 0) -> Callable[[Callable[P, int | None]], C
         return run
 
     return decorate
+
+
+def program(module: str) -> str:
+    """The name of the running command for its messages: the console script, or python -m."""
+    name = Path(sys.argv[0]).stem
+    return name if name.startswith("stlm-") else f"python -m {module}"
 
 
 def note(*lines: object) -> None:

@@ -1,8 +1,10 @@
 """Light PyTorch modules and byte-level Super Tiny Language Models on top of `stlm_kernels`."""
 
+from stlm_kernels import __version__
+
+from .bits import bits_per_byte
 from .cache import KVCache
 from .config import DOCUMENT_START, PRESETS, ModelConfig
-from .evaluate import bits_per_byte
 from .incremental import NgramState, PatchState, PoolState
 from .layers import Attention, BytePatcher, BytePooling, ByteUnpooling, TiedEmbedding
 from .model import STLM
@@ -24,5 +26,6 @@ __all__ = [
     "Router",
     "Routing",
     "TiedEmbedding",
+    "__version__",
     "bits_per_byte",
 ]

@@ -59,12 +59,11 @@ class Checkpoint:
     digest: str = ""
 
 
-def require_extra(packages: Sequence[str], extra: str = "train") -> None:
+def require_extra(packages: Sequence[str]) -> None:
     """Raise an ImportError with the install line where one of the packages is missing."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        names = ", ".join(missing)
-        raise ImportError(f"missing {names}: install the extra with  pip install 'stlm[{extra}]'")
+        raise ImportError(f"missing {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
 def save_checkpoint(run: Path, checkpoint: Checkpoint) -> Path:

@@ -110,16 +110,31 @@ def load_corpus(
         if raw or text_key is not None:
             raise ValueError("data: expected paths beside raw or text_key, got none")
         return default_corpus()
+    documents, notes = documents_of(paths, text_key=text_key, raw=raw, out=out)
+    return Corpus(" ".join(map(str, paths)), *_cut(documents), notes)
+
+
+def documents_of(
+    paths: Sequence[str],
+    *,
+    text_key: str | None = None,
+    raw: bool = False,
+    out: Path | None = None,
+) -> tuple[list[bytes | memoryview], tuple[str, ...]]:
+    """The documents of files, folders and glob patterns, and lines on what was left out.
+
+    Arguments and errors as those of `load_corpus`, with at least one path.
+    """
     if raw and text_key is not None:
         raise ValueError(f"text_key: expected None beside raw, got {text_key!r}")
     files, left_out = find_files(paths, out=out)
     reader = Documents(text_key=text_key, raw=raw)
     documents = list(reader.of(files))
-    name, notes = " ".join(map(str, paths)), (*left_out, *reader.notes())
+    notes = (*left_out, *reader.notes())
     if not documents:
-        found = "; ".join((f"only empty files in {name}", *notes))
+        found = "; ".join((f"only empty files in {' '.join(map(str, paths))}", *notes))
         raise ValueError(f"data: expected at least one byte, got {found}")
-    return Corpus(name, *_cut(documents), notes)
+    return documents, notes
 
 
 def default_corpus(root: Path | None = None) -> Corpus:

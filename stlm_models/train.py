@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 
-from stlm_kernels.terminal import command, note, print_result
+from stlm_kernels.terminal import command, note, print_result, program
 
+from .bits import bits_per_byte
 from .checkpoint import latest_checkpoint, load_checkpoint, require_extra
 from .config import preset
 from .data import Corpus, load_corpus
-from .evaluate import bits_per_byte
 from .files import replace_file
 from .interrupt import Interrupt
 from .optim import SCHEDULES
@@ -321,7 +321,7 @@ def _follow(trainer: Trainer) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m stlm_models.train",
+        prog=program("stlm_models.train"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

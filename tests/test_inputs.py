@@ -14,8 +14,8 @@ from torch import Tensor
 
 from stlm_kernels import Patches, find_patches
 from stlm_models import STLM, ModelConfig, TiedEmbedding
+from stlm_models.bits import bits_per_byte
 from stlm_models.compress import compress
-from stlm_models.evaluate import bits_per_byte
 from stlm_models.inputs import targets_of_documents
 from stlm_models.layers import UntiedEmbedding
 

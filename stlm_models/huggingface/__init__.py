@@ -10,7 +10,7 @@ The saved folder holds copies of the files of this package, which import an inst
 
 from ..checkpoint import require_extra
 
-require_extra(["transformers"], extra="hf")
+require_extra(["transformers"])
 
 from .configuration_stlm import STLMHFConfig  # noqa: E402
 from .modeling_stlm import STLMForCausalLM  # noqa: E402
