@@ -5,8 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 import torch
 
+import stlm_kernels.inspect
 from stlm_kernels.registry import OPS
 
 
@@ -21,3 +23,13 @@ def test_the_command_says_which_path_each_op_takes_and_why() -> None:
     if not torch.cuda.is_available():
         assert "device: cpu, no CUDA device" in lines
         assert "the kernels run on CUDA devices" in done.stdout
+
+
+def test_inspect_says_in_one_line_that_nothing_can_be_compiled(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("stlm_kernels._dispatch.has_triton", lambda: False)
+    assert stlm_kernels.inspect.main(["unpool", "--arch", "90"]) == 1
+    output = capsys.readouterr()
+    expected = "error: inspect needs triton, and a process without TRITON_INTERPRET\n"
+    assert (output.out, output.err) == ("", expected)
