@@ -142,7 +142,8 @@ def test_missing_safetensors_is_named(
 
 def test_as_a_module_it_says_nothing_else(run: Path, texts: Path) -> None:
     """Python warns where the module that it runs was already imported by its package."""
-    command = [sys.executable, "-m", "stlm_models.evaluate", "--run", str(run), str(texts)]
+    command = [sys.executable, "-m", "stlm_models.evaluate", "--run", str(run)]
+    command.append(str(texts / "a.txt"))
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert "bits per byte" in done.stdout
