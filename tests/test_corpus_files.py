@@ -154,6 +154,10 @@ class TestWalks:
             "a/**": ["a/2.txt", "a/b/3.txt", "a/b/4.md"],
         }.items():
             assert documents_of(tmp_path / pattern) == wanted, pattern
+        # Each walks anew, whatever was walked before.
+        paths = [tmp_path / name for name in ("c", "**/[13].txt", "a/**/*.md", "a", "c/**")]
+        assert documents_of(*paths[:3]) == ["1.txt", "a/b/3.txt", "a/b/4.md", "c/b/5.txt"]
+        assert len(documents_of(*paths)) == 5
 
     def test_a_folder_that_cannot_be_read_is_an_error(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
