@@ -27,12 +27,15 @@ if TYPE_CHECKING:
 class CachedRun:
     """Rows of ids that grow, and what `model.hidden` gives at the last id of each.
 
+    It runs without gradients, but never in torch's inference mode: what is kept from there cannot
+    be changed outside of it, nor can a module that keeps a tensor of its own be trained afterwards.
+
     Args:
         model: an `STLM`.
         windows: the ids of each row, at least one in each; rows may differ in length.
     """
 
-    @torch.inference_mode(False)  # or a run could go on only in the mode that it began in
+    @torch.inference_mode(False)
     @torch.no_grad()
     def __init__(self, model: STLM, windows: Sequence[list[int]]) -> None:
         self.model, self.device = model, model.embedding.weight.device

@@ -14,7 +14,7 @@ from stlm_kernels import linear_sample
 
 from .cached import CachedRun
 from .config import BYTES, DOCUMENT_START
-from .modes import inference
+from .modes import eval_mode
 
 if TYPE_CHECKING:
     from .model import STLM
@@ -235,13 +235,13 @@ def _run_steps(
     """Add a byte to every row that is not done, again and again."""
     if not rows or max_new_bytes == 0:
         return
-    with inference(model):
+    with eval_mode(model), torch.no_grad():
         for row in rows:
             row.window = fit_context(model, row.window)
         run = CachedRun(model, [row.window for row in rows])
     # Between two steps the caller goes on with the model: nothing may be in force there.
     for step in range(max_new_bytes):
-        with inference(model):
+        with eval_mode(model), torch.no_grad():
             # Finished rows stay in, so that the noise of the others does not depend on them.
             ids = model.embedding.sample(run.hidden, **settings.at_step(step, base))
             drawn = _checked_ids(model, run, rows, ids)
@@ -252,7 +252,7 @@ def _run_steps(
         if all(row.done for row in rows) or step == max_new_bytes - 1:
             return
         active = [i for i, row in enumerate(rows) if not row.done]
-        with inference(model):
+        with eval_mode(model), torch.no_grad():
             advance(run, [row.window for row in rows], ids, active)
 
 

@@ -12,6 +12,7 @@ from model_helpers import TINY, scrambled
 from torch import Tensor, nn
 
 from stlm_models import STLM, bits_per_byte
+from stlm_models.cached import CachedRun
 from stlm_models.compress import compress
 from stlm_models.modes import eval_mode
 from stlm_models.transformer import PatchCore
@@ -175,6 +176,21 @@ class TestInferenceMode:
         with torch.inference_mode():
             text += next(paused)
         assert text + "".join(paused) == expected
+
+    def test_a_run_of_its_own(self, model: STLM) -> None:
+        """As Hugging Face's `generate` has one, without `STLM.generate` around it."""
+        text, ids = [*PROMPT, 32], torch.tensor([32])
+        with torch.inference_mode():
+            run = CachedRun(model, [[*PROMPT]])
+        run.step(ids, [0])
+        with torch.inference_mode():
+            run.step(ids, [0])
+            run.restart([0], [text])
+        expected = CachedRun(model, [text]).hidden
+        run.step(ids, [0])
+        run.restart([0], [text])
+        torch.testing.assert_close(run.hidden, expected)
+        assert not run.hidden.requires_grad
 
     def test_a_model_made_inside(self) -> None:
         expected = "".join(pieces(varied()))
