@@ -108,7 +108,7 @@ class TestState:
         assert state_of(model) == before
 
     @pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt()])
-    @pytest.mark.parametrize("calls", [0, 1, 2])
+    @pytest.mark.parametrize("calls", [0, 2])
     @pytest.mark.parametrize("name", ["generate", "batch", "stream", "bits", "compress"])
     def test_failures(self, name: str, calls: int, error: BaseException) -> None:
         model = varied(Failing(calls, error)).train()
@@ -232,15 +232,14 @@ class TestListsOfTheUser:
         assert text + "".join(paused) == expected
 
 
-def writing(model: STLM, script: bytes, monkeypatch: pytest.MonkeyPatch) -> STLM:
-    """The model, which says what it is told to."""
+def writing(model: STLM, script: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the model say what it is told to, from the beginning."""
     steps = itertools.count()
 
     def sample(x: Tensor, **_: Any) -> Tensor:
         return torch.full((len(x),), script[next(steps) % len(script)])
 
     monkeypatch.setattr(model.embedding, "sample", sample)
-    return model
 
 
 class TestStops:
@@ -253,17 +252,18 @@ class TestStops:
             (b"one\r\n\r\ntwo", [b"\n", b"\r\n", b"\r\n\r\n"], b"one"),
             (b"aaaa", [b"aa", b"a"], b""),
             (b"xyz", [b"q", b"zz"], b"xyz"),
-            (b"x<end>", [b"<end>", b">", b"d>", b"<end>"], b"x"),
+            (b"x<end>", [b">", b"<end>", b"d>"], b"x"),
         ],
     )
     def test_their_order_does_not_matter(
         self, script: bytes, stops: list[bytes], expected: bytes, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        model = STLM(TINY)
         for ordered in itertools.permutations(stops):
-            model = writing(STLM(TINY), script, monkeypatch)
+            writing(model, script, monkeypatch)
             options: Any = {"max_new_bytes": len(script), "stop": list(ordered)}
             assert model.generate(b"", **options) == expected
-            model = writing(STLM(TINY), script, monkeypatch)
+            writing(model, script, monkeypatch)
             assert "".join(model.stream(b"", **options)) == expected.decode()
 
 
