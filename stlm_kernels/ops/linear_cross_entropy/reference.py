@@ -70,6 +70,8 @@ def terms(
     target: Tensor,
     *,
     linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    return_lse: bool = False,
     reduction: str = "mean",
     ignore_index: int | None = -100,
     label_smoothing: float = 0.0,
@@ -80,16 +82,23 @@ def terms(
     found = logit_terms(input, linear_weight, linear_bias, **head)
     kept, wanted = kept_targets(target, ignore_index)
     chosen = F.one_hot(wanted, found.logits.shape[1])
-    share = (1 - label_smoothing) * chosen + label_smoothing / chosen.shape[1]
-    losses = found.lse + (share * found.logits).sum(1) + z_loss * found.lse.square()
-    of_logits = share + (1 + 2 * z_loss * found.lse[:, None]) * found.weights
-    up = upstream["out"].flatten().abs().expand(len(kept)) * kept
+    classes = torch.ones(linear_weight.shape[0]) if weight is None else weight
+    classes = classes.double()[: chosen.shape[1]]
+    share = ((1 - label_smoothing) * chosen + label_smoothing / chosen.shape[1]) * classes
+    losses = share.sum(1) * found.lse + (share * found.logits).sum(1)
+    losses = (losses + z_loss * found.lse.square()) * kept
+    up, up_lse = upstream["out0" if return_lse else "out"].flatten().abs(), torch.zeros(1)
+    if return_lse:
+        up_lse = upstream["out1"].flatten().abs()
     if reduction == "mean":
-        up, losses = up / max(1, int(kept.sum())), losses / max(1, int(kept.sum()))
-    losses = losses * kept
+        counted = float((classes[wanted] * kept).sum()) or 1.0
+        up, losses = up / counted, losses / counted
+    of_lse = up * (share.sum(1) + 2 * z_loss * found.lse) + up_lse
+    of_logits = up[:, None] * share + of_lse[:, None] * found.weights
+    of_logits = of_logits * found.slope * kept[:, None]
     out = losses.view(target.shape) if reduction == "none" else losses.sum()
-    of_logits = of_logits * found.slope * up[:, None]
-    return {"out": out} | product_terms(of_logits, input, linear_weight, linear_bias)
+    products = product_terms(of_logits, input, linear_weight, linear_bias)
+    return {"out0" if return_lse else "out": out} | products
 
 
 def yardstick(
