@@ -12,8 +12,9 @@ from .parse import Address, Constant, Instruction, Operand, PtxError, Register, 
 from .registers import UNSIGNED, bits_of, signed, single, unsigned
 
 if TYPE_CHECKING:
+    from .code import Mask, Step
     from .decode import Decoder
-    from .machine import Machine, Mask, Step
+    from .machine import Machine
 
 Array = NDArray[Any]
 

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from .memory import bytes_at
 
 if TYPE_CHECKING:
-    from .machine import Machine, Mask
+    from .code import Mask
+    from .machine import Machine
 
 Array = NDArray[Any]
 WARPGROUP = 128
@@ -109,9 +110,11 @@ class Products:
     def wait(self, newest: int) -> None:
         self.pending = {s: g for s, g in self.pending.items() if g >= self.group - newest}
 
-    def check(self, slots: tuple[int, ...]) -> None:
+    def check(self, reads: tuple[int, ...], writes: tuple[int, ...]) -> None:
         """Fault where an instruction touches a register of a product that was not waited for."""
-        if self.pending and not self.pending.keys().isdisjoint(slots):
+        is_product = self.machine.current.parts[0] == "wgmma"
+        slots = reads if is_product else (*reads, *writes)  # products may share their sums
+        if not self.pending.keys().isdisjoint(slots):
             self.machine.fault("async", None, "the product in its registers was not waited for")
 
     def finish(self) -> None:

@@ -14,8 +14,9 @@ from .parse import Constant, Instruction, Operand, Register, Vector
 from .registers import signed, unsigned
 
 if TYPE_CHECKING:
+    from .code import Mask, Step
     from .decode import Decoder
-    from .machine import Machine, Mask, Step
+    from .machine import Machine
 
 Array = NDArray[Any]
 WARPGROUP = 128

@@ -40,6 +40,7 @@ class Costs:
     counts: Counter[str] = field(default_factory=Counter)
     read_sectors: dict[int, NDArray[np.bool_]] = field(default_factory=dict)
     written_sectors: dict[int, NDArray[np.bool_]] = field(default_factory=dict)
+    longest_chain: int = 0
     by_instruction: dict[int, Counter[str]] = field(default_factory=dict)
 
     def add(self, index: int, **values: float) -> None:

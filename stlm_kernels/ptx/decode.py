@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from . import accesses, collective
 from .arithmetic import function_of
-from .machine import Code, Machine, Mask, Step
+from .code import Code, Mask, Step
+from .machine import Machine
 from .parse import (
     Address,
     Constant,
@@ -75,9 +76,9 @@ def decode(program: Program) -> Code:
             flow[index] = kind
         steps.append(None if kind is not None else _step(decoder, instruction))
     touched = [_touched(decoder, instruction) for instruction in program.instructions]
-    return Code(
-        program, steps, flow, decoder.slots, decoder.constants, _ends(program, flow), touched
-    )
+    reads, writes = ([pair[i] for pair in touched] for i in (0, 1))
+    ends = _ends(program, flow)
+    return Code(program, steps, flow, decoder.slots, decoder.constants, ends, reads, writes)
 
 
 def _flow_of(program: Program, instruction: Instruction) -> tuple[str, int] | None:
@@ -301,25 +302,29 @@ def _convert_address(decoder: Decoder, instruction: Instruction) -> Step | None:
     return _apply(lambda x: x, result, (slot,), np.uint64)
 
 
-def _touched(decoder: Decoder, instruction: Instruction) -> tuple[int, ...]:
-    """Slots of the registers that an instruction reads or writes (a product: not its own sums)."""
+WITHOUT_RESULT = ("st", "stmatrix", "red", "bra", "bar", "cp", "fence", "ret")
+
+
+def _touched(decoder: Decoder, instruction: Instruction) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Slots of the registers that an instruction reads and of those that it writes."""
     operands = instruction.operands
-    if instruction.parts[0] == "wgmma" and operands:
-        operands = operands[1:]
-    found: list[int] = []
+    has_result = bool(operands) and instruction.parts[0] not in WITHOUT_RESULT
+    results, sources = operands[:has_result], operands[has_result:]
+    reads = [decoder.slots[name] for operand in sources for name in _names(operand)]
+    if instruction.predicate is not None:
+        reads.append(decoder.slots[instruction.predicate])
+    return tuple(reads), tuple(decoder.slots[name] for x in results for name in _names(x))
 
-    def visit(operand: Operand) -> None:
-        if isinstance(operand, Register):
-            found.append(decoder.slots[operand.name])
-        elif isinstance(operand, Vector):
-            for item in operand.items:
-                visit(item)
-        elif isinstance(operand, Address):
-            visit(operand.base)
 
-    for operand in operands:
-        visit(operand)
-    return tuple(found)
+def _names(operand: Operand) -> Iterator[str]:
+    """Registers of an operand."""
+    if isinstance(operand, Register):
+        yield operand.name
+    elif isinstance(operand, Vector):
+        for item in operand.items:
+            yield from _names(item)
+    elif isinstance(operand, Address):
+        yield from _names(operand.base)
 
 
 _MAKERS: dict[str, Callable[[Decoder, Instruction], Step | None]] = {

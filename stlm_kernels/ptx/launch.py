@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..inspect import target
+from .code import Code
 from .count import Costs
 from .decode import decode
 from .faults import Collector, Fault
-from .machine import Code, Counts, Machine
+from .machine import Counts, Machine
 from .memory import NO_SHADOWS, GlobalMemory, Shadow
 from .parse import Program, parse
 from .registers import UNSIGNED

@@ -9,7 +9,6 @@ batch by batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .asynchronous import Copies, Products
+from .chains import Chains
+from .code import Code, Mask
 from .count import Costs
 from .faults import Collector, Fault, Place
 from .memory import GlobalMemory, Reporter, SharedMemory
@@ -24,8 +25,6 @@ from .parse import Instruction, Program, PtxError
 from .registers import UNSIGNED
 
 Array = NDArray[Any]
-Mask = Array | None  # None: every thread
-Step = Callable[["Machine", Mask], None]
 
 LANES = 32
 DONE = 1 << 30
@@ -48,28 +47,6 @@ class Counts:
     executed_blocks: int
     blocks: int
     costs: Costs | None = None
-
-
-@dataclass(frozen=True)
-class Code:
-    """A decoded program.
-
-    Args:
-        steps: a function per instruction; None for branches and returns, which `flow` holds.
-        flow: index -> ("bra", target), ("ret", 0) or ("bar", 0).
-        slots: register name -> index; constants follow.
-        constants: (slot, value).
-        ends: index -> end of the straight run of instructions that begins there.
-        touched: slots of the registers that each instruction reads or writes.
-    """
-
-    program: Program
-    steps: list[Step | None]
-    flow: dict[int, tuple[str, int]]
-    slots: dict[str, int]
-    constants: list[tuple[int, Array]]
-    ends: list[int]
-    touched: list[tuple[int, ...]]
 
 
 class Machine:
@@ -121,6 +98,7 @@ class Machine:
         for slot, value in code.constants:
             self.values[slot] = value
         self.current: Instruction = self.program.instructions[0]
+        self.chains = None if counts.costs is None else Chains(code)
 
     # Registers
 
@@ -195,6 +173,9 @@ class Machine:
             self._leave(self.code.ends[pc], mask, pcs, waiting)
         self.copies.finish()
         self.products.finish()
+        if self.chains is not None and self.counts.costs is not None:
+            longest = max(self.counts.costs.longest_chain, self.chains.longest)
+            self.counts.costs.longest_chain = longest
 
     def _straight_run(self, begin: int, end: int, mask: Mask) -> None:
         instructions, steps = self.program.instructions, self.code.steps
@@ -205,7 +186,9 @@ class Machine:
             if step is None:
                 raise PtxError(_unknown(self.program, instruction))
             if self.products.pending:
-                self.products.check(self.code.touched[index])
+                self.products.check(self.code.reads[index], self.code.writes[index])
+            if self.chains is not None:
+                self.chains.note(index)
             if instruction.predicate is None:
                 step(self, mask)
                 continue
