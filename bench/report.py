@@ -239,6 +239,9 @@ def _section(path: Path) -> tuple[str, str]:
     elif "resources" in values:
         about, kind = values["machine"], "python -m bench.resources"
         lines = "\n".join(_resource_line(row) for row in values["resources"])
+    elif "bounds" in values:
+        about, kind = values, f"{values['command']}, lower bounds on {values['bounds_on']}"
+        lines = "\n".join(_bound_line(row) for row in values["bounds"])
     elif "command" in values:
         about, kind = values, values["command"]
         lines = "\n".join(f"{key}: {value}" for key, value in _plain_values(values))
@@ -249,7 +252,7 @@ def _section(path: Path) -> tuple[str, str]:
     )
     head = f"## `{kind}`, {about['date']}\n\n{about['device']}; {facts}; commit {about['commit']}."
     head += f" Raw: [{path.name}](results/{path.name})"
-    busy = [] if "resources" in values else _busy(about)  # those time nothing
+    busy = [] if values.keys() & {"resources", "bounds"} else _busy(about)  # those time nothing
     return about["date"], "\n\n".join([head, *busy, f"```\n{lines}\n```"])
 
 
@@ -257,6 +260,16 @@ def _comparison_line(row: Record) -> str:
     return (
         f"{row['verdict']:>6}  {row['ratios'][-1]:5.2f}x  ours {row['ours_s'] * 1e6:9.0f} us,"
         f" {row['peer']} {row['peer_s'] * 1e6:.0f} us  {row['op']} {row['case']} {row['direction']}"
+    )
+
+
+def _bound_line(row: Record) -> str:
+    reach = "" if row["reach"] is None else f" (to reach: {row['reach']:g})"
+    largest = max(row["us"], key=lambda name: row["us"][name])
+    return (
+        f"{row['bound']:9.1f} us{reach}, DRAM floor {row['dram_floor']:.1f}, by {largest};"
+        f" {row['launches']} launches, sectors {row['sectors']:.2f},"
+        f" wavefronts {row['wavefronts']:.2f}  {row['op']} {row['case']} {row['pass']}"
     )
 
 

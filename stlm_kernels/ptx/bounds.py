@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,7 +143,7 @@ def _microseconds(counts: dict[str, Any], device: Device) -> dict[str, float]:
     return us
 
 
-def ratio(counts: dict[str, float], what: str) -> float:
+def ratio(counts: Mapping[str, float], what: str) -> float:
     """Needed over ideal "sectors" (global) or "wavefronts" (shared); 1 where there are none."""
     space = "global" if what == "sectors" else "shared"
     kinds = ("load", "store", "copy")

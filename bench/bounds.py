@@ -1,0 +1,195 @@
+"""`python -m bench.bounds [op...]`: lower bounds of ops at the shapes that count; needs no GPU.
+
+The compiled kernels of each case run on the CPU, some blocks of each launch, spread evenly; counts
+are extrapolated to the grid. A bound is no time: see `stlm_kernels.ptx.bounds`. The table of an
+earlier commit (`--against FILE`) is shown beside it as a ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stlm_kernels._spec import Case, OpSpec
+from stlm_kernels.ptx.__main__ import execute_case
+from stlm_kernels.ptx.bounds import Device, bounds_of, ratio
+from stlm_kernels.registry import OPS
+
+from . import report
+from .command import positive, result_path
+
+Record = dict[str, Any]
+DTYPE = torch.bfloat16
+SAMPLE = 12
+
+
+@dataclass(frozen=True)
+class Row:
+    """One pass of one case, and the bound in microseconds that it should come down to (or None)."""
+
+    op: str
+    case: str
+    direction: str
+    reach: float | None = None
+
+
+def _row(op: str, case: str, **reach: float | None) -> Iterator[Row]:
+    for direction, us in reach.items():
+        yield Row(op, case, direction, us)
+
+
+POOLED = "T1048576-P174763-V256"
+ROWS = (
+    *_row("byte_pool", f"{POOLED}-D768-mean-even-english", fwd=100, bwd=90),
+    *_row("byte_pool", f"{POOLED}-D768-mean-even-uniform", fwd=100, bwd=125),
+    *_row("byte_pool", f"{POOLED}-D128-mean-even-english", fwd=19, bwd=15),
+    *_row("byte_pool", f"{POOLED}-D128-mean-even-uniform", fwd=19, bwd=20),
+    *_row("byte_pool", f"{POOLED}-D128-mean-even-equal", fwd=19, bwd=20),
+    *_row("byte_pool", "T1048576-P120646-V256-D768-mean-words-english", fwd=110, bwd=90),
+    *_row("byte_pool", "T1048576-P120646-V256-D128-mean-words-english", fwd=21, bwd=15),
+    *_row("segment_pool", "T1048576-P174763-D768-mean-even", fwd=None, bwd=250),
+    *_row("segment_pool", "T1048576-P174763-D128-mean-even", fwd=None, bwd=60),
+    *_row("unpool", "T1048576-P174763-D128-S128-even-null+residual", fwd=None, bwd=None),
+    *_row("ema_unpool", "T1048576-P174763-D128-S128-even-router-residual", fwd=60, bwd=60),
+    *_row("find_patches", "T1048576-space-max16-S128-C524288-english", fwd=10),
+    *_row("linear_cross_entropy", "N65536-D128-V256-mean", both=22),
+    *_row("linear_cross_entropy", "N98304-D128-V258-mean", both=36),
+    *_row("linear_cross_entropy", "N65536-D512-V256-mean", both=100),
+    *_row("linear_sample", "N64-D512-V256-k1-p0.9-tensor", fwd=None),
+    *_row("attention", "B24-T512-H16-KV4-K32", fwd=21, bwd=40),
+    *_row("attention", "B8-T8192-H8-KV8-K64-W256", fwd=98, bwd=235),
+    *_row("patch_attention", "T98304-P8192-H8-KV8-K16-even-causal0", fwd=22, bwd=48),
+    *_row("qk_norm_rope", "B24-T512-H16-KV4-K32-qk", fwd=None, bwd=None),
+    *_row("attention_pool", "T1048576-P174763-H8-KV8-K16-shared-ragged", fwd=None, bwd=None),
+    *_row("decode_attention", "B64-C2048-H16-KV4-K64-full", fwd=None),
+)
+"""Shapes and aims as the project set them, from counts of its first kernels."""
+
+
+def measure(row: Row, device: Device, arch: int, sample: int) -> Record:
+    """Count a row's launches and add up the bounds of their limits."""
+    spec = OPS[row.op]
+    case = case_named(spec, row.case)
+    session = execute_case(
+        spec, case, arch=arch, dtype=DTYPE, direction=row.direction, sample=sample
+    )  # fmt: skip
+    found = [bounds_of(done, device) for done in session.executions]
+    us: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    for bounds in found:
+        us.update(bounds.us)
+        counts.update({name: x for name, x in bounds.counts.items() if name != "longest_chain"})
+    floor_bytes = sum(
+        spec.bytes_moved(case, DTYPE, each)
+        for each in (("fwd", "bwd") if row.direction == "both" else (row.direction,))
+    )
+    return {
+        "op": row.op,
+        "case": row.case,
+        "pass": row.direction,
+        "reach": row.reach,
+        "launches": len(found),
+        "us": {name: round(x, 3) for name, x in us.items()},
+        "bound": round(sum(bounds.largest for bounds in found), 3),
+        "dram_floor": round(floor_bytes / (device.dram_tb_per_s * 1e6), 3),
+        "longest_chain": max((int(x.counts["longest_chain"]) for x in found), default=0),
+        "sectors": round(ratio(counts, "sectors"), 3),
+        "wavefronts": round(ratio(counts, "wavefronts"), 3),
+        "instructions": round(counts["instructions"]),
+        "kernels": {bounds.kernel: round(bounds.largest, 3) for bounds in found},
+    }
+
+
+def case_named(spec: OpSpec, name: str) -> Case:
+    """The case of this name.
+
+    Raises:
+        ValueError: the op has none.
+    """
+    for case in spec.cases:
+        if case.name == name:
+            return case
+    raise ValueError(f"{spec.name}: expected a case's name, got {name!r}")
+
+
+def line(record: Record, earlier: Mapping[tuple[str, str, str], Record]) -> str:
+    """A row of the table."""
+    key = record["op"], record["case"], record["pass"]
+    limits = sorted(record["us"].items(), key=lambda item: -item[1])[:2]
+    shown = ", ".join(f"{name} {us:.1f}" for name, us in limits)
+    reach = "" if record["reach"] is None else f" of {record['reach']:g}"
+    before = earlier.get(key)
+    change = "" if before is None else f"  {record['bound'] / before['bound']:.2f}x before"
+    return (
+        f"{record['bound']:9.1f} us{reach:<9} floor {record['dram_floor']:7.1f}"
+        f"  {record['launches']} launches, chain {record['longest_chain']:>6},"
+        f" sectors {record['sectors']:.2f}, wavefronts {record['wavefronts']:.2f}"
+        f"  ({shown}){change}  {' '.join(key)}"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.bounds",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "ops", nargs="*", choices=[[], *sorted({row.op for row in ROWS})], metavar="op"
+    )
+    parser.add_argument("--device", default="h200", help="whose rates make the bounds")
+    parser.add_argument("--sample", type=positive, default=SAMPLE, help="blocks of each launch")
+    parser.add_argument("--against", type=Path, help="the table of another commit")
+    parser.add_argument("--json", type=Path, help="where the result goes (default: out/bench/)")
+    parser.add_argument("--commit", help="what to record as the commit, where git is not there")
+    options = parser.parse_args(arguments)
+    try:
+        device = Device.load(options.device)
+        earlier = {} if options.against is None else read(options.against)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    path = result_path(options.json, "bounds", parser)
+    about = report.machine(torch.device("cpu"), options.commit)
+    print(f"lower bounds on {device.name}, bf16, sm_{device.arch}: counted, not timed")
+    records = []
+    for row in ROWS:
+        if options.ops and row.op not in options.ops:
+            continue
+        began = time.monotonic()
+        records.append(measure(row, device, device.arch, options.sample))
+        print(line(records[-1], earlier), f" [{time.monotonic() - began:.0f} s]", flush=True)
+    values = {
+        **{key: about[key] for key in ("device", "torch", "triton", "python", "date", "commit")},
+        "command": "python -m bench.bounds",
+        "bounds_on": device.name,
+        "sampled_blocks": options.sample,
+        "bounds": records,
+    }
+    path.write_text(json.dumps(values, indent=1) + "\n")
+    print(path)
+    return 0
+
+
+def read(path: Path) -> dict[tuple[str, str, str], Record]:
+    """A table that this command wrote, by op, case and pass.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    values = json.loads(path.read_text())
+    if "bounds" not in values:
+        raise ValueError(f"{path}: expected a table of bench.bounds")
+    return {(x["op"], x["case"], x["pass"]): x for x in values["bounds"]}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

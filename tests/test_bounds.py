@@ -1,0 +1,54 @@
+"""bench.bounds counts what it says, and compares with the table of another commit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench import bounds, report
+from bench.bounds import ROWS, Row, case_named, measure
+from stlm_kernels.ptx.bounds import Device
+from stlm_kernels.registry import OPS
+
+pytestmark = pytest.mark.lanes("compiled")
+SMALL = "T300-P50-D48-mean-ragged"
+
+
+def test_rows_name_cases() -> None:
+    for row in ROWS:
+        case_named(OPS[row.op], row.case)
+    with pytest.raises(ValueError, match="unpool: expected a case's name, got 'T1'"):
+        case_named(OPS["unpool"], "T1")
+
+
+def test_a_row() -> None:
+    found = measure(Row("segment_pool", SMALL, "bwd", 3.0), Device.load("h200"), 90, sample=2)
+    assert found["launches"] == len(found["kernels"]) == 1
+    assert found["bound"] >= max(found["us"].values()) - 1e-3
+    assert found["instructions"] > 0
+    assert found["sectors"] >= 1
+
+
+def test_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bounds, "ROWS", (Row("segment_pool", SMALL, "fwd", 3.0),))
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    assert bounds.main(["--json", str(first), "--commit", "abc"]) == 0
+    values = json.loads(first.read_text())
+    assert values["bounds_on"] == "NVIDIA H200 SXM"
+    assert values["commit"] == "abc"
+    page = report.page(tmp_path)
+    assert "`python -m bench.bounds, lower bounds on NVIDIA H200 SXM`" in page
+    assert f"segment_pool {SMALL} fwd" in page
+    capsys.readouterr()
+    bounds.main(["--json", str(second), "--commit", "abc", "--against", str(first)])
+    assert "1.00x before  segment_pool" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        bounds.main(["--device", "h2000"])
+    first.write_text("{}")
+    with pytest.raises(SystemExit):
+        bounds.main(["--against", str(first), "--json", str(second)])
+    assert "expected a table of bench.bounds" in capsys.readouterr().err
