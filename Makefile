@@ -25,11 +25,11 @@ LINES ?=
 
 .PHONY: help test test-full lint lanes lane-cpu lane-interpret lane-aot lane-compiled bench check train \
         another-set \
-        gpu-wheels gpu-test gpu-bench gpu-tune gpu-site full-sets full-triton36 full-trainers clean
+        gpu-wheels gpu-test gpu-bench gpu-tune gpu-site full-sets full-tritons full-trainers clean
 
 help:
 	@echo "make test       lint, types and the four CPU lanes (about 10 minutes on 2 cores)"
-	@echo "make test-full  the same lanes in their long form, triton 3.6.0, and other trainers"
+	@echo "make test-full  the same lanes in their long form, other tritons, and other trainers"
 	@echo "make bench      our ops beside their stock peers, on this machine"
 	@echo "make check      our torch path against the best stock composition, turn by turn"
 	@echo "make train      train PRESET=$(PRESET) for MINUTES=$(MINUTES) into RUN=$(RUN)"
@@ -53,7 +53,7 @@ test-full: $(READY)
 	$(MAKE) --no-print-directory -j2 --output-sync=target lint lane-cpu lane-interpret lane-aot lane-compiled FULL=--full
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q --lane compiled --arch 80 --full
 	$(MAKE) --no-print-directory full-sets
-	$(MAKE) --no-print-directory full-triton36
+	$(MAKE) --no-print-directory full-tritons
 	$(MAKE) --no-print-directory full-trainers
 
 lint: $(READY)
@@ -72,13 +72,19 @@ another-set: $(READY)
 full-sets: $(READY)
 	$(PY) tests/instruction_sets.py
 
-# The GPU machine's triton: the interpreter of 3.6.0 needs numpy below 2.4.
-full-triton36: $(READY)
-	$(PYTHON) -m venv $(VENV)-triton36
-	$(VENV)-triton36/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 triton==3.6.0 \
-	    'numpy<2.4' einops pytest hypothesis pytest-benchmark safetensors tqdm matplotlib
-	OMP_NUM_THREADS=1 $(VENV)-triton36/bin/python -m pytest -q --lane interpret
-	OMP_NUM_THREADS=1 $(VENV)-triton36/bin/python -m pytest -q --lane aot --full
+# The oldest triton that pyproject.toml allows, and those after the pinned one (docs/versions.md).
+# The interpreter of 3.6 needs numpy below 2.4.
+TRITONS := 3.6.0 3.8.0 3.9.0
+NUMPY_3.6.0 := numpy<2.4
+
+full-tritons: $(TRITONS:%=full-triton-%)
+
+full-triton-%:
+	$(PYTHON) -m venv $(VENV)-triton-$*
+	$(VENV)-triton-$*/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 triton==$* \
+	    '$(or $(NUMPY_$*),numpy)' einops pytest hypothesis pytest-benchmark safetensors tqdm matplotlib
+	OMP_NUM_THREADS=1 $(VENV)-triton-$*/bin/python -m pytest -q --lane interpret
+	OMP_NUM_THREADS=1 $(VENV)-triton-$*/bin/python -m pytest -q --lane aot --full
 
 # What `make test` skips: the newest transformers, accelerate and lightning beside the pinned torch.
 full-trainers:
@@ -150,4 +156,4 @@ gpu-tune: gpu-site
 	cp stlm_kernels/tuned/*.json $(OUT)/
 
 clean:
-	rm -rf $(VENV) $(VENV)-triton36 $(VENV)-trainers .cache out build *.egg-info
+	rm -rf $(VENV) $(VENV)-triton-* $(VENV)-trainers .cache out build *.egg-info

@@ -47,6 +47,24 @@ def kernels_interpreted() -> bool:
     return isinstance(_tiles.segment_bounds, InterpretedFunction)
 
 
+def interpreter_reasons() -> list[str]:
+    """Why triton's interpreter cannot run here; what is installed next to it decides."""
+    import numpy as np
+    import triton
+
+    if _release(triton.__version__) < (3, 7) and _release(np.__version__) >= (2, 4):
+        return [
+            f"the interpreter of triton {triton.__version__} needs numpy below 2.4, "
+            f"got numpy {np.__version__} (pip install 'numpy<2.4', or triton 3.7.1 or later)"
+        ]
+    return []
+
+
+def _release(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
+
+
 def constant_while_traced(function: _Function) -> _Function:
     """Have torch.compile call a function while it traces, and take the result as a constant.
 
@@ -65,8 +83,10 @@ def machine_reasons(device_type: str, index: int | None) -> list[str]:
         hint = " (pip install triton)" if on_linux else ", and is released for Linux only"
         return [f"triton is not installed{hint}"]
     if device_type == "cpu":
-        if kernels_interpreted() or is_recording():
+        if is_recording():
             return []
+        if kernels_interpreted():
+            return interpreter_reasons()
         return ["the tensors are on cpu and the kernels run on CUDA devices"]
     if device_type != "cuda":
         return [f"the tensors are on {device_type} and the kernels run on CUDA devices"]

@@ -22,7 +22,9 @@ from .terminal import command, program
 PACKAGES = ("torch", "triton", "einops", "numpy", "safetensors", "pytest-benchmark")
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    if package == "torch":
+        return str(torch.__version__)  # with the build's suffix, which a wheel's metadata may lack
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -63,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"stlm: {__version__}")
     print(f"python: {platform.python_version()} on {platform.platform()}")
     for package in PACKAGES:
-        print(f"{package}: {_version(package)}")
+        print(f"{package}: {version_of(package)}")
     print("\n".join(describe_device()))
     print(f"kernels interpreted: {'yes' if kernels_interpreted() else 'no'}")
     print("ops (impl='auto'):")

@@ -22,6 +22,7 @@ import pytest
 import torch
 from digest import NO_TIME
 from hypothesis import HealthCheck, settings
+from strict_interpreter import refuse_masks_that_are_not_bool
 
 LANES = ("cpu", "interpret", "aot", "compiled", "gpu")
 # Values, then what only a GPU shows: minutes there may be cut off.
@@ -78,6 +79,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Margins(strict))
     if lane != "gpu":
         keep_compilers_here()
+    if lane == "interpret":
+        require_interpreter()
     torch.set_num_threads(1)
     settings.register_profile(
         "stlm",
@@ -99,6 +102,14 @@ def keep_compilers_here() -> None:
     folder = Path(__file__).parents[1] / ".cache" / "-".join(sets)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
     os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
+
+
+def require_interpreter() -> None:
+    """One line instead of a failure for every case."""
+    from stlm_kernels._dispatch import has_triton, interpreter_reasons
+
+    if has_triton() and (reasons := interpreter_reasons()):
+        raise pytest.UsageError("; ".join(reasons))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -187,6 +198,16 @@ def compiled_kernels_run_here(request: pytest.FixtureRequest) -> Iterator[None]:
     from stlm_kernels import ptx
 
     with ptx.executing(arch=request.config.getoption("--arch")):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def as_strict_as_newer_triton(request: pytest.FixtureRequest) -> Generator[None]:
+    from stlm_kernels._dispatch import has_triton
+
+    with pytest.MonkeyPatch.context() as patch:
+        if request.config.getoption("--lane") == "interpret" and has_triton():
+            refuse_masks_that_are_not_bool(patch)
         yield
 
 

@@ -12,8 +12,9 @@ from itertools import product
 
 import pytest
 import torch
+from accepted_spills import LATER, PINNED, accepted
 
-from stlm_kernels import _launch
+from stlm_kernels import _launch, env
 from stlm_kernels._spec import Case, OpSpec
 from stlm_kernels.inspect import LIMITS, Report, inspect_op, merged, table
 from stlm_kernels.registry import OPS
@@ -21,44 +22,9 @@ from stlm_kernels.registry import OPS
 pytestmark = pytest.mark.lanes("aot")
 
 MMA_OPCODE = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
-READS_TWICE = (
-    "half the default's rows have few or none, but read the table twice as often on sm_90, "
-    "for which it is sized"
-)
-SIZED_FOR_90 = "the default tile fills the registers of sm_90; no other was tried on this device"
-FP32 = "in fp32 alone, which no matrix unit serves"
-SPILLS_ALLOWED: dict[tuple[str, int], tuple[int, str]] = {
-    ("stlm_byte_pool_bwd", 100): (11, FP32),
-    ("stlm_ema_unpool_fwd", 100): (2, "8 bytes; the default tile is sized for sm_90"),
-    ("stlm_attention_fwd", 80): (12, FP32),
-    ("stlm_attention_bwd_q", 80): (27, SIZED_FOR_90),
-    ("stlm_attention_bwd_q", 100): (4, SIZED_FOR_90),
-    ("stlm_attention_bwd_kv", 80): (29, SIZED_FOR_90),
-    ("stlm_attention_bwd_kv", 100): (23, SIZED_FOR_90),
-    ("stlm_patch_attention_bwd_q", 80): (
-        97,
-        "at K = 128; tiles of 32 rows have none, but a Hopper product takes 64",
-    ),
-    ("stlm_patch_attention_bwd_q", 100): (4, FP32),
-    ("stlm_patch_attention_bwd_kv", 100): (28, SIZED_FOR_90),
-    ("stlm_qk_norm_rope_bwd", 80): (6, "8 bytes, interleaved in fp32; the tile suits sm_90"),
-    ("stlm_qk_norm_rope_bwd", 100): (3, "8 bytes, at K = 32; the tile suits sm_90"),
-    ("stlm_decode_attention_fwd", 80): (
-        2,
-        "8 bytes, at K = 48; half the tile has none, but more rounds on every device",
-    ),
-    ("stlm_linear_logprobs_fwd", 100): (732, READS_TWICE),
-    ("stlm_linear_logprobs_bwd_rows", 80): (36, READS_TWICE),
-    ("stlm_linear_logprobs_bwd_rows", 90): (10, FP32),
-    ("stlm_linear_logprobs_bwd_rows", 100): (167, READS_TWICE),
-    ("stlm_linear_logprobs_bwd_weight", 80): (
-        2,
-        "8 bytes, under autocast; the default tile is sized for sm_90",
-    ),
-}
-"""(kernel, architecture) -> the most spill instructions in any case and dtype of triton 3.6.0 and
-the pinned one, and the written reason why they are accepted."""
+SPILLS_ALLOWED = accepted(env.version_of("triton"))
 
+KERNELS = {"sum_splits", *(name for spec in OPS.values() for name in spec.kernels)}
 WITH_KERNELS = [pytest.param(spec, id=name) for name, spec in OPS.items() if spec.kernels]
 
 
@@ -139,6 +105,19 @@ def test_a_tile_too_large_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SPILLS_ALLOWED, key, (spills - 1, "one less"))
     with pytest.raises(AssertionError, match=f"{spills} spills, {spills - 1} allowed"):
         assert_fits(backward)
+
+
+@pytest.mark.lanes("cpu", "aot")
+def test_accepted_spills_are_bounded_for_every_release() -> None:
+    """A release that nobody tried is held to the pinned one's, and so is what a later has less."""
+    for release, bounds in LATER.items():
+        assert accepted(f"{release}.0") == accepted(f"{release}.7+git1") == PINNED | bounds
+        for (kernel, arch), (most, why) in bounds.items():
+            assert kernel.removeprefix("stlm_") in KERNELS
+            assert arch in archs(full=True)
+            assert 0 < most < 1000
+            assert why
+    assert accepted("3.6.0") == accepted("3.7.1") == accepted("3.90.0") == PINNED
 
 
 def test_the_table_names_every_op_of_a_shared_kernel() -> None:

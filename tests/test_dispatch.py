@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -48,6 +49,35 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(_dispatch, "machine_reasons", lambda kind, index: list(reasons))
     monkeypatch.setattr(_dispatch, "_warned", set())
     return reasons
+
+
+# ---- the interpreter --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("triton_version", "numpy_version", "works"),
+    [
+        ("3.6.0", "2.3.5", True),
+        ("3.6.0", "2.4.0", False),
+        ("3.6.0+git1a2b3c", "2.10.1", False),
+        ("3.7.1", "2.4.6", True),
+        ("3.10.0", "3.0.0rc1", True),
+    ],
+)
+def test_the_interpreter_of_triton_3_6_needs_an_older_numpy(
+    triton_version: str, numpy_version: str, works: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton, "__version__", triton_version)
+    monkeypatch.setattr(np, "__version__", numpy_version)
+    monkeypatch.setattr(_dispatch, "kernels_interpreted", lambda: True)
+    reasons = _dispatch.machine_reasons("cpu", None)
+    if works:
+        assert reasons == []
+    else:
+        (reason,) = reasons
+        for part in (triton_version, numpy_version, "pip install 'numpy<2.4'", "3.7.1"):
+            assert part in reason
 
 
 # ---- an explicit wish -------------------------------------------------------------------------

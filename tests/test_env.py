@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import stlm_kernels.inspect
+from stlm_kernels import env
 from stlm_kernels.registry import OPS
 
 
@@ -33,3 +35,14 @@ def test_inspect_says_in_one_line_that_nothing_can_be_compiled(
     output = capsys.readouterr()
     expected = "error: inspect needs triton, and a process without TRITON_INTERPRET\n"
     assert (output.out, output.err) == ("", expected)
+
+
+def test_torch_is_named_with_its_build(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The metadata of CUDA wheels says 2.15.0 where torch says 2.15.0+cu130."""
+    monkeypatch.setattr(torch, "__version__", "2.15.0+cu130")
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: "2.15.0")
+    monkeypatch.setattr(env, "describe_ops", list)
+    env.main()
+    assert "torch: 2.15.0+cu130\n" in capsys.readouterr().out

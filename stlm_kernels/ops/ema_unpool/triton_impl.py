@@ -98,7 +98,7 @@ def _walk_tile(
         inside = (at >= 0) & (at < n_patches)
         decay = _decay(gate_ptr, links_ptr, at + SHIFT, inside & (at + SHIFT < n_patches))
         inside = inside & (tl.load(links_ptr + at, mask=inside, other=OUTSIDE) != OUTSIDE)
-        x = tl.load(x_ptr + at * D + columns, mask=inside & (columns < D), other=0.0)
+        x = tl.load(x_ptr + at * D + columns, mask=columns < tl.where(inside, D, 0), other=0.0)
         x = x.to(ROUNDED).to(tl.float32)
         if STEP == 1:
             x *= tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32)

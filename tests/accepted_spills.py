@@ -1,0 +1,56 @@
+"""Spills that the ahead-of-time lane accepts, with the reason, by release of triton."""
+
+from __future__ import annotations
+
+Spills = dict[tuple[str, int], tuple[int, str]]
+"""(kernel, architecture) -> the most spill instructions in any case and dtype, and why they are
+accepted."""
+
+READS_TWICE = (
+    "half the default's rows have few or none, but read the table twice as often on sm_90, "
+    "for which it is sized"
+)
+SIZED_FOR_90 = "the default tile fills the registers of sm_90; no other was tried on this device"
+FP32 = "in fp32 alone, which no matrix unit serves"
+PINNED: Spills = {
+    ("stlm_byte_pool_bwd", 100): (11, FP32),
+    ("stlm_ema_unpool_fwd", 100): (2, "8 bytes; the default tile is sized for sm_90"),
+    ("stlm_attention_fwd", 80): (12, FP32),
+    ("stlm_attention_bwd_q", 80): (27, SIZED_FOR_90),
+    ("stlm_attention_bwd_q", 100): (4, SIZED_FOR_90),
+    ("stlm_attention_bwd_kv", 80): (29, SIZED_FOR_90),
+    ("stlm_attention_bwd_kv", 100): (23, SIZED_FOR_90),
+    ("stlm_patch_attention_bwd_q", 80): (
+        97,
+        "at K = 128; tiles of 32 rows have none, but a Hopper product takes 64",
+    ),
+    ("stlm_patch_attention_bwd_q", 100): (4, FP32),
+    ("stlm_patch_attention_bwd_kv", 100): (28, SIZED_FOR_90),
+    ("stlm_qk_norm_rope_bwd", 80): (6, "8 bytes, interleaved in fp32; the tile suits sm_90"),
+    ("stlm_qk_norm_rope_bwd", 100): (3, "8 bytes, at K = 32; the tile suits sm_90"),
+    ("stlm_decode_attention_fwd", 80): (
+        2,
+        "8 bytes, at K = 48; half the tile has none, but more rounds on every device",
+    ),
+    ("stlm_linear_logprobs_fwd", 100): (732, READS_TWICE),
+    ("stlm_linear_logprobs_bwd_rows", 80): (36, READS_TWICE),
+    ("stlm_linear_logprobs_bwd_rows", 90): (10, FP32),
+    ("stlm_linear_logprobs_bwd_rows", 100): (167, READS_TWICE),
+    ("stlm_linear_logprobs_bwd_weight", 80): (
+        2,
+        "8 bytes, under autocast; the default tile is sized for sm_90",
+    ),
+}
+"""Of triton 3.6.0 and the pinned one."""
+
+LATER: dict[str, Spills] = {
+    "3.8": {},
+    "3.9": {},
+}
+"""Where a later release has more, or others: its bounds in place of those above."""
+
+
+def accepted(triton_version: str) -> Spills:
+    """The bounds of a release; one that is not listed is held to the pinned one's."""
+    release = ".".join(triton_version.split(".")[:2])
+    return PINNED | LATER.get(release, {})
