@@ -43,9 +43,18 @@ PINNED: Spills = {
 }
 """Of triton 3.6.0 and the pinned one."""
 
+SIZED_FOR_PINNED = "none in the pinned triton, for whose assembler the tile is sized"
 LATER: dict[str, Spills] = {
-    "3.8": {},
-    "3.9": {},
+    "3.9": {
+        ("stlm_segment_pool_bwd", 90): (2, f"8 bytes, under autocast; {SIZED_FOR_PINNED}"),
+        ("stlm_attention_bwd_q", 90): (20, f"at K = 64, with a window; {SIZED_FOR_PINNED}"),
+        ("stlm_qk_norm_rope_bwd", 90): (3, f"8 bytes, interleaved; {SIZED_FOR_PINNED}"),
+        ("stlm_decode_attention_fwd", 90): (2, f"8 bytes, under autocast; {SIZED_FOR_PINNED}"),
+        ("stlm_linear_logprobs_bwd_weight", 90): (
+            2,
+            f"8 bytes, under autocast; {SIZED_FOR_PINNED}",
+        ),
+    },
 }
 """Where a later release has more, or others: its bounds in place of those above."""
 
