@@ -44,5 +44,5 @@ def test_torch_is_named_with_its_build(
     monkeypatch.setattr(torch, "__version__", "2.15.0+cu130")
     monkeypatch.setattr(importlib.metadata, "version", lambda package: "2.15.0")
     monkeypatch.setattr(env, "describe_ops", list)
-    env.main()
+    env.main([])
     assert "torch: 2.15.0+cu130\n" in capsys.readouterr().out
