@@ -116,11 +116,11 @@ def _only(*modes: str) -> Callable[[Case], str | None]:
 
 
 def _segment_reduce(x: Tensor, cu_patchlens: Tensor, mode: str) -> Tensor:
-    initial = None if mode == "max" else 0
+    initial = None if mode in ("max", "min") else 0
     pooled = torch.segment_reduce(
         x, mode, offsets=cu_patchlens, axis=0, unsafe=True, initial=initial
     )
-    if mode == "max":  # an empty segment gives -inf
+    if initial is None:  # an empty segment gives -inf, or inf
         pooled = torch.where(cu_patchlens.diff()[:, None] > 0, pooled, 0)
     return pooled
 
@@ -136,7 +136,7 @@ def _scatter_reduce(x: Tensor, cu_patchlens: Tensor, patch_ids: Tensor, mode: st
     x = x[: len(patch_ids)]
     zeros = x.new_zeros(len(cu_patchlens) - 1, x.shape[1])
     index = patch_ids[:, None].expand_as(x)
-    reduce = "amax" if mode == "max" else mode
+    reduce = f"a{mode}" if mode in ("max", "min") else mode
     return zeros.scatter_reduce(0, index, x, reduce, include_self=False)
 
 
@@ -147,20 +147,20 @@ def _edge_gather(x: Tensor, cu_patchlens: Tensor, mode: str) -> Tensor:
 
 
 _EDGES = Entry("gather of edges", _edge_gather, _segment_inputs, _only("first", "last"))
-_TIES = "it splits the gradient of equal maxima, where the op gives it to the first"
+_TIES = "it splits the gradient of equal extremes, where the op gives it to the first"
 _INDEX_ADD = Entry("index_add", _index_add, _segment_inputs_with_patch_ids, _only("mean", "sum"))
 _SEGMENT_REDUCE = Entry(
     "segment_reduce",
     _segment_reduce,
     _segment_inputs,
-    _only("mean", "sum", "max"),
+    _only("mean", "sum", "max", "min"),
     loose_gradients=_TIES,
 )
 _SCATTER_REDUCE = Entry(
     "scatter_reduce",
     _scatter_reduce,
     _segment_inputs_with_patch_ids,
-    _only("mean", "sum", "max"),
+    _only("mean", "sum", "max", "min"),
     loose_gradients=_TIES,
 )
 

@@ -93,11 +93,11 @@ class PoolState:
 
     Args:
         batch, dim: rows, and width D of a state.
-        mode: "mean", "sum", "max", "first" or "last".
+        mode: "mean", "sum", "max", "min", "first" or "last".
         device: where the state lies.
     """
 
-    MODES = ("mean", "sum", "max", "first", "last")
+    MODES = ("mean", "sum", "max", "min", "first", "last")
 
     def __init__(
         self, batch: int, dim: int, mode: str, *, device: torch.device | None = None
@@ -105,11 +105,11 @@ class PoolState:
         if mode not in self.MODES:
             raise ValueError(f"mode: expected one of {self.MODES}, got {mode!r}")
         self.mode = mode
-        self._nothing = -torch.inf if mode == "max" else 0.0
+        self._nothing = {"max": -torch.inf, "min": torch.inf}.get(mode, 0.0)
         where = torch.get_default_device() if device is None else torch.device(device)
         dtype = torch.float32 if where.type == "mps" else torch.float64
         self.states = torch.full((batch, dim), self._nothing, dtype=dtype, device=where)
-        """(B, D) the sum, maximum, first or last of the open patch."""
+        """(B, D) the sum, maximum, minimum, first or last of the open patch."""
         self.counts = torch.zeros(batch, 1, dtype=torch.int32, device=where)
         """(B, 1) bytes of the open patch."""
 
@@ -136,6 +136,8 @@ class PoolState:
             return self.states + x
         if self.mode == "max":
             return torch.maximum(self.states, x)
+        if self.mode == "min":
+            return torch.minimum(self.states, x)
         return x if self.mode == "last" else torch.where(self.counts == 0, x, self.states)
 
     def begin_documents(self, rows: Tensor) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 TOKENS = ("bytes", "words")
 PATCH_RULES = ("space", "fixed", "given", "none")
-POOLINGS = ("mean", "sum", "max", "first", "last", "attention")
+POOLINGS = ("mean", "sum", "max", "min", "first", "last", "attention")
 ENCODERS = ("causal", "patch")
 UNPOOLINGS = ("read", "ema")
 OUTPUTS = ("autoregressive", "parallel")

@@ -20,9 +20,9 @@ class BytePooling(nn.Module):
     looks at bytes of its patch that lie ahead of a position inside it.
 
     Args:
-        mode: "mean", "sum", "max", "first", "last", or "attention": each head of a learned query,
-            the same for every patch, attends to the bytes of the patch, with projections of keys,
-            values and the result.
+        mode: "mean", "sum", "max", "min", "first", "last", or "attention": each head of a learned
+            query, the same for every patch, attends to the bytes of the patch, with projections of
+            keys, values and the result.
         dim: width D of the states; with "attention" alone.
         heads: of attention, which divide dim; with "attention" alone.
 
@@ -30,7 +30,7 @@ class BytePooling(nn.Module):
         ValueError: for an unknown mode, for dim and heads that do not belong to it, or are missing.
     """
 
-    MODES = ("mean", "sum", "max", "first", "last", "attention")
+    MODES = ("mean", "sum", "max", "min", "first", "last", "attention")
 
     def __init__(self, mode: str, *, dim: int | None = None, heads: int | None = None) -> None:
         super().__init__()

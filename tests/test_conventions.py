@@ -167,7 +167,7 @@ BORDERS = torch.tensor([0, 3, 3, 5], dtype=torch.int32)
 @holds("empty patch", "zeros, in every mode")
 def check_empty_patch() -> None:
     x = torch.randn(5, 8)
-    for mode in ("mean", "sum", "max", "first", "last"):
+    for mode in ("mean", "sum", "max", "min", "first", "last"):
         assert bool((ops.segment_pool(x, BORDERS, mode=mode)[1] == 0).all()), mode
     ids, table = torch.arange(5, dtype=torch.uint8), torch.randn(256, 8)
     for mode in ("mean", "sum"):

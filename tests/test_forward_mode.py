@@ -116,7 +116,7 @@ def test_forward_over_reverse(spec: OpSpec, case: Case) -> None:
         torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("mode", ["mean", "max"])
+@pytest.mark.parametrize("mode", ["mean", "max", "min"])
 def test_hessian(mode: str) -> None:
     """torch.func.hessian is forward over reverse, many directions at once."""
     x = torch.randn(6, 2, dtype=torch.float64)

@@ -25,7 +25,7 @@ RULES: list[dict[str, Any]] = [
     {"rule": "fixed", "patch_size": 5, "max_patch_len": 3},
     {"rule": "fixed", "patch_size": 1},
 ]
-MODES = ("mean", "sum", "max", "first", "last")
+MODES = ("mean", "sum", "max", "min", "first", "last")
 # Letters, spaces, halves of characters and id 256: all that a rule tells apart.
 IDS = st.sampled_from([*b"aZ09 .\n", 0, 0x7F, 0x80, 0xBF, 0xC3, 0xFF, 256])
 ROWS = st.lists(st.lists(IDS, min_size=1, max_size=14), min_size=1, max_size=4)
@@ -180,8 +180,9 @@ class TestPoolState:
             expected = x.double().sum(0) / (len(x) if mode == "mean" else 1)
             torch.testing.assert_close(pooled[0], expected.float(), rtol=1e-6, atol=0)
 
-    def test_a_maximum_keeps_nan_until_the_patch_closes(self) -> None:
-        pool = PoolState(1, 1, "max")
+    @pytest.mark.parametrize("mode", ["max", "min"])
+    def test_an_extreme_keeps_nan_until_the_patch_closes(self, mode: str) -> None:
+        pool = PoolState(1, 1, mode)
         flags = [False, False, True, True]
         values = [
             pool.step(torch.tensor([[v]]), torch.tensor([closed]))

@@ -168,7 +168,7 @@ def borders_from_the_whole_text(ids: Tensor) -> Tensor:
     return masked(ids, ids == ids.bincount().argmax())
 
 
-POOLS = ("mean", "sum", "max", "last", "attention")
+POOLS = ("mean", "sum", "max", "min", "last", "attention")
 
 HONEST = [
     fixed_patches_read_when_they_close,

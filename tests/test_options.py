@@ -33,7 +33,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "none": {"patch_rule": "none", "core_layers": 0},
     },
     "pooling": {
-        **{mode: {"pooling": mode} for mode in ("mean", "sum", "max", "first", "last")},
+        **{mode: {"pooling": mode} for mode in ("mean", "sum", "max", "min", "first", "last")},
         "attention": {"pooling": "attention", "pooling_heads": 2},
     },
     "encoder": {

@@ -59,12 +59,14 @@ def pooled_with_gradient(
         ((-INF, -5, -INF, -5), 1),
     ],
 )
+@pytest.mark.parametrize("mode", ["max", "min"])
 @EVERY_LANE
-def test_max_gives_the_gradient_to_the_first(
-    way: Way, values: tuple[float, ...], winner: int
+def test_extremes_give_the_gradient_to_the_first(
+    way: Way, mode: str, values: tuple[float, ...], winner: int
 ) -> None:
+    values = values if mode == "max" else tuple(-v for v in values)
     x, upstream = (column(*v, dtype=way.dtype) for v in ((7, *values, 9), (2, 3, 4)))
-    out, gradient = pooled_with_gradient(x, ints(0, 1, 5, 6), "max", upstream, way)
+    out, gradient = pooled_with_gradient(x, ints(0, 1, 5, 6), mode, upstream, way)
     torch.testing.assert_close(out[1, 0], x[1 + winner, 0], equal_nan=True)
     want = [2.0, 0.0, 0.0, 0.0, 0.0, 4.0]
     want[1 + winner] = 3.0
@@ -332,7 +334,7 @@ X = torch.zeros(4, 2)
         ({"cu_patchlens": ints(1, 4)}, "cu_patchlens: expected first entry 0, got 1"),
         ({"cu_patchlens": ints(0, 3, 2, 4)}, "expected non-decreasing entries, got 2 after 3"),
         ({"cu_patchlens": ints(0, 5)}, "cu_patchlens: expected last entry <= 4, got 5"),
-        ({"mode": "median"}, "mode: expected one of 'mean', 'sum', 'max', 'first', 'last'"),
+        ({"mode": "median"}, "mode: expected one of 'mean', 'sum', 'max', 'min', 'first', 'last'"),
         ({"impl": "cuda"}, "impl: expected one of"),
     ],
 )

@@ -164,7 +164,7 @@ def test_one_tensor_for_two_arguments_compiles(name: str, way: Way) -> None:
         assert_matches(*torch.autograd.grad(outs[2], x, upstream, create_graph=True), want, eager)
 
 
-@pytest.mark.parametrize("mode", ["mean", "sum", "max", "first", "last"])
+@pytest.mark.parametrize("mode", ["mean", "sum", "max", "min", "first", "last"])
 def test_borders_of_many_texts_at_once(mode: str) -> None:
     """vmap over the borders alone, and over them and the states."""
     x = torch.randn(2, 5, 3)

@@ -16,6 +16,7 @@ import stlm_kernels as ops
 FEW, MANY = 100, 400
 MOST = 1.3
 """Elements for each row, of many documents beside few; those of quadratic work are 4 to 1."""
+POOLS = ("mean", "sum", "max", "min", "first", "last")
 
 
 def packed(documents: int, shortest: int = 65) -> tuple[Tensor, int]:
@@ -133,7 +134,7 @@ WORK = {
     "patch_attention": attend_to_patches(False),
     "causal patch_attention": attend_to_patches(True),
     "decode_attention": decode,
-    **{f"segment_pool {mode}": pool(mode) for mode in ("mean", "sum", "max", "first", "last")},
+    **{f"segment_pool {mode}": pool(mode) for mode in POOLS},
     "attention_pool": pool_attentively,
     "ema_unpool": smooth,
     "ngram_embedding": embed,

@@ -13,6 +13,8 @@ from . import torch_impl
 from .launch import unsupported_reasons
 
 MODES = ("mean", "sum")
+OF_STATES = ("max", "min", "first", "last")
+"""What `segment_pool` has beside them."""
 
 
 def byte_pool(
@@ -35,7 +37,8 @@ def byte_pool(
         weight: (V, D) float32, bfloat16 or float16; float64 on the torch path.
         cu_patchlens: (P+1,) int32 patch borders in bytes, from 0, non-decreasing, at most T.
             Bytes from the last border on belong to no patch.
-        mode: "mean" or "sum".
+        mode: "mean" or "sum". Others, of which no table's row is a linear part, would need kernels
+            and a backward of their own: `segment_pool(F.embedding(ids, weight), ...)` has them.
         slot_gain: (L, D) with L >= 1, in the table's dtype, or float32 beside a 16-bit table
             (rounded to the table's dtype when loaded). None: every byte counts alike.
         impl: "auto", "triton" or "torch".
@@ -86,6 +89,9 @@ def _check(
     _checks.require(vocab >= 1 and width >= 1, "weight", "V >= 1 and D >= 1", (vocab, width))
     _checks.require_ids("byte_ids", byte_ids, weight.device)
     _checks.require_offsets("cu_patchlens", cu_patchlens, weight.device)
+    if mode in OF_STATES:
+        expected = "'mean' or 'sum', or segment_pool of the embeddings"
+        raise ValueError(f"mode: expected {expected}, got {mode!r}")
     _checks.require_choice("mode", mode, MODES)
     if slot_gain is not None:
         dtypes = _checks.weight_dtypes(weight.dtype)

@@ -17,11 +17,15 @@ CASES = (
     *(case("edge", T=0, P=3, D=8, mode=mode, borders="even") for mode in MODES),
     *(case("edge", T=30, P=5, D=8, mode=mode, borders="hollow") for mode in MODES),
     *(case("edge", T=17, P=0, D=8, mode=mode, borders="even") for mode in ("sum", "max", "last")),
+    *(case("edge", T=700, P=2, D=20, mode=mode, borders="ragged") for mode in ("max", "min")),
     *(case("edge", T=700, P=1, D=100, mode=mode, borders="even") for mode in ("mean", "max")),
     case("edge", T=130, P=130, D=1, mode="mean", borders="even"),
     *(case("edge", T=20, P=6, D=1024, mode=mode, borders="ragged") for mode in ("mean", "max")),
     *(case("long", T=10_003, P=4, D=32, mode=mode, borders="tail") for mode in ("mean", "max")),
-    *(case("aot", T=4096, P=680, D=768, mode=mode, borders="ragged") for mode in ("mean", "max")),
+    *(
+        case("aot", T=4096, P=680, D=768, mode=mode, borders="ragged")
+        for mode in ("mean", "max", "min")
+    ),
     case("huge", T=3 * MILLION, P=524_288, D=768, mode="mean", borders="even"),
     *(
         case(
@@ -66,12 +70,12 @@ def bytes_moved(case: Case, dtype: torch.dtype, direction: str) -> int:
 
 def flops(case: Case, direction: str) -> int:
     """One addition or comparison for each element of x."""
-    return case["T"] * case["D"] if case["mode"] in ("mean", "sum", "max") else 0
+    return case["T"] * case["D"] if case["mode"] in ("mean", "sum", "max", "min") else 0
 
 
 def exact(case: Case) -> frozenset[str]:
     """Selections copy values."""
-    return frozenset({"out"} if case["mode"] in ("max", "first", "last") else ())
+    return frozenset({"out"} if case["mode"] in ("max", "min", "first", "last") else ())
 
 
 SPEC = OpSpec(

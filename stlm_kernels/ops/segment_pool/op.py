@@ -12,7 +12,8 @@ from ..._dispatch import Impl, use_triton
 from . import torch_impl
 from .launch import unsupported_reasons
 
-MODES = ("mean", "sum", "max", "first", "last")
+MODES = ("mean", "sum", "max", "min", "first", "last")
+EXTREMES = ("max", "min")
 
 
 def segment_pool(
@@ -25,14 +26,14 @@ def segment_pool(
     """Pool the hidden states of the bytes of each patch into one vector.
 
     out[p] = pool of x[cu_patchlens[p]], ..., x[cu_patchlens[p+1] - 1]: their mean, their sum, their
-    maximum by column, the first or the last of them.
+    maximum or minimum by column, the first or the last of them.
 
     Args:
         x: (T, D) float32, bfloat16 or float16; float64 on the torch path.
         cu_patchlens: (P+1,) int32 patch borders in rows of x, from 0, non-decreasing, at most T.
             Rows from the last border on belong to no patch: they are never read, even when they
             hold NaN, and their gradient is zero.
-        mode: "mean", "sum", "max", "first" or "last".
+        mode: "mean", "sum", "max", "min", "first" or "last".
         impl: "auto", "triton" or "torch".
 
     Returns:
@@ -45,10 +46,10 @@ def segment_pool(
         NotImplementedError: impl="triton" cannot run this call; the message lists why.
 
     Numerics:
-        Accumulates in float32 (float64 for float64) in a fixed order and rounds once; max, first
-        and last are exact. "max": of equal values the first takes the whole gradient; NaN
-        propagates, and the first NaN takes the gradient. NaN stays in its own patch. The
-        torch path can be differentiated any number of times, the kernels once.
+        Accumulates in float32 (float64 for float64) in a fixed order and rounds once; max,
+        min, first and last are exact. "max" and "min": of equal values the first takes the whole
+        gradient; NaN propagates, and the first NaN takes the gradient. NaN stays in its own patch.
+        The torch path can be differentiated any number of times, the kernels once.
 
     Source: the pooling of bytes into patches in BLT (arXiv 2412.09871), and the selection of one
     byte's state in H-Net (arXiv 2507.07955) and SpaceByte (arXiv 2404.14408).
@@ -99,7 +100,7 @@ def _fwd_meta(
     x: Tensor, cu_patchlens: Tensor, mode: str, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     shape = (cu_patchlens.shape[0] - 1, x.shape[1])
-    rows = x.new_empty(shape if mode == "max" else 0, dtype=torch.int32)
+    rows = x.new_empty(shape if mode in EXTREMES else 0, dtype=torch.int32)
     return x.new_empty(shape, dtype=out_dtype), rows
 
 

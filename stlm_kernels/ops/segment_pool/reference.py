@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -23,20 +24,21 @@ def reference(
             row = patch.sum(0)
         elif mode in ("mean", "sum"):
             row = patch.sum(0) / (end - start if mode == "mean" else 1)
-        elif mode == "max":
-            row = torch.stack([column[_first_maximum(column.tolist())] for column in patch.T])
+        elif mode in ("max", "min"):
+            pick = max if mode == "max" else min
+            row = torch.stack([column[_first_of(pick, column.tolist())] for column in patch.T])
         else:
             row = patch[-1 if mode == "last" else 0]
         rows.append(row[None])
     return torch.cat(rows)
 
 
-def _first_maximum(values: list[float]) -> int:
-    """Index of the first NaN, or else of the first largest value."""
+def _first_of(pick: Callable[[list[float]], float], values: list[float]) -> int:
+    """Index of the first NaN, or else of the first value that is picked."""
     for k, value in enumerate(values):
         if value != value:
             return k
-    return values.index(max(values))
+    return values.index(pick(values))
 
 
 def yardstick(x: Tensor, cu_patchlens: Tensor, *, mode: str = "mean") -> Tensor:
@@ -50,9 +52,9 @@ def yardstick(x: Tensor, cu_patchlens: Tensor, *, mode: str = "mean") -> Tensor:
         pooled = zeros.index_add(0, patches, wide)
         if mode == "mean":
             pooled = pooled / lengths.clamp(min=1)[:, None]
-    elif mode == "max":
+    elif mode in ("max", "min"):
         columns = patches[:, None].expand_as(wide)
-        pooled = zeros.scatter_reduce(0, columns, wide, "amax", include_self=False)
+        pooled = zeros.scatter_reduce(0, columns, wide, f"a{mode}", include_self=False)
     else:
         filled = (lengths > 0).nonzero().flatten()
         rows = (cu_patchlens[1:] - 1 if mode == "last" else cu_patchlens[:-1])[filled].long()

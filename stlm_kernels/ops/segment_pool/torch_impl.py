@@ -1,8 +1,8 @@
 """segment_pool in aten ops: the CPU path, and every case until there is a kernel.
 
 Sums run through EmbeddingBag over rows 0, 1, 2, ..., the fastest segment sum torch has on a CPU,
-accumulating in float32 and in a fixed order; their gradient is a gather. The maximum's gradient
-goes to the first row that holds the maximum, which no stock op says.
+accumulating in float32 and in a fixed order; their gradient is a gather. The gradient of
+a maximum or minimum goes to the first row that holds it, which no stock op says.
 
 A "bag" is a patch. Where the patches do not cover all rows, there is one more bag before the first
 and one after the last: both are cut off again, and autograd gives them the gradient zero.
@@ -39,11 +39,11 @@ def segment_pool(
         # Not F.pad: it makes a Python number of `total`, and compiled code would fix T.
         borders = torch.cat([borders.new_zeros(1), borders, borders.new_full((1,), total)])
     recorded = _checks.inside_torch_func() or (torch.is_grad_enabled() and x.requires_grad)
-    if mode == "max" and _checks.carries_tangents(x):
-        pooled = _picked(x.to(out_dtype), borders)
-    elif mode == "max":
-        x = x.to(out_dtype)
-        pooled = _SegmentMax.apply(x, borders) if recorded else _segment_max(x, borders)
+    if mode in ("max", "min"):
+        extremes = _SegmentExtreme.apply if recorded else _segment_extreme
+        if _checks.carries_tangents(x):
+            extremes = _picked
+        pooled = extremes(x.to(out_dtype), borders, f"a{mode}")
     else:
         arguments = (x, borders, mode == "mean", out_dtype)
         recorded = recorded and not _checks.carries_tangents(x)
@@ -122,60 +122,61 @@ class _SegmentSum(torch.autograd.Function):
         return grad.to(ctx.dtype).gather(0, _bag_of(borders, ctx.shape)), None, None, None
 
 
-def _segment_max(x: Tensor, borders: Tensor) -> Tensor:
-    maxima, bags = x.new_zeros(borders.shape[0] - 1, x.shape[1]), _bag_of(borders, x.shape)
+def _segment_extreme(x: Tensor, borders: Tensor, reduce: str) -> Tensor:
+    """By "amax" or "amin"; 0 for an empty bag."""
+    zeros, bags = x.new_zeros(borders.shape[0] - 1, x.shape[1]), _bag_of(borders, x.shape)
     if _checks.inside_torch_func():  # vmap refuses to write what is batched in place
-        return maxima.scatter_reduce(0, bags, x, "amax", include_self=False)
-    return maxima.scatter_reduce_(0, bags, x, "amax", include_self=False)
+        return zeros.scatter_reduce(0, bags, x, reduce, include_self=False)
+    return zeros.scatter_reduce_(0, bags, x, reduce, include_self=False)
 
 
-def _picked(x: Tensor, borders: Tensor) -> Tensor:
-    """Maxima as a gather of the rows that hold them, which torch differentiates itself."""
+def _picked(x: Tensor, borders: Tensor, reduce: str) -> Tensor:
+    """The same as a gather of the rows that hold them, which torch differentiates itself."""
     values = x.detach()
-    winners = _first_rows_holding(_segment_max(values, borders), values, borders)
+    winners = _first_rows_holding(_segment_extreme(values, borders, reduce), values, borders)
     return torch.cat([x, x.new_zeros(1, x.shape[1])]).gather(0, winners)
 
 
-class _SegmentMax(torch.autograd.Function):
-    """Maximum of the rows of each bag; a column's gradient goes to the first row that holds it."""
+class _SegmentExtreme(torch.autograd.Function):
+    """Maximum or minimum of each bag; a column's gradient goes to the first row that holds it."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, borders: Tensor) -> Tensor:
-        return _checks.as_output(_segment_max(x, borders))
+    def forward(x: Tensor, borders: Tensor, reduce: str) -> Tensor:
+        return _checks.as_output(_segment_extreme(x, borders, reduce))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, borders = inputs
+        x, borders, _ = inputs
         ctx.save_for_backward(x, borders, output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, borders, maxima = ctx.saved_tensors
+        x, borders, extremes = ctx.saved_tensors
         grad = grads[0]
         with torch.no_grad():
-            winners = _first_rows_holding(maxima, x, borders)
+            winners = _first_rows_holding(extremes, x, borders)
         # Empty bags point at one row more, which is cut off.
         zeros = grad.new_zeros(x.shape[0] + 1, x.shape[1])
         if _checks.inside_torch_func():  # vmap refuses to write what is batched in place
-            return zeros.scatter(0, winners, grad)[:-1], None
-        return zeros.scatter_(0, winners, grad)[:-1], None
+            return zeros.scatter(0, winners, grad)[:-1], None, None
+        return zeros.scatter_(0, winners, grad)[:-1], None, None
 
 
-def _first_rows_holding(maxima: Tensor, x: Tensor, borders: Tensor) -> Tensor:
-    """(bags, D) int64: the first row of each bag whose value is the maximum (or NaN), else T.
+def _first_rows_holding(extremes: Tensor, x: Tensor, borders: Tensor) -> Tensor:
+    """(bags, D) int64: the first row of each bag whose value is the extreme (or NaN), else T.
 
     All in one float type: comparisons that write booleans take several times as long on a CPU.
     """
     total = x.shape[0]
     exact = torch.float32 if total <= EXACT_IN_FLOAT32 else torch.float64
     dtype, bags = torch.promote_types(x.dtype, exact), _bag_of(borders, x.shape)
-    holds = maxima.to(dtype).gather(0, bags).eq_(x)
-    if not _checks.values_visible(maxima) or bool(maxima.sum().isnan()):
+    holds = extremes.to(dtype).gather(0, bags).eq_(x)
+    if not _checks.values_visible(extremes) or bool(extremes.sum().isnan()):
         holds.add_(x.to(dtype, copy=True).ne_(x))
     rows_to_end = torch.arange(total, 0, -1, dtype=dtype, device=x.device)
     holds.mul_(rows_to_end[:, None])
-    farthest = holds.new_zeros(maxima.shape)
+    farthest = holds.new_zeros(extremes.shape)
     farthest.scatter_reduce_(0, bags, holds, "amax")
     return (total - farthest).long()

@@ -1,13 +1,13 @@
 """segment_pool in Triton.
 
-Forward. Sum and mean are the shared segment sum. Maximum, first and last pick one row for each
-patch and column: a program owns BLOCK_P patches x BLOCK_D columns and walks their rows together;
-the maximum's row is kept for the backward.
+Forward. Sum and mean are the shared segment sum. Maximum, minimum, first and last pick one row
+for each patch and column: a program owns BLOCK_P patches x BLOCK_D columns and walks their rows
+together; the row of the maximum or minimum is kept for the backward.
 Backward. By rows: a program owns BLOCK_T rows, finds their patches by bisection and writes every
 column of dx, zeros where a row takes nothing, so that nothing is filled beforehand.
 
 Floor: (T + P) D elements each way, 2 bytes in bf16: 437 us at 1M bytes, mean patch 6, D = 768,
-4.3 TB/s; the maximum adds 4 P D bytes for its rows.
+4.3 TB/s; the maximum and the minimum add 4 P D bytes for their rows.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from ... import _launch
 from ..._tiles import segment_bounds, segment_of, segment_sum
 from . import launch
 
-MEAN, SUM, MAX, FIRST, LAST = (tl.constexpr(i) for i in range(5))
-MODE_CODES = {"mean": 0, "sum": 1, "max": 2, "first": 3, "last": 4}
+MEAN, SUM, MAX, FIRST, LAST, MIN = (tl.constexpr(i) for i in range(6))
+MODE_CODES = {"mean": 0, "sum": 1, "max": 2, "first": 3, "last": 4, "min": 5}
 
 
 @triton.jit(do_not_specialize=["n_patches", "total", "chunks"])
@@ -40,7 +40,7 @@ def stlm_segment_pool_pick(
     picked = end - 1 if MODE == LAST else start
     best = tl.load(x_ptr + picked[:, None] * D + columns[None, :], mask=filled, other=0.0)
     best = best.to(stored).to(tl.float32)
-    if MODE == MAX:
+    if (MODE == MAX) | (MODE == MIN):
         row = tl.zeros((BLOCK_P, BLOCK_D), tl.int32) + start.to(tl.int32)[:, None]
         for slot in range(1, tl.max(end - start).to(tl.int32)):
             here = start + slot
@@ -48,7 +48,8 @@ def stlm_segment_pool_pick(
             x = tl.load(x_ptr + here[:, None] * D + columns[None, :], mask=mask, other=0.0)
             x = x.to(stored).to(tl.float32)
             # The first of equal values stays, and so does the first NaN.
-            better = mask & (best == best) & ((x > best) | (x != x))
+            beyond = x < best if MODE == MIN else x > best
+            better = mask & (best == best) & (beyond | (x != x))
             best = tl.where(better, x, best)
             row = tl.where(better, here.to(tl.int32)[:, None], row)
         rows_mask = (patches < n_patches)[:, None] & (columns < D)[None, :]
@@ -80,7 +81,7 @@ def stlm_segment_pool_bwd(
         grad = tl.load(grad_ptr + source, mask=mask, other=0.0).to(tl.float32)
         if MODE == MEAN:
             grad = grad / tl.maximum(end - start, 1).to(tl.float32)[:, None]
-        if MODE == MAX:
+        if (MODE == MAX) | (MODE == MIN):
             winner = tl.load(row_ptr + source, mask=mask, other=-1)
             grad = tl.where(winner == rows[:, None], grad, 0.0)
         out = (rows < total)[:, None] & (columns < D)[None, :]
@@ -94,9 +95,10 @@ def launch_fwd(
     mode: str,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """(P, D) pooled, and for "max" the (P, D) int32 rows that hold the maxima (else empty)."""
+    """(P, D) pooled, and (P, D) int32 rows that hold the maxima or minima (else empty)."""
     (total, width), patches = x.shape, cu_patchlens.shape[0] - 1
-    rows = torch.empty((patches, width) if mode == "max" else 0, dtype=torch.int32, device=x.device)
+    shape = (patches, width) if mode in ("max", "min") else 0
+    rows = torch.empty(shape, dtype=torch.int32, device=x.device)
     if mode in ("mean", "sum"):
         starts, ends = cu_patchlens[:-1], cu_patchlens[1:]
         return segment_sum(x, starts, ends, mode == "mean", out_dtype), rows
