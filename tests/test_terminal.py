@@ -144,11 +144,18 @@ class TestCommand:
         @command()
         def main() -> int:
             print("out")
-            note("not to stdout either")
+            note("note")
             print_result("result")
             return 4
 
         assert main() == 4
+
+    def test_without_standard_error(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(sys, "stderr", None)
+        note("for standard error alone")
+        assert capsys.readouterr().out == ""
 
     def test_a_standard_error_that_is_closed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         reader, writer = os.pipe()
