@@ -64,6 +64,8 @@ class STLMHFConfig(PretrainedConfig):
     intermediate_size = _field("decoder_ff")
     max_position_embeddings = _field("context")
     tie_word_embeddings = _field("tied")
+    logit_scale = _field("logit_scale")
+    final_logit_softcapping = _field("softcap")
 
 
 def as_model_config(values: ModelConfig | Mapping[str, Any] | None) -> ModelConfig:
