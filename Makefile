@@ -86,14 +86,16 @@ full-triton-%:
 	OMP_NUM_THREADS=1 $(VENV)-triton-$*/bin/python -m pytest -q --lane interpret
 	OMP_NUM_THREADS=1 $(VENV)-triton-$*/bin/python -m pytest -q --lane aot --full
 
-# What `make test` skips: the newest transformers, accelerate and lightning beside the pinned torch.
+# What `make test` skips: the newest transformers and what trains and judges its models, beside the
+# pinned torch.
 full-trainers:
 	$(PYTHON) -m venv $(VENV)-trainers
 	$(VENV)-trainers/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch triton
 	$(VENV)-trainers/bin/pip install --quiet --disable-pip-version-check -c constraints.txt \
-	    -e '.[dev,hf]' accelerate lightning
-	OMP_NUM_THREADS=1 $(VENV)-trainers/bin/python -m pytest -q --lane cpu tests/test_huggingface.py \
-	    tests/test_tied_embedding.py tests/test_architecture.py
+	    -e '.[dev,hf]' accelerate lightning peft trl lm_eval
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)-trainers/bin/python -m pytest -q --lane cpu \
+	    tests/test_huggingface.py tests/test_huggingface_generate.py \
+	    tests/test_huggingface_trainers.py tests/test_tied_embedding.py tests/test_architecture.py
 
 bench: $(READY)
 	$(PY) -m pytest bench --benchmark-only

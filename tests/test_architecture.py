@@ -156,15 +156,19 @@ def test_the_gpu_lane_is_spread_where_xdist_is_there(python: str, there: bool) -
     assert all(("--timeout" in run) is there for run in runs)
 
 
-SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+SNIPPETS = [
+    code
+    for page in ("README.md", "docs/huggingface.md")
+    for code in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
+]
 
 
-def test_the_readme_has_snippets() -> None:
+def test_the_pages_have_snippets() -> None:
     assert len(SNIPPETS) >= 2
 
 
 @pytest.mark.parametrize("code", SNIPPETS, ids=range(len(SNIPPETS)))
-def test_a_readme_snippet_runs(code: str, tmp_path: Path) -> None:
+def test_a_snippet_runs(code: str, tmp_path: Path) -> None:
     """By itself, as somebody who copies it would run it."""
     packages = set(re.findall(r"^(?:import|from) (\w+)", code, flags=re.M))
     if "transformers import" in code:
