@@ -19,13 +19,14 @@ from typing import Any
 
 import torch
 
+from stlm_kernels import terminal
 from stlm_kernels._spec import Case, OpSpec
 from stlm_kernels.ptx.__main__ import execute_case
 from stlm_kernels.ptx.bounds import Device, bounds_of, ratio
 from stlm_kernels.registry import OPS
 
 from . import report
-from .command import positive, result_path
+from .command import positive, result_path, write_json
 
 Record = dict[str, Any]
 DTYPE = torch.bfloat16
@@ -137,6 +138,7 @@ def line(record: Record, earlier: Mapping[tuple[str, str, str], Record]) -> str:
     )
 
 
+@terminal.command()
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.bounds",
@@ -174,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "sampled_blocks": options.sample,
         "bounds": records,
     }
-    path.write_text(json.dumps(values, indent=1) + "\n")
+    write_json(path, values)
     print(path)
     return 0
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from .. import terminal
 from .._spec import Case, OpSpec
 from ..registry import OPS
 from .bounds import Bounds, Device, bounds_of, ratio
@@ -100,9 +101,10 @@ def as_values(done: Execution, bounds: Bounds) -> dict[str, Any]:
     }
 
 
+@terminal.command(on_closed_pipe=1)
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m stlm_kernels.ptx",
+        prog=terminal.program("stlm_kernels.ptx"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
