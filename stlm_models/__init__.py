@@ -8,7 +8,7 @@ from .config import DOCUMENT_START, PRESETS, ModelConfig
 from .incremental import NgramState, PatchState, PoolState
 from .layers import Attention, BytePatcher, BytePooling, ByteUnpooling, TiedEmbedding
 from .model import STLM
-from .router import Router, Routing
+from .router import Router, RouterState, Routing
 
 __all__ = [
     "DOCUMENT_START",
@@ -24,6 +24,7 @@ __all__ = [
     "PatchState",
     "PoolState",
     "Router",
+    "RouterState",
     "Routing",
     "TiedEmbedding",
     "__version__",

@@ -103,17 +103,34 @@ class Router(nn.Module):
             x = torch.where(inside[:, None], x, 0)
         query, key = _direction(self.query(x)), _direction(self.key(x))
         before = torch.where(first[:, None], 0, torch.cat([key[-1:], key[:-1]]))
-        cosine = (query * before).sum(-1)
-        probs = ((1 - cosine) / 2).clamp(0, 1)  # rounding may leave the range
-        probs = torch.where(inside, torch.where(first, 1, probs), 0)
-        starts = inside & (probs > 0.5)
-        chosen = torch.where(starts, probs, 1 - probs)
-        return Routing(probs, starts, chosen + (1 - chosen).detach())
+        return _routing(query, before, first, inside)
 
     if TYPE_CHECKING:
 
         @typed_as(forward)
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def step(
+        self,
+        x: Tensor,  # (B, D)
+        state: RouterState,
+    ) -> Routing:
+        """The routing of the next byte of each row, what `forward` gives at its position.
+
+        The state then stands behind that byte. To go on after a full run, step once with the last
+        state x of each row: its result was known, and the next one follows.
+
+        Raises:
+            ValueError: x of another width, or of other rows than the state has.
+        """
+        expected = (len(state.begins), self.dim)
+        if tuple(x.shape) != expected:
+            raise ValueError(f"x: expected shape {expected}, got {tuple(x.shape)}")
+        query, key = _direction(self.query(x)), _direction(self.key(x))
+        before = key.new_zeros(key.shape) if state.keys is None else state.keys.to(key.dtype)
+        first, inside = state.begins, torch.ones_like(state.begins)
+        state.keys, state.begins = key, ~inside
+        return _routing(query, torch.where(first[:, None], 0, before), first, inside)
 
     def gate(self, routing: Routing, patches: Patches) -> Tensor:
         """(P,) the gate of each patch for `ema_unpool`: p of its first byte, 0 if it is empty."""
@@ -137,6 +154,39 @@ class Router(nn.Module):
         fraction, mean = routing.starts.sum() / count, routing.probs.sum() / count
         kept, dropped = (length - 1) * fraction * mean, (1 - fraction) * (1 - mean)
         return length / (length - 1) * (kept + dropped)
+
+
+class RouterState:
+    """What `Router.step` keeps of each row: the direction of its newest byte's key.
+
+    Args:
+        batch: rows B; each one's next byte begins a document.
+        device: where the state lies.
+    """
+
+    def __init__(self, batch: int, *, device: torch.device | None = None) -> None:
+        self.keys: Tensor | None = None
+        """(B, D) unit vectors; None before the first step."""
+        self.begins = torch.ones(batch, dtype=torch.bool, device=device)
+        """(B,) the next byte begins a document."""
+
+    def begin_documents(self, rows: Tensor) -> None:
+        """The next byte of these rows, (B,) bool, begins a document."""
+        self.begins = self.begins | rows
+
+
+def _routing(
+    query: Tensor,  # (T, D) unit vectors
+    before: Tensor,  # (T, D) unit vectors: the keys of the bytes before
+    first: Tensor,  # (T,) bool
+    inside: Tensor,  # (T,) bool
+) -> Routing:
+    cosine = (query * before).sum(-1)
+    probs = ((1 - cosine) / 2).clamp(0, 1)  # rounding may leave the range
+    probs = torch.where(inside, torch.where(first, 1, probs), 0)
+    starts = inside & (probs > 0.5)
+    chosen = torch.where(starts, probs, 1 - probs)
+    return Routing(probs, starts, chosen + (1 - chosen).detach())
 
 
 def _direction(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stlm_kernels import ema_unpool, find_patches, segment_pool, unpool
 from stlm_kernels.testing import assert_causal
-from stlm_models import Router, Routing
+from stlm_models import Router, RouterState, Routing
 
 VOCAB, DIM = 257, 8
 
@@ -280,3 +280,70 @@ def test_borders_where_the_next_byte_is_uncertain(read: str) -> None:
         return
     with pytest.raises(AssertionError, match="leaks"):
         assert_causal(patched, VOCAB, length=40)
+
+
+# ---- one byte after another ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_steps_equal_the_full_run(dtype: torch.dtype) -> None:
+    """Rows of documents of other lengths, some states of zeros; a step sees no other row."""
+    router, texts = random_router().to(dtype), ((5, 9, 1), (7, 8), (15,))
+    x = torch.randn(3, 15, DIM).to(dtype)
+    x[1, 3] = x[2, 4] = 0
+    state = RouterState(3)
+    got = []
+    with torch.no_grad():
+        full = [
+            router(x[row], ints(0, *torch.tensor(lengths).cumsum(0).tolist()))
+            for row, lengths in enumerate(texts)
+        ]
+        ends = [torch.tensor(lengths).cumsum(0).tolist() for lengths in texts]
+        for t in range(15):
+            state.begin_documents(torch.tensor([t in row for row in ends]))
+            got.append(router.step(x[:, t], state))
+    probs = torch.stack([routing.probs for routing in got], 1)
+    want = torch.stack([routing.probs for routing in full])
+    assert probs.dtype == want.dtype
+    torch.testing.assert_close(probs, want, rtol=0, atol=4e-2 if dtype.itemsize == 2 else 1e-5)
+    clear = (want - 0.5).abs() > 0.05
+    for name in ("starts", "confidence"):
+        mine = torch.stack([getattr(routing, name) for routing in got], 1)
+        theirs = torch.stack([getattr(routing, name) for routing in full])
+        assert mine.dtype == theirs.dtype
+        assert torch.equal(mine[clear], theirs[clear])
+    assert (probs[:, 0] == 1).all()
+    assert probs[0, 5] == probs[1, 7] == 1
+
+
+def test_steps_go_on_after_a_full_run() -> None:
+    router, x = random_router(), torch.randn(2, 9, DIM)
+    state = RouterState(2)
+    router.step(x[:, 5], state)
+    want = router(x).probs.view(2, 9)
+    for t in range(6, 9):
+        torch.testing.assert_close(router.step(x[:, t], state).probs, want[:, t])
+
+
+def test_a_document_that_begins_reads_nothing_of_the_last_one() -> None:
+    router, state, x = random_router(), RouterState(2), torch.randn(2, DIM)
+    router.step(torch.full((2, DIM), math.nan), state)
+    state.begin_documents(torch.tensor([True, False]))
+    x.requires_grad_()
+    probs = router.step(x, state).probs
+    assert probs[0] == 1
+    assert probs[1].isnan()
+    (grad,) = torch.autograd.grad(probs[0], x)
+    assert (grad == 0).all()
+
+
+def test_wrong_arguments_of_a_step() -> None:
+    router, state = Router(DIM), RouterState(2)
+    for x, expected in (
+        (torch.randn(2, DIM + 1), r"x: expected shape \(2, 8\), got \(2, 9\)"),
+        (torch.randn(3, DIM), r"x: expected shape \(2, 8\), got \(3, 8\)"),
+        (torch.randn(2, 1, DIM), r"x: expected shape \(2, 8\), got \(2, 1, 8\)"),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            router.step(x, state)
+    assert state.begins.all()
