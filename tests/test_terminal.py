@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 COMMANDS = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for package in ("stlm_kernels", "stlm_models", "bench")
-    for path in sorted((ROOT / package).glob("*.py"))
+    for path in sorted((ROOT / package).rglob("*.py"))
     if '__name__ == "__main__"' in path.read_text()
 ]
 WORDS = b"the cat sat on the mat, and the dog sat by the door. " * 60
@@ -414,7 +414,7 @@ def test_commands_that_only_print(
 ) -> None:
     monkeypatch.setattr(stlm_kernels.env, "describe_ops", lambda: ["  op: torch"])
     monkeypatch.setitem(stlm_models.config.PRESETS, "demo", TINY)
-    for main in (stlm_kernels.env.main, lambda: stlm_models.summary.main(["demo"])):
+    for main in (lambda: stlm_kernels.env.main([]), lambda: stlm_models.summary.main(["demo"])):
         with standard_output(to):
             assert main() == (0 if to == "closed" else 1)
         assert capsys.readouterr().err.count("\n") == (0 if to == "closed" else 1)
