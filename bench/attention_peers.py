@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stlm_kernels._spec import Case, Inputs
-from stlm_kernels.ops.attention.reference import seen_mask
+from stlm_kernels.ops.attention.reference import borders_of, seen_mask
 
 from .entry import Entry, compiled, lengths_of
-from .others import on_gpu
+from .others import on_gpu, own_keys
 from .packed_peers import FLA, PATCH_VARLEN, VARLEN
 from .window_peers import BLOCKS
 
@@ -57,7 +57,7 @@ def _by_backend(backend: SDPBackend, **inputs: Any) -> Tensor:
 
 
 def _dense_only(case: Case) -> str | None:
-    special = {"W": "window", "S": "documents"}
+    special = {"W": "window", "S": "documents", "left": "window", "TK": "causal rows at the end"}
     missing = [name for key, name in special.items() if key in case.sizes]
     return f"it has no {' and no '.join(missing)}" if missing else None
 
@@ -69,13 +69,16 @@ def _gpu_and_dense(case: Case) -> str | None:
 def _with_mask(inputs: Inputs) -> Inputs:
     """The mask is made once, untimed: kinder to the peer than a step of training is."""
     q = inputs["q"]
-    rows = torch.arange(q.shape[-3], device=q.device)
-    seen = seen_mask(rows, rows, True, inputs["window"], inputs.get("cu_seqlens"))
+    borders, key_borders = inputs.get("cu_seqlens"), inputs.get("cu_seqlens_k")
+    lengths = q.shape[-3], inputs["k"].shape[-3]
+    rows, keys = (torch.arange(length, device=q.device) for length in lengths)
+    both = borders_of(borders, key_borders, *lengths, q.device)
+    seen = seen_mask(rows, keys, inputs.get("causal", True), inputs["window"], *both)
     return _heads_first(inputs) | {"attn_mask": seen}
 
 
 def _masked(case: Case) -> str | None:
-    if not {"W", "S"} & set(case.sizes):
+    if not {"W", "S", "left", "TK"} & set(case.sizes):
         return "is_causal serves dense calls"
     if case["T"] > DENSE_ROWS:
         return f"a mask of {case['T']} squared does not fit"
@@ -101,7 +104,11 @@ def _by_document(
 def _documents_without_window(case: Case) -> str | None:
     if "S" not in case.sizes:
         return "a dense batch is one call already"
-    return "it has no window" if "W" in case.sizes else None
+    return "it has no window" if "W" in case.sizes else own_keys(case)
+
+
+def _flex_reason(case: Case) -> str | None:
+    return own_keys(case) or on_gpu(case)
 
 
 def _made_block_mask(seen: Callable[..., Tensor], length: int, device: torch.device) -> Any:
@@ -280,8 +287,8 @@ PEERS: dict[str, tuple[Entry, ...]] = {
         Entry("SDPA, mask of all scores", _sdpa, _with_mask, _masked),
         BLOCKS,
         Entry("SDPA by document", _by_document, _with_lengths, _documents_without_window),
-        Entry("FlexAttention", _flex, _flex_inputs, on_gpu, compiled=True),
-        Entry("FlexAttention and its mask", _flex_with_mask, dict, on_gpu, compiled=True),
+        Entry("FlexAttention", _flex, _flex_inputs, _flex_reason, compiled=True),
+        Entry("FlexAttention and its mask", _flex_with_mask, dict, _flex_reason, compiled=True),
         VARLEN,
         FLA,
         compiled(_SDPA),

@@ -40,6 +40,12 @@ def why_missing(module: str, name: str) -> str | None:
     return _found(module, name)[1]
 
 
+def own_keys(case: Case) -> str | None:
+    """Why a peer of attention that is not asked for them cannot run a case with more keys than
+    rows, or a window of two sides."""
+    return "it is not asked for other keys" if {"TK", "left"} & set(case.sizes) else None
+
+
 def on_gpu(case: Case) -> str | None:
     return None if torch.cuda.is_available() else "it needs a CUDA device"
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from stlm_kernels._spec import Case, Inputs
 
 from .entry import Entry, lengths_of
-from .others import function_of, on_gpu, why_missing
+from .others import function_of, on_gpu, own_keys, why_missing
 
 _VARLEN = ("torch.nn.attention.varlen", "varlen_attn")
 _FLA = ("fla.ops.attn", "parallel_attn")
@@ -61,7 +61,7 @@ def _varlen_inputs(inputs: Inputs) -> Inputs:
 
 
 def _varlen_reason(case: Case) -> str | None:
-    return _why_not(*_VARLEN) or on_gpu(case)
+    return own_keys(case) or _why_not(*_VARLEN) or on_gpu(case)
 
 
 def _patch_inputs(inputs: Inputs) -> Inputs:
@@ -88,7 +88,7 @@ def _fla_inputs(inputs: Inputs) -> Inputs:
 
 
 def _fla_reason(case: Case) -> str | None:
-    return _why_not(*_FLA) or on_gpu(case)
+    return own_keys(case) or _why_not(*_FLA) or on_gpu(case)
 
 
 VARLEN = Entry("varlen_attn", _varlen, _varlen_inputs, _varlen_reason)

@@ -9,6 +9,7 @@ from torch import Tensor
 from stlm_kernels._spec import Case, Inputs
 
 from .entry import Entry
+from .others import own_keys
 
 NO_DOCUMENT = -1
 BEFORE_ALL = -2
@@ -64,7 +65,7 @@ def _mask(window: int, documents: Tensor, scores: Tensor) -> Tensor:
 
 
 def _window_only(case: Case) -> str | None:
-    return None if "W" in case.sizes else "it is for windows"
+    return own_keys(case) if "W" in case.sizes else "it is for windows"
 
 
 BLOCKS = Entry("blocks of bmm", _windowed, _batched, _window_only)

@@ -185,18 +185,23 @@ def dot_type(dtype: torch.dtype) -> tl.dtype:
     ]
 
 
-@triton.jit(do_not_specialize=["n_segments", "total", "window", "steps"])
+@triton.jit(do_not_specialize=["n_segments", "total", "others", "before", "behind", "steps"])
 def stlm_row_bounds(
-    cu_ptr, bounds_ptr, n_segments, total, window, steps, BLOCK: tl.constexpr
+    cu_ptr, other_ptr, bounds_ptr, n_segments, total, others, before, behind, steps,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Each row's segment, cut to `window` rows backwards and forwards; 0, 0 outside of all."""
+    """Of another stream's rows those of each row's segment, cut to `before` and `behind` its place;
+    the last rows of a segment stand side by side. 0, 0 where there are none."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     segments = segment_of(cu_ptr, rows, n_segments, steps).to(tl.int64)
     inside = (rows < total) & (segments >= 0) & (segments < n_segments)
     start, end = segment_bounds(cu_ptr, segments, inside, total)
     inside = inside & (rows >= start) & (rows < end)
-    start = tl.maximum(start, rows - window + 1)
-    end = tl.minimum(end, rows + window)
+    first, last = segment_bounds(other_ptr, segments, inside, others)
+    place = rows + last - end
+    start = tl.maximum(first, place - before)
+    end = tl.minimum(last, place + behind + 1)
+    inside = inside & (end > start)
     tl.store(bounds_ptr + rows, tl.where(inside, start, 0).to(tl.int32), mask=rows < total)
     tl.store(bounds_ptr + total + rows, tl.where(inside, end, 0).to(tl.int32), mask=rows < total)
 
@@ -204,14 +209,19 @@ def stlm_row_bounds(
 def row_bounds(
     cu: Tensor,  # (n+1,) int32
     total: int,
-    window: int,
+    before: int,
+    behind: int,
+    other: Tensor,  # (n+1,) int32
+    others: int,
 ) -> Tensor:
-    """(2, total) int32: where the segment of each row starts and ends, within `window` of it."""
+    """(2, total) int32: what each row meets in its segment of `others` rows, at most `before` rows
+    before its own place and `behind` rows behind it."""
     bounds = torch.empty((2, total), dtype=torch.int32, device=cu.device)
     segments = cu.shape[0] - 1
     _launch.launch(
         stlm_row_bounds, _launch.ceil_div(total, BOUNDS_BLOCK),
-        cu.contiguous(), bounds, segments, total, window, (segments + 2).bit_length(),
+        cu.contiguous(), other.contiguous(), bounds, segments, total, others, before, behind,
+        (segments + 2).bit_length(),
         BLOCK=BOUNDS_BLOCK, num_warps=4, device=cu.device,
     )  # fmt: skip
     return bounds

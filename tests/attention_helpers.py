@@ -33,8 +33,9 @@ def with_gradients(
 ) -> dict[str, Tensor]:
     """The result and the gradients of q, k and v by name."""
     operands = [x.detach().requires_grad_() for x in operands]
-    if isinstance(options.get("cu_seqlens"), Tensor):
-        options["cu_seqlens"] = options["cu_seqlens"].to(way.device)
+    for name in ("cu_seqlens", "cu_seqlens_k"):
+        if isinstance(options.get(name), Tensor):
+            options[name] = options[name].to(way.device)
     out = attention(*operands, impl=way.impl, **options)
     if upstream is None:
         upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)

@@ -7,18 +7,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stlm_kernels.ops.attention.triton_impl import _sight
+from stlm_kernels._sight import sight
 
 
-@triton.jit(do_not_specialize=["base", "total", "length", "window"])
-def _sight_of(out_ptr, base, total, length, window, BLOCK: tl.constexpr):
-    first, last = _sight(out_ptr, base, total, length, window, False, BLOCK)
+@triton.jit(do_not_specialize=["base", "end", "length", "side"])
+def _sight_of(out_ptr, base, end, length, side, BLOCK: tl.constexpr):
+    first, last = sight(out_ptr, base, end, base, length, length, side, side, False, BLOCK)
     tl.store(out_ptr + tl.arange(0, BLOCK), first)
     tl.store(out_ptr + BLOCK + tl.arange(0, BLOCK), last)
 
 
-def sight_of(base: int, total: int, length: int, window: int, device: str) -> Tensor:
+def sight_of(base: int, end: int, length: int, side: int, device: str) -> Tensor:
     """(2, 16) int32: first and last of rows base to base + 15, counted from base."""
     out = torch.empty((2, 16), dtype=torch.int32, device=device)
-    _sight_of[(1,)](out, base, total, length, window, BLOCK=16)
+    _sight_of[(1,)](out, base, end, length, side, BLOCK=16)
     return out

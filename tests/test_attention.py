@@ -211,6 +211,7 @@ def test_packed_and_transposed_operands(way: Way) -> None:
 
 
 Q, KV = torch.zeros(6, 4, 16), torch.zeros(6, 2, 16)
+LONGER = {"k": torch.zeros(9, 2, 16), "v": torch.zeros(9, 2, 16)}
 
 
 @pytest.mark.parametrize(
@@ -219,8 +220,9 @@ Q, KV = torch.zeros(6, 4, 16), torch.zeros(6, 2, 16)
         ({"q": Q.int()}, "q: expected dtype float32 or bfloat16 or float16 or float64, got int32"),
         ({"q": Q[0]}, r"q: expected shape \(T, H, K\), got \(4, 16\)"),
         ({"q": Q[..., :0]}, r"q: expected H >= 1 and K >= 1, got \(6, 4, 0\)"),
-        ({"q": Q[None]}, r"k: expected shape \(1, 6, H_kv, 16\), got \(6, 2, 16\)"),
-        ({"k": KV[:5]}, r"k: expected shape \(6, H_kv, 16\), got \(5, 2, 16\)"),
+        ({"q": Q[None]}, r"k: expected shape \(1, T_kv, H_kv, 16\), got \(6, 2, 16\)"),
+        ({"k": KV[:5], "v": KV[:5]}, "k: expected at least the 6 rows of q, got 5"),
+        ({"k": KV[0]}, r"k: expected shape \(T_kv, H_kv, 16\), got \(2, 16\)"),
         ({"k": KV.half()}, "k: expected dtype float32, got float16"),
         ({"k": torch.zeros(6, 3, 16)}, "k: expected heads that divide the 4 of q, got 3"),
         ({"v": KV[:, :1]}, r"v: expected shape \(6, 2, 16\), got \(6, 1, 16\)"),
@@ -228,7 +230,36 @@ Q, KV = torch.zeros(6, 4, 16), torch.zeros(6, 2, 16)
         ({"causal": 1}, "causal: expected a bool, got 1"),
         ({"window": 0}, "window: expected an int >= 1, got 0"),
         ({"window": 2.0}, "window: expected an int >= 1, got 2.0"),
-        ({"window": 4, "causal": False}, "window: expected None with causal=False, got 4"),
+        (
+            {"window": 4, "causal": False},
+            "window: expected None or .left, right. with causal=False, got 4",
+        ),
+        ({"window": (4,)}, r"window: expected \(left, right\), got \(4,\)"),
+        ({"window": (4, -2)}, "window: expected an int >= 0, got -2"),
+        ({"window": (1.5, 0)}, "window: expected an int >= 0, got 1.5"),
+        ({"window": (True, 0)}, "window: expected an int >= 0, got True"),
+        ({"window": "ab"}, "window: expected an int >= 1, got 'ab'"),
+        ({"cu_seqlens_k": ints(0, 6)}, "cu_seqlens_k: expected None without cu_seqlens"),
+        (
+            LONGER | {"cu_seqlens": ints(0, 6)},
+            "k: expected the 6 rows of q without cu_seqlens_k, got 9",
+        ),
+        (
+            LONGER | {"cu_seqlens": ints(0, 2, 6), "cu_seqlens_k": ints(0, 9)},
+            r"cu_seqlens_k: expected shape \(3,\), got \(2,\)",
+        ),
+        (
+            LONGER | {"cu_seqlens": ints(0, 6), "cu_seqlens_k": ints(0, 9).long()},
+            "cu_seqlens_k: expected dtype int32, got int64",
+        ),
+        (
+            LONGER | {"cu_seqlens": ints(0, 6), "cu_seqlens_k": ints(0, 10)},
+            "cu_seqlens_k: expected last entry <= 9, got 10",
+        ),
+        (
+            LONGER | {"cu_seqlens": ints(0, 2, 6), "cu_seqlens_k": ints(0, 6, 9)},
+            "cu_seqlens_k: expected at least the 4 rows of document 1, got 3 keys",
+        ),
         ({"cu_seqlens": ints(0, 6).long()}, "cu_seqlens: expected dtype int32, got int64"),
         ({"cu_seqlens": ints(1, 6)}, "cu_seqlens: expected first entry 0, got 1"),
         ({"cu_seqlens": ints(0, 4, 2)}, "expected non-decreasing entries, got 2 after 4"),
@@ -308,11 +339,12 @@ def test_sight_fits_int32_however_far_the_rows(way: Way, base: int) -> None:
     pytest.importorskip("triton")
     from far_rows import sight_of
 
-    from stlm_kernels.ops.attention.triton_impl import FARTHEST
+    from stlm_kernels._sight import FARTHEST
 
     first, last = sight_of(base, base + 14, 2**41, FARTHEST, way.device).tolist()
-    assert first[:14] == [max(-base, i - FARTHEST + 1) for i in range(14)]
-    assert last == [i + FARTHEST for i in range(14)] + [0, 0]
+    assert first[:14] == [max(-base, i - FARTHEST) for i in range(14)]
+    assert last[:14] == [i + FARTHEST + 1 for i in range(14)]
+    assert first[14:] == last[14:]
 
 
 @EVERY_LANE

@@ -156,9 +156,10 @@ def test_pieces_of_any_size(
 
 def scores_formed(total: int, **options: Any) -> int:
     q = torch.empty(1, total, 8, 64, device="cpu")
-    given = torch_impl.Options(True, options.get("window"), 1.0, None, 0.0)
-    count = 0
-    for piece in torch_impl._cutter(q, options.get("cu_seqlens"), given)(False):
+    window = options.get("window")
+    given = torch_impl.Options(None if window is None else window - 1, 0, 1.0, None, 0.0)
+    borders, count = torch_impl.Borders(options.get("cu_seqlens"), None), 0
+    for piece in torch_impl._cutter(q, q, borders, given)(False):
         size = 8 * _pieces.length_of(piece.rows) * _pieces.length_of(piece.keys)
         assert size <= 2 * _pieces.PIECE_SCORES
         count += size
@@ -179,7 +180,7 @@ def test_windows_in_blocks_and_calls(
 ) -> None:
     """Windows that just reach another block; several calls, the last one shorter."""
     monkeypatch.setattr(banded, "MASK_ENTRIES", entries)
-    cut = banded.Bands.of(150, window, 2)
+    cut = banded.Bands.of(150, window - 1, 0, 2)
     assert len(list(cut.spans())) > 1
     borders = ints(0, 3, 3, 110, 147)
     assert_close_to_oracle(example((150,), 4, 2, 8, CPU), CPU, window=window, cu_seqlens=borders)

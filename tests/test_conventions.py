@@ -214,6 +214,21 @@ def check_window() -> None:
     assert seen(window=3) == [3, 4, 5]
 
 
+@holds("more keys than queries", "the queries are the last rows")
+def check_last_rows() -> None:
+    v = torch.eye(6)[:, None]
+    out = ops.attention(torch.zeros(2, 1, 6), v, v)
+    assert [len(row.nonzero()) for row in out[:, 0]] == [5, 6]
+
+
+@holds("causal with a window (l, r)", "r is 0")
+def check_window_of_two_sides() -> None:
+    x = torch.randn(6, 1, 8)
+    torch.testing.assert_close(
+        ops.attention(x, x, x, window=(2, 2)), ops.attention(x, x, x, window=3)
+    )
+
+
 @holds("rows of no document", "zeros, never read")
 def check_no_document() -> None:
     x = torch.randn(7, 1, 8)

@@ -1,7 +1,8 @@
 """Windowed attention on a CPU: blocks of rows over the keys that any of them sees, by torch's own
 flash attention for CPUs under a mask.
 
-A block of L rows sees the keys of its own block and of the m blocks before, m L >= window - 1. The
+A block of L rows sees the keys of its own block, of the m blocks before and of the n behind, where
+a row sees m L keys before its own at most, and n L behind it. The
 blocks of all heads go through one call for as long as their mask is small; queries that share a key
 head stand below each other, so that no key is expanded. What hidden rows hold must be finite.
 """
@@ -27,17 +28,23 @@ class Bands(NamedTuple):
     total: int
     rows: int  # L of a block
     before: int  # m
+    after: int  # n
     blocks: int  # in all
     at_once: int  # in one call
 
     @classmethod
-    def of(cls, total: int, window: int, group: int) -> Bands:
+    def of(cls, total: int, left: int, right: int, group: int) -> Bands:
         """`group` queries share a key head."""
-        half = -(-window // 2)
+        half = -(-(left + 1 + right) // 2)
         rows = max(LEAST_ROWS, min(MOST_ROWS, 1 << (half - 1).bit_length()))
-        before = -(-(window - 1) // rows)
-        entries = group * rows * (before + 1) * rows
-        return cls(total, rows, before, -(-total // rows), max(1, MASK_ENTRIES // entries))
+        before, after = -(-left // rows), -(-right // rows)
+        entries = group * rows * (before + 1 + after) * rows
+        return cls(total, rows, before, after, -(-total // rows), max(1, MASK_ENTRIES // entries))
+
+    @property
+    def seen(self) -> int:
+        """Blocks of keys that a block of rows meets."""
+        return self.before + 1 + self.after
 
     def spans(self) -> Iterator[tuple[int, int]]:
         """First and last block of each call."""
@@ -87,7 +94,7 @@ def gradients(
     """Of q, k and v."""
     blind, group = _blind(sight), q.shape[1] // k.shape[1]
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-    dk, dv = (x.new_zeros(bands.blocks + bands.before, bands.rows, *x.shape[1:]) for x in (k, v))
+    dk, dv = (x.new_zeros(bands.blocks + bands.seen - 1, bands.rows, *x.shape[1:]) for x in (k, v))
     for (first, last), lse in zip(bands.spans(), sums, strict=True):
         rows = slice(first * bands.rows, min(bands.total, last * bands.rows))
         up = _rows(grad[rows].masked_fill(blind[rows], 0), bands, 0, last - first, group)
@@ -98,8 +105,8 @@ def gradients(
         )  # fmt: skip
         dq[rows] = _unfolded_rows(parts[0], bands)[: rows.stop - rows.start]
         for total, part in zip((dk, dv), parts[1:], strict=True):
-            by_block = part.transpose(1, 2).unflatten(1, (bands.before + 1, bands.rows))
-            for j in range(bands.before + 1):
+            by_block = part.transpose(1, 2).unflatten(1, (bands.seen, bands.rows))
+            for j in range(bands.seen):
                 total[first + j : last + j] += by_block[:, j]
     dk, dv = (x.flatten(0, 1)[bands.before * bands.rows :][: bands.total] for x in (dk, dv))
     return dq, dk.contiguous(), dv.contiguous()
@@ -108,7 +115,7 @@ def gradients(
 def _operands(
     q: Tensor, k: Tensor, v: Tensor, bands: Bands, first: int, last: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q (n, H_kv, G L, K), k and v (n, H_kv, (m + 1) L, K) of n blocks."""
+    """q (N, H_kv, G L, K), k and v (N, H_kv, (m + 1 + n) L, K) of N blocks."""
     keys = (_keys(x, bands, first, last) for x in (k, v))
     return (_rows(q, bands, first, last, q.shape[1] // k.shape[1]), *keys)  # type: ignore[return-value]
 
@@ -132,12 +139,12 @@ def _unfolded_rows(x: Tensor, bands: Bands) -> Tensor:
 
 
 def _keys(x: Tensor, bands: Bands, first: int, last: int) -> Tensor:
-    x = _padded(x, (first - bands.before) * bands.rows, last * bands.rows)
-    return x.unfold(0, (bands.before + 1) * bands.rows, bands.rows).transpose(2, 3)
+    x = _padded(x, (first - bands.before) * bands.rows, (last + bands.after) * bands.rows)
+    return x.unfold(0, bands.seen * bands.rows, bands.rows).transpose(2, 3)
 
 
 def _mask(sight: Sight, bands: Bands, q: Tensor, k: Tensor, first: int, last: int) -> Tensor:
-    """(n, 1, G L, (m + 1) L): 0 where a row sees a key, -inf elsewhere."""
+    """(N, 1, G L, (m + 1 + n) L): 0 where a row sees a key, -inf elsewhere."""
     rows = torch.arange(first * bands.rows, last * bands.rows, device=q.device)
     start, end = (
         F.pad(x[first * bands.rows : last * bands.rows], (0, max(0, last * bands.rows - len(x))))
@@ -151,7 +158,8 @@ def _mask(sight: Sight, bands: Bands, q: Tensor, k: Tensor, first: int, last: in
         (x.view(-1, bands.rows) - rows[:: bands.rows, None]).int()[:, None, :, None]
         for x in (start, end)
     )
-    keys = torch.arange(-bands.before * bands.rows, bands.rows, dtype=torch.int32, device=q.device)
+    span = -bands.before * bands.rows, (1 + bands.after) * bands.rows
+    keys = torch.arange(*span, dtype=torch.int32, device=q.device)
     hidden = ((keys < low) | (keys >= high)).expand(-1, q.shape[1] // k.shape[1], -1, -1)
     mask = torch.where(hidden, q.new_tensor(-torch.inf), q.new_tensor(0))
     return mask.flatten(1, 2)[:, None]

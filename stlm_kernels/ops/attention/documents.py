@@ -20,6 +20,10 @@ SHORT = 64
 """Documents up to this length share a batch with others up to the same power of two."""
 
 
+MASK_ENTRIES = 1 << 22
+"""Of the largest mask, 16 MB in fp32: longer documents with more keys than rows go elsewhere."""
+
+
 class Part(NamedTuple):
     """Documents that SDPA takes as one batch."""
 
@@ -36,6 +40,7 @@ class Plan(NamedTuple):
     parts: list[Part]
     causal: bool
     scale: float
+    mask_entries: int  # of the largest mask
     all_rows: bool  # each row is in a part
     all_keys: bool
 
@@ -69,7 +74,9 @@ def plan(
     parts = _parts(bounds, cu_seqlens.device)
     all_rows = int(lengths[alive].sum()) == rows
     all_keys = int(key_lengths[alive].sum()) == keys
-    return Plan(parts, causal, scale, all_rows, all_keys)
+    apart = (lengths * key_lengths)[causal & alive & (lengths != key_lengths)]
+    largest = int(apart.max()) if len(apart) else 0
+    return Plan(parts, causal, scale, largest, all_rows, all_keys)
 
 
 def _parts(bounds: Tensor, device: torch.device) -> list[Part]:

@@ -15,6 +15,18 @@ WIDE, LONG = 96, 1024
 """From this width and length on, dense attention is a library's: cuDNN's on Hopper."""
 
 
+Window = int | tuple[int | None, int | None] | None
+
+
+def sides(causal: bool, window: Window) -> tuple[int | None, int | None]:
+    """How many keys a row sees before its own and how many behind it; None: all."""
+    if isinstance(window, tuple | list):
+        left, right = (None if side == -1 else side for side in window)
+    else:
+        left, right = None if window is None else window - 1, None
+    return left, 0 if causal else right
+
+
 def unsupported_reasons(**arguments: Any) -> list[str]:
     """Why the kernels cannot take this call; empty if they can."""
     dtype, reasons = arguments["q"].dtype, _without_kernel(**arguments)
@@ -27,11 +39,11 @@ def declined_reasons(**arguments: Any) -> list[str]:
     """Why the torch path is preferred, or is by design the only one; nothing warns of it."""
     reasons = _without_kernel(**arguments)
     q: Tensor = arguments["q"]
-    window = arguments["window"]
+    left, _ = sides(arguments["causal"], arguments["window"])
     dense = q.dim() == 4 or arguments["cu_seqlens"] is None
     length, width = q.shape[-3], q.shape[-1]
     reproducible = torch.are_deterministic_algorithms_enabled()
-    dense = dense and (window is None or window >= length)
+    dense = dense and (left is None or left >= length - 1) and arguments["k"].shape[-3] == length
     if dense and width >= WIDE and length >= LONG and not reproducible:
         reasons.append(f"dense attention of {length} rows with heads of {width} is faster in SDPA")
     return reasons
@@ -41,6 +53,7 @@ def _without_kernel(
     *,
     q: Tensor,
     causal: bool,
+    window: Window,
     softcap: float | None,
     dropout_p: float,
     **_: Any,
@@ -49,8 +62,8 @@ def _without_kernel(
     if q.shape[-1] not in WIDTHS:
         widths = ", ".join(map(str, WIDTHS))
         reasons.append(f"heads are {q.shape[-1]} wide; the kernels take {widths}")
-    if not causal:
-        reasons.append("causal is False; the kernels are causal")
+    if sides(causal, window) == (None, None):
+        reasons.append("causal is False and there is no window; the kernels want either")
     if softcap is not None:
         reasons.append("softcap is given; the kernels have none")
     if dropout_p:
@@ -85,7 +98,8 @@ def rows_config(
         default |= {"INNER": inner, "num_warps": 8, "num_stages": stages}
     if dtype == torch.float32:
         most = {"fwd": 0, "bwd_q": 32, "bwd_kv": 64}[kernel]
-        block, warps = 32 if width <= most else 16, 8 if width == 128 or kernel == "bwd_kv" else 4
+        many = (width == 128) != (kernel == "bwd_kv") or (kernel, width) == ("bwd_q", 48)
+        block, warps = 32 if width <= most else 16, 8 if many else 4
         stages = 2 if kernel == "fwd" else 1
         default = {"BLOCK": block, "INNER": 16, "num_warps": warps, "num_stages": stages}
     bucket = f"K{width}-{'long' if long else 'short'}-{str(dtype).removeprefix('torch.')}"

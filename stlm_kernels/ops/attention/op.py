@@ -10,17 +10,18 @@ from torch import Tensor
 from ... import _checks, _library
 from ..._dispatch import Impl, use_triton
 from . import torch_impl
-from .launch import declined_reasons, unsupported_reasons
+from .launch import Window, declined_reasons, sides, unsupported_reasons
 
 
 def attention(
     q: Tensor,  # (B, T, H, K) or (T, H, K)
-    k: Tensor,  # (B, T, H_kv, K) or (T, H_kv, K)
+    k: Tensor,  # (B, T_kv, H_kv, K) or (T_kv, H_kv, K)
     v: Tensor,  # as k
     *,
     causal: bool = True,
-    window: int | None = None,
+    window: Window = None,
     cu_seqlens: Tensor | None = None,  # (S+1,) int32
+    cu_seqlens_k: Tensor | None = None,  # (S+1,) int32
     scale: float | None = None,
     softcap: float | None = None,
     dropout_p: float = 0.0,
@@ -29,34 +30,45 @@ def attention(
     """Softmax self-attention: causal, windowed, over packed documents, with grouped key heads.
 
     out[t, h] = sum over s of softmax_s(scale * q[t, h] . k[s, g]) v[s, g] with g = h // (H / H_kv)
-    and s running over what t sees: the rows of its sequence or document, causal those up to t,
-    within a window those from t - window + 1 to t. With a softcap c the scores are
+    and s running over what t sees: the keys of its sequence or document, causal those up to its
+    own, within a window of w the w last of these. With a softcap c the scores are
     c * tanh(scores / c); dropout then zeroes weights and divides the others by 1 - dropout_p.
 
-    From `flash_attn_varlen_func(q, k, v, cu, cu, n, n, causal=True, window_size=(w - 1, 0))`:
-    `attention(q, k, v, cu_seqlens=cu, window=w)`; a window counts the row itself, and nobody needs
-    the longest length. From `F.scaled_dot_product_attention(q, k, v, is_causal=True,
-    enable_gqa=True)` with (B, H, T, K): `attention(*(x.transpose(1, 2) for x in (q, k,
-    v))).transpose(1, 2)`, or leave out the transposes that the model made for SDPA.
+    Where there are more keys than queries, the queries are the last ones, as in flash-attention:
+    the last query of a sequence or document stands at its last key. So a prompt is taken in chunks,
+    and several new positions meet a cache.
+
+    From `flash_attn_varlen_func(q, k, v, cu, cu_k, n, m, causal=True, window_size=(w - 1, 0))`:
+    `attention(q, k, v, cu_seqlens=cu, cu_seqlens_k=cu_k, window=w)`, without cu_k where it is cu; a
+    window given as one number counts the row itself, and nobody needs the longest length. From
+    `F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)` with (B, H, T, K):
+    `attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)`, or leave out the
+    transposes that the model made for SDPA; its causal mask is top-left where T_kv > T.
 
     Args:
         q: (B, T, H, K), or packed (T, H, K); float32, bfloat16 or float16; float64 on the torch
             path.
-        k: as q with H_kv heads, of which H is a multiple, in q's dtype; never expanded.
+        k: as q with H_kv heads, of which H is a multiple, in q's dtype; never expanded. T_kv >= T
+            rows, the same number where only cu_seqlens is given.
         v: as k.
         causal: a row sees no later row.
-        window: how many rows a row sees, itself among them; at least 1, with causal only. None: all
-            of its sequence or document.
+        window: how many keys a row sees, its own among them; at least 1, with causal only. Or
+            (left, right): how many before its own and how many behind it, at least 0, -1 or None
+            for all; causal makes right 0 whatever it is, as in flash-attention. None: all of its
+            sequence or document.
         cu_seqlens: (S+1,) int32 document borders in rows of a packed q, from 0, non-decreasing, at
             most T. Rows from the last border on belong to no document: they are never read, even
             when they hold NaN; their output and gradients are zero. None: one document.
+        cu_seqlens_k: (S+1,) int32, the same of a packed k, each document with at least as many keys
+            as rows (where that is not checked, rows before the first key see nothing and are
+            zeros). None: cu_seqlens.
         scale: of the products; a finite number. None: K ** -0.5.
         softcap: a positive bound of the scores, or None.
         dropout_p: probability in [0, 1] that a weight is dropped. The seed is drawn from torch's
             generator of the device; forward and backward drop the same.
-        impl: "auto", "triton" or "torch". The kernels are causal, take K = 16, 32, 48, 64 and 128,
-            and know neither softcap nor dropout. "auto" leaves those calls to the torch path, and
-            dense attention of 1024 rows or more with K >= 96 to SDPA (except under
+        impl: "auto", "triton" or "torch". The kernels are causal or windowed, take K = 16, 32, 48,
+            64 and 128, and know neither softcap nor dropout. "auto" leaves other calls to the torch
+            path, and dense attention of 1024 rows or more with K >= 96 to SDPA (except under
             torch.use_deterministic_algorithms); nothing warns, `explain` says so.
 
     Returns:
@@ -65,7 +77,8 @@ def attention(
 
     Raises:
         ValueError: a wrong type, dtype, shape, device, scalar or combination; on CPU in eager mode
-            also offsets that do not start at 0, decrease, or end beyond T.
+            also offsets that do not start at 0, decrease, or end beyond T, and documents with fewer
+            keys than rows.
         NotImplementedError: impl="triton" cannot run this call; the message lists why.
 
     Numerics:
@@ -86,21 +99,17 @@ def attention(
     _checks.require_tensor("q", q, (*rows, "H", "K"), _checks.FLOATS)
     (heads, width), dtypes = q.shape[-2:], _checks.activation_dtypes(q)
     _checks.require(heads >= 1 and width >= 1, "q", "H >= 1 and K >= 1", tuple(q.shape))
-    _checks.require_tensor("k", k, (*q.shape[:-2], "H_kv", width), dtypes, q.device)
+    _checks.require_tensor("k", k, (*q.shape[:-3], "T_kv", "H_kv", width), dtypes, q.device)
     kv_heads = k.shape[-2]
     divides = kv_heads >= 1 and heads % kv_heads == 0
     _checks.require(divides, "k", f"heads that divide the {heads} of q", kv_heads)
     _checks.require_tensor("v", v, tuple(k.shape), dtypes, q.device)
     _check_options(causal, window, scale, softcap, dropout_p)
-    if cu_seqlens is not None:
-        _checks.require(q.dim() == 3, "cu_seqlens", "None with a dense q", "a Tensor")
-        _checks.require_offsets("cu_seqlens", cu_seqlens, q.device)
-        if _checks.values_visible(cu_seqlens):
-            _checks.check_offset_values("cu_seqlens", cu_seqlens, q.shape[0])
+    _check_documents(q, k, cu_seqlens, cu_seqlens_k)
     kernels = use_triton(
         "attention", impl, q.device, unsupported_reasons, declined_reasons,
-        q=q, k=k, v=v, causal=causal, window=window, cu_seqlens=cu_seqlens, scale=scale,
-        softcap=softcap, dropout_p=dropout_p,
+        q=q, k=k, v=v, causal=causal, window=window, cu_seqlens=cu_seqlens,
+        cu_seqlens_k=cu_seqlens_k, scale=scale, softcap=softcap, dropout_p=dropout_p,
     )  # fmt: skip
     q, k, v = _library.distinct(q, k, v)
     out_dtype = _checks.output_dtype(q)
@@ -108,23 +117,64 @@ def attention(
     packed = q.dim() == 3
     if packed:
         q, k, v = q[None], k[None], v[None]
+    reach = sides(causal, window)
     if kernels:
-        out = _Attention.apply(q, k, v, cu_seqlens, window, factor, out_dtype)[0]
+        out = _Attention.apply(q, k, v, cu_seqlens, cu_seqlens_k, *reach, factor, out_dtype)[0]
     else:
-        options = torch_impl.Options(causal, window, factor, softcap, float(dropout_p))
-        out = torch_impl.attention(q, k, v, cu_seqlens, options, out_dtype)
+        options = torch_impl.Options(*reach, factor, softcap, float(dropout_p))
+        out = torch_impl.attention(q, k, v, cu_seqlens, cu_seqlens_k, options, out_dtype)
     return out[0] if packed else out
 
 
 def _check_options(causal: Any, window: Any, scale: Any, softcap: Any, dropout_p: Any) -> None:
     _checks.require(isinstance(causal, bool), "causal", "a bool", repr(causal))
-    if window is not None:
-        _checks.require_int_at_least("window", window, 1)
-        _checks.require(causal, "window", "None with causal=False", window)
+    _check_window(causal, window)
     _checks.require_scale(scale)
     _checks.require_softcap(softcap)
     chance = _checks.is_number(dropout_p) and 0 <= dropout_p <= 1
     _checks.require_number(chance, "dropout_p", "a number in [0, 1]", dropout_p)
+
+
+def _check_window(causal: bool, window: Any) -> None:
+    if isinstance(window, tuple | list):
+        _checks.require(len(window) == 2, "window", "(left, right)", window)
+        for side in window:
+            if side is not None and not (_checks.is_number(side) and side == -1):
+                _checks.require_int_at_least("window", side, 0)
+    elif window is not None:
+        _checks.require_int_at_least("window", window, 1)
+        _checks.require(causal, "window", "None or (left, right) with causal=False", window)
+
+
+def _check_documents(
+    q: Tensor, k: Tensor, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None
+) -> None:
+    rows, keys = q.shape[-3], k.shape[-3]
+    if cu_seqlens is None:
+        _checks.require(cu_seqlens_k is None, "cu_seqlens_k", "None without cu_seqlens", "a Tensor")
+        _checks.require(keys >= rows, "k", f"at least the {rows} rows of q", keys)
+        return
+    _checks.require(q.dim() == 3, "cu_seqlens", "None with a dense q", "a Tensor")
+    _checks.require_offsets("cu_seqlens", cu_seqlens, q.device)
+    visible = _checks.values_visible(cu_seqlens)
+    if visible:
+        _checks.check_offset_values("cu_seqlens", cu_seqlens, rows)
+    if cu_seqlens_k is None:
+        _checks.require(keys == rows, "k", f"the {rows} rows of q without cu_seqlens_k", keys)
+        return
+    _checks.require_tensor("cu_seqlens_k", cu_seqlens_k, cu_seqlens.shape, (torch.int32,), q.device)
+    if visible and _checks.values_visible(cu_seqlens_k):
+        _checks.check_offset_values("cu_seqlens_k", cu_seqlens_k, keys)
+        _check_lengths(cu_seqlens, cu_seqlens_k)
+
+
+def _check_lengths(cu_seqlens: Tensor, cu_seqlens_k: Tensor) -> None:
+    lengths, key_lengths = cu_seqlens.diff(), cu_seqlens_k.diff()
+    short = (key_lengths < lengths).nonzero().flatten().tolist()
+    if short:
+        at = short[0]
+        expected = f"at least the {int(lengths[at])} rows of document {at}"
+        _checks.require(False, "cu_seqlens_k", expected, f"{int(key_lengths[at])} keys")
 
 
 class _Attention(torch.autograd.Function):
@@ -138,25 +188,27 @@ class _Attention(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         cu_seqlens: Tensor | None,
-        window: int | None,
+        cu_seqlens_k: Tensor | None,
+        left: int | None,
+        right: int | None,
         scale: float,
         out_dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return _FWD(q, k, v, cu_seqlens, window, scale, out_dtype)
+        return _FWD(q, k, v, cu_seqlens, cu_seqlens_k, left, right, scale, out_dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        q, k, v, _, ctx.window, ctx.scale, _ = inputs
+        q, k, v, cu_seqlens, cu_seqlens_k, ctx.left, ctx.right, ctx.scale, _ = inputs
         out, lse, bounds = output
         ctx.mark_non_differentiable(lse, bounds)
-        ctx.save_for_backward(q, k, v, out, lse, bounds)
+        ctx.save_for_backward(q, k, v, out, lse, bounds, cu_seqlens, cu_seqlens_k)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dq, dk, dv = _library.run_backward(
-            _BWD, "attention", grads[0], *ctx.saved_tensors, ctx.window, ctx.scale
+            _BWD, "attention", grads[0], *ctx.saved_tensors, ctx.left, ctx.right, ctx.scale
         )
-        return dq, dk, dv, None, None, None, None
+        return dq, dk, dv, None, None, None, None, None, None
 
 
 def _fwd_meta(
@@ -164,7 +216,9 @@ def _fwd_meta(
     k: Tensor,
     v: Tensor,
     cu_seqlens: Tensor | None,
-    window: int | None,
+    cu_seqlens_k: Tensor | None,
+    left: int | None,
+    right: int | None,
     scale: float,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -178,34 +232,49 @@ def _bwd_meta(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[T
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _pairs(shape: Any, window: int | None) -> int:
+def pairs_seen(rows: int, keys: int, left: int, right: int) -> int:
+    """Scores of one head in a sequence whose rows are the last of its keys."""
+    return rows + _clipped(keys, left) - _clipped(keys - rows, left) + _clipped(rows, right)
+
+
+def _clipped(count: int, most: int) -> int:
+    """The sum of min(i, most) over i < count."""
+    below = min(count, most)
+    return below * (below - 1) // 2 + (count - below) * most
+
+
+def _pairs(q: Any, k: Any, left: int | None, right: int | None) -> int:
     """Scores of all heads, as of one document a sequence: shapes say no more."""
-    batch, length, heads, _ = shape
-    reach = length if window is None else min(window, length)
-    return batch * heads * (length * reach - reach * (reach - 1) // 2)
+    batch, rows, heads, _ = q
+    left, right = (k[1] if side is None else side for side in (left, right))
+    return batch * heads * pairs_seen(rows, k[1], left, right)
 
 
-def _fwd_flops(q: Any, k: Any, v: Any, cu_seqlens: Any, window: Any, *_: Any, **__: Any) -> int:
-    return 4 * _pairs(q, window) * q[3]
+def _fwd_flops(
+    q: Any, k: Any, v: Any, cu_seqlens: Any, cu_seqlens_k: Any, left: Any, right: Any, *_: Any,
+    **__: Any,
+) -> int:  # fmt: skip
+    return 4 * _pairs(q, k, left, right) * q[3]
 
 
 def _bwd_flops(
-    grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, bounds: Any, window: Any, *_: Any,
-    **__: Any,
+    grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, bounds: Any, cu_seqlens: Any,
+    cu_seqlens_k: Any, left: Any, right: Any, *_: Any, **__: Any,
 ) -> int:  # fmt: skip
-    return 10 * _pairs(q, window) * q[3]
+    return 10 * _pairs(q, k, left, right) * q[3]
 
 
 _FWD = _library.register(
-    "attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, SymInt? window, "
-    "float scale, ScalarType out_dtype) -> (Tensor, Tensor, Tensor)",
+    "attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, Tensor? cu_seqlens_k, "
+    "SymInt? left, SymInt? right, float scale, ScalarType out_dtype) -> (Tensor, Tensor, Tensor)",
     launcher="attention:launch_fwd",
     meta=_fwd_meta,
     flops=_fwd_flops,
 )
 _BWD = _library.register(
     "attention_bwd(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    "Tensor bounds, SymInt? window, float scale) -> (Tensor, Tensor, Tensor)",
+    "Tensor bounds, Tensor? cu_seqlens, Tensor? cu_seqlens_k, SymInt? left, SymInt? right, "
+    "float scale) -> (Tensor, Tensor, Tensor)",
     launcher="attention:launch_bwd",
     meta=_bwd_meta,
     flops=_bwd_flops,

@@ -11,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ..._terms import attention_terms
 
+Window = int | tuple[int | None, int | None] | None
+
 BLOCK = 2048
 """Rows whose scores the yardstick forms at a time."""
 
@@ -21,8 +23,9 @@ def reference(
     v: Tensor,
     *,
     causal: bool = True,
-    window: int | None = None,
+    window: Window = None,
     cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     dropout_p: float = 0.0,
@@ -35,14 +38,30 @@ def reference(
             for x in zip(q, k, v, strict=True)
         ]
         return torch.stack(rows) if rows else torch.zeros_like(q)
+    left, right = sides(causal, window)
     borders = [0, q.shape[0]] if cu_seqlens is None else cu_seqlens.tolist()
+    keys = [0, k.shape[0]] if cu_seqlens is None else borders
+    if cu_seqlens_k is not None:
+        keys = cu_seqlens_k.tolist()
     rows = [q[:0]]
-    for start, end in pairwise(borders):
+    for (start, end), (low, high) in zip(pairwise(borders), pairwise(keys), strict=True):
         for t in range(start, end):
-            first = start if window is None else max(start, t - window + 1)
-            seen = slice(first, t + 1 if causal else end)
-            rows.append(_attend(q[t], k[seen], v[seen], scale, softcap)[None])
+            place = t + high - end
+            first = low if left is None else max(low, place - left)
+            last = high if right is None else min(high, place + right + 1)
+            if last > first:
+                seen = slice(first, last)
+                rows.append(_attend(q[t], k[seen], v[seen], scale, softcap)[None])
+            else:
+                rows.append(torch.zeros_like(q[t : t + 1]))
     return torch.cat([*rows, torch.zeros_like(q[borders[-1] :])])
+
+
+def sides(causal: bool, window: Window) -> tuple[int | None, int | None]:
+    """How many keys a row sees before its own and behind it; None: all."""
+    left, right = (window - 1, 0) if isinstance(window, int) else window or (None, None)
+    left, right = (None if x == -1 else x for x in (left, right))
+    return left, 0 if causal else right
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None, softcap: float | None) -> Tensor:
@@ -63,16 +82,19 @@ def terms(
     v: Tensor,
     *,
     causal: bool = True,
-    window: int | None = None,
+    window: Window = None,
     cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
 ) -> dict[str, Tensor]:
     """Of the result, and of the gradients of q and k: zero where a row sees one key."""
     up, packed = upstream["out"], q.dim() == 3
     out, of_q, of_k = torch.zeros_like(q), torch.zeros_like(q), torch.zeros_like(k)
-    where = torch.arange(q.shape[-3])
-    seen = seen_mask(where, where, causal, window, cu_seqlens)
+    lengths = q.shape[-3], k.shape[-3]
+    rows, keys = (torch.arange(length) for length in lengths)
+    both = borders_of(cu_seqlens, cu_seqlens_k, *lengths, q.device)
+    seen = seen_mask(rows, keys, causal, window, *both)
     for i in [slice(None)] if packed else range(q.shape[0]):
         found = attention_terms(q[i], k[i], v[i], up[i], seen, scale, softcap)
         out[i], of_q[i], of_k[i] = found
@@ -85,8 +107,9 @@ def yardstick(
     v: Tensor,
     *,
     causal: bool = True,
-    window: int | None = None,
+    window: Window = None,
     cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     dropout_p: float = 0.0,
@@ -101,12 +124,15 @@ def yardstick(
     packed = q.dim() == 3
     dtype = q.dtype
     q, k, v = ((x[None] if packed else x).to(wide).transpose(1, 2) for x in (q, k, v))
-    length, parts = q.shape[2], []
+    length, key_length, parts = q.shape[2], k.shape[2], []
+    borders, key_borders = borders_of(cu_seqlens, cu_seqlens_k, length, key_length, q.device)
     for first in range(0, max(1, length), BLOCK):
         last = min(length, first + BLOCK)
-        low, high = _reach(first, last, length, causal, window, cu_seqlens)
+        low, high = 0, key_length
+        if cu_seqlens_k is None and length == key_length:
+            low, high = _reach(first, last, length, causal, window, cu_seqlens)
         rows, keys = (torch.arange(*x, device=q.device) for x in ((first, last), (low, high)))
-        seen = seen_mask(rows, keys, causal, window, cu_seqlens)
+        seen = seen_mask(rows, keys, causal, window, borders, key_borders)
         operands = (q[:, :, first:last], k[:, :, low:high], v[:, :, low:high], seen, scale, softcap)
         if length <= BLOCK:
             parts.append(_block(*operands))
@@ -117,14 +143,15 @@ def yardstick(
 
 
 def _reach(
-    first: int, last: int, length: int, causal: bool, window: int | None, cu_seqlens: Tensor | None
+    first: int, last: int, length: int, causal: bool, window: Window, cu_seqlens: Tensor | None
 ) -> tuple[int, int]:
-    """No row from first to last sees a key outside these."""
-    low = 0 if window is None else max(0, first - window + 1)
+    """No row from first to last sees a key outside these, where keys are rows."""
+    left, right = sides(causal, window)
+    low = 0 if left is None else max(0, first - left)
     if cu_seqlens is not None:
         starts = cu_seqlens[cu_seqlens <= first]
         low = max(low, int(starts.max())) if starts.numel() else low
-    return low, last if causal else length
+    return low, length if right is None else min(length, last + right)
 
 
 def _block(
@@ -149,17 +176,36 @@ def _softcapped(
     return scores.masked_fill(~seen, float("-inf")).softmax(-1).nan_to_num() @ v
 
 
+def borders_of(
+    cu_seqlens: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    length: int,
+    key_length: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Borders of the documents in rows and in keys, int64; without any, of one document."""
+    if cu_seqlens is None:
+        ends = (torch.tensor([0, x], device=device) for x in (length, key_length))
+        return next(ends), next(ends)
+    own = cu_seqlens.long()
+    return own, own if cu_seqlens_k is None else cu_seqlens_k.long()
+
+
 def seen_mask(
-    rows: Tensor, keys: Tensor, causal: bool, window: int | None, cu_seqlens: Tensor | None
+    rows: Tensor,
+    keys: Tensor,
+    causal: bool,
+    window: Window,
+    borders: Tensor,
+    key_borders: Tensor,
 ) -> Tensor:
     """(len(rows), len(keys)) bool: True where the row sees the key."""
-    ahead = rows[:, None] - keys
-    seen = ahead >= 0 if causal else torch.ones_like(ahead, dtype=torch.bool)
-    if window is not None:
-        seen = seen & (ahead < window)
-    if cu_seqlens is not None:
-        of_row, of_key = (
-            torch.searchsorted(cu_seqlens.long(), x, right=True) for x in (rows, keys)
-        )
-        seen = seen & (of_row[:, None] == of_key) & (keys < cu_seqlens[-1])
-    return seen
+    left, right = sides(causal, window)
+    of_row = torch.searchsorted(borders, rows, right=True)  # 0 and S + 1: of no document
+    of_key = torch.searchsorted(key_borders, keys, right=True)
+    ends = of_row.clamp(max=len(borders) - 1)
+    ahead = (rows + key_borders[ends] - borders[ends])[:, None] - keys
+    seen = (of_row[:, None] == of_key) & (keys < key_borders[-1])
+    if left is not None:
+        seen = seen & (ahead <= left)
+    return seen if right is None else seen & (ahead >= -right)

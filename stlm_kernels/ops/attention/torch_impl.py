@@ -29,29 +29,53 @@ LEAST_BLOCK = 64
 
 
 class Options(NamedTuple):
-    causal: bool
-    window: int | None
+    left: int | None  # keys that a row sees before its own; None: all
+    right: int | None  # and behind it
     scale: float
     softcap: float | None
     dropout_p: float
 
+    @property
+    def causal(self) -> bool:
+        return self.right == 0
+
+    @property
+    def windowed(self) -> bool:
+        return self.left is not None or not (self.causal or self.right is None)
+
+    def within(self, keys: int) -> Options:
+        """Without sides that reach to the ends of every sequence."""
+        left = None if self.left is None or self.left >= keys - 1 else self.left
+        right = None if self.right is None or self.right >= keys - 1 > 0 else self.right
+        return self._replace(left=left, right=right)
+
+
+class Borders(NamedTuple):
+    """Of packed documents."""
+
+    rows: Tensor | None  # (S+1,) int32; None: one document in each sequence
+    keys: Tensor | None  # (S+1,) int32; None: those of the rows
+
 
 def attention(
     q: Tensor,  # (B, T, H, K)
-    k: Tensor,  # (B, T, H_kv, K)
-    v: Tensor,  # (B, T, H_kv, K)
+    k: Tensor,  # (B, T_kv, H_kv, K)
+    v: Tensor,  # (B, T_kv, H_kv, K)
     cu_seqlens: Tensor | None,  # (S+1,) int32, with B = 1
+    cu_seqlens_k: Tensor | None,  # (S+1,) int32
     options: Options,
     out_dtype: torch.dtype,
 ) -> Tensor:
     """(B, T, H, K) in `out_dtype`."""
-    dense = cu_seqlens is None
+    borders, options = Borders(cu_seqlens, cu_seqlens_k), options.within(k.shape[1])
+    dense, windowed = cu_seqlens is None, options.windowed
     readable = cu_seqlens is None or _checks.values_readable(cu_seqlens)
-    windowed = options.window is not None and options.window < q.shape[1]
+    own_keys = cu_seqlens_k is None and q.shape[1] == k.shape[1]
+    bounded = options.left is not None and options.right is not None and own_keys
     unread = _checks.needs_composition(q, k, v) or not readable
     plain = unread or options.softcap or options.dropout_p or q.numel() == 0
-    stock = not (plain or windowed)
-    banded = windowed and q.is_cpu and not (plain or torch.compiler.is_compiling())
+    stock = not (plain or windowed or (dense and _forms_too_much(q, k, options)))
+    banded = windowed and bounded and q.is_cpu and not (plain or torch.compiler.is_compiling())
     # The library's kernels for 16 bits are on GPUs; on a CPU fp32 is faster and more exact.
     narrow = stock and dense and not q.is_cpu
     compute = out_dtype if narrow else torch.promote_types(out_dtype, torch.float32)
@@ -60,13 +84,13 @@ def attention(
         if banded and not _hides_poison(options, q, k, v):
             out = _Banded.apply(q, k, v, cu_seqlens, options)
         elif not stock:
-            out = _in_pieces(q, k, v, cu_seqlens, options)
+            out = _in_pieces(q, k, v, borders, options)
         elif torch.compiler.is_compiling():
             out = _sdpa(q, k, v, options)
         elif _hides_poison(options, q, k, v):
-            out = _in_pieces(q, k, v, cu_seqlens, options)
+            out = _in_pieces(q, k, v, borders, options)
         else:
-            out = _by_stock(q, k, v, cu_seqlens, options)
+            out = _by_stock(q, k, v, borders, options)
     return out.to(out_dtype, copy=True)  # `out` may be a view, which nobody could change in place
 
 
@@ -76,27 +100,33 @@ def attention(
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
     """(B, T, H, K) of the same."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    rows, keys = q.shape[2], k.shape[2]
+    mask = documents.lower_right(rows, keys, q) if options.causal and rows != keys else None
     out = F.scaled_dot_product_attention(
-        q, k, v, is_causal=options.causal, scale=options.scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
+        q, k, v, mask, is_causal=options.causal and mask is None, scale=options.scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )  # fmt: skip
     return out.transpose(1, 2)
 
 
-def _by_stock(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, options: Options
-) -> Tensor:
+def _forms_too_much(q: Tensor, k: Tensor, options: Options) -> bool:
+    """Whether SDPA would need a large mask, since its causal rows are the first ones."""
+    rows, keys = q.shape[1], k.shape[1]
+    return options.causal and rows != keys and rows * keys > documents.MASK_ENTRIES
+
+
+def _by_stock(q: Tensor, k: Tensor, v: Tensor, borders: Borders, options: Options) -> Tensor:
     recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if cu_seqlens is None:
+    if borders.rows is None:
         return _Stock.apply(q, k, v, options) if recorded else _sdpa(q, k, v, options)
-    if recorded:
-        return _Documents.apply(q, k, v, cu_seqlens, options)
-    plan = _plan(q, k, cu_seqlens, options)
-    return documents.attend(*_flat(q, k, v), plan, keep=False)[0][None]
-
-
-def _plan(q: Tensor, k: Tensor, cu_seqlens: Tensor, options: Options) -> documents.Plan:
+    other = borders.rows if borders.keys is None else borders.keys
     sizes = q.shape[1], k.shape[1]
-    return documents.plan(cu_seqlens, cu_seqlens, *sizes, options.causal, options.scale)
+    plan = documents.plan(borders.rows, other, *sizes, options.causal, options.scale)
+    if plan.mask_entries > documents.MASK_ENTRIES:
+        return _in_pieces(q, k, v, borders, options)
+    if recorded:
+        return _Documents.apply(q, k, v, *borders, options, plan)
+    return documents.attend(*_flat(q, k, v), plan, keep=False)[0][None]
 
 
 def _hides_poison(options: Options, *tensors: Tensor) -> bool:
@@ -124,7 +154,7 @@ class _Stock(torch.autograd.Function):
         q, k, v = ctx.saved_tensors
         derived: Sequence[Tensor | None]
         if _recorded.is_needed(*grads) or _hides_poison(ctx.options, *grads):
-            derived = _gradients(grads[0], q, k, v, None, ctx.options, None)
+            derived = _gradients(grads[0], q, k, v, Borders(None, None), ctx.options, None)
         else:
             derived = torch.autograd.grad(ctx.recorded, ctx.leaves, grads, retain_graph=True)
         return *derived, None
@@ -135,24 +165,31 @@ class _Documents(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, options: Options
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor,
+        cu_seqlens_k: Tensor | None,
+        options: Options,
+        plan: documents.Plan,
     ) -> Tensor:
-        ctx.plan, ctx.options = _plan(q, k, cu_seqlens, options), options
-        out, ctx.kept = documents.attend(*_flat(q, k, v), ctx.plan, keep=True)
-        ctx.save_for_backward(q, k, v, cu_seqlens)
+        ctx.plan, ctx.options = plan, options
+        out, ctx.kept = documents.attend(*_flat(q, k, v), plan, keep=True)
+        ctx.save_for_backward(q, k, v, cu_seqlens, cu_seqlens_k)
         return out[None]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, cu_seqlens = ctx.saved_tensors
+        q, k, v, *borders = ctx.saved_tensors
         derived: Sequence[Tensor | None]
         if _recorded.is_needed(*grads) or _hides_poison(ctx.options, *grads):
-            derived = _gradients(grads[0], q, k, v, cu_seqlens, ctx.options, None)
+            derived = _gradients(grads[0], q, k, v, Borders(*borders), ctx.options, None)
         else:
             grad = grads[0].flatten(0, 1)
             flat = documents.gradients(grad, *_flat(q, k, v), ctx.plan, ctx.kept)
             derived = [x[None] for x in flat]
-        return *derived, None, None
+        return *derived, None, None, None, None
 
 
 class _Banded(torch.autograd.Function):
@@ -162,9 +199,11 @@ class _Banded(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, options: Options
     ) -> Tensor:
-        assert options.window is not None
-        cut = bands.Bands.of(q.shape[0] * q.shape[1], options.window, q.shape[2] // k.shape[2])
-        sight = _sight(q, cu_seqlens, options)
+        assert options.left is not None
+        assert options.right is not None
+        group = q.shape[2] // k.shape[2]
+        cut = bands.Bands.of(q.shape[0] * q.shape[1], options.left, options.right, group)
+        sight = _sight(q, k, Borders(cu_seqlens, None), options)
         out, ctx.sums = bands.attend(*_flat(q, k, v), sight, cut, options.scale)
         ctx.cut, ctx.options = cut, options
         ctx.save_for_backward(q, k, v, cu_seqlens, out, *sight)
@@ -174,7 +213,8 @@ class _Banded(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, cu_seqlens, out, *sight = ctx.saved_tensors
         if _recorded.is_needed(*grads) or _hides_poison(ctx.options, *grads):
-            derived = _gradients(grads[0], q, k, v, cu_seqlens, ctx.options, None)
+            borders = Borders(cu_seqlens, None)
+            derived = _gradients(grads[0], q, k, v, borders, ctx.options, None)
         else:
             flat = bands.gradients(
                 grads[0].flatten(0, 1), *_flat(q, k, v), out, ctx.sums,
@@ -187,16 +227,14 @@ class _Banded(torch.autograd.Function):
 # Pieces
 
 
-def _in_pieces(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, options: Options
-) -> Tensor:
+def _in_pieces(q: Tensor, k: Tensor, v: Tensor, borders: Borders, options: Options) -> Tensor:
     seed = None
     if options.dropout_p:
         seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=q.device)
     if _checks.needs_composition(q, k, v):
-        pieces = _cutter(q, cu_seqlens, options)(True)
+        pieces = _cutter(q, k, borders, options)(True)
         return _attend_plainly(q, k, v, pieces, _rule(options, seed))
-    return _InPieces.apply(q, k, v, cu_seqlens, options, seed)
+    return _InPieces.apply(q, k, v, *borders, options, seed)
 
 
 def _rule(options: Options, seed: Tensor | None) -> Rule:
@@ -209,46 +247,82 @@ def _flat(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _cutter(
-    q: Tensor, cu_seqlens: Tensor | None, options: Options
+    q: Tensor, k: Tensor, borders: Borders, options: Options
 ) -> Callable[[bool], Iterator[Piece]]:
     """What cuts the rows of a call into pieces, told whether operands are mixed with NaN."""
-    start, end = _sight(q, cu_seqlens, options)
-    total = q.shape[0] * q.shape[1]
-    reach = total if options.window is None else min(options.window, total)
-    if total and _checks.values_readable(start):
-        reach = max(1, int((end - start).max()))
-    return lambda mixed: _cut(start, end, q.shape[2], reach, options.causal, mixed)
+    sight = _sight(q, k, borders, options)
+    keys = k.shape[0] * k.shape[1]
+    sides = options.left, options.right
+    reach = min(keys, 1 + sum(keys if side is None else side for side in sides))
+    if len(sight.start) and _checks.values_readable(sight.start):
+        reach = max(1, int((sight.end - sight.start).max()))
+    span = partial(_span, shape=q.shape, keys=k.shape[1], borders=borders, sides=sides)
+    return lambda mixed: _cut(sight, q.shape[2], reach, span, mixed)
 
 
-def _sight(q: Tensor, cu_seqlens: Tensor | None, options: Options) -> bands.Sight:
+def _span(
+    first: int,
+    last: int,
+    shape: Sequence[int],
+    keys: int,
+    borders: Borders,
+    sides: tuple[int | None, int | None],
+) -> tuple[int, int]:
+    """No row from first to last sees a key outside these, whatever the borders hold."""
+    batch, rows = shape[:2]
+    if borders.keys is not None:
+        return 0, keys
+    here, there = first // rows, (last - 1) // rows  # sequences
+    left, right = (batch * keys if side is None else side for side in sides)
+    low = first + (here + 1) * (keys - rows) - left
+    high = last + (there + 1) * (keys - rows) + right
+    return max(here * keys, low), min((there + 1) * keys, high)
+
+
+def _sight(q: Tensor, k: Tensor, borders: Borders, options: Options) -> bands.Sight:
     """Which keys each row of the flat batch sees."""
-    batch, length = q.shape[:2]
-    total, device = batch * length, q.device
-    rows = torch.arange(total, device=device)
-    if cu_seqlens is None:
-        start = rows // max(1, length) * length
-        end = start + length
+    (batch, length), keys = q.shape[:2], k.shape[1]
+    rows = torch.arange(batch * length, device=q.device)
+    if borders.rows is None:
+        start = rows // max(1, length) * keys
+        end, offset = start + keys, (rows // max(1, length) + 1) * (keys - length)
     else:
-        borders = _checks.clamped_bounds(cu_seqlens, total).long()
-        document = torch.searchsorted(borders, rows, right=True)  # 0 and S + 1 are none
-        bounds = torch.cat([borders.new_zeros(1), borders, borders[-1:]])
-        inside = (document > 0) & (document < borders.shape[0])
-        start, end = bounds[document], bounds[document + 1]
-        start, end = torch.where(inside, start, 0), torch.where(inside, end, 0)
-    if options.window is not None:
-        start = torch.maximum(start, rows - min(options.window, total) + 1).minimum(end)
-    if options.causal:
-        end = end.minimum(rows + 1)
+        start, end, offset = _documents_of(rows, borders, length, keys)
+    place, first, last = rows + offset, start, end
+    if options.left is not None:
+        start = torch.maximum(first, place - options.left).minimum(last)
+    if options.right is not None:
+        end = torch.minimum(last, place + options.right + 1).maximum(first)
     return bands.Sight(start, end)
 
 
+def _documents_of(
+    rows: Tensor, borders: Borders, length: int, keys: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row: its document's first key, the end of its keys, and how far rows are from them;
+    no key for rows of none."""
+    assert borders.rows is not None
+    other = borders.rows if borders.keys is None else borders.keys
+    own = _checks.clamped_bounds(borders.rows, length).long()
+    other = _checks.clamped_bounds(other, keys).long()
+    document = torch.searchsorted(own, rows, right=True)  # 0 and S + 1 are none
+    inside = (document > 0) & (document < own.shape[0])
+    own, other = (torch.cat([x[:1], x, x[-1:]]) for x in (own, other))
+    start, end = (torch.where(inside, other[i], 0) for i in (document, document + 1))
+    return start, end, other[document + 1] - own[document + 1]
+
+
 def _cut(
-    start: Tensor, end: Tensor, heads: int, reach: int, causal: bool, mixed: bool
+    sight: bands.Sight,
+    heads: int,
+    reach: int,
+    span: Callable[[int, int], tuple[int, int]],
+    mixed: bool,
 ) -> Iterator[Piece]:
     """Blocks of rows; row t sees the keys from start[t] to end[t]."""
+    start, end = sight
     total, read = start.shape[0], _checks.values_readable(start)
-    widest = max(1, heads * min(total, 2 * reach))
-    step = min(max(reach, LEAST_BLOCK), _pieces.PIECE_SCORES // widest)
+    step = min(max(reach, LEAST_BLOCK), _pieces.PIECE_SCORES // max(1, 2 * heads * reach))
     step = max(LEAST_ROWS, step)
     for first in range(0, total, step):
         last = min(total, first + step)
@@ -257,10 +331,10 @@ def _cut(
         if read:
             if not bool(sees.any()):
                 continue
-            least, most = int(low[sees].min()), int(high.max())
+            least, most = int(low[sees].min()), int(high[sees].max())
             sighted = bool(sees.all())
         else:
-            least, most = max(0, first - reach + 1), last if causal else total
+            least, most = span(first, last)
             sighted = False
         keys = torch.arange(least, most, device=start.device)
         hidden = (keys < low[:, None]) | (keys >= high[:, None])
@@ -272,16 +346,17 @@ def _gradients(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seqlens: Tensor | None,
+    borders: Borders,
     options: Options,
     seed: Tensor | None,
 ) -> Sequence[Tensor | None]:
-    pieces = _cutter(q, cu_seqlens, options)(_pieces.may_be_mixed(grad, q, k, v))
+    pieces = _cutter(q, k, borders, options)(_pieces.may_be_mixed(grad, q, k, v))
     rule = _rule(options, seed)
-    if _recorded.is_needed(grad):
-        attend = partial(_attend_plainly, pieces=pieces, rule=rule)
-        return _recorded.gradients(attend, (q, k, v), (grad,))
-    derived = _pieces.gradients(grad.flatten(0, 1), *_flat(q, k, v), pieces, rule)
+    with _checks.without_autocast(q):
+        if _recorded.is_needed(grad):
+            attend = partial(_attend_plainly, pieces=pieces, rule=rule)
+            return _recorded.gradients(attend, (q, k, v), (grad,))
+        derived = _pieces.gradients(grad.flatten(0, 1), *_flat(q, k, v), pieces, rule)
     return [dx.view(x.shape) for dx, x in zip(derived, (q, k, v), strict=True)]
 
 
@@ -298,19 +373,21 @@ class _InPieces(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         cu_seqlens: Tensor | None,
+        cu_seqlens_k: Tensor | None,
         options: Options,
         seed: Tensor | None,
     ) -> Tensor:
-        pieces = _cutter(q, cu_seqlens, options)(_pieces.may_be_mixed(q, k, v))
+        borders = Borders(cu_seqlens, cu_seqlens_k)
+        pieces = _cutter(q, k, borders, options)(_pieces.may_be_mixed(q, k, v))
         return _pieces.attend(*_flat(q, k, v), pieces, _rule(options, seed)).view(q.shape)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        q, k, v, cu_seqlens, ctx.options, seed = inputs
-        ctx.save_for_backward(q, k, v, cu_seqlens, seed)
+        q, k, v, cu_seqlens, cu_seqlens_k, ctx.options, seed = inputs
+        ctx.save_for_backward(q, k, v, seed, cu_seqlens, cu_seqlens_k)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, cu_seqlens, seed = ctx.saved_tensors
-        derived = _gradients(grads[0], q, k, v, cu_seqlens, ctx.options, seed)
-        return *derived, None, None, None
+        q, k, v, seed, *borders = ctx.saved_tensors
+        derived = _gradients(grads[0], q, k, v, Borders(*borders), ctx.options, seed)
+        return *derived, None, None, None, None

@@ -46,52 +46,9 @@ from ..._heads import (
     summed,
     zeros,
 )
-from ..._tiles import LOG2_E, NO_WINDOW, dot_type, row_bounds, with_rows
+from ..._sight import FARTHEST, place, range_of, sight
+from ..._tiles import LOG2_E, dot_type, row_bounds, with_rows
 from . import launch
-
-FARTHEST = NO_WINDOW - 1024
-"""The longest window: a tile on either side of it still counts in int32."""
-
-
-@triton.jit
-def _sight(bounds_ptr, base, total, length, window, HAS_DOCS: tl.constexpr, BLOCK: tl.constexpr):
-    """The first key of each row, and one past the last row that sees it as a key, or 0: no row.
-    Both are counted from `base`: `FARTHEST` keeps them int32, which the masks compare cheaply."""
-    rows = base + tl.arange(0, BLOCK)
-    if HAS_DOCS:
-        first = tl.load(bounds_ptr + rows, mask=rows < total, other=0)
-        last = tl.maximum(tl.load(bounds_ptr + total + rows, mask=rows < total, other=0), base)
-    else:
-        start = rows // length * length
-        first = tl.maximum(start, rows - window + 1)
-        last = tl.where(rows < total, tl.minimum(start + length, rows + window), base)
-    return (first - base).to(tl.int32), (last - base).to(tl.int32)
-
-
-@triton.jit
-def _blocks(low, high, solid_low, solid_high, INNER: tl.constexpr):
-    """Of the blocks from low to high: how many, how many before the solid ones, how many solid."""
-    count = tl.maximum(high - low + INNER - 1, 0) // INNER
-    lead = tl.minimum(tl.maximum(solid_low - low + INNER - 1, 0) // INNER, count)
-    solid = tl.maximum(tl.minimum(solid_high, high) - low, 0) // INNER - lead
-    return count, lead, tl.maximum(solid, 0)
-
-
-@triton.jit
-def _keys_of(
-    bounds_ptr, base, total, length, window,
-    HAS_DOCS: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr,
-):  # fmt: skip
-    """What a tile of queries sees: which rows there are, the first key of each, the range of keys,
-    and its blocks as `_blocks` counts them."""
-    own = tl.arange(0, BLOCK)
-    first, last = _sight(bounds_ptr, base, total, length, window, HAS_DOCS, BLOCK)
-    live = last > own
-    low = tl.min(tl.where(live, first, BLOCK), 0)
-    high = tl.max(tl.where(live, own + 1, 0), 0)
-    solid_low = tl.max(tl.where(live, first, low), 0)
-    count, lead, solid = _blocks(low, high, solid_low, 1, INNER)
-    return live, first, low, high, count, lead, solid
 
 
 @triton.jit
@@ -104,24 +61,24 @@ def _within(rows, high, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _sees(rows, keys, first):
-    """(rows, keys): each row sees the keys from its first one to itself."""
-    return (keys[None, :] >= first[:, None]) & (keys[None, :] <= rows[:, None])
+def _sees(inner, first, last):
+    """(rows of a tile, inner): each row meets those from its first to before its last."""
+    return (inner[None, :] >= first[:, None]) & (inner[None, :] < last[:, None])
 
 
 @triton.jit
 def _absorb(
-    q, k_ptr, v_ptr, base, keys, high, own, first, k_stride, v_stride, column, scale,
+    q, k_ptr, v_ptr, there, keys, high, first, last, k_stride, v_stride, column, scale,
     top, norm, acc, DOT: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """A block of keys into the softmax of every row; `top` is the largest product so far."""
     within = _within(keys, high, MASKED)
-    k = load_head(k_ptr, base + keys, within, k_stride, column, DOT, MAIN, REST)
-    v = load_head(v_ptr, base + keys, within, v_stride, column, DOT, MAIN, REST)
+    k = load_head(k_ptr, there + keys, within, k_stride, column, DOT, MAIN, REST)
+    v = load_head(v_ptr, there + keys, within, v_stride, column, DOT, MAIN, REST)
     s = products(q, k)
     if MASKED:
         v, poison = clean(v)
-        seen = _sees(own, keys, first)
+        seen = _sees(keys, first, last)
         s = tl.where(seen, s + poison[None, :], float("-inf"))
     new_top = tl.maximum(top, tl.max(s, 1))
     pivot = tl.where(new_top == float("-inf"), 0.0, new_top) * scale  # it may have seen nothing yet
@@ -133,21 +90,22 @@ def _absorb(
     return new_top, norm, summed(p, v, scaled(acc, shrink))
 
 
-@triton.jit(do_not_specialize=["total", "length", "window"])
+@triton.jit(do_not_specialize=["total", "length", "other", "whole", "before", "behind"])
 def stlm_attention_fwd(
     q_ptr, k_ptr, v_ptr, bounds_ptr, out_ptr, lse_ptr,
-    total, length, window, q_stride, k_stride, v_stride, scale,
+    total, length, other, whole, before, behind, q_stride, k_stride, v_stride, scale,
     H: tl.constexpr, GROUP: tl.constexpr, HAS_DOCS: tl.constexpr, DOT: tl.constexpr,
     MAIN: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     K: tl.constexpr = MAIN + REST
     program = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
     head, block = program % H, program // H
-    base, own = block * BLOCK, tl.arange(0, BLOCK)
-    rows = base + own
-    live, first, low, high, count, lead, solid = _keys_of(
-        bounds_ptr, base, total, length, window, HAS_DOCS, BLOCK, INNER
+    base, end, there = place(block, length, other, whole, BLOCK)
+    rows = base + tl.arange(0, BLOCK)
+    first, last = sight(
+        bounds_ptr, base, end, there, length, other, before, behind, HAS_DOCS, BLOCK
     )
+    live, low, high, count, lead, solid = range_of(first, last, INNER)
     q = load_head(q_ptr, rows, live, q_stride, head * K, DOT, MAIN, REST)
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
     norm, acc = tl.zeros((BLOCK,), tl.float32), zeros(BLOCK, MAIN, REST)
@@ -155,19 +113,19 @@ def stlm_attention_fwd(
     for i in range(lead, lead + solid):
         keys = low + i * INNER + tl.arange(0, INNER)
         top, norm, acc = _absorb(
-            q, k_ptr, v_ptr, base, keys, high, own, first, k_stride, v_stride, column, scale,
+            q, k_ptr, v_ptr, there, keys, high, first, last, k_stride, v_stride, column, scale,
             top, norm, acc, DOT, MAIN, REST, False,
         )  # fmt: skip
     for i in range(0, count - solid):
         keys = low + (i + tl.where(i < lead, 0, solid)) * INNER + tl.arange(0, INNER)
         top, norm, acc = _absorb(
-            q, k_ptr, v_ptr, base, keys, high, own, first, k_stride, v_stride, column, scale,
+            q, k_ptr, v_ptr, there, keys, high, first, last, k_stride, v_stride, column, scale,
             top, norm, acc, DOT, MAIN, REST, True,
         )  # fmt: skip
     norm = tl.where(live, norm, 1.0)
     lse = tl.where(live, top * scale + tl.log2(norm), 0.0)
-    tl.store(lse_ptr + head * total + rows, lse, mask=rows < total)
-    store_head(out_ptr, scaled(acc, 1.0 / norm), rows, live, total, H * K, head * K, MAIN, REST)
+    tl.store(lse_ptr + head * total + rows, lse, mask=rows < end)
+    store_head(out_ptr, scaled(acc, 1.0 / norm), rows, live, end, H * K, head * K, MAIN, REST)
 
 
 @triton.jit
@@ -184,14 +142,14 @@ def _gradient(s, dp, shift, delta, seen, MASKED: tl.constexpr):
 
 @triton.jit
 def _of_keys(
-    q, grad, k_ptr, v_ptr, base, keys, high, own, first, k_stride, v_stride, column, scale,
+    q, grad, k_ptr, v_ptr, there, keys, high, first, last, k_stride, v_stride, column, scale,
     lse, delta, DOT: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """A block of keys, and its weights and gradients of the scores, (rows, keys)."""
     within = _within(keys, high, MASKED)
-    k = load_head(k_ptr, base + keys, within, k_stride, column, DOT, MAIN, REST)
-    v = load_head(v_ptr, base + keys, within, v_stride, column, DOT, MAIN, REST)
-    seen = _sees(own, keys, first)
+    k = load_head(k_ptr, there + keys, within, k_stride, column, DOT, MAIN, REST)
+    v = load_head(v_ptr, there + keys, within, v_stride, column, DOT, MAIN, REST)
+    seen = _sees(keys, first, last)
     shift = -lse[:, None]
     if MASKED:
         k, poison = clean(k)
@@ -201,10 +159,10 @@ def _of_keys(
     return k, p, ds
 
 
-@triton.jit(do_not_specialize=["total", "length", "window"])
+@triton.jit(do_not_specialize=["total", "length", "other", "whole", "before", "behind"])
 def stlm_attention_bwd_q(
     q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, lse_ptr, bounds_ptr, dq_ptr, delta_ptr,
-    total, length, window, q_stride, k_stride, v_stride, scale, unit,
+    total, length, other, whole, before, behind, q_stride, k_stride, v_stride, scale, unit,
     H: tl.constexpr, GROUP: tl.constexpr, HAS_DOCS: tl.constexpr, DOT: tl.constexpr,
     MAIN: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
@@ -212,11 +170,12 @@ def stlm_attention_bwd_q(
     ROUNDED: tl.constexpr = out_ptr.dtype.element_ty != tl.float32
     program = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
     head, block = program % H, program // H
-    base, own = block * BLOCK, tl.arange(0, BLOCK)
-    rows = base + own
-    live, first, low, high, count, lead, solid = _keys_of(
-        bounds_ptr, base, total, length, window, HAS_DOCS, BLOCK, INNER
+    base, end, there = place(block, length, other, whole, BLOCK)
+    rows = base + tl.arange(0, BLOCK)
+    first, last = sight(
+        bounds_ptr, base, end, there, length, other, before, behind, HAS_DOCS, BLOCK
     )
+    live, low, high, count, lead, solid = range_of(first, last, INNER)
     q = load_head(q_ptr, rows, live, q_stride, head * K, DOT, MAIN, REST)
     grad = load_head(grad_ptr, rows, live, H * K, head * K, DOT, MAIN, REST)
     delta = inner(grad, load_head(out_ptr, rows, live, H * K, head * K, tl.float32, MAIN, REST))
@@ -226,14 +185,14 @@ def stlm_attention_bwd_q(
     for i in range(lead, lead + solid):
         keys = low + i * INNER + tl.arange(0, INNER)
         k, _, ds = _of_keys(
-            q, grad, k_ptr, v_ptr, base, keys, high, own, first, k_stride, v_stride, column,
+            q, grad, k_ptr, v_ptr, there, keys, high, first, last, k_stride, v_stride, column,
             scale, lse, delta, DOT, MAIN, REST, False,
         )  # fmt: skip
         dq = summed(ds, k, dq)
     for i in range(0, count - solid):
         keys = low + (i + tl.where(i < lead, 0, solid)) * INNER + tl.arange(0, INNER)
         k, p, ds = _of_keys(
-            q, grad, k_ptr, v_ptr, base, keys, high, own, first, k_stride, v_stride, column,
+            q, grad, k_ptr, v_ptr, there, keys, high, first, last, k_stride, v_stride, column,
             scale, lse, delta, DOT, MAIN, REST, True,
         )  # fmt: skip
         dq = summed(ds, k, dq)
@@ -245,24 +204,24 @@ def stlm_attention_bwd_q(
         excess = tl.where(solid == 0, excess, 0.0)
         dq = difference(dq, scaled(mean, excess))
         delta += excess
-    tl.store(delta_ptr + head * total + rows, tl.where(live, delta, 0.0), mask=rows < total)
+    tl.store(delta_ptr + head * total + rows, tl.where(live, delta, 0.0), mask=rows < end)
     dq = scaled(dq, tl.zeros((BLOCK,), tl.float32) + unit)
-    store_head(dq_ptr, dq, rows, live, total, H * K, head * K, MAIN, REST)
+    store_head(dq_ptr, dq, rows, live, end, H * K, head * K, MAIN, REST)
 
 
 @triton.jit
 def _of_rows(
-    k, v, q_ptr, grad_ptr, lse_ptr, delta_ptr, base, rows, high, own, last, q_stride, width,
+    k, v, q_ptr, grad_ptr, lse_ptr, delta_ptr, there, rows, high, first, last, q_stride, width,
     column, scale, DOT: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """A block of queries and its upstream gradient, weights and gradients of the scores, (keys,
     rows)."""
-    inside, place = _within(rows, high, MASKED), base + rows
-    q = load_head(q_ptr, place, inside, q_stride, column, DOT, MAIN, REST)
-    grad = load_head(grad_ptr, place, inside, width, column, DOT, MAIN, REST)
-    shift = -tl.load(lse_ptr + place, mask=inside, other=0.0)
-    delta = tl.load(delta_ptr + place, mask=inside, other=0.0)
-    seen = (own[:, None] <= rows[None, :]) & (rows[None, :] < last[:, None])
+    inside, at = _within(rows, high, MASKED), there + rows
+    q = load_head(q_ptr, at, inside, q_stride, column, DOT, MAIN, REST)
+    grad = load_head(grad_ptr, at, inside, width, column, DOT, MAIN, REST)
+    shift = -tl.load(lse_ptr + at, mask=inside, other=0.0)
+    delta = tl.load(delta_ptr + at, mask=inside, other=0.0)
+    seen = _sees(rows, first, last)
     if MASKED:
         q, poison = clean(q)
         grad, more = clean(grad)
@@ -272,74 +231,76 @@ def _of_rows(
     return q, grad, p, ds
 
 
-@triton.jit(do_not_specialize=["total", "length", "window"])
+@triton.jit(do_not_specialize=["total", "length", "other", "whole", "before", "behind"])
 def stlm_attention_bwd_kv(
     q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, bounds_ptr, dk_ptr, dv_ptr,
-    total, length, window, q_stride, k_stride, v_stride, scale, unit,
+    total, length, other, whole, before, behind, q_stride, k_stride, v_stride, scale, unit,
     H: tl.constexpr, GROUP: tl.constexpr, HAS_DOCS: tl.constexpr, DOT: tl.constexpr,
     MAIN: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     K: tl.constexpr = MAIN + REST
     KV: tl.constexpr = H // GROUP
     program = tl.program_id(0).to(tl.int64)
-    kv_head, base, own = program % KV, program // KV * BLOCK, tl.arange(0, BLOCK)
-    keys = base + own
-    _, last = _sight(bounds_ptr, base, total, length, window, HAS_DOCS, BLOCK)
-    live = last > own
-    high = tl.max(tl.where(live, last, 0), 0)
-    solid_high = tl.min(tl.where(live, last, high), 0)
-    count, lead, solid = _blocks(0, high, BLOCK - 1, solid_high, INNER)
+    kv_head, block = program % KV, program // KV
+    base, end, there = place(block, length, other, whole, BLOCK)
+    keys = base + tl.arange(0, BLOCK)
+    first, last = sight(
+        bounds_ptr, base, end, there, length, other, before, behind, HAS_DOCS, BLOCK
+    )
+    live, low, high, count, lead, solid = range_of(first, last, INNER)
     k = load_head(k_ptr, keys, live, k_stride, kv_head * K, DOT, MAIN, REST)
     v = load_head(v_ptr, keys, live, v_stride, kv_head * K, DOT, MAIN, REST)
     dk, dv = zeros(BLOCK, MAIN, REST), zeros(BLOCK, MAIN, REST)
     for member in range(0, GROUP):
         head = kv_head * GROUP + member
         for i in range(lead, lead + solid):
-            rows = i * INNER + tl.arange(0, INNER)
+            rows = low + i * INNER + tl.arange(0, INNER)
             q, grad, p, ds = _of_rows(
                 k, v, q_ptr, grad_ptr, lse_ptr + head * total, delta_ptr + head * total,
-                base, rows, high, own, last, q_stride, H * K, head * K, scale, DOT, MAIN,
+                there, rows, high, first, last, q_stride, H * K, head * K, scale, DOT, MAIN,
                 REST, False,
             )  # fmt: skip
             dv = summed(p, grad, dv)
             dk = summed(ds, q, dk)
         for i in range(0, count - solid):
-            rows = (i + tl.where(i < lead, 0, solid)) * INNER + tl.arange(0, INNER)
+            rows = low + (i + tl.where(i < lead, 0, solid)) * INNER + tl.arange(0, INNER)
             q, grad, p, ds = _of_rows(
                 k, v, q_ptr, grad_ptr, lse_ptr + head * total, delta_ptr + head * total,
-                base, rows, high, own, last, q_stride, H * K, head * K, scale, DOT, MAIN,
+                there, rows, high, first, last, q_stride, H * K, head * K, scale, DOT, MAIN,
                 REST, True,
             )  # fmt: skip
             dv = summed(p, grad, dv)
             dk = summed(ds, q, dk)
     dk = scaled(dk, tl.zeros((BLOCK,), tl.float32) + unit)
-    store_head(dk_ptr, dk, keys, live, total, KV * K, kv_head * K, MAIN, REST)
-    store_head(dv_ptr, dv, keys, live, total, KV * K, kv_head * K, MAIN, REST)
+    store_head(dk_ptr, dk, keys, live, end, KV * K, kv_head * K, MAIN, REST)
+    store_head(dv_ptr, dv, keys, live, end, KV * K, kv_head * K, MAIN, REST)
 
 
 def launch_fwd(
     q: Tensor,  # (B, T, H, K)
-    k: Tensor,  # (B, T, H_kv, K)
-    v: Tensor,  # (B, T, H_kv, K)
+    k: Tensor,  # (B, T_kv, H_kv, K)
+    v: Tensor,  # (B, T_kv, H_kv, K)
     cu_seqlens: Tensor | None,  # (S+1,) int32, with B = 1
-    window: int | None,
+    cu_seqlens_k: Tensor | None,  # (S+1,) int32; None: cu_seqlens
+    left: int | None,
+    right: int | None,
     scale: float,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(B, T, H, K) in `out_dtype`, (H, B T) fp32 log2-sum-exp2, (2, T) int32 bounds of each row."""
-    (batch, length, heads, _), device = q.shape, q.device
-    total, reach = batch * length, FARTHEST if window is None else min(window, FARTHEST)
+    (batch, length, heads, _), keys, device = q.shape, k.shape[1], q.device
+    total, sides = batch * length, _sides(left, right)
     out = torch.empty(q.shape, dtype=out_dtype, device=device)
     lse = torch.empty((heads, total), dtype=torch.float32, device=device)
-    bounds = torch.empty((2, 0), dtype=torch.int32, device=device)
-    if cu_seqlens is not None:
-        bounds = row_bounds(cu_seqlens, total, reach)
-    options = _options("fwd", q, k, cu_seqlens is not None, min(reach, length), out_dtype)
+    bounds = _bounds(cu_seqlens, cu_seqlens_k, length, keys, sides, device)
+    has_docs = cu_seqlens is not None
+    options = _options("fwd", q, k, has_docs, sides, out_dtype)
+    whole, tiles = _tiles_of(batch, length, keys, has_docs, options["BLOCK"])
     q, k, v = (with_rows(x.flatten(0, 1)) for x in (q, k, v))
     _launch.launch(
-        stlm_attention_fwd, _launch.ceil_div(total, options["BLOCK"]) * heads,
+        stlm_attention_fwd, tiles * heads,
         q, k, v, bounds, out, lse,
-        total, length, reach, q.stride(0), k.stride(0), v.stride(0), scale * LOG2_E,
+        total, length, keys, whole, *sides, q.stride(0), k.stride(0), v.stride(0), scale * LOG2_E,
         device=device, **options,
     )  # fmt: skip
     return out, lse, bounds
@@ -348,45 +309,69 @@ def launch_fwd(
 def launch_bwd(
     grad: Tensor,  # (B, T, H, K)
     q: Tensor,  # (B, T, H, K)
-    k: Tensor,  # (B, T, H_kv, K)
-    v: Tensor,  # (B, T, H_kv, K)
+    k: Tensor,  # (B, T_kv, H_kv, K)
+    v: Tensor,  # (B, T_kv, H_kv, K)
     out: Tensor,  # (B, T, H, K)
     lse: Tensor,  # (H, B T)
     bounds: Tensor,  # (2, T), or (2, 0) without documents
-    window: int | None,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    left: int | None,
+    right: int | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; the second kernel reads what the first noted of each row."""
-    length, device, has_docs = q.shape[1], q.device, bounds.shape[1] > 0
-    total, reach = lse.shape[1], FARTHEST if window is None else min(window, FARTHEST)
+    (batch, length, heads, _), (_, keys, kv_heads, _) = q.shape, k.shape
+    device, sides, has_docs = q.device, _sides(left, right), cu_seqlens is not None
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (q, k, v))
-    by_kernel = {
-        name: _options(name, q, k, has_docs, min(reach, length), grad.dtype)
-        for name in ("bwd_q", "bwd_kv")
-    }
-    heads, kv_heads, delta = q.shape[2], k.shape[2], torch.empty_like(lse)
+    of_q, of_kv = (_options(x, q, k, has_docs, sides, grad.dtype) for x in ("bwd_q", "bwd_kv"))
+    other = None if cu_seqlens is None else cu_seqlens_k if cu_seqlens_k is not None else cu_seqlens
+    key_bounds = _bounds(other, cu_seqlens, keys, length, sides[::-1], device)
+    total, delta = lse.shape[1], torch.empty_like(lse)
     q, k, v = (with_rows(x.flatten(0, 1)) for x in (q, k, v))
     grad, out = grad.contiguous(), out.contiguous()
-    strides = q.stride(0), k.stride(0), v.stride(0)
-    scalars = (total, length, reach, *strides, scale * LOG2_E, scale)
+    last = q.stride(0), k.stride(0), v.stride(0), scale * LOG2_E, scale
+    whole, tiles = _tiles_of(batch, length, keys, has_docs, of_q["BLOCK"])
     _launch.launch(
-        stlm_attention_bwd_q, _launch.ceil_div(total, by_kernel["bwd_q"]["BLOCK"]) * heads,
-        q, k, v, grad, out, lse, bounds, dq, delta, *scalars,
-        device=device, **by_kernel["bwd_q"],
+        stlm_attention_bwd_q, tiles * heads,
+        q, k, v, grad, out, lse, bounds, dq, delta,
+        total, length, keys, whole, *sides, *last, device=device, **of_q,
     )  # fmt: skip
+    whole, tiles = _tiles_of(batch, keys, length, has_docs, of_kv["BLOCK"])
     _launch.launch(
-        stlm_attention_bwd_kv, _launch.ceil_div(total, by_kernel["bwd_kv"]["BLOCK"]) * kv_heads,
-        q, k, v, grad, lse, delta, bounds, dk, dv, *scalars,
-        device=device, **by_kernel["bwd_kv"],
+        stlm_attention_bwd_kv, tiles * kv_heads,
+        q, k, v, grad, lse, delta, key_bounds, dk, dv,
+        total, keys, length, whole, *sides[::-1], *last, device=device, **of_kv,
     )  # fmt: skip
     return dq, dk, dv
 
 
+def _sides(left: int | None, right: int | None) -> tuple[int, int]:
+    left, right = (FARTHEST if x is None else min(x, FARTHEST) for x in (left, right))
+    return left, right
+
+
+def _bounds(
+    cu: Tensor | None, other: Tensor | None, rows: int, others: int, sides: tuple[int, int],
+    device: torch.device,
+) -> Tensor:  # fmt: skip
+    """What each row of packed documents meets of the other side's rows, (2, rows) int32."""
+    if cu is None:
+        return torch.empty((2, 0), dtype=torch.int32, device=device)
+    return row_bounds(cu, rows, *sides, cu if other is None else other, others)
+
+
+def _tiles_of(batch: int, rows: int, others: int, has_docs: bool, block: int) -> tuple[int, int]:
+    """Rows that tiles divide, and the tiles of all: the whole stream if both sides are alike."""
+    whole = batch * rows if has_docs or rows == others else rows
+    return whole, batch * rows // max(1, whole) * _launch.ceil_div(whole, block)
+
+
 def _options(
-    kernel: str, q: Tensor, k: Tensor, has_docs: bool, reach: int, dtype: torch.dtype
+    kernel: str, q: Tensor, k: Tensor, has_docs: bool, sides: tuple[int, int], dtype: torch.dtype
 ) -> dict[str, Any]:
     """The constants of a launch; `dtype` is what the products' operands are rounded to."""
-    heads, width = q.shape[2:]
+    (heads, width), reach = q.shape[2:], min(sum(sides) + 1, k.shape[1])
     return launch.rows_config(kernel, width, reach, dtype, q.device) | {
         "H": heads,
         "GROUP": heads // k.shape[2],

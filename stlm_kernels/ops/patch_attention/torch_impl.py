@@ -216,12 +216,13 @@ def _gradients(
     scale: float,
 ) -> Sequence[Tensor | None]:
     """Of q, k and v, piece by piece."""
-    if _recorded.is_needed(grad):
-        attend = partial(_attend_plainly, cu_patchlens=cu_patchlens, causal=causal, scale=scale)
-        return _recorded.gradients(attend, (q, k, v), (grad,))
-    pieces = _pieces_of(cu_patchlens, (q, k, v, grad), q.shape[1], causal)
-    grad, q, k, v = (_padded(x) for x in (grad, q, k, v))
-    return [x[:-1] for x in gradients(grad, q, k, v, pieces, Rule(scale))]
+    with _checks.without_autocast(q):
+        if _recorded.is_needed(grad):
+            attend = partial(_attend_plainly, cu_patchlens=cu_patchlens, causal=causal, scale=scale)
+            return _recorded.gradients(attend, (q, k, v), (grad,))
+        pieces = _pieces_of(cu_patchlens, (q, k, v, grad), q.shape[1], causal)
+        grad, q, k, v = (_padded(x) for x in (grad, q, k, v))
+        return [x[:-1] for x in gradients(grad, q, k, v, pieces, Rule(scale))]
 
 
 def _attend_plainly(

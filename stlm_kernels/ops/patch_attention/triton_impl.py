@@ -199,7 +199,7 @@ def launch_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(T, H, K) in `out_dtype`, (H, T) fp32 log2-sum-exp2, (2, T) int32 bounds of each row."""
     total, heads, _ = q.shape
-    bounds = row_bounds(cu_patchlens, total, NO_WINDOW)
+    bounds = row_bounds(cu_patchlens, total, NO_WINDOW, NO_WINDOW, cu_patchlens, total)
     out = torch.empty(q.shape, dtype=out_dtype, device=q.device)
     lse = torch.empty((heads, total), dtype=torch.float32, device=q.device)
     q, k, v = with_rows(q), with_rows(k), with_rows(v)
