@@ -152,6 +152,10 @@ def test_the_loss_is_over_bytes_and_shifted(kind: str) -> None:
     assert_same(unmasked.loss, output.loss)
     shifted = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
     assert_same(model(**{**batch, "labels": None}, shift_labels=shifted).loss, output.loss)
+    mask = batch["attention_mask"]
+    anything = shifted.masked_fill(mask == 0, 7)  # where no byte stands
+    of_shifted = model(batch["input_ids"], attention_mask=mask, shift_labels=anything).loss
+    assert_same(of_shifted, output.loss)
     training = model.train()(**batch)
     assert training.logits is None
     if kind != "parallel":  # which has a second loss in training

@@ -59,7 +59,12 @@ def targets_of(
     assert given is not None
     if tuple(given.shape) != layout.shape:
         raise ValueError(f"{name}: expected shape {layout.shape}, got {tuple(given.shape)}")
-    targets = layout.targets(given) if shift_labels is None else layout.take(given)
+    if shift_labels is None:
+        targets = layout.targets(given)
+    elif layout.kept is None:
+        targets = layout.take(given)
+    else:
+        targets = layout.take(given.masked_fill(~layout.kept, IGNORED))
     if config.model_config.tokens != "bytes":
         return targets
     return targets.masked_fill((targets >= BYTES) & (targets < config.vocab_size), IGNORED)
