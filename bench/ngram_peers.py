@@ -30,14 +30,14 @@ def _with_places(inputs: Inputs) -> Inputs:
 
 
 def _sum_of_embeddings(
-    byte_ids: Tensor, ns: tuple[int, ...], places: Tensor, homeless: int, **tables: Any
+    byte_ids: Tensor, ngram_sizes: tuple[int, ...], places: Tensor, homeless: int, **tables: Any
 ) -> Tensor:
     shifted = [byte_ids] + [
         F.pad(byte_ids, (back, 0))[:-back].masked_fill(places < back, 0)
-        for back in range(1, max(ns))
+        for back in range(1, max(ngram_sizes))
     ]
     rows = []
-    for i, n in enumerate(ns):
+    for i, n in enumerate(ngram_sizes):
         table, value = tables[f"table{i}"], shifted[0]
         for earlier in shifted[1:n]:
             value = value * BASE + earlier

@@ -47,10 +47,10 @@ def segment_pool(x: Tensor, cu_patchlens: Tensor, *, mode: str) -> Tensor:
 
 
 def ngram_embedding(
-    byte_ids: Tensor, tables: list[Tensor], *, ns: tuple[int, ...], cu_seqlens: Tensor
+    byte_ids: Tensor, tables: list[Tensor], *, ngram_sizes: tuple[int, ...], cu_seqlens: Tensor
 ) -> Tensor:
     named = {f"table{i}": table for i, table in enumerate(tables)}
-    inputs = named | {"byte_ids": byte_ids, "ns": ns, "cu_seqlens": cu_seqlens}
+    inputs = named | {"byte_ids": byte_ids, "ngram_sizes": ngram_sizes, "cu_seqlens": cu_seqlens}
     return _run("ngram_embedding", "shifts + F.embedding", inputs)
 
 

@@ -50,7 +50,9 @@ class NgramPooling(nn.Module):
 
     def rows(self, byte_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
         """The n-grams that end at each byte, before pooling and projection: (T, dim)."""
-        return ngram_embedding(byte_ids, list(self.tables), ns=self.sizes, cu_seqlens=cu_seqlens)
+        return ngram_embedding(
+            byte_ids, list(self.tables), ngram_sizes=self.sizes, cu_seqlens=cu_seqlens
+        )
 
     def embed(self, last_ids: Tensor) -> Tensor:
         """The n-grams that end a text each.

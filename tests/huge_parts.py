@@ -141,7 +141,9 @@ def ema_unpool(inputs: Inputs, rows: Tensor) -> Part:
 
 def ngram_embedding(inputs: Inputs, rows: Tensor) -> Part:
     """Each row is the last of a document of its own, as long as the longest n-gram."""
-    first = torch.maximum(rows - max(inputs["ns"]) + 1, document_starts(rows, inputs["cu_seqlens"]))
+    first = torch.maximum(
+        rows - max(inputs["ngram_sizes"]) + 1, document_starts(rows, inputs["cu_seqlens"])
+    )
     taken, cu_seqlens = runs(first, rows + 1)
     small = inputs | {"byte_ids": picked(inputs["byte_ids"], taken), "cu_seqlens": cu_seqlens}
     tables = {name: (name, None) for name in inputs if name.startswith("table")}

@@ -123,7 +123,9 @@ def test_documents_behind_each_other(row: list[int], lengths: list[int]) -> None
         means = segment_pool(x, patches.cu_patchlens)
         patching, pool = PatchState(2, **options), PoolState(2, 3, "mean")
         ngrams, layer = NgramState(2, (2, 3)), NgramPooling((2, 3), 61, 4, 8).requires_grad_(False)
-        embedded = ngram_embedding(ids, list(layer.tables), ns=(2, 3), cu_seqlens=cu_seqlens)
+        embedded = ngram_embedding(
+            ids, list(layer.tables), ngram_sizes=(2, 3), cu_seqlens=cu_seqlens
+        )
         for t in range(len(row)):
             # Row 1 is one document throughout: a border belongs to its row.
             begins = torch.tensor([t in borders, False])

@@ -204,7 +204,7 @@ class TestModules:
         layer = NgramPooling((2, 3), 61, 4, 8)
         ids, cu_seqlens = packed([TEXT, b"z"])
         patches = BytePatcher("space", max_patch_len=5)(ids, cu_seqlens)
-        rows = ngram_embedding(ids, list(layer.tables), ns=(2, 3), cu_seqlens=cu_seqlens)
+        rows = ngram_embedding(ids, list(layer.tables), ngram_sizes=(2, 3), cu_seqlens=cu_seqlens)
         expected = BytePooling("mean")(layer.projection(rows), patches)
         torch.testing.assert_close(layer(ids, patches, cu_seqlens), expected)
 
@@ -217,7 +217,9 @@ class TestModules:
         rows = torch.arange(61.0)[:, None]
         pooled = sum(
             byte_pool(
-                ngram_embedding(ids, [rows], ns=(n,), cu_seqlens=cu_seqlens).flatten().int(),
+                ngram_embedding(ids, [rows], ngram_sizes=(n,), cu_seqlens=cu_seqlens)
+                .flatten()
+                .int(),
                 table,
                 patches.cu_patchlens,
                 mode=mode,

@@ -53,13 +53,13 @@ def test_the_hash_of_blt(dtype: torch.dtype, rows: int) -> None:
     ids = list(b"Byte Latent Transformer \x00\x00\xfe\xff" * 2) + ([30_000] * 3)
     ids = [x % 256 if dtype == torch.uint8 else x for x in ids]
     for n in (1, 2, 3, 4, 5, 8, 13, 60):
-        out = ngram_embedding(ints(*ids, dtype=dtype), [counting(rows)], ns=(n,))
+        out = ngram_embedding(ints(*ids, dtype=dtype), [counting(rows)], ngram_sizes=(n,))
         assert out.flatten().int().tolist() == blt_hashes(ids, n, rows)
 
 
 def test_hashes_by_hand() -> None:
     ids = ints(97, 98, 99, dtype=torch.uint8)
-    got = ngram_embedding(ids, [counting(1000)], ns=(3,)).flatten().int().tolist()
+    got = ngram_embedding(ids, [counting(1000)], ngram_sizes=(3,)).flatten().int().tolist()
     # 97 p^2 = 97000001358000004753 and so on, less the multiple of 2^64 that leaves an int64.
     wrapped = (4766280989452246673, 5766281100452247401, 6766281115452247554)
     assert got == [h % 1000 for h in wrapped]
@@ -67,20 +67,23 @@ def test_hashes_by_hand() -> None:
 
 def test_large_ids_wrap() -> None:
     ids = ints(2**63 - 1, 2**62, 5, dtype=torch.int64)
-    got = ngram_embedding(ids, [counting(997)], ns=(2,)).flatten().int().tolist()
+    got = ngram_embedding(ids, [counting(997)], ngram_sizes=(2,)).flatten().int().tolist()
     assert got == blt_hashes(ids.tolist(), 2, 997)
 
 
 def test_tables_are_added_in_any_order_of_lengths() -> None:
     ids = ints(*b"abcabcabd", dtype=torch.uint8)
     tables = [torch.randn(rows, 3, dtype=torch.float64) for rows in (64, 7, 31, 64)]
-    ns = (5, 1, 3, 5)
-    each = [ngram_embedding(ids, [t], ns=(n,)) for t, n in zip(tables, ns, strict=True)]
-    both = ngram_embedding(ids, tables, ns=ns)
+    ngram_sizes = (5, 1, 3, 5)
+    each = [
+        ngram_embedding(ids, [t], ngram_sizes=(n,))
+        for t, n in zip(tables, ngram_sizes, strict=True)
+    ]
+    both = ngram_embedding(ids, tables, ngram_sizes=ngram_sizes)
     torch.testing.assert_close(both, torch.stack(each).sum(0))
-    torch.testing.assert_close(both, reference(ids, tables, ns=ns))
+    torch.testing.assert_close(both, reference(ids, tables, ngram_sizes=ngram_sizes))
     as_module = torch.nn.ParameterList(tables)
-    assert torch.equal(ngram_embedding(ids, as_module, ns=list(ns)), both)
+    assert torch.equal(ngram_embedding(ids, as_module, ngram_sizes=list(ngram_sizes)), both)
 
 
 # ---- documents --------------------------------------------------------------------------------
@@ -91,9 +94,9 @@ def test_documents_are_hashed_alone(way: Way) -> None:
     ids = ints(*b"aab", *b"c", *b"aabca", 1, 2, dtype=torch.uint8).to(way.device)
     cu = ints(0, 0, 3, 4, 4, 9).to(way.device)
     tables = [torch.randn(rows, 2).to(way.device, way.dtype) for rows in (16, 37)]
-    out = ngram_embedding(ids, tables, ns=(2, 4), cu_seqlens=cu, impl=way.impl)
+    out = ngram_embedding(ids, tables, ngram_sizes=(2, 4), cu_seqlens=cu, impl=way.impl)
     alone = [
-        ngram_embedding(ids[a:b], tables, ns=(2, 4), impl=way.impl)
+        ngram_embedding(ids[a:b], tables, ngram_sizes=(2, 4), impl=way.impl)
         for a, b in ((0, 3), (3, 4), (4, 9))
     ]
     assert torch.equal(out[:9], torch.cat(alone))
@@ -105,7 +108,7 @@ def test_bytes_of_no_document_give_zeros_and_take_nothing(way: Way) -> None:
     ids = ints(1, 2, 3, -7, 2**15 - 1, dtype=torch.int16).to(way.device)
     table = torch.ones(4, 2, dtype=way.dtype, device=way.device).requires_grad_()
     out = ngram_embedding(
-        ids, [table], ns=(2,), cu_seqlens=ints(0, 3).to(way.device), impl=way.impl
+        ids, [table], ngram_sizes=(2,), cu_seqlens=ints(0, 3).to(way.device), impl=way.impl
     )
     assert out.tolist() == [[1, 1]] * 3 + [[0, 0]] * 2
     upstream = torch.ones_like(out)
@@ -128,7 +131,7 @@ def test_hot_rows_of_many_chunks(way: Way, rows: int, monkeypatch: pytest.Monkey
     ids = torch.cat([ints(5).expand(37), ints(9).expand(16), torch.arange(30), ints(5).expand(12)])
     ids = ids.to(way.device, torch.uint8)
     table = torch.zeros(rows, 3, dtype=way.dtype, device=way.device).requires_grad_()
-    out = ngram_embedding(ids, [table], ns=(1,), impl=way.impl)
+    out = ngram_embedding(ids, [table], ngram_sizes=(1,), impl=way.impl)
     upstream = (torch.arange(out.numel()).view(out.shape) % 7 - 3).to(out)
     (grad,) = torch.autograd.grad(out, table, upstream)
     want = torch.zeros(rows, 3, dtype=torch.float64)
@@ -140,7 +143,7 @@ def test_hot_rows_of_many_chunks(way: Way, rows: int, monkeypatch: pytest.Monkey
 def test_nan_reaches_no_row_but_its_own(way: Way) -> None:
     ids = ints(1, 2, 1, 3).to(way.device)
     table = torch.zeros(8, 2, dtype=way.dtype, device=way.device).requires_grad_()
-    out = ngram_embedding(ids, [table], ns=(1,), impl=way.impl)
+    out = ngram_embedding(ids, [table], ngram_sizes=(1,), impl=way.impl)
     upstream = torch.ones_like(out)
     upstream[1] = NAN
     (grad,) = torch.autograd.grad(out, table, upstream)
@@ -154,7 +157,7 @@ def test_gradients_accumulate_wide(way: Way, recorded: bool) -> None:
         pytest.skip("a kernel's gradient is not differentiated")
     tables = [leaf(n, 1, dtype=way.dtype).detach().to(way.device).requires_grad_() for n in (2, 1)]
     ids = torch.cat([ints(0).expand(1000), ints(1).expand(500)]).to(way.device)
-    out = ngram_embedding(ids, tables, ns=(1, 2), impl=way.impl)
+    out = ngram_embedding(ids, tables, ngram_sizes=(1, 2), impl=way.impl)
     grads = torch.autograd.grad(
         out, tables, torch.ones_like(out).requires_grad_(recorded), create_graph=recorded
     )
@@ -166,7 +169,7 @@ def test_gradients_accumulate_wide(way: Way, recorded: bool) -> None:
 def test_the_sum_is_rounded_once(dtype: torch.dtype) -> None:
     half = torch.finfo(dtype).eps / 2
     tables = [torch.full((1, 1), x, dtype=dtype) for x in (1.0, half, half)]
-    assert ngram_embedding(ints(3), tables, ns=(1, 2, 3)).item() == 1 + 2 * half
+    assert ngram_embedding(ints(3), tables, ngram_sizes=(1, 2, 3)).item() == 1 + 2 * half
 
 
 # ---- against the oracle -----------------------------------------------------------------------
@@ -176,19 +179,20 @@ def test_the_sum_is_rounded_once(dtype: torch.dtype) -> None:
 def calls(draw: st.DrawFn) -> dict[str, Any]:
     total = draw(st.integers(0, 12))
     rng = torch.Generator().manual_seed(draw(st.integers(0, 99)))
-    ns = draw(st.lists(st.integers(1, 9), min_size=1, max_size=3))
+    ngram_sizes = draw(st.lists(st.integers(1, 9), min_size=1, max_size=3))
     width = draw(st.integers(1, 3))
     cu = None
     if draw(st.booleans()):
         inner = draw(st.lists(st.integers(0, total), max_size=4))
         cu = ints(0, *sorted(inner))
     tables = [  # whole numbers, so that every sum is exact in every dtype
-        torch.randint(-4, 5, (draw(st.integers(1, 9)), width), generator=rng).double() for _ in ns
+        torch.randint(-4, 5, (draw(st.integers(1, 9)), width), generator=rng).double()
+        for _ in ngram_sizes
     ]
     return {
         "byte_ids": torch.randint(0, 3, (total,), generator=rng).to(torch.uint8),
         "tables": tables,
-        "ns": ns,
+        "ngram_sizes": ngram_sizes,
         "cu_seqlens": cu,
     }
 
@@ -224,7 +228,9 @@ def test_vmap_over_any_argument(way: Way) -> None:
     cu = ints(0, 4, 9).to(way.device)
 
     def square(ids: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        out = ngram_embedding(ids, [first, second], ns=(2, 1), cu_seqlens=cu, impl=way.impl)
+        out = ngram_embedding(
+            ids, [first, second], ngram_sizes=(2, 1), cu_seqlens=cu, impl=way.impl
+        )
         return out.square().sum()
 
     gradient = torch.func.grad(square, argnums=(1, 2))
@@ -250,7 +256,7 @@ def test_unchecked_negative_ids_are_loud_and_left_out(way: Way, documents: bool)
     cu = ints(0, 3, 2**31 - 1).to(way.device) if documents else None
 
     def total(*tables: Tensor) -> tuple[Tensor, Tensor]:
-        out = ngram_embedding(ids, tables, ns=(1, 2), cu_seqlens=cu, impl=way.impl)
+        out = ngram_embedding(ids, tables, ngram_sizes=(1, 2), cu_seqlens=cu, impl=way.impl)
         return out.sum(), out
 
     grads, out = torch.func.grad(total, argnums=(0, 1), has_aux=True)(*tables)
@@ -262,7 +268,7 @@ def test_unchecked_negative_ids_are_loud_and_left_out(way: Way, documents: bool)
 
 def test_unchecked_borders_stay_in_bounds() -> None:
     def total(table: Tensor) -> Tensor:
-        return ngram_embedding(ints(1, 1, 1, 1), [table], ns=(2,), cu_seqlens=cu).sum()
+        return ngram_embedding(ints(1, 1, 1, 1), [table], ngram_sizes=(2,), cu_seqlens=cu).sum()
 
     for borders in ((0, 3, 1, 99), (-5, 2), (2, 3), (4, 0), (0,)):
         cu = ints(*borders)
@@ -278,7 +284,7 @@ def test_compiles_once_for_all_lengths() -> None:
     tables = [leaf(8, 3), leaf(7, 3)]
     for total in (40, 33, 57):
         ids, cu = torch.arange(total) % 5, ints(0, 7, total - 2)
-        arguments = {"ns": (2, 3), "cu_seqlens": cu}
+        arguments = {"ngram_sizes": (2, 3), "cu_seqlens": cu}
         out, want = compiled(ids, tables, **arguments), ngram_embedding(ids, tables, **arguments)
         torch.testing.assert_close(out, want)
         got = torch.autograd.grad(out.square().sum(), tables)
@@ -299,25 +305,25 @@ IDS, TABLE = ints(0, 1, 2, 3), torch.zeros(5, 2)
         ({"byte_ids": IDS[None]}, r"byte_ids: expected shape \(T,\), got \(1, 4\)"),
         ({"tables": TABLE}, "tables: expected a sequence of Tensors, got Tensor"),
         ({"tables": []}, "tables: expected at least 1 table, got none"),
-        ({"tables": [TABLE] * 2}, "ns: expected 2 lengths, one a table, got 1"),
-        ({"tables": [TABLE, 3], "ns": (1, 2)}, r"tables\[1\]: expected a Tensor, got int"),
+        ({"tables": [TABLE] * 2}, "ngram_sizes: expected 2 lengths, one a table, got 1"),
+        ({"tables": [TABLE, 3], "ngram_sizes": (1, 2)}, r"tables\[1\]: expected a Tensor, got int"),
         ({"tables": [TABLE[0]]}, r"tables\[0\]: expected shape \(M, D\), got \(2,\)"),
         ({"tables": [TABLE[:0]]}, r"tables\[0\]: expected M >= 1 and D >= 1, got \(0, 2\)"),
         ({"tables": [TABLE[:, :0]]}, r"tables\[0\]: expected M >= 1 and D >= 1, got \(5, 0\)"),
         ({"tables": [TABLE.int()]}, r"tables\[0\]: expected dtype float32 or"),
         (
-            {"tables": [TABLE, TABLE.half()], "ns": (1, 2)},
+            {"tables": [TABLE, TABLE.half()], "ngram_sizes": (1, 2)},
             r"tables\[1\]: expected dtype float32, got float16",
         ),
         (
-            {"tables": [TABLE, TABLE[:, :1]], "ns": (1, 2)},
+            {"tables": [TABLE, TABLE[:, :1]], "ngram_sizes": (1, 2)},
             r"tables\[1\]: expected shape \(M, 2\), got \(5, 1\)",
         ),
         ({"tables": [TABLE.to("meta")]}, r"tables\[0\]: expected device cpu, got meta"),
-        ({"ns": 2}, "ns: expected a sequence of ints, got int"),
-        ({"ns": (0,)}, r"ns\[0\]: expected an int >= 1, got 0"),
-        ({"ns": (True,)}, r"ns\[0\]: expected an int >= 1, got True"),
-        ({"ns": (2.0,)}, r"ns\[0\]: expected an int >= 1, got 2.0"),
+        ({"ngram_sizes": 2}, "ngram_sizes: expected a sequence of ints, got int"),
+        ({"ngram_sizes": (0,)}, r"ngram_sizes\[0\]: expected an int >= 1, got 0"),
+        ({"ngram_sizes": (True,)}, r"ngram_sizes\[0\]: expected an int >= 1, got True"),
+        ({"ngram_sizes": (2.0,)}, r"ngram_sizes\[0\]: expected an int >= 1, got 2.0"),
         ({"cu_seqlens": IDS.long()}, "cu_seqlens: expected dtype int32, got int64"),
         ({"cu_seqlens": ints(1, 2)}, "cu_seqlens: expected first entry 0, got 1"),
         ({"cu_seqlens": ints(0, 3, 2)}, "cu_seqlens: expected non-decreasing entries, got 2"),
@@ -327,20 +333,20 @@ IDS, TABLE = ints(0, 1, 2, 3), torch.zeros(5, 2)
 )
 def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ngram_embedding(**{"byte_ids": IDS, "tables": [TABLE], "ns": (2,), **arguments})
+        ngram_embedding(**{"byte_ids": IDS, "tables": [TABLE], "ngram_sizes": (2,), **arguments})
 
 
 def test_negative_ids() -> None:
     message = r"byte_ids: expected values in \[0, 9223372036854775807\], got -1 at position 2"
     with pytest.raises(IndexError, match=message):
-        ngram_embedding(ints(0, 1, -1, 2), [TABLE], ns=(1,))
+        ngram_embedding(ints(0, 1, -1, 2), [TABLE], ngram_sizes=(1,))
     with pytest.raises(IndexError, match="got -1 at position 2"):
-        ngram_embedding(ints(0, 1, -1, 2), [TABLE], ns=(1,), cu_seqlens=ints(0, 3))
+        ngram_embedding(ints(0, 1, -1, 2), [TABLE], ngram_sizes=(1,), cu_seqlens=ints(0, 3))
 
 
 def test_a_refusal_lists_every_reason() -> None:
     with pytest.raises(NotImplementedError, match=r"tensors are on cpu .*; .*float64"):
-        ngram_embedding(IDS, [TABLE.double()], ns=(2,), impl="triton")
+        ngram_embedding(IDS, [TABLE.double()], ngram_sizes=(2,), impl="triton")
     huge = torch.zeros(1, 1).expand(2**31, 1)
-    reasons = explain(ngram_embedding, IDS, [huge], ns=(2,))
+    reasons = explain(ngram_embedding, IDS, [huge], ngram_sizes=(2,))
     assert any("2147483648 rows" in reason for reason in reasons)

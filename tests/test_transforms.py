@@ -132,7 +132,9 @@ def test_many_gradients_at_once(spec: OpSpec, case: Case, take: Any) -> None:
 
 TWICE: dict[str, Callable[..., Tensor]] = {
     "attention_pool": lambda x, **impl: attention_pool(x[0], x, x, BORDERS, **impl),
-    "ngram_embedding": lambda x, **impl: ngram_embedding(IDS, [x[:, 0]] * 2, ns=[2, 3], **impl),
+    "ngram_embedding": lambda x, **impl: ngram_embedding(
+        IDS, [x[:, 0]] * 2, ngram_sizes=[2, 3], **impl
+    ),
     "patch_attention": lambda x, **impl: patch_attention(x, x, x, BORDERS, **impl),
     "attention": lambda x, **impl: attention(*[x[None]] * 3, window=2, **impl),
 }

@@ -112,7 +112,7 @@ def embed(documents: int) -> int:
     borders, rows = packed(documents)
     table = torch.randn(50, 4, requires_grad=True)
     ids = torch.randint(0, 256, (rows,), dtype=torch.uint8)
-    out = ops.ngram_embedding(ids, [table], ns=(2,), cu_seqlens=borders)
+    out = ops.ngram_embedding(ids, [table], ngram_sizes=(2,), cu_seqlens=borders)
     differentiate(out, [table])
     return rows
 

@@ -61,7 +61,10 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int)
     else:
         # Few different ids, so that n-grams recur.
         ids = random_ids(total, 6, id_dtype, rng)
-    inputs: Inputs = {"byte_ids": ids.to(device), "ns": tuple(n for n, _ in case["tables"])}
+    inputs: Inputs = {
+        "byte_ids": ids.to(device),
+        "ngram_sizes": tuple(n for n, _ in case["tables"]),
+    }
     for i, (_, rows) in enumerate(case["tables"]):
         inputs[f"table{i}"] = torch.randn(rows, case["D"], generator=rng).to(device, dtype)
     if case["S"]:

@@ -18,7 +18,7 @@ def ngram_embedding(
     byte_ids: Tensor,  # (T,) uint8|int16|int32|int64
     tables: Sequence[Tensor],  # (M_i, D) each
     *,
-    ns: Sequence[int],
+    ngram_sizes: Sequence[int],
     cu_seqlens: Tensor | None = None,  # (S+1,) int32
     impl: Impl = "auto",
 ) -> Tensor:
@@ -33,7 +33,8 @@ def ngram_embedding(
         byte_ids: (T,) uint8, int16, int32 or int64, at least 0; there is no largest id.
         tables: one (M_i, D) tensor for each length, all of one width, device and dtype: float32,
             bfloat16 or float16; float64 on the torch path.
-        ns: the lengths n_i, ints >= 1, in the order of the tables. A length may occur twice.
+        ngram_sizes: the lengths n_i, ints >= 1, in the order of the tables. A length may occur
+            twice.
         cu_seqlens: (S+1,) int32 document borders in bytes, from 0, non-decreasing, at most T.
             Bytes from the last border on belong to no document: their rows are zeros and reach no
             gradient, and their ids may be anything. None: one document.
@@ -58,28 +59,41 @@ def ngram_embedding(
 
     Source: the hash n-gram embeddings of BLT, arXiv 2412.09871.
     """
-    tables, ns = _check(byte_ids, tables, ns, cu_seqlens)
+    tables, ngram_sizes = _check(byte_ids, tables, ngram_sizes, cu_seqlens)
     tables, out_dtype = _library.distinct(*tables), _checks.output_dtype(tables[0])
     if use_triton(
         "ngram_embedding", impl, byte_ids.device, unsupported_reasons,
-        byte_ids=byte_ids, tables=tables, ns=ns, cu_seqlens=cu_seqlens,
+        byte_ids=byte_ids, tables=tables, ngram_sizes=ngram_sizes, cu_seqlens=cu_seqlens,
     ):  # fmt: skip
-        return _NgramEmbedding.apply(byte_ids, cu_seqlens, ns, out_dtype, *tables)
-    return torch_impl.ngram_embedding(byte_ids, tables, ns, cu_seqlens, out_dtype)
+        return _NgramEmbedding.apply(byte_ids, cu_seqlens, ngram_sizes, out_dtype, *tables)
+    return torch_impl.ngram_embedding(byte_ids, tables, ngram_sizes, cu_seqlens, out_dtype)
 
 
 def _check(
-    byte_ids: Tensor, tables: Sequence[Tensor], ns: Sequence[int], cu_seqlens: Tensor | None
+    byte_ids: Tensor,
+    tables: Sequence[Tensor],
+    ngram_sizes: Sequence[int],
+    cu_seqlens: Tensor | None,
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     _checks.require_ids("byte_ids", byte_ids)
     several = not isinstance(tables, Tensor) and hasattr(tables, "__iter__")
     _checks.require(several, "tables", "a sequence of Tensors", type(tables).__name__)
-    _checks.require(hasattr(ns, "__iter__"), "ns", "a sequence of ints", type(ns).__name__)
-    tables, ns = tuple(tables), tuple(ns)
+    _checks.require(
+        hasattr(ngram_sizes, "__iter__"),
+        "ngram_sizes",
+        "a sequence of ints",
+        type(ngram_sizes).__name__,
+    )
+    tables, ngram_sizes = tuple(tables), tuple(ngram_sizes)
     _checks.require(len(tables) >= 1, "tables", "at least 1 table", "none")
-    _checks.require(len(ns) == len(tables), "ns", f"{len(tables)} lengths, one a table", len(ns))
-    for i, n in enumerate(ns):
-        _checks.require_int_at_least(f"ns[{i}]", n, 1)
+    _checks.require(
+        len(ngram_sizes) == len(tables),
+        "ngram_sizes",
+        f"{len(tables)} lengths, one a table",
+        len(ngram_sizes),
+    )
+    for i, n in enumerate(ngram_sizes):
+        _checks.require_int_at_least(f"ngram_sizes[{i}]", n, 1)
     shape: tuple[int | str, int | str] = ("M", "D")
     dtypes: tuple[torch.dtype, ...] = _checks.FLOATS
     for i, table in enumerate(tables):
@@ -98,7 +112,7 @@ def _check(
             _checks.check_offset_values("cu_seqlens", cu_seqlens, byte_ids.shape[0])
             ids = byte_ids[: int(cu_seqlens[-1])]
         _checks.check_id_values("byte_ids", ids, 0, 2**63)
-    return tables, ns
+    return tables, ngram_sizes
 
 
 class _NgramEmbedding(torch.autograd.Function):
@@ -110,39 +124,38 @@ class _NgramEmbedding(torch.autograd.Function):
     def forward(
         byte_ids: Tensor,
         cu_seqlens: Tensor | None,
-        ns: tuple[int, ...],
+        ngram_sizes: tuple[int, ...],
         out_dtype: torch.dtype,
         *tables: Tensor,
     ) -> Tensor:
-        return _FWD(byte_ids, list(tables), cu_seqlens, list(ns), out_dtype)
+        return _FWD(byte_ids, list(tables), cu_seqlens, list(ngram_sizes), out_dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        byte_ids, cu_seqlens, ctx.ns, _, *tables = inputs
+        byte_ids, cu_seqlens, ctx.ngram_sizes, _, *tables = inputs
         ctx.save_for_backward(byte_ids, cu_seqlens)
         ctx.tables = [(table.shape[0], table.dtype) for table in tables]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         byte_ids, cu_seqlens = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[4:]
+        wanted, longest = ctx.needs_input_grad[4:], max(ctx.ngram_sizes)
         dtables = [
             _library.run_backward(
-                _BWD, "ngram_embedding", grads[0], byte_ids, cu_seqlens, n, max(ctx.ns), rows,
-                dtype,
+                _BWD, "ngram_embedding", grads[0], byte_ids, cu_seqlens, n, longest, rows, dtype,
             )
             if want
             else None
-            for want, n, (rows, dtype) in zip(wanted, ctx.ns, ctx.tables, strict=True)
+            for want, n, (rows, dtype) in zip(wanted, ctx.ngram_sizes, ctx.tables, strict=True)
         ]  # fmt: skip
         return None, None, None, None, *dtables
 
 
 _FWD = _library.register(
-    "ngram_embedding_fwd(Tensor byte_ids, Tensor[] tables, Tensor? cu_seqlens, int[] ns, "
+    "ngram_embedding_fwd(Tensor byte_ids, Tensor[] tables, Tensor? cu_seqlens, int[] ngram_sizes, "
     "ScalarType out_dtype) -> Tensor",
     launcher="ngram_embedding:launch_fwd",
-    meta=lambda byte_ids, tables, cu_seqlens, ns, out_dtype: tables[0].new_empty(
+    meta=lambda byte_ids, tables, cu_seqlens, ngram_sizes, out_dtype: tables[0].new_empty(
         (byte_ids.shape[0], tables[0].shape[1]), dtype=out_dtype
     ),
     flops=lambda byte_ids, tables, *_, **__: byte_ids[0] * tables[0][1] * len(tables),

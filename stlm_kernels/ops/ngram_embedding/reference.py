@@ -22,7 +22,7 @@ def reference(
     byte_ids: Tensor,  # (T,)
     tables: Sequence[Tensor],  # (M_i, D) fp64
     *,
-    ns: Sequence[int],
+    ngram_sizes: Sequence[int],
     cu_seqlens: Tensor | None = None,  # (S+1,)
 ) -> Tensor:
     """(T, D) fp64, one hash after the other."""
@@ -30,7 +30,7 @@ def reference(
     borders = [0, total] if cu_seqlens is None else cu_seqlens.tolist()
     documents = [byte_ids[start:end].tolist() for start, end in pairwise(borders)]
     out = tables[0].new_zeros(borders[-1], width)
-    for table, n in zip(tables, ns, strict=True):
+    for table, n in zip(tables, ngram_sizes, strict=True):
         padded = [[0] * n + document for document in documents]
         rows = [
             hash_by_formula(ids[t + 1 : t + 1 + n], len(table))
@@ -45,7 +45,7 @@ def yardstick(
     byte_ids: Tensor,
     tables: Sequence[Tensor],
     *,
-    ns: Sequence[int],
+    ngram_sizes: Sequence[int],
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """What a careful user writes in stock torch: float32 inside, the tables' dtype outside."""
@@ -54,7 +54,7 @@ def yardstick(
     documents = [byte_ids[start:end].long() for start, end in pairwise(borders)]
     out = sum(
         F.embedding(torch.cat([_hashes(ids, n, len(table)) for ids in documents]), table.to(wide))
-        for table, n in zip(tables, ns, strict=True)
+        for table, n in zip(tables, ngram_sizes, strict=True)
     )
     assert isinstance(out, Tensor)
     return F.pad(out, (0, 0, 0, byte_ids.shape[0] - borders[-1])).to(tables[0].dtype)

@@ -22,7 +22,7 @@ from .launch import HASH_BASE
 def ngram_embedding(
     byte_ids: Tensor,  # (T,)
     tables: Sequence[Tensor],  # (M_i, D)
-    ns: Sequence[int],
+    ngram_sizes: Sequence[int],
     cu_seqlens: Tensor | None,  # (S+1,) int32
     out_dtype: torch.dtype,
 ) -> Tensor:
@@ -32,7 +32,7 @@ def ngram_embedding(
     if _checks.values_visible(*visible):
         last = total if cu_seqlens is None else int(cu_seqlens[-1])
         ids = byte_ids[:last].long()
-        rows = _table_rows(ids, tables, ns, _begins(cu_seqlens, max(ns)))
+        rows = _table_rows(ids, tables, ngram_sizes, _begins(cu_seqlens, max(ngram_sizes)))
         out = _look_up(rows, tables, out_dtype)
         return out if last == total else F.pad(out, (0, 0, 0, total - last))
     ids, live = byte_ids.long(), torch.ones_like(byte_ids, dtype=torch.bool)
@@ -40,11 +40,11 @@ def ngram_embedding(
         cu_seqlens = _checks.clamped_bounds(cu_seqlens, total)
         positions = torch.arange(total, device=byte_ids.device)
         live = (positions >= cu_seqlens[0]) & (positions < cu_seqlens[-1])
-    begins = _begins(cu_seqlens, max(ns))
+    begins = _begins(cu_seqlens, max(ngram_sizes))
     lowest = ids
-    for back in range(1, max(ns)):
+    for back in range(1, max(ngram_sizes)):
         lowest = torch.minimum(lowest, _earlier(ids, begins, back))
-    out = _look_up(_table_rows(ids, tables, ns, begins), tables, out_dtype)
+    out = _look_up(_table_rows(ids, tables, ngram_sizes, begins), tables, out_dtype)
     filling = torch.where(live & (lowest < 0), float("nan"), 0.0).to(out_dtype)
     return torch.where((live & (lowest >= 0))[:, None], out, filling[:, None])
 
@@ -68,15 +68,15 @@ def _earlier(ids: Tensor, begins: Tensor | None, back: int) -> Tensor:
 def _table_rows(
     ids: Tensor,  # (T,) int64
     tables: Sequence[Tensor],
-    ns: Sequence[int],
+    ngram_sizes: Sequence[int],
     begins: Tensor | None,
 ) -> Tensor:  # (tables, T)
     """The row that each byte reads in each table."""
-    value, rows = ids, [ids] * len(ns)
-    for back in range(max(ns)):
+    value, rows = ids, [ids] * len(ngram_sizes)
+    for back in range(max(ngram_sizes)):
         if back:
             value = torch.add(_earlier(ids, begins, back), value, alpha=HASH_BASE)
-        for i, n in enumerate(ns):
+        for i, n in enumerate(ngram_sizes):
             if n == back + 1:
                 rows[i] = _floor_mod(value, tables[i].shape[0])
     return torch.stack(rows) if len(rows) > 1 else rows[0][None]

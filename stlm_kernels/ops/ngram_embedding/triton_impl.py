@@ -72,10 +72,10 @@ def _floor_mod(hashes, M: tl.constexpr):
 def stlm_ngram_embedding_fwd(
     ids_ptr, tables, cu_ptr, out_ptr,
     total, n_documents, steps, chunks,
-    NS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
+    NGRAM_SIZES: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """NS: the lengths in rising order, with a 0 before them."""
+    """NGRAM_SIZES: the lengths in rising order, with a 0 before them."""
     program = tl.program_id(0).to(tl.int64)
     columns = (program // chunks) * BLOCK_D + tl.arange(0, BLOCK_D)
     rows = (program % chunks) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -85,7 +85,9 @@ def stlm_ngram_embedding_fwd(
     stored = out_ptr.dtype.element_ty
     acc = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     for i in tl.static_range(len(ROWS)):
-        hashes, lowest = _extend(ids_ptr, rows, start, live, hashes, lowest, NS[i], NS[i + 1])
+        hashes, lowest = _extend(
+            ids_ptr, rows, start, live, hashes, lowest, NGRAM_SIZES[i], NGRAM_SIZES[i + 1]
+        )
         source = tables[i] + _floor_mod(hashes, ROWS[i])[:, None] * D + columns[None, :]
         row = tl.load(source, mask=live[:, None] & (columns < D)[None, :], other=0.0)
         acc += row.to(stored).to(tl.float32)  # under autocast the tables are wider than the result
@@ -179,14 +181,14 @@ def launch_fwd(
     byte_ids: Tensor,  # (T,)
     tables: list[Tensor],  # (M_i, D)
     cu_seqlens: Tensor | None,  # (S+1,) int32
-    ns: list[int],
+    ngram_sizes: list[int],
     out_dtype: torch.dtype,
 ) -> Tensor:
     """(T, D) in `out_dtype`."""
     total, width = byte_ids.shape[0], tables[0].shape[1]
     out = torch.empty((total, width), dtype=out_dtype, device=byte_ids.device)
     config = launch.fwd_config(width, out_dtype, out.device)
-    by_length = sorted(range(len(ns)), key=lambda i: ns[i])
+    by_length = sorted(range(len(ngram_sizes)), key=lambda i: ngram_sizes[i])
     chunks = _launch.ceil_div(total, config["BLOCK_T"])
     ids = byte_ids.contiguous()
     cu, documents, steps = _documents_of(ids, cu_seqlens)
@@ -194,7 +196,7 @@ def launch_fwd(
         stlm_ngram_embedding_fwd, chunks * _launch.ceil_div(width, config["BLOCK_D"]),
         ids, tuple(tables[i].contiguous() for i in by_length), cu, out,
         total, documents, steps, chunks,
-        NS=(0, *sorted(ns)), ROWS=tuple(len(tables[i]) for i in by_length),
+        NGRAM_SIZES=(0, *sorted(ngram_sizes)), ROWS=tuple(len(tables[i]) for i in by_length),
         D=width, HAS_DOCUMENTS=cu_seqlens is not None, device=out.device, **config,
     )  # fmt: skip
     return out
