@@ -286,6 +286,28 @@ def test_unknown_instructions_that_are_never_reached_do_no_harm(kernels: Any) ->
     assert torch.equal(out, want)
 
 
+def test_predicates_of_halves(kernels: Any) -> None:
+    """setp of two 16-bit floats has a predicate for each, not one and its negation."""
+    done, out, _ = rows(kernels)
+    compare = (
+        "{ .reg .pred %low, %high; .reg .b32 %pair, %zero;\n"
+        "mov.b32 %pair, 0x7E003C00; mov.b32 %zero, 0;\n"  # NaN above 1.0
+        "setp.nan.f16x2 %low|%high, %pair, %zero;\n"
+        "@%low mov.b32 %value, 0x3F800000;\n@%high mov.b32 %value, 0x40000000; }\n"
+    )
+
+    def plant(text: str) -> str:
+        text = re.sub(r"(\.reg \.b64[^;]*;)", r"\1\n.reg .b32 %value;", text, count=1)
+        return re.sub(
+            r"(@%p\d+ st\.global\.b32 \[ %rd\d+ \+ 0 \], \{ )%r\d+",
+            lambda found: compare + found[1] + "%value",
+            text,
+        )
+
+    again(done, plant)
+    assert torch.equal(out, torch.full_like(out, 2.0))
+
+
 def test_faults_can_be_collected(kernels: Any) -> None:
     done, _, _ = sums(kernels)
     found = again(done, without(r"bar\.sync\s+0;"), collect=("race", "unwritten")).faults

@@ -257,6 +257,9 @@ def test_what_is_not_known_is_none() -> None:
         "fma.rn.sat.f32",
         "mad.f32",
         "dp4a.u32",
+        "setp.lt.f16x2",
+        "add.cc.u32",
+        "prmt.b32.f4e",
     ):
         assert function_of(opcode) is None, opcode
 

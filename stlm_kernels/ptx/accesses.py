@@ -43,6 +43,8 @@ class Place:
 
 
 def _space(parts: list[str]) -> str:
+    if {"async", "mbarrier", "bulk"} & set(parts) or "shared::cluster" in parts:
+        raise PtxError(f"expected memory of the block itself, got {'.'.join(parts)}")
     spaces = [part.split("::")[0] for part in parts]
     found = [space for space in spaces if space in ("global", "shared", "param", "local", "const")]
     if len(found) != 1 or found[0] in ("local", "const"):

@@ -16,13 +16,24 @@ from .formats import fused_multiply_add, packed, to_single, unpacked, widen
 from .registers import SIGNED, UNSIGNED, Array, bits_of, signed, single, unsigned
 
 Function = Callable[..., Array]
+KNOWN_MODIFIERS = {
+    *(f"{kind}{bits}" for kind in "bsu" for bits in (8, 16, 32, 64)),
+    *("pred", "f16", "f32", "f64", "bf16", "tf32", "f16x2", "bf16x2"),
+    *("rn", "rz", "rm", "rp", "rna", "rni", "rzi", "rmi", "rpi", "ftz", "sat", "relu", "NaN"),
+    *("lo", "hi", "wide", "approx", "full", "l", "r", "wrap", "clamp"),
+    *("eq", "ne", "lt", "le", "gt", "ge", "lo", "ls", "hi", "hs", "num", "nan"),
+    *("equ", "neu", "ltu", "leu", "gtu", "geu", "and", "or", "xor"),
+}
+"""All that may stand behind an opcode here: a carry, say, would be lost without a word."""
 
 
 def function_of(opcode: str) -> Function | None:
     """The function of an arithmetic opcode; None where it is of another kind."""
     name, *modifiers = opcode.split(".")
     maker = _MAKERS.get(name)
-    return None if maker is None else maker(modifiers)
+    if maker is None or not KNOWN_MODIFIERS.issuperset(modifiers):
+        return None
+    return maker(modifiers)
 
 
 def _floats(modifiers: list[str], function: Function) -> Function | None:
@@ -215,7 +226,8 @@ def _setp(modifiers: list[str]) -> Function | None:
     compare = (
         _float_comparison(name) if kind[0] == "f" or kind[:2] == "bf" else _COMPARISONS.get(name)
     )
-    if compare is None:
+    known = {"f32", "f64", "f16", "bf16", *(f"{x}{n}" for x in "sub" for n in (16, 32, 64))}
+    if compare is None or kind not in known:
         return None
 
     def as_number(x: Array) -> Array:

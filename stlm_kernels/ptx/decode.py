@@ -271,11 +271,12 @@ def _unpacking(decoder: Decoder, target: Vector, source: Operand, bits: int) -> 
 
 
 def _set_predicate(decoder: Decoder, instruction: Instruction) -> Step | None:
-    """setp with one destination, or with a second one that is its negation."""
+    """setp: two destinations are a predicate and its negation, or one for each half of an x2."""
     target, *sources = instruction.operands
     if not isinstance(target, Vector):
         return _arithmetic(decoder, instruction)
-    function = function_of(instruction.opcode)
+    by_halves = instruction.opcode.endswith("x2")
+    function = function_of(instruction.opcode.removesuffix("x2"))
     if function is None or len(sources) != 2:
         return None
     slots = [
@@ -284,12 +285,23 @@ def _set_predicate(decoder: Decoder, instruction: Instruction) -> Step | None:
     results = [decoder.destination(item) for item in target.items]
 
     def step(machine: Machine, mask: Mask) -> None:
-        value = function(*(machine.values[slot] for slot in slots))
-        for result, outcome in zip(results, (value, ~value), strict=True):
+        operands = [machine.values[slot] for slot in slots]
+        if by_halves:
+            low, high = ([half(x, i) for x in operands] for i in (0, 1))
+            outcomes = function(*low), function(*high)
+        else:
+            value = function(*operands)
+            outcomes = value, ~value
+        for result, outcome in zip(results, outcomes, strict=True):
             if result is not None:
                 machine.set(result, outcome, mask)
 
     return step
+
+
+def half(x: Array, which: int) -> Array:
+    """The low (0) or high (1) 16 bits of 32."""
+    return (x >> np.uint32(16 * which)).astype(np.uint16)
 
 
 def _convert_address(decoder: Decoder, instruction: Instruction) -> Step | None:
