@@ -190,14 +190,12 @@ class TestCommand:
 @pytest.mark.parametrize("name", COMMANDS)
 @pytest.mark.parametrize("to", ["closed", "/dev/full"])
 def test_every_command_shows_its_help(
-    capsys: pytest.CaptureFixture[str], name: str, to: str, monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], name: str, to: str
 ) -> None:
     main = importlib.import_module(name).main
     assert hasattr(main, "__wrapped__"), (
         f"{name}.main: decorate it with stlm_kernels.terminal.command"
     )
-    if name == "stlm_kernels.env":
-        pytest.skip("takes no arguments")
     with standard_output(to):
         try:
             status = main(["--help"])
@@ -284,7 +282,7 @@ set -o pipefail
     assert done.stderr == b""
     assert done.stdout.startswith(rb"caf\xe9")
     assert re.findall(rb"status (\d+)", done.stdout) == [b"0", b"0"]
-    assert b"\npython: " in done.stdout
+    assert b"\nstlm: " in done.stdout
 
 
 class TestFiles:
