@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MASKS = ("starts", "closes")
+MASKS = ("patch_start_mask", "patch_end_mask")
 
 
 def by_comparison(starts: Tensor, positions: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ def patches_by_document(number: Callable[[Tensor, Tensor], Tensor]) -> Callable[
             read_ids.append(torch.where(pieces[2] < 0, -1, pieces[2] + before))
             documents.append(before + len(pieces[0]))
         offsets = F.pad(torch.cat(lengths).cumsum(0), (1, 0))
-        unused = (options.get("capacity") or documents[-1]) - documents[-1]
+        unused = (options.get("max_patches") or documents[-1]) - documents[-1]
         tail = (0, len(byte_ids) - edges[-1])
         results = (
             F.pad(offsets, (0, unused), value=edges[-1]),
@@ -63,8 +63,8 @@ def _document_patches(
     masks = {name: mask[begin:end] for name, mask in options.items() if name in MASKS}
     closed = closes(byte_ids[begin:end], positions, options | masks)
     begins = closed.roll(1)
-    if options.get("starts") is not None:
-        begins = begins | options["starts"][begin:end]
+    if options.get("patch_start_mask") is not None:
+        begins = begins | options["patch_start_mask"][begin:end]
     begins[:1] = True
     starts = begins.nonzero().flatten()
     lengths = F.pad(starts, (0, 1), value=end - begin).diff()
@@ -81,10 +81,10 @@ def _document_patches(
 
 def closes(ids: Tensor, positions: Tensor, options: dict[str, Any]) -> Tensor:
     """Which bytes end a patch, its length apart; positions count from the document's start."""
-    if options.get("starts") is not None:
+    if options.get("patch_start_mask") is not None:
         return torch.zeros_like(positions, dtype=torch.bool)
-    if options.get("closes") is not None:
-        return options["closes"]
+    if options.get("patch_end_mask") is not None:
+        return options["patch_end_mask"]
     if options.get("patch_size") is not None:
         return (positions + 1) % options["patch_size"] == 0
     letter = ((ids | 32) >= 97) & ((ids | 32) <= 122)

@@ -223,7 +223,7 @@ def trainer_of(job: ModelJob, machine: Cpu | Gpu) -> Trainer:
     """A trainer whose model has the same parameters for every entry, and the same batch."""
     precision = "bf16" if machine.dtype == torch.bfloat16 else "fp32"
     # So many steps that the learning rate never changes.
-    options = TrainOptions(steps=1 << 30, rows=job["rows"], precision=precision)
+    options = TrainOptions(steps=1 << 30, batch_size=job["rows"], precision=precision)
     trainer = Trainer(replace(preset(job.preset), context=job["context"]), _corpus(), options)
     trainer.loader = SameBatch(trainer)
     fill_zeros(trainer.model)

@@ -17,9 +17,9 @@ from .blt_patches import by_search, patches_by_document
 from .stock import STOCK, Ops
 
 
-def find_patches(byte_ids: Tensor, *, capacity: int | None = None, **options: object) -> Patches:
-    if capacity is not None:
-        raise ValueError(f"capacity: expected None in the naive composition, got {capacity}")
+def find_patches(byte_ids: Tensor, *, max_patches: int | None = None, **options: object) -> Patches:
+    if max_patches is not None:
+        raise ValueError(f"max_patches: expected None in the naive composition, got {max_patches}")
     options = {name: value for name, value in options.items() if value is not None}
     return Patches(*patches_by_document(by_search)(byte_ids, **options))
 

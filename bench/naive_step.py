@@ -115,7 +115,7 @@ def _config_and_options(settings: Settings) -> tuple[ModelConfig, TrainOptions]:
     if settings.context is not None:
         config = replace(config, context=settings.context)
     # The rates never change here: a budget of many steps keeps the schedule at its peak.
-    options = TrainOptions(steps=1 << 30, rows=settings.rows, precision=settings.precision)
+    options = TrainOptions(steps=1 << 30, batch_size=settings.rows, precision=settings.precision)
     return config, options
 
 

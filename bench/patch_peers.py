@@ -22,7 +22,7 @@ def _with_documents(inputs: Inputs) -> Inputs:
     borders = borders.to(inputs["byte_ids"].device, torch.int64)
     end = int(borders[-1])
     kept = {
-        name: x[:end] if name in ("byte_ids", "starts", "closes") else x
+        name: x[:end] if name in ("byte_ids", "patch_start_mask", "patch_end_mask") else x
         for name, x in inputs.items()
     }
     return kept | {"cu_seqlens": borders, "total": len(inputs["byte_ids"])}
@@ -36,8 +36,8 @@ def _running_sums(
     places = torch.arange(len(first), device=byte_ids.device)
     closed = closes(byte_ids, places - first, options)
     begins = (places == first) | F.pad(closed, (1, 0))[:-1]
-    if options.get("starts") is not None:
-        begins = begins | options["starts"]
+    if options.get("patch_start_mask") is not None:
+        begins = begins | options["patch_start_mask"]
     limit = options.get("max_patch_len")
     if limit is not None:
         along = (places - torch.where(begins, places, 0).cummax(0).values) % limit
@@ -47,10 +47,10 @@ def _running_sums(
     read_ids = torch.where(closed, patch_ids, patch_ids - 1)
     read_ids = torch.where(read_ids < patch_ids[first], -1, read_ids)
     documents = F.pad(counts, (1, 0))[cu_seqlens]
-    if (capacity := options.get("capacity")) is None:
+    if (max_patches := options.get("max_patches")) is None:
         offsets = F.pad(begins.nonzero().flatten(), (0, 1), value=len(first))
     else:
-        offsets = first.new_full((capacity + 1,), len(first))
+        offsets = first.new_full((max_patches + 1,), len(first))
         offsets = offsets.scatter_reduce(0, patch_ids, places, "amin")
     tail = (0, total - len(first))
     patch_ids, read_ids = F.pad(patch_ids, tail, value=-1), F.pad(read_ids, tail, value=-1)

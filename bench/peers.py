@@ -79,12 +79,14 @@ def _embed_index_add(
     cu_patchlens: Tensor,
     patch_ids: Tensor,
     mode: str,
-    slot_gain: Tensor | None = None,
+    position_weight: Tensor | None = None,
 ) -> Tensor:
     embedded = F.embedding(byte_ids, weight)
-    if slot_gain is not None:
+    if position_weight is not None:
         slots = torch.arange(len(byte_ids), device=byte_ids.device) - cu_patchlens[patch_ids]
-        embedded = embedded * slot_gain.to(weight.dtype)[slots.clamp(max=len(slot_gain) - 1)]
+        embedded = (
+            embedded * position_weight.to(weight.dtype)[slots.clamp(max=len(position_weight) - 1)]
+        )
     return _index_add(embedded, cu_patchlens, patch_ids, mode)
 
 

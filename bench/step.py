@@ -257,7 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     precision = options.precision or faster_precision().name
     for name in options.presets:
         # The rates never change here: a budget of many steps keeps the schedule at its peak.
-        settings = TrainOptions(steps=1 << 30, rows=options.rows, precision=precision)
+        settings = TrainOptions(steps=1 << 30, batch_size=options.rows, precision=precision)
         config = configs[name]
         trainer = Trainer(config, corpus, settings)
         parts = budget(trainer, machine.timer(), options.rounds, ceilings)

@@ -86,7 +86,7 @@ def _pooling() -> Iterator[Aim]:
         for direction in ("fwd", "bwd"):
             smoothed = case | {"plus": "residual"}
             yield Aim("ema_unpool", smoothed, direction, share=0.8, against=plain)
-    for how in ("space", "starts"):
+    for how in ("space", "patch_start_mask"):
         case = {"T": MILLION, "how": how, "text": "english"}
         yield Aim("find_patches", case, "no-grad", 15, against=[Against(10, "BLT")])
 

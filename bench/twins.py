@@ -154,7 +154,7 @@ def contenders_of(arguments: argparse.Namespace) -> tuple[Corpus, list[Contender
         for muon_lr, adamw_lr in arguments.rates or [RATES[kind]]:
             options = TrainOptions(
                 minutes=arguments.minutes,
-                rows=arguments.rows,
+                batch_size=arguments.rows,
                 seed=arguments.seed,
                 precision=precision,
                 muon_lr=muon_lr,

@@ -4,25 +4,25 @@ from stlm_kernels import __version__
 
 from .bits import bits_per_byte
 from .cache import KVCache
-from .config import DOCUMENT_START, PRESETS, ModelConfig
-from .incremental import NgramState, PatchState, PoolState
+from .config import BOS_ID, PRESETS, ModelConfig
+from .incremental import IncrementalNgrams, IncrementalPatcher, IncrementalPooling
 from .layers import Attention, BytePatcher, BytePooling, ByteUnpooling, TiedEmbedding
 from .model import STLM
 from .router import Router, RouterState, Routing
 
 __all__ = [
-    "DOCUMENT_START",
+    "BOS_ID",
     "PRESETS",
     "STLM",
     "Attention",
     "BytePatcher",
     "BytePooling",
     "ByteUnpooling",
+    "IncrementalNgrams",
+    "IncrementalPatcher",
+    "IncrementalPooling",
     "KVCache",
     "ModelConfig",
-    "NgramState",
-    "PatchState",
-    "PoolState",
     "Router",
     "RouterState",
     "Routing",

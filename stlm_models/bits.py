@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .config import DOCUMENT_START, IGNORED
+from .config import BOS_ID, IGNORED
 from .modes import eval_mode
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class _Window:
 def _ids(document: bytes, vocabulary: WordVocabulary | None) -> NDArray[np.int32]:
     """The ids that the model reads and predicts, id 256 before them."""
     ids = np.frombuffer(document, np.uint8) if vocabulary is None else vocabulary.encode(document)
-    return np.concatenate(([DOCUMENT_START], ids)).astype(np.int32)
+    return np.concatenate(([BOS_ID], ids)).astype(np.int32)
 
 
 def _windows(ids: NDArray[np.int32], context: int, stride: int) -> Iterator[_Window]:

@@ -11,15 +11,15 @@ from .pooling import EmaUnpooling
 from .transformer import SwiGLU, build_blocks
 
 
-def patcher_of(config: ModelConfig, *, capacity: int | None = None) -> BytePatcher:
+def patcher_of(config: ModelConfig, *, max_patches: int | None = None) -> BytePatcher:
     """What cuts bytes into patches, as many as there are or so many slots."""
-    if config.patch_rule == "given":
+    if config.patch_rule == "external":
         return GivenPatches()
     return BytePatcher(
         config.patch_rule,
         patch_size=config.patch_size,
         max_patch_len=config.max_patch_len,
-        capacity=capacity,
+        max_patches=max_patches,
     )
 
 

@@ -16,7 +16,7 @@ from stlm_kernels import Patches, ema_unpool, unpool
 from .build import ngram_mode
 from .cached_core import cached_core, caches_at
 from .cached_pool import pool_of
-from .incremental import NgramState, PatchState, PoolState
+from .incremental import IncrementalNgrams, IncrementalPatcher, IncrementalPooling
 from .pooling import EmaUnpooling
 from .transformer import new_caches
 
@@ -105,7 +105,7 @@ class PatchedRows:
     def __init__(self, model: STLM, batch: int) -> None:
         config, device = model.config, model.embedding.weight.device
         self.model = model
-        self.patches = PatchState(
+        self.patches = IncrementalPatcher(
             batch,
             config.patch_rule,
             patch_size=config.patch_size,
@@ -114,7 +114,9 @@ class PatchedRows:
         )
         self.pool = pool_of(model, batch)
         self.ngrams = _ngram_state(model, batch)
-        self.ngram_pool = PoolState(batch, config.ngram_dim, ngram_mode(config), device=device)
+        self.ngram_pool = IncrementalPooling(
+            batch, config.ngram_dim, ngram_mode(config), device=device
+        )
         self.core = cached_core(model.core, batch)
         self.encoder_caches = [] if config.encoder == "patch" else new_caches(model.encoder, batch)
         parallel = model.head is not None
@@ -202,10 +204,10 @@ class PatchedRows:
             self.reads[rows] = reads
 
 
-def _ngram_state(model: STLM, batch: int) -> NgramState | None:
+def _ngram_state(model: STLM, batch: int) -> IncrementalNgrams | None:
     if model.ngrams is None:
         return None
-    return NgramState(batch, model.ngrams.sizes, device=model.embedding.weight.device)
+    return IncrementalNgrams(batch, model.ngrams.sizes, device=model.embedding.weight.device)
 
 
 def _packed(windows: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:

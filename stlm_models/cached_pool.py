@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from .incremental import PoolState
+from .incremental import IncrementalPooling
 
 if TYPE_CHECKING:
     from .model import STLM
@@ -30,7 +30,7 @@ class CachedPool(Protocol):
     def resume(
         self, rows: Tensor, pooled: Tensor, encoded: Tensor, last: Tensor, lengths: Tensor
     ) -> None:
-        """Rows (R,) go on where packed texts end: see `PoolState.resume`.
+        """Rows (R,) go on where packed texts end: see `IncrementalPooling.resume`.
 
         Args:
             pooled: (R, D) of the patches at their ends.
@@ -52,7 +52,7 @@ class RunningPool:
     def __init__(self, model: STLM, batch: int) -> None:
         config, device = model.config, model.embedding.weight.device
         self.plain = model.pooling is None
-        self.state = PoolState(batch, config.byte_dim, config.pooling, device=device)
+        self.state = IncrementalPooling(batch, config.byte_dim, config.pooling, device=device)
 
     def step(
         self, embedded: Tensor, rows: Tensor, encoded: Tensor, closed: Tensor, closing: Tensor

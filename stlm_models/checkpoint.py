@@ -159,13 +159,34 @@ def _load(folder: Path) -> Checkpoint:
     names = ("model.safetensors", "optimizer.safetensors", "config.json", "state.json")
     files = {name: _verified(folder / name, manifest) for name in names}
     state = _parse(folder / "state.json", files["state.json"])
-    config = config_from_dict(_parse(folder / "config.json", files["config.json"]))
+    if "options" in state:
+        state["options"] = _in_todays_names(state["options"])
+    config = config_from_dict(
+        _in_todays_names(_parse(folder / "config.json", files["config.json"]))
+    )
     model, optimizer = (load(files[name]) for name in names[:2])
     words = None
     if WORDS in manifest:
         words = WordVocabulary.from_json(_verified(folder / WORDS, manifest))
     digest = hashlib.sha256((manifest["config.json"] + manifest["model.safetensors"]).encode())
     return Checkpoint(config, model, optimizer, state, words, digest.hexdigest())
+
+
+RENAMED = {
+    "patch_capacity": "max_patches",
+    "rows": "batch_size",
+    "accumulate": "grad_accum_steps",
+    "clip": "max_grad_norm",
+}
+"""Fields of configs and options as early runs of 0.1.0 wrote them."""
+
+
+def _in_todays_names(values: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a config, or of the options of a training run, that may be of an early run."""
+    named = {RENAMED.get(name, name): value for name, value in values.items()}
+    if named.get("patch_rule") == "given":
+        named["patch_rule"] = "external"
+    return named
 
 
 def load_model(run: Path) -> STLM:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
-from .options import BYTES, DOCUMENT_START, IGNORED, ModelConfig, check_heads
+from .options import BOS_ID, BYTES, IGNORED, ModelConfig, check_heads
 from .presets import PRESETS
 
 __all__ = [
+    "BOS_ID",
     "BYTES",
-    "DOCUMENT_START",
     "IGNORED",
     "PRESETS",
     "ModelConfig",

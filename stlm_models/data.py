@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .config import DOCUMENT_START, IGNORED
+from .config import BOS_ID, IGNORED
 from .corpus_files import CorpusFile, find_files
 from .documents import Documents, contents
 from .loader import Batch, Patcher
@@ -201,7 +201,7 @@ class DocumentStream:
 
     def __getitem__(self, index: slice) -> NDArray[np.integer]:
         start, stop, _ = index.indices(len(self))
-        ids = np.full(stop - start, DOCUMENT_START, self._dtype)
+        ids = np.full(stop - start, BOS_ID, self._dtype)
         at = int(np.searchsorted(self._starts, start, side="right")) - 1
         while self._starts[at] < stop:
             body, end = int(self._starts[at]) + 1, int(self._starts[at + 1])
@@ -229,7 +229,7 @@ class TrainingWindows:
     """Windows of `context` ids from documents, bytes or ids, that each start with id 256.
 
     Batch `step` of a seed is always the same, so a resumed run needs no state. An epoch shows every
-    window once, in an order and at an offset of its own. Where patches have a capacity, batches
+    window once, in an order and at an offset of its own. With `max_patches`, batches
     have static shapes: behind their documents stand empty ones.
 
     Args:
@@ -269,7 +269,7 @@ class TrainingWindows:
         # One id more than the window is its last target; the offset may use up to a window.
         self.n_windows = max(1, (len(self.ids) - 1) // context - 1)
         self._most_documents: int | None = None
-        if getattr(patcher, "capacity", None) is not None:
+        if getattr(patcher, "max_patches", None) is not None:
             self._most_documents = len(self.own_rows) * self.ids.most_documents(context)
 
     def batch(self, step: int) -> Batch:
@@ -277,8 +277,8 @@ class TrainingWindows:
         starts = [self._start(step * self.rows + row) for row in self.own_rows]
         windows = np.stack([self.ids[start : start + self.context + 1] for start in starts])
         inputs, targets = windows[:, :-1].reshape(-1), windows[:, 1:].reshape(-1).astype(np.int64)
-        targets[targets == DOCUMENT_START] = IGNORED
-        begins = inputs == DOCUMENT_START
+        targets[targets == BOS_ID] = IGNORED
+        begins = inputs == BOS_ID
         begins[:: self.context] = True
         borders = np.append(np.flatnonzero(begins), len(inputs)).astype(np.int32)
         if self._most_documents is not None:

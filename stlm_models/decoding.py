@@ -13,7 +13,7 @@ from torch import Tensor
 from stlm_kernels import linear_sample
 
 from .cached import CachedRun
-from .config import BYTES, DOCUMENT_START
+from .config import BOS_ID, BYTES
 from .modes import eval_mode
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ class _Row:
 
 def prompt_ids(prompt: bytes) -> list[int]:
     """What a model is shown of a prompt: its bytes, or id 256 where it has none."""
-    return [*prompt] or [DOCUMENT_START]
+    return [*prompt] or [BOS_ID]
 
 
 def _overlap(text: bytearray, stop: bytes) -> int:
@@ -208,9 +208,9 @@ def check_writes_bytes(model: STLM) -> None:
             'tokens: expected "bytes" to generate, got "words": the word model is a baseline that'
             " is judged by bits per byte and writes no bytes"
         )
-    if model.config.patch_rule == "given":
+    if model.config.patch_rule == "external":
         raise ValueError(
-            'patch_rule: expected a rule to generate, got "given": the patches of bytes that are'
+            'patch_rule: expected a rule to generate, got "external": the patches of bytes that are'
             " yet to be written are unknown"
         )
 

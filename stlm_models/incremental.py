@@ -16,7 +16,7 @@ IDS = 257
 """256 bytes, and one id for all above, which no rule tells apart."""
 
 
-class PatchState:
+class IncrementalPatcher:
     """Where each row stands in its patch: the borders of `stlm_kernels.find_patches` by a rule.
 
     Args:
@@ -86,7 +86,7 @@ class PatchState:
         self.after_closing[rows] = self._closing[byte_ids[last].long().clamp(max=IDS - 1)]
 
 
-class PoolState:
+class IncrementalPooling:
     """The pooled state of each row's open patch, as `byte_pool` and `segment_pool` define it.
 
     Sums are kept in float64 (float32 where a device has none), so that long patches lose nothing.
@@ -160,7 +160,7 @@ class PoolState:
         self.counts[rows] = lengths.int()
 
 
-class NgramState:
+class IncrementalNgrams:
     """The last ids of each row: all that an n-gram ending at its next byte depends on.
 
     Args:

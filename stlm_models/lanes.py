@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .arithmetic import TOTAL_BITS
 from .cached import CachedRun
-from .config import BYTES, DOCUMENT_START
+from .config import BOS_ID, BYTES
 from .decoding import advance, check_writes_bytes
 from .modes import eval_mode
 
@@ -57,7 +57,7 @@ def code_lanes(model: STLM, length: int, lanes: int, next_bytes: NextBytes) -> N
         return
     borders = lane_borders(length, lanes)
     lengths = [end - begin for begin, end in pairwise(borders)]
-    windows = [[DOCUMENT_START] for _ in lengths]
+    windows = [[BOS_ID] for _ in lengths]
     run = CachedRun(model, windows)
     ids = [0] * lanes
     for step in range(max(lengths)):

@@ -44,7 +44,7 @@ class BytePatcher(nn.Module):
     """Cut bytes into patches by a rule, as `stlm_kernels.find_patches` does.
 
     Args:
-        rule, patch_size, max_patch_len, capacity: see `stlm_kernels.find_patches`.
+        rule, patch_size, max_patch_len, max_patches: see `stlm_kernels.find_patches`.
     """
 
     def __init__(
@@ -53,22 +53,22 @@ class BytePatcher(nn.Module):
         *,
         patch_size: int | None = None,
         max_patch_len: int | None = None,
-        capacity: int | None = None,
+        max_patches: int | None = None,
     ) -> None:
         super().__init__()
         self.rule, self.patch_size = rule, patch_size
-        self.max_patch_len, self.capacity = max_patch_len, capacity
+        self.max_patch_len, self.max_patches = max_patch_len, max_patches
 
     def forward(
         self,
         byte_ids: Tensor,  # (T,) or (B, T)
         cu_seqlens: Tensor | None = None,  # (S+1,) int32
         *,
-        capacity: int | None = None,
+        max_patches: int | None = None,
     ) -> Patches:
         """The patches of packed byte_ids, or of the rows of dense ones, counted as if packed.
 
-        A capacity of this call stands in place of the patcher's own.
+        `max_patches` of this call stands in place of the patcher's own.
 
         Raises:
             ValueError: for dense byte_ids with cu_seqlens, and as `find_patches`.
@@ -82,7 +82,7 @@ class BytePatcher(nn.Module):
             patch_size=self.patch_size,
             max_patch_len=self.max_patch_len,
             cu_seqlens=cu_seqlens,
-            capacity=self.capacity if capacity is None else capacity,
+            max_patches=self.max_patches if max_patches is None else max_patches,
         )
 
     if TYPE_CHECKING:
@@ -95,19 +95,19 @@ class GivenPatches(BytePatcher):
     """Stands where a model has no rule: patches must be given."""
 
     def __init__(self) -> None:
-        super().__init__("given")
+        super().__init__("external")
 
     def forward(
         self,
         byte_ids: Tensor,
         cu_seqlens: Tensor | None = None,
         *,
-        capacity: int | None = None,
+        max_patches: int | None = None,
     ) -> Patches:
         """Raises a ValueError."""
         raise ValueError(
-            'patches: expected patches of your own with patch_rule "given", got None; such a model'
-            " has no rule to cut bytes by, so it writes none"
+            'patches: expected patches of your own with patch_rule "external", got None; such a'
+            " model has no rule to cut bytes by, so it writes none"
         )
 
 

@@ -26,9 +26,9 @@ def patcher_of(config: ModelConfig) -> Patcher | None:
     """
     if config.patch_rule == "none":
         return None
-    if config.patch_rule == "given":
-        raise ValueError('patcher: expected one of your own with patch_rule "given", got None')
-    return build.patcher_of(config, capacity=config.patch_capacity)
+    if config.patch_rule == "external":
+        raise ValueError('patcher: expected one of your own with patch_rule "external", got None')
+    return build.patcher_of(config, max_patches=config.max_patches)
 
 
 @dataclass(frozen=True)

@@ -237,8 +237,8 @@ class STLM(nn.Module):
         )
 
     def _own_patches(self, byte_ids: Tensor, cu_seqlens: Tensor) -> Patches:
-        capacity = self.config.patch_capacity if self.training else None
-        return self.patcher(byte_ids, cu_seqlens, capacity=capacity)
+        max_patches = self.config.max_patches if self.training else None
+        return self.patcher(byte_ids, cu_seqlens, max_patches=max_patches)
 
     def _decode_as(self, byte_ids: Tensor, x: Tensor, cu_seqlens: Tensor) -> Tensor:
         """The decoder over x (T, byte_dim), dense where byte_ids are."""

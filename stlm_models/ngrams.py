@@ -58,7 +58,7 @@ class NgramPooling(nn.Module):
         """The n-grams that end a text each.
 
         Args:
-            last_ids: (B, n), n at least the longest of `sizes`, from `NgramState`.
+            last_ids: (B, n), n at least the longest of `sizes`, from `IncrementalNgrams`.
 
         Returns:
             (B, dim), before the projection.

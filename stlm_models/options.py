@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 TOKENS = ("bytes", "words")
-PATCH_RULES = ("space", "fixed", "given", "none")
+PATCH_RULES = ("space", "fixed", "external", "none")
 POOLINGS = ("mean", "sum", "max", "min", "first", "last", "attention")
 ENCODERS = ("causal", "patch")
 UNPOOLINGS = ("read", "ema")
 OUTPUTS = ("autoregressive", "parallel")
 BYTES = 256
-DOCUMENT_START = 256
+BOS_ID = 256
 """The id put before each document, and before an empty prompt; never a target."""
 IGNORED = -100
 """The target of a position that counts for nothing."""
@@ -30,11 +30,11 @@ class ModelConfig:
             with patch_rule "none" and can be trained and judged, but writes no bytes.
         byte_dim: width D at byte rate, and of the tied table.
         tied: the output projection shares the table of the embeddings; otherwise it has its own.
-        patch_rule, patch_size, max_patch_len: as in `stlm_kernels.find_patches`. Rule "given": each
-            call brings its `patches`, such as those of a tokenizer, and nothing can be generated.
+        patch_rule, patch_size, max_patch_len: as in `stlm_kernels.find_patches`. Rule "external":
+            each call brings its `patches`, such as those of a tokenizer, and nothing is generated.
             Rule "none" is a flat model, a decoder over all positions: it has no patches, pooling
             and core (core_layers 0); the other core options are not read.
-        patch_capacity: slots of a whole call in training, for static shapes where the model makes
+        max_patches: slots of a whole call in training, for static shapes where the model makes
             its patches itself; what finds no slot reads the last slot of its document. Evaluation
             and generation take as many as there are. None: so does training.
         pooling: how the bytes of a patch become its input, as in `BytePooling`; "attention" with
@@ -86,7 +86,7 @@ class ModelConfig:
     patch_rule: str = "space"
     patch_size: int | None = None
     max_patch_len: int | None = 16
-    patch_capacity: int | None = None
+    max_patches: int | None = None
     pooling: str = "mean"
     pooling_heads: int | None = None
     encoder: str = "causal"
@@ -157,7 +157,7 @@ class ModelConfig:
             _at_least(name, 1, getattr(self, name))
         for name in ("core_layers", "decoder_layers", "encoder_layers"):
             _at_least(name, 0, getattr(self, name))
-        for name in ("decoder_ff", "decoder_window", "max_patch_len", "patch_capacity"):
+        for name in ("decoder_ff", "decoder_window", "max_patch_len", "max_patches"):
             if getattr(self, name) is not None:
                 _at_least(name, 1, getattr(self, name))
         _at_least("context", 2, self.context)
@@ -190,8 +190,8 @@ class ModelConfig:
             _refuse("patch_size", f'None with patch_rule "{self.patch_rule}"', self.patch_size)
         if self.tokens == "words" and self.patch_rule != "none":
             _refuse("patch_rule", '"none" with tokens "words"', self.patch_rule)
-        if self.patch_rule == "given" and self.patch_capacity is not None:
-            _refuse("patch_capacity", 'None with patch_rule "given"', self.patch_capacity)
+        if self.patch_rule == "external" and self.max_patches is not None:
+            _refuse("max_patches", 'None with patch_rule "external"', self.max_patches)
 
     def _check_pooling(self) -> None:
         _one_of("pooling", POOLINGS, self.pooling)
@@ -222,7 +222,7 @@ class ModelConfig:
             "core_layers": 0,
             "encoder_layers": 0,
             "pooling": "mean",
-            "patch_capacity": None,
+            "max_patches": None,
             "byte_ngrams": False,
             "unpooling": "read",
             "output": "autoregressive",

@@ -110,11 +110,11 @@ def progress_text(record: dict[str, Any], progress: float) -> str:
     )
 
 
-def lost_patches_text(lost_patches: int, capacity: int | None) -> str:
+def lost_patches_text(lost_patches: int, max_patches: int | None) -> str:
     """The warning of a record with patches that found no slot."""
     return (
-        f"warning: {lost_patches:,} patches since the last record found no slot: patch_capacity"
-        f" {capacity} is too small, and their bytes read an earlier patch instead"
+        f"warning: {lost_patches:,} patches since the last record found no slot: max_patches"
+        f" {max_patches} is too small, and their bytes read an earlier patch instead"
     )
 
 

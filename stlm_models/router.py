@@ -3,7 +3,7 @@
 A `Router` in a model of your own, x being the (T, D) states of a causal encoder:
 
     routing = router(x, cu_seqlens)
-    patches = find_patches(byte_ids, starts=routing.starts, cu_seqlens=cu_seqlens)
+    patches = find_patches(byte_ids, patch_start_mask=routing.starts, cu_seqlens=cu_seqlens)
     first = segment_pool(x, patches.cu_patchlens, mode="first")
     states = core(first, patches.cu_seqlens)
     gate = router.gate(routing, patches)
@@ -19,7 +19,7 @@ Scores need no router. Where score[t] is known from bytes <= t, such as the entr
 model gives the byte after t, a threshold on it ends a patch after byte t, and the patch may be
 read at once, whatever the pooling:
 
-    patches = find_patches(byte_ids, closes=score > threshold, cu_seqlens=cu_seqlens)
+    patches = find_patches(byte_ids, patch_end_mask=score > threshold, cu_seqlens=cu_seqlens)
     pooled = segment_pool(x, patches.cu_patchlens, mode="mean")
     out = unpool(pooled, patches.read_ids, residual=x)
 """
@@ -48,7 +48,7 @@ class Routing(NamedTuple):
     probs: Tensor
     """(T,) float32 (float64 for float64): p, how much the byte differs from the one before it."""
     starts: Tensor
-    """(T,) bool: the byte begins a patch; for `find_patches(starts=...)`."""
+    """(T,) bool: the byte begins a patch; for `find_patches(patch_start_mask=...)`."""
     confidence: Tensor
     """(T,) ones, in probs' dtype, whose gradient is that of p at a start and of 1 - p elsewhere."""
 

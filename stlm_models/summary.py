@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stlm_kernels.terminal import command
 
-from .config import DOCUMENT_START, PRESETS, ModelConfig, preset
+from .config import BOS_ID, PRESETS, ModelConfig, preset
 from .data import load_corpus
 from .model import STLM
 from .optim import Optimizers
@@ -62,7 +62,7 @@ def summarise(config: ModelConfig, text: bytes) -> Summary:
     # Work and memory do not depend on which words they are: as many ids as would fill the text.
     words = config.tokens == "words"
     read = text[: max(1, round(len(text) / BYTES_PER_WORD))] if words else text
-    ids = torch.tensor([DOCUMENT_START, *read[:-1]], dtype=torch.int16)
+    ids = torch.tensor([BOS_ID, *read[:-1]], dtype=torch.int16)
     targets = torch.tensor(list(read))
     n_patches = len(read) if model.is_flat else int(model.patcher(ids).n_patches)
     kept = _Kept(model)

@@ -108,7 +108,7 @@ class Reporter:
         self.metrics.write(record)
         self.line.update(trainer.progress, progress_text(record, trainer.progress))
         if record.get("lost_patches"):
-            self.line.say(lost_patches_text(record["lost_patches"], trainer.patch_capacity))
+            self.line.say(lost_patches_text(record["lost_patches"], trainer.max_patches))
         self._steps, self._last_record = [], trainer.seconds
 
     def _require_finite(self, loss: float) -> None:
@@ -116,7 +116,7 @@ class Reporter:
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"loss: expected a finite number, got {loss} by step {self.trainer.step}:"
-                " lower --muon-lr and --adamw-lr, or set --clip"
+                " lower --muon-lr and --adamw-lr, or set --max-grad-norm"
             )
 
     def _share_of_the_devices(self, bytes_per_second: float) -> float:
@@ -341,14 +341,14 @@ def _parser() -> argparse.ArgumentParser:
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--minutes", type=float, help="time budget (default: 10)")
     budget.add_argument("--steps", type=int, help="budget in steps instead")
-    add("--rows", type=int, help="windows of one context in a step")
+    add("--batch-size", type=int, help="windows of one context in a step")
     add("--seed", type=int, help="of the parameters and the order of the data")
     add("--precision", choices=("fp32", "bf16"), help="default: bf16 where the device has it")
     add("--muon-lr", type=float, help="peak learning rate of the matrices")
     add("--adamw-lr", type=float, help="peak learning rate of the rest")
     add("--schedule", choices=SCHEDULES, help="of the learning rates (default: wsd)")
-    add("--clip", type=float, metavar="NORM", help="limit of the gradients' norm (default: none)")
-    add("--accumulate", type=int, metavar="PARTS", help="read a step's rows in so many parts")
+    add("--max-grad-norm", type=float, help="limit of the gradients' norm (default: none)")
+    add("--grad-accum-steps", type=int, help="read a step's windows in so many parts")
     add(
         "--threads",
         type=int,

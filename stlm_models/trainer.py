@@ -29,6 +29,18 @@ ALONE = Ranks()
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
+POSITIVE = (
+    "minutes",
+    "steps",
+    "batch_size",
+    "muon_lr",
+    "adamw_lr",
+    "grad_accum_steps",
+    "max_grad_norm",
+)
+"""Options that are more than 0 where they are given."""
+
+
 @dataclass(frozen=True)
 class TrainOptions:
     """How to train; exactly one of minutes and steps ends it.
@@ -36,16 +48,16 @@ class TrainOptions:
     Args:
         minutes: of training, over all resumed parts together.
         steps: optimiser steps.
-        rows: windows of `context` bytes in a step, over all processes.
+        batch_size: windows of `context` bytes in a step, over all processes.
         seed: of the initial parameters and the order of the windows.
         muon_lr, adamw_lr: peak learning rates.
         precision: "bf16" computes under autocast, and Muon multiplies in it; parameters are fp32
             either way.
-        accumulate: a step reads its rows in this many parts, one after the other, which needs less
-            memory; each valid byte of the step counts the same.
+        grad_accum_steps: a step reads its windows in this many parts, one after the other, which
+            needs less memory; each valid byte of the step counts the same.
         schedule: of the learning rates, see `stlm_models.optim.lr_scale`.
-        clip: the norm of all gradients together is at most this; None is no limit.
-        compile: run the model through torch.compile. On a CPU give patches a capacity: attention
+        max_grad_norm: the norm of all gradients together is at most this; None is no limit.
+        compile: run the model through torch.compile. On a CPU give `max_patches`: attention
             is compiled there for each number of patches anew.
         checkpointing: as in `ModelConfig`, where the config does not say so already.
 
@@ -55,14 +67,14 @@ class TrainOptions:
 
     minutes: float | None = None
     steps: int | None = None
-    rows: int = 8
+    batch_size: int = 8
     seed: int = 0
     muon_lr: float = 0.02
     adamw_lr: float = 0.004
     precision: str = "fp32"
-    accumulate: int = 1
+    grad_accum_steps: int = 1
     schedule: str = "wsd"
-    clip: float | None = None
+    max_grad_norm: float | None = None
     compile: bool = False
     checkpointing: bool = False
 
@@ -70,7 +82,7 @@ class TrainOptions:
         if (self.minutes is None) == (self.steps is None):
             got = f"minutes {self.minutes} and steps {self.steps}"
             raise ValueError(f"minutes, steps: expected exactly one of them, got {got}")
-        for name in ("minutes", "steps", "rows", "muon_lr", "adamw_lr", "accumulate", "clip"):
+        for name in POSITIVE:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}: expected more than 0, got {value}")
@@ -90,7 +102,7 @@ class StepResult:
     Args:
         loss: 0-d, mean nats per valid byte.
         n_bytes: read.
-        lost_patches: 0-d, patches that found no slot; None where patches have no capacity.
+        lost_patches: 0-d, patches that found no slot; None where `max_patches` is None.
     """
 
     loss: Tensor
@@ -109,7 +121,7 @@ class Trainer:
         patcher: finds the patches by a rule of your own; None is that of the config.
 
     Raises:
-        ValueError: where the corpus is shorter than a window, or rows cannot be shared evenly.
+        ValueError: where the corpus is shorter than a window, or the batch cannot be shared evenly.
     """
 
     def __init__(
@@ -127,7 +139,7 @@ class Trainer:
             documents = [self.words.encode(document) for document in corpus.train]
         self.bytes_per_id = sum(map(len, corpus.train)) / max(1, sum(map(len, documents)))
         patcher = patcher_of(config) if patcher is None else patcher
-        self.patch_capacity: int | None = getattr(patcher, "capacity", None)
+        self.max_patches: int | None = getattr(patcher, "max_patches", None)
         self.windows = TrainingWindows(
             documents,
             context=config.context,
@@ -168,17 +180,17 @@ class Trainer:
 
     def train_step(self) -> StepResult:
         """Read the step's batches, move the parameters."""
-        parts = self.options.accumulate
+        parts = self.options.grad_accum_steps
         batches = [self.loader.batch(self.step * parts + part) for part in range(parts)]
-        if self.options.compile and self.patch_capacity is None:
+        if self.options.compile and self.max_patches is None:
             batches = [batch.with_open_sizes() for batch in batches]
         n_valid = torch.stack([(batch.targets != IGNORED).sum() for batch in batches]).sum()
         self.model.train()
         means = [
             self._add_gradients(batch, n_valid, is_last=batch is batches[-1]) for batch in batches
         ]
-        if self.options.clip is not None:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip)
+        if self.options.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.max_grad_norm)
         self.optimizers.step(lr_scale(self.progress, self.options.schedule))
         self.step += 1
         n_ids = sum(batch.n_bytes for batch in batches) * self.ranks.world
@@ -207,7 +219,7 @@ class Trainer:
         return mean
 
     def _lost_patches(self, batches: list[Batch]) -> Tensor | None:
-        if self.patch_capacity is None:
+        if self.max_patches is None:
             return None
         return self.ranks.total(torch.stack([batch.lost_patches for batch in batches]).sum())
 
@@ -291,8 +303,8 @@ class Trainer:
 
 
 def _rows_at_once(options: TrainOptions, ranks: Ranks) -> int:
-    parts = options.accumulate
-    if options.rows % (parts * ranks.world):
+    parts = options.grad_accum_steps
+    if options.batch_size % (parts * ranks.world):
         expected = f"a multiple of {parts} parts x {ranks.world} processes"
-        raise ValueError(f"rows: expected {expected}, got {options.rows}")
-    return options.rows // parts
+        raise ValueError(f"batch_size: expected {expected}, got {options.batch_size}")
+    return options.batch_size // parts

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from stlm_kernels import find_patches
 
-from .config import BYTES, DOCUMENT_START
+from .config import BOS_ID, BYTES
 
-FIRST_WORD = DOCUMENT_START + 1
+FIRST_WORD = BOS_ID + 1
 MAX_SIZE = 1 << 18
 MAX_WORD_BYTES = 64
 MIN_COUNT = 2
@@ -97,8 +97,8 @@ class WordVocabulary:
         """
         table, found = self._table, []
         for token in ids.tolist():
-            if not 0 <= token < self.size or token == DOCUMENT_START:
-                expected = f"0 to {self.size - 1} without {DOCUMENT_START}"
+            if not 0 <= token < self.size or token == BOS_ID:
+                expected = f"0 to {self.size - 1} without {BOS_ID}"
                 raise ValueError(f"ids: expected {expected}, got {token}")
             found.append(table[token])
         return b"".join(found)

@@ -32,7 +32,7 @@ def looped(inputs: Inputs, upstream: Tensor) -> dict[str, Tensor]:
     A gain is rounded to the table's dtype, as the contract says.
     """
     weight, up = as_array(inputs["weight"]), as_array(upstream)
-    gain = inputs.get("slot_gain")
+    gain = inputs.get("position_weight")
     gains = np.ones((1, weight.shape[1]))
     if gain is not None:
         gains = as_array(gain.to(inputs["weight"].dtype))
@@ -50,14 +50,14 @@ def looped(inputs: Inputs, upstream: Tensor) -> dict[str, Tensor]:
             out[p] += scale * gains[slot] * weight[byte]
             dweight[byte] += scale * gains[slot] * up[p]
             dgain[slot] += scale * weight[byte] * up[p]
-    found = {"out": out, "weight": dweight, "slot_gain": dgain}
+    found = {"out": out, "weight": dweight, "position_weight": dgain}
     return {name: torch.from_numpy(x) for name, x in found.items()}
 
 
 def as_leaves(inputs: Inputs) -> Inputs:
     """The same arguments, those with a gradient as fresh leaves."""
     leaves = dict(inputs)
-    for name in ("weight", "slot_gain"):
+    for name in ("weight", "position_weight"):
         if leaves.get(name) is not None:
             leaves[name] = leaves[name].detach().clone().requires_grad_()
     return leaves
@@ -69,7 +69,7 @@ def with_gradients(
     """The result and the gradients by name."""
     leaves = as_leaves(inputs)
     out = op(**leaves, **options)
-    names = [name for name in ("weight", "slot_gain") if leaves.get(name) is not None]
+    names = [name for name in ("weight", "position_weight") if leaves.get(name) is not None]
     grads = torch.autograd.grad(out, [leaves[name] for name in names], upstream.to(out))
     return {"out": out.detach(), **dict(zip(names, grads, strict=True))}
 
@@ -126,7 +126,7 @@ def pool_inputs(
     }
     if slots is not None:
         gain = 1 + torch.randn(slots, width, generator=rng) / 2
-        inputs["slot_gain"] = gain.to(way.device, way.dtype)
+        inputs["position_weight"] = gain.to(way.device, way.dtype)
     return inputs
 
 

@@ -10,7 +10,7 @@ from model_helpers import TINY, scrambled
 from norms import assert_same_rows
 from torch import Tensor
 
-from stlm_models import DOCUMENT_START, STLM, ModelConfig
+from stlm_models import BOS_ID, STLM, ModelConfig
 from stlm_models.huggingface import ByteTokenizer, STLMForCausalLM
 
 PROMPTS = ["ab c", "Zoë and a longer prompt", ""]
@@ -27,7 +27,7 @@ def one_stlm(kind: str = "pooled") -> STLM:
     model = scrambled(KINDS[kind])
     torch.nn.init.normal_(model.embedding.weight, std=0.3)
     with torch.no_grad():
-        model.embedding.weight[DOCUMENT_START] *= 4
+        model.embedding.weight[BOS_ID] *= 4
     return model
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from stlm_models import STLM, ModelConfig
-from stlm_models.config import DOCUMENT_START
+from stlm_models.config import BOS_ID
 
 TINY = ModelConfig(
     byte_dim=16,
@@ -52,7 +52,7 @@ def scrambled(config: ModelConfig = TINY, core: nn.Module | None = None) -> STLM
 
 
 def ids_of(text: bytes) -> Tensor:
-    return torch.tensor([DOCUMENT_START, *text], dtype=torch.int16)
+    return torch.tensor([BOS_ID, *text], dtype=torch.int16)
 
 
 def packed(texts: list[bytes]) -> tuple[Tensor, Tensor]:

@@ -211,9 +211,9 @@ def test_fp32_gain_beside_a_16_bit_table(way: Way) -> None:
     if way.dtype not in (BF16, FP16):
         pytest.skip("the table has 16 bits")
     inputs = pool_inputs([3, 0, 5, 2, 9], way, tail=2, slots=4)
-    inputs["slot_gain"] = 1 + torch.randn(4, 24, device=way.device) / 2
+    inputs["position_weight"] = 1 + torch.randn(4, 24, device=way.device) / 2
     assert_right(inputs, way.impl)
-    rounded = {**inputs, "slot_gain": inputs["slot_gain"].to(way.dtype)}
+    rounded = {**inputs, "position_weight": inputs["position_weight"].to(way.dtype)}
     assert torch.equal(byte_pool(**inputs, impl=way.impl), byte_pool(**rounded, impl=way.impl))
 
 

@@ -45,7 +45,7 @@ def test_autocast(way: Way, lower: torch.dtype, slots: int | None, upstream_kind
     if upstream_kind == "ones":
         upstream.fill_(1)
     held = {
-        name: x.to(lower).float() if name in ("weight", "slot_gain") else x
+        name: x.to(lower).float() if name in ("weight", "position_weight") else x
         for name, x in inputs.items()
     }
     with torch.autocast(way.device, dtype=lower):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from stlm_models import STLM, Attention, KVCache, ModelConfig
 from stlm_models.cached import CachedRun
-from stlm_models.config import DOCUMENT_START
+from stlm_models.config import BOS_ID
 from stlm_models.decoding import fit_context
 from stlm_models.transformer import PatchCore
 
@@ -138,7 +138,7 @@ def full_states(model: STLM, windows: list[list[int]]) -> Tensor:
 
 def seen_ids(prompts: list[bytes]) -> list[list[int]]:
     """The ids that a model sees of prompts: id 256 begins empty ones alone."""
-    return [[*prompt] or [DOCUMENT_START] for prompt in prompts]
+    return [[*prompt] or [BOS_ID] for prompt in prompts]
 
 
 def write_greedily(model: STLM, windows: list[list[int]], length: int) -> list[bytes]:
@@ -254,7 +254,7 @@ class TestCost:
 
     def test_rows_that_are_left_out_cost_nothing(self) -> None:
         model = scrambled()
-        run = CachedRun(model, [[DOCUMENT_START, 97]] * 3)
+        run = CachedRun(model, [[BOS_ID, 97]] * 3)
         core, decoder = Counted.calls_of(model.core), Counted.calls_of(model.decoder[0])
         run.step(torch.full((3,), 32), [0, 2])
         assert core.rows == decoder.rows == [2]
@@ -309,7 +309,7 @@ class TestPrecision:
         assert_as_right({"states": run.hidden}, {"states": expected}, {"states": exact})
 
     def test_nothing_is_recorded(self) -> None:
-        run = CachedRun(scrambled(), [[DOCUMENT_START, 65]])
+        run = CachedRun(scrambled(), [[BOS_ID, 65]])
         run.step(torch.tensor([66]), [0])
         assert not run.hidden.requires_grad
         assert not run._rows.caches[0].k.requires_grad

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import hashlib
 import itertools
+import json
 import os
 import random
 import shutil
@@ -79,6 +81,25 @@ def test_only_the_newest_is_kept(tmp_path: Path) -> None:
         save_checkpoint(tmp_path, checkpoint_at(step))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-100000000"]
     assert load_checkpoint(tmp_path).state["step"] == 100_000_000
+
+
+def test_fields_of_early_runs_have_todays_names(tmp_path: Path) -> None:
+    """As the first commits of 0.1.0 wrote them."""
+    folder = save_checkpoint(tmp_path, checkpoint_at(3))
+    config = json.loads((folder / "config.json").read_text())
+    config["patch_capacity"] = config.pop("max_patches")
+    config["patch_rule"] = "given"
+    state = {"step": 3, "options": {"rows": 4, "accumulate": 2, "clip": None, "seed": 1}}
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name, values in (("config.json", config), ("state.json", state)):
+        (folder / name).write_text(json.dumps(values))
+        manifest[name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    found = load_checkpoint(tmp_path)
+    assert found.config.patch_rule == "external"
+    assert found.state["options"] == {
+        "batch_size": 4, "grad_accum_steps": 2, "max_grad_norm": None, "seed": 1,
+    }  # fmt: skip
 
 
 def names_in(run: Path) -> list[str]:

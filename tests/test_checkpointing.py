@@ -67,7 +67,7 @@ def test_config_and_options_set_it() -> None:
 def test_our_own_loop_trains_alike_and_counts_what_a_byte_needs() -> None:
     trained, counted = [], []
     for checkpointing in (False, True):
-        options = TrainOptions(steps=2, rows=2, checkpointing=checkpointing)
+        options = TrainOptions(steps=2, batch_size=2, checkpointing=checkpointing)
         trainer = Trainer(TINY, CORPUS, options)
         assert trainer.model.checkpointing == checkpointing
         trainer.run()

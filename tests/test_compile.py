@@ -52,7 +52,7 @@ def losses(
     steps: int, *, compile: bool, patcher: BytePatcher | None = None
 ) -> tuple[list[float], set[tuple[int, int]]]:
     """Of some steps, and how long the offsets of documents and patches are in them."""
-    options = TrainOptions(steps=steps, rows=2, compile=compile)
+    options = TrainOptions(steps=steps, batch_size=2, compile=compile)
     trainer = Trainer(SMALL, CORPUS, options, patcher=patcher)
     batches = [trainer.windows.batch(step) for step in range(steps)]
     shapes = {(len(x.cu_seqlens), len(x.patches.cu_patchlens)) for x in batches if x.patches}
@@ -62,7 +62,7 @@ def losses(
 
 
 def test_a_capacity_makes_one_variant(variants: CompileCounterWithBackend) -> None:
-    patcher = BytePatcher("space", max_patch_len=5, capacity=40)
+    patcher = BytePatcher("space", max_patch_len=5, max_patches=40)
     found, shapes = losses(3, compile=True, patcher=patcher)
     assert len(shapes) == 1
     assert variants.frame_count == 1

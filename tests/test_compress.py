@@ -29,7 +29,7 @@ from stlm_models.checkpoint import Checkpoint, load_checkpoint, load_model, save
 from stlm_models.compress import compress
 from stlm_models.compress import main as compress_main
 from stlm_models.compressed import FRONT, HEADER, Compressed, unpack
-from stlm_models.config import DOCUMENT_START
+from stlm_models.config import BOS_ID
 from stlm_models.decoding import fit_context
 from stlm_models.decompress import decompress
 from stlm_models.decompress import main as decompress_main
@@ -171,7 +171,7 @@ def code_bits(file: bytes) -> int:
 
 def stepwise_bits(model: STLM, data: bytes) -> float:
     """-log2 p of each byte from a full run over what the model may see of those before it."""
-    window, bits = [DOCUMENT_START], 0.0
+    window, bits = [BOS_ID], 0.0
     for byte in data:
         with torch.no_grad():
             logits = model(torch.tensor(window))[-1, :256].double()

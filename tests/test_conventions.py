@@ -259,9 +259,9 @@ def test_end_masks_read_what_the_decoder_of_blt_reads() -> None:
     lengths = torch.cat([first, first.new_tensor([41])]).diff()
     decoder_patch_ids = torch.arange(len(lengths) - 1).repeat_interleave(lengths[1:])
     ids = torch.zeros(40, dtype=torch.uint8)
-    patches = ops.find_patches(ids, closes=starts[1:].clone())
+    patches = ops.find_patches(ids, patch_end_mask=starts[1:].clone())
     assert torch.equal(patches.read_ids.long(), decoder_patch_ids)
-    begun = ops.find_patches(ids, starts=starts[:40].clone())
+    begun = ops.find_patches(ids, patch_start_mask=starts[:40].clone())
     assert not torch.equal(begun.read_ids.long(), decoder_patch_ids)
 
 

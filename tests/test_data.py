@@ -13,7 +13,7 @@ import torch
 
 from stlm_models import data
 from stlm_models import documents as reading
-from stlm_models.config import DOCUMENT_START
+from stlm_models.config import BOS_ID
 from stlm_models.data import DocumentStream, TrainingWindows, default_corpus, load_corpus
 
 
@@ -128,7 +128,7 @@ class TestDocumentStream:
         words = [np.array([300, 7, 50_000], np.int32), np.array([256 + 9], np.int32)]
         for documents, dtype in ((DOCUMENTS[:4], np.int16), (words, np.int32)):
             stream = DocumentStream(documents)
-            pieces = [[DOCUMENT_START, *document] for document in documents]
+            pieces = [[BOS_ID, *document] for document in documents]
             whole = np.concatenate(pieces).astype(dtype)
             assert len(stream) == len(whole)
             for start, stop in itertools.combinations_with_replacement(range(len(whole) + 1), 2):
@@ -142,7 +142,7 @@ class TestDocumentStream:
         stream = DocumentStream(documents)
         whole = stream[:]
         begun = [
-            1 + int((whole[start + 1 : start + length] == DOCUMENT_START).sum())
+            1 + int((whole[start + 1 : start + length] == BOS_ID).sum())
             for start in range(len(whole) - length + 1)
         ]
         assert stream.most_documents(length) == max(begun)
@@ -161,7 +161,7 @@ class TestTrainingWindows:
                     for start in range(len(stream) - 16)
                     if np.array_equal(stream[start : start + 16], inputs[row])
                     and all(
-                        target == (-100 if follow == DOCUMENT_START else follow)
+                        target == (-100 if follow == BOS_ID else follow)
                         for target, follow in zip(
                             targets[row].tolist(), stream[start + 1 : start + 17], strict=True
                         )
@@ -174,7 +174,7 @@ class TestTrainingWindows:
         for step in range(20):
             batch = windows.batch(step)
             begins = {0, 16, 32, 48, 64}
-            begins |= set((batch.byte_ids == DOCUMENT_START).nonzero().flatten().tolist())
+            begins |= set((batch.byte_ids == BOS_ID).nonzero().flatten().tolist())
             assert batch.cu_seqlens.tolist() == sorted(begins)
             assert batch.cu_seqlens.dtype == torch.int32
             assert batch.n_bytes == 64

@@ -21,7 +21,7 @@ from stlm_kernels.ops.find_patches.reference import reference
 from stlm_kernels.testing import assert_causal
 
 ROOT = Path(__file__).parent.parent
-WAYS_TO_CUT = ("space", "fixed", "starts", "closes")
+WAYS_TO_CUT = ("space", "fixed", "patch_start_mask", "patch_end_mask")
 RESULT_LANES = pytest.mark.lanes("cpu", "interpret", "gpu")
 TEXT = b"ab  cd, e\xc3\xa9f!x"
 Cut = Callable[..., Patches]
@@ -108,10 +108,10 @@ def test_a_document_that_begins_with_a_space_closes_there(cut: Cut) -> None:
 @RESULT_LANES
 def test_starts_are_read_one_patch_back(cut: Cut) -> None:
     ids = text_ids(b"abcdefgh")
-    got = cut(ids, starts=mask(8, 3, 5))
+    got = cut(ids, patch_start_mask=mask(8, 3, 5))
     assert got.cu_patchlens.tolist() == [0, 3, 5, 8]
     assert got.read_ids.tolist() == [-1, -1, -1, 0, 0, 1, 1, 1]
-    capped = cut(ids, starts=mask(8, 3, 5), max_patch_len=2)
+    capped = cut(ids, patch_start_mask=mask(8, 3, 5), max_patch_len=2)
     assert capped.cu_patchlens.tolist() == [0, 2, 3, 5, 7, 8]
     # Reaching the limit is known at once; being followed by a start is not.
     assert capped.read_ids.tolist() == [-1, 0, 0, 1, 2, 2, 3, 3]
@@ -119,7 +119,7 @@ def test_starts_are_read_one_patch_back(cut: Cut) -> None:
 
 @RESULT_LANES
 def test_forced_closes_restart_at_natural_ones(cut: Cut) -> None:
-    got = cut(text_ids(b"abcdefg"), closes=mask(7, 3), max_patch_len=3)
+    got = cut(text_ids(b"abcdefg"), patch_end_mask=mask(7, 3), max_patch_len=3)
     assert got.cu_patchlens.tolist() == [0, 3, 4, 7]
     assert got.read_ids.tolist() == [-1, -1, 0, 1, 1, 1, 2]
     got = cut(text_ids(b"abcdefghij"), rule="fixed", patch_size=5, max_patch_len=3)
@@ -136,12 +136,12 @@ def test_fixed_counts_from_the_document(cut: Cut) -> None:
 
 @RESULT_LANES
 def test_documents_may_be_empty_and_end_before_the_bytes(cut: Cut) -> None:
-    got = cut(text_ids(b"abcdef"), closes=mask(6, 1), cu_seqlens=ints(0, 0, 3, 3, 4))
+    got = cut(text_ids(b"abcdef"), patch_end_mask=mask(6, 1), cu_seqlens=ints(0, 0, 3, 3, 4))
     assert got.cu_patchlens.tolist() == [0, 2, 3, 4]
     assert got.patch_ids.tolist() == [0, 0, 1, 2, -1, -1]
     assert got.read_ids.tolist() == [-1, 0, 0, -1, -1, -1]
     assert got.cu_seqlens.tolist() == [0, 0, 2, 2, 3]
-    nothing = cut(text_ids(b"abc"), closes=mask(3, 1), cu_seqlens=ints(0))
+    nothing = cut(text_ids(b"abc"), patch_end_mask=mask(3, 1), cu_seqlens=ints(0))
     assert nothing.cu_patchlens.tolist() == [0]
     assert nothing.patch_ids.tolist() == [-1, -1, -1]
     assert nothing.cu_seqlens.tolist() == [0]
@@ -149,7 +149,7 @@ def test_documents_may_be_empty_and_end_before_the_bytes(cut: Cut) -> None:
 
 @RESULT_LANES
 def test_unused_slots_are_empty_at_the_last_offset(cut: Cut) -> None:
-    got = cut(text_ids(b"abcd"), closes=mask(4, 1), cu_seqlens=ints(0, 3), capacity=5)
+    got = cut(text_ids(b"abcd"), patch_end_mask=mask(4, 1), cu_seqlens=ints(0, 3), max_patches=5)
     assert got.cu_patchlens.tolist() == [0, 2, 3, 3, 3, 3]
     assert got.n_patches.item() == 2
     assert got.cu_seqlens.tolist() == [0, 2]
@@ -158,13 +158,13 @@ def test_unused_slots_are_empty_at_the_last_offset(cut: Cut) -> None:
 @RESULT_LANES
 def test_overflow_reads_the_last_slot_of_the_own_document(cut: Cut) -> None:
     options: dict[str, Any] = {"rule": "fixed", "patch_size": 2, "cu_seqlens": ints(0, 6, 10)}
-    got = cut(text_ids(b"abcdefghij"), **options, capacity=2)
+    got = cut(text_ids(b"abcdefghij"), **options, max_patches=2)
     assert got.cu_patchlens.tolist() == [0, 2, 4]
     assert got.patch_ids.tolist() == [0, 0, 1, 1, *[-1] * 6]
     assert got.read_ids.tolist() == [-1, 0, 0, 1, 1, 1, -1, -1, -1, -1]
     assert got.n_patches.item() == 5
     assert got.cu_seqlens.tolist() == [0, 2, 2]
-    got = cut(text_ids(b"abcdefghij"), **options, capacity=4)
+    got = cut(text_ids(b"abcdefghij"), **options, max_patches=4)
     assert got.cu_patchlens.tolist() == [0, 2, 4, 6, 8]
     assert got.read_ids.tolist() == [-1, 0, 0, 1, 1, 2, -1, 3, 3, 3]
     assert got.cu_seqlens.tolist() == [0, 3, 4]
@@ -173,7 +173,7 @@ def test_overflow_reads_the_last_slot_of_the_own_document(cut: Cut) -> None:
 @RESULT_LANES
 def test_a_document_that_begins_where_slots_end_reads_nothing(cut: Cut) -> None:
     options: dict[str, Any] = {"rule": "fixed", "patch_size": 2, "cu_seqlens": ints(0, 6, 8)}
-    got = cut(text_ids(b"abcdefgh"), **options, capacity=3)
+    got = cut(text_ids(b"abcdefgh"), **options, max_patches=3)
     assert got.cu_patchlens.tolist() == [0, 2, 4, 6]
     assert got.patch_ids.tolist() == [0, 0, 1, 1, 2, 2, -1, -1]
     assert got.read_ids.tolist() == [-1, 0, 0, 1, 1, 2, -1, -1]
@@ -208,7 +208,7 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
     ids = draw(st.lists(st.sampled_from(b"aZ5 .\n\xa9\xc3"), min_size=total, max_size=total))
     call: dict[str, Any] = {"byte_ids": torch.tensor(ids, dtype=torch.uint8)}
     how = draw(st.sampled_from(WAYS_TO_CUT))
-    if how in ("starts", "closes"):
+    if how in ("patch_start_mask", "patch_end_mask"):
         call[how] = torch.tensor(draw(bools), dtype=torch.bool)
     else:
         call["rule"] = how
@@ -224,8 +224,8 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
 
 @RESULT_LANES
 @given(calls(), st.none() | st.integers(1, 30))
-def test_equals_the_oracle(cut: Cut, call: dict[str, Any], capacity: int | None) -> None:
-    assert_equal(cut(**call, capacity=capacity), reference(**call, capacity=capacity))
+def test_equals_the_oracle(cut: Cut, call: dict[str, Any], max_patches: int | None) -> None:
+    assert_equal(cut(**call, max_patches=max_patches), reference(**call, max_patches=max_patches))
 
 
 @RESULT_LANES
@@ -236,10 +236,12 @@ def test_longer_texts_equal_the_oracle(cut: Cut, how: str) -> None:
     ids = torch.where(torch.rand(total, generator=rng) < 0.1, ord(" "), ord("a"))
     ids[12:75] = ord("a")
     call: dict[str, Any] = {"byte_ids": ids, "cu_seqlens": ints(0, 3, 3, 5, 80, 95, 102)}
-    call |= {how: ids < ord("a")} if how in ("starts", "closes") else {"rule": how}
+    call |= (
+        {how: ids < ord("a")} if how in ("patch_start_mask", "patch_end_mask") else {"rule": how}
+    )
     call |= {"patch_size": 60} if how == "fixed" else {}
-    for limit, capacity in ((None, None), (1, 1), (3, 11), (20, 12), (20, 200)):
-        options = {"max_patch_len": limit, "capacity": capacity}
+    for limit, max_patches in ((None, None), (1, 1), (3, 11), (20, 12), (20, 200)):
+        options = {"max_patch_len": limit, "max_patches": max_patches}
         assert_equal(cut(**call, **options), reference(**call, **options))
 
 
@@ -252,10 +254,13 @@ def test_default_configurations_agree_with_the_torch_path(way: Way, how: str) ->
     on_cpu = way.device == "cpu"
     for total in (1500,) if on_cpu else (60_000, 3_000_000):
         ids = torch.randint(0, 256, (total,), generator=torch.Generator().manual_seed(0))
-        call: dict[str, Any] = {"byte_ids": ids.to(way.device, torch.uint8), "capacity": total // 7}
+        call: dict[str, Any] = {
+            "byte_ids": ids.to(way.device, torch.uint8),
+            "max_patches": total // 7,
+        }
         call["cu_seqlens"] = ints(0, 1, 200, 1100, total - 50).to(way.device)
         marks = (ids % 9 == 0).to(way.device)
-        call |= {how: marks} if how in ("starts", "closes") else {"rule": how}
+        call |= {how: marks} if how in ("patch_start_mask", "patch_end_mask") else {"rule": how}
         call |= {"patch_size": 600} if how == "fixed" else {}
         for limit in (300,) if on_cpu else (None, 300, 11):
             got = find_patches(**call, max_patch_len=limit, impl="triton")
@@ -264,7 +269,10 @@ def test_default_configurations_agree_with_the_torch_path(way: Way, how: str) ->
 
 def cut_off(call: dict[str, Any], length: int) -> dict[str, Any]:
     """The same call on the first `length` bytes."""
-    short = {k: v[:length] if k in ("byte_ids", "starts", "closes") else v for k, v in call.items()}
+    short = {
+        k: v[:length] if k in ("byte_ids", "patch_start_mask", "patch_end_mask") else v
+        for k, v in call.items()
+    }
     if "cu_seqlens" in call:
         short["cu_seqlens"] = call["cu_seqlens"].clamp(max=length)
     return short
@@ -285,9 +293,9 @@ def test_prefixes_know_the_same(cut: Cut, way: Way, call: dict[str, Any]) -> Non
 
 @given(calls(), st.none() | st.integers(1, 30))
 def test_reads_are_complete_and_of_the_own_document(
-    call: dict[str, Any], capacity: int | None
+    call: dict[str, Any], max_patches: int | None
 ) -> None:
-    got = find_patches(**call, capacity=capacity)
+    got = find_patches(**call, max_patches=max_patches)
     ends, borders = got.cu_patchlens[1:].tolist(), got.cu_seqlens.tolist()
     total = len(call["byte_ids"])
     documents = call.get("cu_seqlens", ints(0, total)).tolist()
@@ -301,8 +309,8 @@ def test_reads_are_complete_and_of_the_own_document(
 
 
 @given(calls(), st.none() | st.integers(1, 30))
-def test_each_id_is_read_in_one_run(call: dict[str, Any], capacity: int | None) -> None:
-    got = find_patches(**call, capacity=capacity)
+def test_each_id_is_read_in_one_run(call: dict[str, Any], max_patches: int | None) -> None:
+    got = find_patches(**call, max_patches=max_patches)
     states = torch.randn(len(got.cu_patchlens) - 1, 2)
     assert unpool(states, got.read_ids).shape == (len(call["byte_ids"]), 2)  # else ValueError
 
@@ -314,7 +322,7 @@ def byte_model(read: str, how: str) -> Any:
 
     def model(ids: Tensor) -> Tensor:
         given = options
-        if how in ("starts", "closes"):
+        if how in ("patch_start_mask", "patch_end_mask"):
             given = {how: ids % 4 == 0}
         patches = find_patches(ids, **given, max_patch_len=5)
         pooled = segment_pool(table[ids], patches.cu_patchlens, mode="mean")
@@ -350,14 +358,18 @@ class Synchronisations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("capacity", "count"), [(None, 1), (9, 0)])
+@pytest.mark.parametrize(("max_patches", "count"), [(None, 1), (9, 0)])
 @pytest.mark.parametrize("how", WAYS_TO_CUT)
-def test_synchronises_once_or_never(how: str, capacity: int | None, count: int) -> None:
+def test_synchronises_once_or_never(how: str, max_patches: int | None, count: int) -> None:
     ids = text_ids()
-    given = {how: mask(len(ids), 2, 5)} if how in ("starts", "closes") else {"rule": how}
+    given = (
+        {how: mask(len(ids), 2, 5)}
+        if how in ("patch_start_mask", "patch_end_mask")
+        else {"rule": how}
+    )
     size = 4 if how == "fixed" else None
     with Synchronisations() as seen:
-        find_patches(ids, **given, patch_size=size, max_patch_len=3, capacity=capacity)
+        find_patches(ids, **given, patch_size=size, max_patch_len=3, max_patches=max_patches)
     assert seen.count == count
 
 
@@ -372,7 +384,7 @@ def test_unchecked_borders_stay_in_bounds(way: Way, borders: tuple[int, ...]) ->
     compiled = torch.compile(find_patches, fullgraph=True, backend="eager", dynamic=False)
     ids, offsets = text_ids().to(way.device), ints(*borders).to(way.device)
     with _launch.overriding(small_blocks(way.device)):
-        got = compiled(ids, rule="space", cu_seqlens=offsets, capacity=6, impl=way.impl)
+        got = compiled(ids, rule="space", cu_seqlens=offsets, max_patches=6, impl=way.impl)
     total = len(TEXT)
     assert 0 <= got.cu_patchlens.min() <= got.cu_patchlens.max() <= total
     assert (got.cu_patchlens.diff() >= 0).all()
@@ -389,20 +401,29 @@ FLAGS = torch.zeros(4, dtype=torch.bool)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "rule, starts, closes: expected exactly one of them, got none of them"),
-        ({"rule": "space", "closes": FLAGS}, "exactly one of them, got rule and closes"),
-        ({"starts": FLAGS, "closes": FLAGS}, "exactly one of them, got starts and closes"),
+        (
+            {},
+            "rule, patch_start_mask, patch_end_mask: expected exactly one of them, got none",
+        ),
+        (
+            {"rule": "space", "patch_end_mask": FLAGS},
+            "exactly one of them, got rule and patch_end_mask",
+        ),
+        (
+            {"patch_start_mask": FLAGS, "patch_end_mask": FLAGS},
+            "exactly one of them, got patch_start_mask and patch_end_mask",
+        ),
         ({"rule": "bpe"}, "rule: expected one of 'space', 'fixed', got 'bpe'"),
         ({"rule": "fixed"}, "patch_size: expected an int >= 1, got None"),
         ({"rule": "fixed", "patch_size": 0}, "patch_size: expected an int >= 1, got 0"),
         ({"rule": "space", "patch_size": 4}, "patch_size: expected None unless"),
-        ({"closes": FLAGS, "patch_size": 4}, "patch_size: expected None unless"),
+        ({"patch_end_mask": FLAGS, "patch_size": 4}, "patch_size: expected None unless"),
         ({"rule": "space", "max_patch_len": 0}, "max_patch_len: expected an int >= 1, got 0"),
-        ({"rule": "space", "capacity": 0}, "capacity: expected an int >= 1, got 0"),
-        ({"rule": "space", "capacity": 2.0}, "capacity: expected an int >= 1, got 2.0"),
-        ({"rule": "space", "capacity": True}, "capacity: expected an int >= 1, got True"),
-        ({"closes": FLAGS[:3]}, r"closes: expected shape \(4,\), got \(3,\)"),
-        ({"starts": IDS}, "starts: expected dtype bool, got uint8"),
+        ({"rule": "space", "max_patches": 0}, "max_patches: expected an int >= 1, got 0"),
+        ({"rule": "space", "max_patches": 2.0}, "max_patches: expected an int >= 1, got 2.0"),
+        ({"rule": "space", "max_patches": True}, "max_patches: expected an int >= 1, got True"),
+        ({"patch_end_mask": FLAGS[:3]}, r"patch_end_mask: expected shape \(4,\), got \(3,\)"),
+        ({"patch_start_mask": IDS}, "patch_start_mask: expected dtype bool, got uint8"),
         ({"rule": "space", "cu_seqlens": ints(0, 4).long()}, "cu_seqlens: expected dtype int32"),
         ({"rule": "space", "cu_seqlens": ints()}, "cu_seqlens: expected at least 1 entry"),
         ({"rule": "space", "cu_seqlens": ints(1, 4)}, "cu_seqlens: expected first entry 0, got 1"),

@@ -16,7 +16,7 @@ from norms import assert_greedy
 from torch import Tensor, nn
 
 from stlm_models import STLM
-from stlm_models.config import DOCUMENT_START
+from stlm_models.config import BOS_ID
 from stlm_models.decoding import fit_context
 from stlm_models.generate import _parser, main
 from stlm_models.layers import TiedEmbedding
@@ -83,12 +83,12 @@ class TestGenerate:
     def test_special_ids_are_never_drawn(self, model: STLM) -> None:
         class Loving256(nn.Module):
             def forward(self, x: Tensor) -> Tensor:
-                return model.embedding.weight[DOCUMENT_START].expand_as(x)
+                return model.embedding.weight[BOS_ID].expand_as(x)
 
         model = scrambled()
-        nn.init.constant_(model.embedding.weight[DOCUMENT_START], 5.0)
+        nn.init.constant_(model.embedding.weight[BOS_ID], 5.0)
         model.to_output = Loving256()  # type: ignore[assignment]
-        assert model(torch.tensor([65]))[-1].argmax() == DOCUMENT_START
+        assert model(torch.tensor([65]))[-1].argmax() == BOS_ID
         assert len(model.generate(b"", max_new_bytes=4, temperature=0)) == 4
 
     def test_stop(self, model: STLM) -> None:
@@ -115,7 +115,7 @@ class TestGenerate:
         assert any(text != model.generate(long, max_new_bytes=9, seed=1) for text in changed)
 
     def test_the_cut_is_at_a_patch_border_in_the_last_half(self, model: STLM) -> None:
-        window = [DOCUMENT_START, *b"some words and more words " * 3][: TINY.context + 1]
+        window = [BOS_ID, *b"some words and more words " * 3][: TINY.context + 1]
         cut = fit_context(model, window)
         assert cut == window[-len(cut) :]
         assert TINY.context // 4 < len(cut) <= TINY.context // 2

@@ -56,7 +56,7 @@ def synchronisation_is_an_error() -> Any:
 @pytest.mark.parametrize(("spec", "case"), op_cases("smoke", "gpu"))
 def test_no_synchronisation(spec: OpSpec, case: Case, way: Way) -> None:
     skip_unless_kernel(spec, way)
-    if case.get("capacity", 0) is None:
+    if case.get("max_patches", 0) is None:
         pytest.skip("an exact size costs one synchronisation, by contract")
     inputs = inputs_of(spec, case, way)
     outputs = results(spec.op(**inputs, impl="triton"))  # compiles as well

@@ -28,8 +28,8 @@ Step = Callable[[], None]
 
 
 def trainer_of_static_shapes() -> Trainer:
-    patcher = BytePatcher("space", max_patch_len=5, capacity=40)
-    trainer = Trainer(SMALL, CORPUS, TrainOptions(steps=9, rows=2), patcher=patcher)
+    patcher = BytePatcher("space", max_patch_len=5, max_patches=40)
+    trainer = Trainer(SMALL, CORPUS, TrainOptions(steps=9, batch_size=2), patcher=patcher)
     fill_zeros(trainer.model)
     return trainer
 
@@ -117,7 +117,7 @@ def test_forward_and_backward_wait_for_nothing() -> None:
 def test_the_first_10m_step_is_there_within_a_minute() -> None:
     corpus = Corpus("words", [b"the cat sat on the mat, and the dog sat by the door. " * 4000], [])
     started = time.monotonic()
-    trainer = Trainer(preset("10m"), corpus, TrainOptions(steps=1, rows=8, precision="bf16"))
+    trainer = Trainer(preset("10m"), corpus, TrainOptions(steps=1, batch_size=8, precision="bf16"))
     loss = float(trainer.train_step().loss)
     assert time.monotonic() - started < SECONDS_TO_THE_FIRST_STEP
     assert 0 < loss < 7

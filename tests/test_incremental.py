@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stlm_kernels import Patches, byte_pool, find_patches, ngram_embedding, segment_pool
-from stlm_models import NgramState, PatchState, PoolState
+from stlm_models import IncrementalNgrams, IncrementalPatcher, IncrementalPooling
 from stlm_models.layers import NgramPooling
 
 RULES: list[dict[str, Any]] = [
@@ -95,9 +95,9 @@ def test_borders_and_pooled_states(
     x = states(len(full.ids))
     inside = torch.cat([torch.arange(n) < m for n, m in zip(map(len, rows), shown, strict=True)])
     everyone = torch.arange(len(rows))
-    patching = PatchState(len(rows), **options)
+    patching = IncrementalPatcher(len(rows), **options)
     patching.resume(everyone, prefix.ids, prefix.cu_seqlens, prefix.patches)
-    pools = {mode: PoolState(len(rows), 3, mode) for mode in MODES}
+    pools = {mode: IncrementalPooling(len(rows), 3, mode) for mode in MODES}
     for mode, pool in pools.items():
         pooled = segment_pool(x[inside], prefix.patches.cu_patchlens, mode=mode)
         pool.resume(everyone, pooled[prefix.last_patches], patching.lengths)
@@ -121,8 +121,11 @@ def test_documents_behind_each_other(row: list[int], lengths: list[int]) -> None
         patches = find_patches(ids, cu_seqlens=cu_seqlens, **options)
         whole = find_patches(ids, **options)
         means = segment_pool(x, patches.cu_patchlens)
-        patching, pool = PatchState(2, **options), PoolState(2, 3, "mean")
-        ngrams, layer = NgramState(2, (2, 3)), NgramPooling((2, 3), 61, 4, 8).requires_grad_(False)
+        patching, pool = IncrementalPatcher(2, **options), IncrementalPooling(2, 3, "mean")
+        ngrams, layer = (
+            IncrementalNgrams(2, (2, 3)),
+            NgramPooling((2, 3), 61, 4, 8).requires_grad_(False),
+        )
         embedded = ngram_embedding(
             ids, list(layer.tables), ngram_sizes=(2, 3), cu_seqlens=cu_seqlens
         )
@@ -150,11 +153,11 @@ def test_ngrams_and_byte_embeddings(mode: str, rows: list[list[int]], shares: li
     torch.manual_seed(0)
     layer, table = NgramPooling((2, 5, 1), 61, 4, 8).requires_grad_(False), torch.randn(257, 3)
     everyone = torch.arange(len(rows))
-    patching = PatchState(len(rows), **options)
+    patching = IncrementalPatcher(len(rows), **options)
     patching.resume(everyone, prefix.ids, prefix.cu_seqlens, prefix.patches)
-    ngrams = NgramState(len(rows), layer.sizes)
+    ngrams = IncrementalNgrams(len(rows), layer.sizes)
     ngrams.resume(everyone, prefix.ids, prefix.cu_seqlens)
-    byte_pooling, ngram_pooling = (PoolState(len(rows), dim, mode) for dim in (3, 4))
+    byte_pooling, ngram_pooling = (IncrementalPooling(len(rows), dim, mode) for dim in (3, 4))
     for pool, pooled in (
         (byte_pooling, byte_pool(prefix.ids, table, prefix.patches.cu_patchlens, mode=mode)),
         (ngram_pooling, layer.pool(prefix.ids, prefix.patches, prefix.cu_seqlens, mode=mode)),
@@ -176,7 +179,7 @@ class TestPoolState:
     def test_a_long_patch_loses_nothing(self) -> None:
         x = torch.randn(4_000, 2) + 1
         for mode in ("mean", "sum"):
-            pool = PoolState(1, 2, mode)
+            pool = IncrementalPooling(1, 2, mode)
             for row in x:
                 pooled = pool.step(row[None], torch.zeros(1, dtype=torch.bool))
             expected = x.double().sum(0) / (len(x) if mode == "mean" else 1)
@@ -184,7 +187,7 @@ class TestPoolState:
 
     @pytest.mark.parametrize("mode", ["max", "min"])
     def test_an_extreme_keeps_nan_until_the_patch_closes(self, mode: str) -> None:
-        pool = PoolState(1, 1, mode)
+        pool = IncrementalPooling(1, 1, mode)
         flags = [False, False, True, True]
         values = [
             pool.step(torch.tensor([[v]]), torch.tensor([closed]))
@@ -196,7 +199,7 @@ class TestPoolState:
 
     def test_dtypes(self) -> None:
         for dtype in (torch.bfloat16, torch.float16, torch.float64):
-            pool = PoolState(2, 3, "mean")
+            pool = IncrementalPooling(2, 3, "mean")
             assert pool.step(torch.ones(2, 3, dtype=dtype), torch.ones(2).bool()).dtype == dtype
 
 
@@ -217,8 +220,8 @@ def test_a_step_is_the_same_few_ops_for_any_batch(options: dict[str, Any]) -> No
     recorded = []
     for batch in (1, 9):
         ids = torch.full((batch,), 32, dtype=torch.int16)
-        patching, ngrams = PatchState(batch, **options), NgramState(batch, (2, 3))
-        pools = [PoolState(batch, 4, mode) for mode in MODES]
+        patching, ngrams = IncrementalPatcher(batch, **options), IncrementalNgrams(batch, (2, 3))
+        pools = [IncrementalPooling(batch, 4, mode) for mode in MODES]
         with Recorder() as recorder:
             closed = patching.step(ids)
             ngrams.step(ids)
@@ -234,10 +237,10 @@ def test_ids_of_any_dtype() -> None:
     ids, _ = packed([TEXT])
     closed = []
     for dtype in (torch.int16, torch.int32, torch.int64):
-        state = PatchState(1, "space", max_patch_len=5)
+        state = IncrementalPatcher(1, "space", max_patch_len=5)
         closed.append([bool(state.step(i[None].to(dtype))) for i in ids])
     assert closed[0] == closed[1] == closed[2]
-    state = PatchState(1, "space", max_patch_len=5)
+    state = IncrementalPatcher(1, "space", max_patch_len=5)
     alone = find_patches(ids[1:].to(torch.uint8), rule="space", max_patch_len=5)
     shorter = [bool(state.step(i[None].to(torch.uint8))) for i in ids[1:]]
     assert shorter == (alone.read_ids == alone.patch_ids).tolist()
@@ -246,11 +249,14 @@ def test_ids_of_any_dtype() -> None:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: PatchState(1, "entropy"), "rule: expected one of"),
-        (lambda: PatchState(1, "fixed"), "patch_size: expected"),
-        (lambda: PatchState(1, "space", patch_size=3), "patch_size: expected None"),
-        (lambda: PatchState(1, "space", max_patch_len=0), "max_patch_len: expected None or at"),
-        (lambda: PoolState(1, 2, "attention"), "mode: expected one of"),
+        (lambda: IncrementalPatcher(1, "entropy"), "rule: expected one of"),
+        (lambda: IncrementalPatcher(1, "fixed"), "patch_size: expected"),
+        (lambda: IncrementalPatcher(1, "space", patch_size=3), "patch_size: expected None"),
+        (
+            lambda: IncrementalPatcher(1, "space", max_patch_len=0),
+            "max_patch_len: expected None or at",
+        ),
+        (lambda: IncrementalPooling(1, 2, "attention"), "mode: expected one of"),
     ],
 )
 def test_refusals(build: Any, message: str) -> None:

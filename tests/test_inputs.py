@@ -19,7 +19,7 @@ from stlm_models.compress import compress
 from stlm_models.inputs import targets_of_documents
 from stlm_models.layers import UntiedEmbedding
 
-GIVEN = dataclasses.replace(TINY, patch_rule="given")
+GIVEN = dataclasses.replace(TINY, patch_rule="external")
 WORDS = dataclasses.replace(
     TINY, tokens="words", patch_rule="none", core_layers=0, max_patch_len=None
 )
@@ -78,10 +78,10 @@ class TestPatches:
         cu_seqlens = torch.tensor(wrong, dtype=torch.int32)
         self.refuses(ValueError, "patches.cu_seqlens: expected entry", cu_seqlens=cu_seqlens)
 
-    @pytest.mark.parametrize("capacity", [1, 2, 3, 4, 9])
-    def test_lost_patches_are_no_wrong_borders(self, capacity: int) -> None:
+    @pytest.mark.parametrize("max_patches", [1, 2, 3, 4, 9])
+    def test_lost_patches_are_no_wrong_borders(self, max_patches: int) -> None:
         found = find_patches(
-            self.ids, rule="fixed", patch_size=5, cu_seqlens=BORDERS, capacity=capacity
+            self.ids, rule="fixed", patch_size=5, cu_seqlens=BORDERS, max_patches=max_patches
         )
         assert scrambled(GIVEN)(self.ids, cu_seqlens=BORDERS, patches=found).isfinite().all()
 
@@ -127,7 +127,10 @@ class IgnoresOthers(torch.nn.Module):
 
 @pytest.mark.parametrize(
     ("config", "message"),
-    [(GIVEN, 'patch_rule: expected a rule to generate, got "given"'), (WORDS, "tokens: expected")],
+    [
+        (GIVEN, 'patch_rule: expected a rule to generate, got "external"'),
+        (WORDS, "tokens: expected"),
+    ],
 )
 @pytest.mark.parametrize(
     "write",
@@ -202,7 +205,7 @@ class LeavesUnusedSlots(torch.nn.Module):
     "options", [{}, {"unpooling": "ema"}, {"output": "parallel", "decoder_window": None}]
 )
 def test_what_a_core_leaves_in_unused_slots_reaches_no_gradient(options: dict[str, Any]) -> None:
-    config = dataclasses.replace(TINY, patch_capacity=40, **options)
+    config = dataclasses.replace(TINY, max_patches=40, **options)
     model, ids = scrambled(config, LeavesUnusedSlots()).train(), ids_of(TEXT)[2:]
     loss_sum, _ = model(ids, ids)
     loss_sum.backward()

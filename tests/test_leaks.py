@@ -94,7 +94,7 @@ def pool_read_through(mode: str, field: str) -> Model:
 
 def started_patches(ids: Tensor, read: Callable[[Patches], Tensor]) -> Tensor:
     """A mask that marks the first byte of each patch, from bytes that are known there."""
-    patches = find_patches(ids, starts=spaces(ids))
+    patches = find_patches(ids, patch_start_mask=spaces(ids))
     states = byte_pool(ids, TABLE, patches.cu_patchlens)
     return logits(states, read(patches), embedded(ids))
 
@@ -144,7 +144,7 @@ def bidirectional_states_as_residual(ids: Tensor) -> Tensor:
 
 
 def masked(ids: Tensor, closes: Tensor) -> Tensor:
-    patches = find_patches(ids, closes=closes)
+    patches = find_patches(ids, patch_end_mask=closes)
     states = byte_pool(ids, TABLE, patches.cu_patchlens)
     return logits(states, patches.read_ids, embedded(ids))
 

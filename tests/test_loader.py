@@ -31,10 +31,10 @@ FIXED = dataclasses.replace(TINY, patch_rule="fixed", patch_size=3, max_patch_le
 FEW_SLOTS = 12
 
 
-def windows(config: ModelConfig = TINY, capacity: int | None = None) -> TrainingWindows:
+def windows(config: ModelConfig = TINY, max_patches: int | None = None) -> TrainingWindows:
     patcher = patcher_of(config)
-    if capacity is not None:
-        patcher = BytePatcher("space", max_patch_len=config.max_patch_len, capacity=capacity)
+    if max_patches is not None:
+        patcher = BytePatcher("space", max_patch_len=config.max_patch_len, max_patches=max_patches)
     return TrainingWindows(TEXTS, context=config.context, rows=3, seed=1, patcher=patcher)
 
 
@@ -73,16 +73,16 @@ class TestPatches:
             assert torch.equal(given[1], own[1])
 
     def test_a_model_without_a_rule_of_its_own(self) -> None:
-        flat, given = (SimpleNamespace(patch_rule=rule) for rule in ("none", "given"))
+        flat, given = (SimpleNamespace(patch_rule=rule) for rule in ("none", "external"))
         assert patcher_of(flat) is None  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match=r'patcher: expected one of your own .* "given"'):
+        with pytest.raises(ValueError, match=r'patcher: expected one of your own .* "external"'):
             patcher_of(given)  # type: ignore[arg-type]
         made = TrainingWindows(TEXTS, context=32, rows=2, seed=0)
         assert made.batch(0).patches is None
         assert int(made.batch(0).lost_patches) == 0
 
     def test_a_capacity_keeps_shapes_and_counts_what_is_lost(self) -> None:
-        exact, few, many = windows(), windows(capacity=FEW_SLOTS), windows(capacity=90)
+        exact, few, many = windows(), windows(max_patches=FEW_SLOTS), windows(max_patches=90)
         for step in range(8):
             batches = exact.batch(step), few.batch(step), many.batch(step)
             found, kept, spare = (batch.patches for batch in batches)
@@ -98,7 +98,7 @@ class TestPatches:
             assert n_patches > FEW_SLOTS
 
     def test_a_capacity_leaves_nothing_of_a_batch_to_vary(self) -> None:
-        model, exact, static = scrambled(), windows(), windows(capacity=90)
+        model, exact, static = scrambled(), windows(), windows(max_patches=90)
         shapes = set()
         for step in range(8):
             batch, other = static.batch(step), exact.batch(step)
@@ -159,10 +159,10 @@ class TestLoader:
 
 class TestTrainer:
     corpus = Corpus("texts", TEXTS, [])
-    patcher = BytePatcher("space", max_patch_len=5, capacity=FEW_SLOTS)
+    patcher = BytePatcher("space", max_patch_len=5, max_patches=FEW_SLOTS)
 
     def test_hands_the_patches_over_and_ends_the_thread(self) -> None:
-        trainer = Trainer(TINY, self.corpus, TrainOptions(steps=3, rows=2))
+        trainer = Trainer(TINY, self.corpus, TrainOptions(steps=3, batch_size=2))
         patched: list[object] = []
         trainer.model.patcher.register_forward_hook(lambda *call: patched.append(call))
         assert trainer.run()
@@ -175,11 +175,11 @@ class TestTrainer:
 
         monkeypatch.setattr(TrainingWindows, "batch", unreadable)
         with pytest.raises(OSError, match="no such block"):
-            Trainer(TINY, self.corpus, TrainOptions(steps=3, rows=2)).run()
+            Trainer(TINY, self.corpus, TrainOptions(steps=3, batch_size=2)).run()
         assert not loader_threads()
 
     def test_counts_the_patches_of_a_rule_of_its_own(self) -> None:
-        options = TrainOptions(steps=3, rows=2)
+        options = TrainOptions(steps=3, batch_size=2)
         trainer = Trainer(TINY, self.corpus, options, patcher=self.patcher)
         exact = Trainer(TINY, self.corpus, options)
         for step in range(3):
@@ -199,10 +199,10 @@ class TestTrainer:
         monkeypatch.setattr(stlm_models.train, "FINAL_SAMPLE_BYTES", 4)
         text, run = tmp_path / "text.txt", tmp_path / "run"
         text.write_bytes(b"".join(TEXTS))
-        arguments = ["--data", str(text), "--out", str(run), "--steps", "3", "--rows", "2"]
+        arguments = ["--data", str(text), "--out", str(run), "--steps", "3", "--batch-size", "2"]
         assert stlm_models.train.main([*arguments, "--precision", "fp32"]) == 0
         record = json.loads((run / "metrics.jsonl").read_text())
-        made = Trainer(TINY, load_corpus([str(text)]), TrainOptions(steps=3, rows=2)).windows
+        made = Trainer(TINY, load_corpus([str(text)]), TrainOptions(steps=3, batch_size=2)).windows
         lost = [int(made.batch(step).lost_patches) for step in range(3)]
         assert record["lost_patches"] == sum(lost) > max(lost)
         told = f"warning: {record['lost_patches']} patches since the last record found no slot"

@@ -23,7 +23,7 @@ from stlm_models import (
     ModelConfig,
     bits_per_byte,
 )
-from stlm_models.config import BYTES, DOCUMENT_START, config_from_dict, preset
+from stlm_models.config import BOS_ID, BYTES, config_from_dict, preset
 
 
 @pytest.fixture(params=RULES, name="model")
@@ -173,7 +173,7 @@ class TestModel:
         model = scrambled()
         ids, cu_seqlens = packed([TEXT, b"another"])
         patches = find_patches(
-            ids, rule="space", max_patch_len=5, cu_seqlens=cu_seqlens, capacity=60
+            ids, rule="space", max_patch_len=5, cu_seqlens=cu_seqlens, max_patches=60
         )
         given = model(ids, cu_seqlens=cu_seqlens, patches=patches)
         assert_same_rows(given, model(ids, cu_seqlens=cu_seqlens))
@@ -268,7 +268,7 @@ class TestBitsPerByte:
     def test_against_one_byte_at_a_time(self, context: int | None, stride: int | None) -> None:
         model = scrambled()
         with torch.no_grad():
-            model.embedding.weight[DOCUMENT_START] *= 4  # often the likeliest id, and never a byte
+            model.embedding.weight[BOS_ID] *= 4  # often the likeliest id, and never a byte
         documents = [TEXT, b"", b"x", TEXT[:32], TEXT[:33]]
         actual = bits_per_byte(model, documents, context=context, stride=stride)
         length = context or TINY.context

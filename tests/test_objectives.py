@@ -14,7 +14,7 @@ from norms import assert_same_rows
 from torch import Tensor, nn
 
 from stlm_models import STLM, TiedEmbedding
-from stlm_models.config import BYTES, DOCUMENT_START, IGNORED
+from stlm_models.config import BOS_ID, BYTES, IGNORED
 from stlm_models.objectives import (
     MultiByteHeads,
     continuation_logprobs,
@@ -199,10 +199,10 @@ class TestSelfPlay:
     def test_logprobs_are_those_of_the_continuation(self) -> None:
         model = scrambled()
         with torch.no_grad():
-            model.embedding.weight[DOCUMENT_START] *= 4  # often the likeliest id, and never a byte
+            model.embedding.weight[BOS_ID] *= 4  # often the likeliest id, and never a byte
         got = continuation_logprobs(model, self.PROMPTS, self.REAL)
         for value, prompt, real in zip(got, self.PROMPTS, self.REAL, strict=True):
-            ids = [*([*prompt] or [DOCUMENT_START]), *real]
+            ids = [*([*prompt] or [BOS_ID]), *real]
             rows = model(torch.tensor(ids))[:, :BYTES].log_softmax(-1)[-1 - len(real) : -1]
             expected = rows.gather(1, torch.tensor([*real])[:, None]).sum()
             assert_same_rows(value, expected)

@@ -29,7 +29,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "rule": {
         "space": {},
         "fixed": {"patch_rule": "fixed", "patch_size": 4, "max_patch_len": None},
-        "given": {"patch_rule": "given"},
+        "external": {"patch_rule": "external"},
         "none": {"patch_rule": "none", "core_layers": 0},
     },
     "pooling": {
@@ -46,7 +46,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "share": {"no": {}, "yes": {"share_ff": True}},
     "tied": {"yes": {}, "no": {"tied": False}},
     "n-grams": {"some": {}, "none": {"ngram_sizes": ()}, "at bytes": {"byte_ngrams": True}},
-    "capacity": {"none": {}, "some": {"patch_capacity": 40}},
+    "max_patches": {"none": {}, "some": {"max_patches": 40}},
     "window": {"some": {}, "none": {"decoder_window": None}},
     "norm": {"yes": {}, "no": {"qk_norm": False}},
 }
@@ -56,10 +56,10 @@ EXCLUDED = {
     (("rule", "none"), ("output", "parallel")),
     (("rule", "none"), ("unpooling", "ema")),
     (("output", "parallel"), ("unpooling", "ema")),
-    (("rule", "none"), ("capacity", "some")),
+    (("rule", "none"), ("max_patches", "some")),
     (("rule", "none"), ("n-grams", "at bytes")),
     (("output", "parallel"), ("n-grams", "at bytes")),
-    (("rule", "given"), ("capacity", "some")),
+    (("rule", "external"), ("max_patches", "some")),
     (("output", "parallel"), ("window", "some")),
 }
 """What a config refuses."""
@@ -100,14 +100,14 @@ def config_of(choice: Choice) -> ModelConfig:
 
 def given_patches(ids: Tensor, cu_seqlens: Tensor | None = None) -> Patches:
     """Borders from outside, known when they are reached."""
-    return find_patches(ids, closes=ids % 3 == 0, max_patch_len=5, cu_seqlens=cu_seqlens)
+    return find_patches(ids, patch_end_mask=ids % 3 == 0, max_patch_len=5, cu_seqlens=cu_seqlens)
 
 
 def caller(model: STLM) -> Callable[..., Any]:
     """The model, with patches where its rule wants them."""
 
     def call(ids: Tensor, targets: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Any:
-        given = model.config.patch_rule == "given"
+        given = model.config.patch_rule == "external"
         patches = given_patches(ids, cu_seqlens) if given else None
         return model(ids, targets, cu_seqlens=cu_seqlens, patches=patches)
 
@@ -120,7 +120,7 @@ def model_of_each_choice(request: pytest.FixtureRequest) -> STLM:
 
 
 def test_every_allowed_pair_occurs() -> None:
-    assert len(CHOICES) <= 24
+    assert len(CHOICES) <= 30
     assert set().union(*map(pairs_of, CHOICES)) == PAIRS
     every = {
         pair
@@ -148,7 +148,7 @@ def test_documents_and_rows(model: STLM) -> None:
     together = call(ids, None, cu_seqlens)
     assert together.shape == (len(ids), 257)
     assert_same_rows(together[-4:], call(ids_of(b"x y")))
-    if model.config.patch_rule != "given":
+    if model.config.patch_rule != "external":
         dense = model(ids_of(TEXT)[None])[0]
         assert_same_rows(dense, together[: len(TEXT) + 1])
 
@@ -175,7 +175,7 @@ def test_capacity_in_training(model: STLM) -> None:
 
 @torch.no_grad()
 def test_greedy_writing_is_that_of_full_runs(model: STLM) -> None:
-    if model.config.patch_rule == "given":
+    if model.config.patch_rule == "external":
         with pytest.raises(ValueError, match=r"patch_rule: expected a rule to generate"):
             model.generate(TEXT, max_new_bytes=1)
         return
@@ -234,17 +234,17 @@ class TestParallel:
 
     def test_patches_longer_than_the_slots_are_refused(self) -> None:
         ids = ids_of(TEXT)
-        config = dataclasses.replace(self.CONFIG, patch_rule="given")
+        config = dataclasses.replace(self.CONFIG, patch_rule="external")
         with pytest.raises(ValueError, match="patches: expected patches of at most 5 bytes"):
             scrambled(config)(ids, patches=find_patches(ids, rule="fixed", patch_size=7))
 
     def test_borders_that_are_known_too_late_are_refused(self) -> None:
         """Of two documents, whose own ends need no border."""
         ids, cu_seqlens = packed([b"ab", b"e fg"])
-        model = scrambled(dataclasses.replace(self.CONFIG, patch_rule="given"))
-        closes = find_patches(ids, closes=ids == ord(" "), cu_seqlens=cu_seqlens)
+        model = scrambled(dataclasses.replace(self.CONFIG, patch_rule="external"))
+        closes = find_patches(ids, patch_end_mask=ids == ord(" "), cu_seqlens=cu_seqlens)
         model(ids, cu_seqlens=cu_seqlens, patches=closes)
-        starts = find_patches(ids, starts=ids == ord("f"), cu_seqlens=cu_seqlens)
+        starts = find_patches(ids, patch_start_mask=ids == ord("f"), cu_seqlens=cu_seqlens)
         with pytest.raises(ValueError, match=r"patches: expected a rule that closes .* byte 5 "):
             model(ids, cu_seqlens=cu_seqlens, patches=starts)
 
@@ -299,7 +299,7 @@ class TestSharedFeedForward:
 
 
 def test_shapes_of_training_with_a_capacity_are_static() -> None:
-    model = scrambled(dataclasses.replace(TINY, patch_capacity=12)).train()
+    model = scrambled(dataclasses.replace(TINY, max_patches=12)).train()
     shapes = []
     model.core.register_forward_hook(lambda _, inputs, __: shapes.append(inputs[0].shape))
     for text in (b"a b c d", b"abcdefg"):
@@ -314,7 +314,7 @@ def test_shapes_of_training_with_a_capacity_are_static() -> None:
     ("values", "message"),
     [
         ({"tied": 1}, "tied: expected bool, got 1"),
-        ({"patch_capacity": 0}, "patch_capacity: expected at least 1, got 0"),
+        ({"max_patches": 0}, "max_patches: expected at least 1, got 0"),
         ({"pooling": "attention"}, "pooling_heads: expected a divisor of 128"),
         ({"pooling": "attention", "pooling_heads": 3}, "pooling_heads: expected a divisor of 128"),
         ({"pooling_heads": 2}, 'pooling_heads: expected None with pooling "mean", got 2'),

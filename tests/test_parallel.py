@@ -62,8 +62,8 @@ def give_gradients(model: torch.nn.Module) -> None:
 
 def trained(ranks: Ranks, parts: int = 1) -> tuple[Trainer, list[float]]:
     corpus = Corpus("words", [WORDS], [])
-    patcher = BytePatcher("space", max_patch_len=TINY.max_patch_len, capacity=100)
-    options = TrainOptions(steps=2, rows=4, accumulate=parts)
+    patcher = BytePatcher("space", max_patch_len=TINY.max_patch_len, max_patches=100)
+    options = TrainOptions(steps=2, batch_size=4, grad_accum_steps=parts)
     trainer = Trainer(TINY, corpus, options, ranks, patcher)
     losses: list[float] = []
     trainer.run(lambda result: losses.append(float(result.loss)))
@@ -71,8 +71,8 @@ def trained(ranks: Ranks, parts: int = 1) -> tuple[Trainer, list[float]]:
 
 
 def lost_patches(ranks: Ranks) -> Tensor | None:
-    patcher = BytePatcher("fixed", patch_size=2, capacity=10)
-    corpus, options = Corpus("words", [WORDS], []), TrainOptions(steps=1, rows=2)
+    patcher = BytePatcher("fixed", patch_size=2, max_patches=10)
+    corpus, options = Corpus("words", [WORDS], []), TrainOptions(steps=1, batch_size=2)
     return Trainer(TINY, corpus, options, ranks, patcher).train_step().lost_patches
 
 
@@ -197,7 +197,16 @@ def test_the_command_under_torchrun(full: bool, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_bytes(WORDS)
     launcher = "torch.distributed.run --standalone --nproc-per-node 2 -m stlm_models.train"
-    options = ["--data", str(text), "--steps", "2", "--rows", "2", "--out", str(tmp_path / "run")]
+    options = [
+        "--data",
+        str(text),
+        "--steps",
+        "2",
+        "--batch-size",
+        "2",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     command = [sys.executable, "-m", *launcher.split(), *options]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

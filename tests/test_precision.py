@@ -110,7 +110,7 @@ class TestCommand:
         self, capsys: pytest.CaptureFixture[str], text: Path, *arguments: object
     ) -> tuple[str, str]:
         """The precision of the trainer that a command line makes, and the line about it."""
-        words = ["--data", text, "--steps", 1, "--rows", 1, *arguments]
+        words = ["--data", text, "--steps", 1, "--batch-size", 1, *arguments]
         parsed = stlm_models.train._parser().parse_args([str(word) for word in words])
         trainer, _ = stlm_models.train._prepare(parsed, Ranks())
         lines = capsys.readouterr().err.splitlines()
@@ -148,7 +148,7 @@ class TestCommand:
         tmp_path: Path,
     ) -> None:
         """Also on a machine that would choose otherwise."""
-        words = ["--data", text, "--steps", 1, "--rows", 1, "--out", tmp_path / "run"]
+        words = ["--data", text, "--steps", 1, "--batch-size", 1, "--out", tmp_path / "run"]
         parsed = stlm_models.train._parser().parse_args([*map(str, words), "--precision", "bf16"])
         trainer, run = stlm_models.train._prepare(parsed, Ranks())
         trainer.save(run)

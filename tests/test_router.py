@@ -109,7 +109,7 @@ def test_nothing_to_route() -> None:
 def test_the_gate_is_that_of_each_first_byte() -> None:
     routing = Routing(torch.rand(6), torch.zeros(6, dtype=torch.bool), torch.ones(6))
     starts = torch.tensor([False, False, True, False, False, True])
-    patches = find_patches(torch.zeros(6).int(), starts=starts, capacity=5)
+    patches = find_patches(torch.zeros(6).int(), patch_start_mask=starts, max_patches=5)
     with torch.autocast("cpu", torch.bfloat16):
         gate = Router(DIM).gate(routing, patches)
     assert torch.equal(gate, torch.cat([routing.probs[[0, 2, 5]], torch.zeros(2)]))
@@ -205,7 +205,7 @@ class RoutedModel(torch.nn.Module):
             previous = previous.index_fill(0, cu_seqlens[:-1].long(), 0)
         x = embedded + 0.5 * previous
         routing = self.router(x, cu_seqlens)
-        patches = find_patches(ids, starts=routing.starts, cu_seqlens=cu_seqlens)
+        patches = find_patches(ids, patch_start_mask=routing.starts, cu_seqlens=cu_seqlens)
         pooled = segment_pool(x, patches.cu_patchlens, mode=self.mode)
         smooth = ema_unpool(
             self.core(pooled),
@@ -271,7 +271,7 @@ def test_borders_where_the_next_byte_is_uncertain(read: str) -> None:
     threshold = score(torch.randint(0, VOCAB, (500,))).median()
 
     def patched(ids: Tensor) -> Tensor:
-        patches = find_patches(ids, closes=score(ids) > threshold, max_patch_len=12)
+        patches = find_patches(ids, patch_end_mask=score(ids) > threshold, max_patch_len=12)
         pooled = segment_pool(table[ids], patches.cu_patchlens, mode="mean")
         return unpool(pooled, getattr(patches, read), residual=table[ids])
 

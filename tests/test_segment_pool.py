@@ -227,7 +227,7 @@ def test_far_more_patches_than_a_grid_has_rows(way: Way) -> None:
     patches = 70_001
     ids = torch.zeros(2 * patches, dtype=torch.uint8, device=way.device)
     x = torch.arange(2 * patches, device=way.device, dtype=way.dtype)[:, None].requires_grad_()
-    cut = find_patches(ids, rule="fixed", patch_size=2, capacity=patches, impl=way.impl)
+    cut = find_patches(ids, rule="fixed", patch_size=2, max_patches=patches, impl=way.impl)
     pooled = segment_pool(x, cut.cu_patchlens, mode="last", impl=way.impl)
     assert torch.equal(pooled, x[1::2])
     gate = torch.ones(patches, device=way.device)

@@ -25,7 +25,7 @@ PARTS = {"pooling", "ngrams", "to_core", "core", "from_core", "unpooling", "deco
 
 
 def test_parts_add_up_to_the_step() -> None:
-    trainer = Trainer(TINY, CORPUS, TrainOptions(steps=1 << 30, rows=2))
+    trainer = Trainer(TINY, CORPUS, TrainOptions(steps=1 << 30, batch_size=2))
     ticks = itertools.count()
     parts = step.budget(trainer, lambda: float(next(ticks)), rounds=3, ceilings=CEILINGS)
     by_name = {part.name: part for part in parts}
@@ -60,7 +60,7 @@ def test_time_without_a_kernel_is_idle(monkeypatch: pytest.MonkeyPatch) -> None:
     assert step.busy_seconds([*kernels, *others]) == pytest.approx(400e-9)
     assert step.busy_seconds(others) == 0
     monkeypatch.setattr(step, "_idle_seconds", lambda trainer, whole: 0.25 * whole)
-    trainer = Trainer(TINY, CORPUS, TrainOptions(steps=1 << 30, rows=2))
+    trainer = Trainer(TINY, CORPUS, TrainOptions(steps=1 << 30, batch_size=2))
     ticks = itertools.count()
     parts = step.budget(trainer, lambda: float(next(ticks)), rounds=1, ceilings=CEILINGS)
     assert [part.name for part in parts[-3:]] == [step.REST, step.IDLE, step.WHOLE]
@@ -69,7 +69,7 @@ def test_time_without_a_kernel_is_idle(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_measuring_leaves_the_model_as_it_was() -> None:
     """Parts run with rate zero, or every round would time another model."""
-    trainer = Trainer(TINY, CORPUS, TrainOptions(steps=1 << 30, rows=2))
+    trainer = Trainer(TINY, CORPUS, TrainOptions(steps=1 << 30, batch_size=2))
     works = step._works(trainer)
     before = [p.detach().clone() for p in trainer.model.parameters()]
     for name, work in works.items():
@@ -92,7 +92,7 @@ def test_every_preset_has_the_parts_of_its_kind(name: str) -> None:
     config = stlm_models.config.preset(name)
     few = {x: min(1, getattr(config, x)) for x in ("core_layers", "encoder_layers")}
     config = replace(config, context=32, decoder_layers=1, **few)
-    trainer = Trainer(config, CORPUS, TrainOptions(steps=1 << 30, rows=1))
+    trainer = Trainer(config, CORPUS, TrainOptions(steps=1 << 30, batch_size=1))
     works = step._works(trainer)
     pooled = PARTS | {"ngrams_to_bytes"}
     parts = next((found for end, found in OTHERS.items() if name.endswith(end)), pooled)

@@ -381,7 +381,7 @@ class TestTrain:
         monkeypatch.setattr(stlm_models.train, "sample", lambda trainer, n_bytes: "\ufffd")
         told = ["--data", str(tmp_path / "text"), "--out", str(tmp_path / "run"), "--steps", "1"]
         with standard_output(tmp_path / to if to == "out" else to, encoding):
-            assert stlm_models.train.main([*told, "--rows", "1", "--precision", "fp32"]) == 0
+            assert stlm_models.train.main([*told, "--batch-size", "1", "--precision", "fp32"]) == 0
         assert (tmp_path / "run" / "result.json").exists()
         assert capsys.readouterr().err.count("warning: the result could not be printed") == warnings
         if to == "out":
@@ -397,7 +397,7 @@ class TestTrain:
         told = ["--data", str(tmp_path / "text"), "--out", str(tmp_path / "run"), "--steps", "1"]
         stderr = io.TextIOWrapper(os.fdopen(writer, "wb", 0), write_through=True)
         monkeypatch.setattr(sys, "stderr", stderr)
-        assert stlm_models.train.main([*told, "--rows", "1", "--precision", "fp32"]) == 0
+        assert stlm_models.train.main([*told, "--batch-size", "1", "--precision", "fp32"]) == 0
         assert (tmp_path / "run" / "result.json").exists()
 
 

@@ -78,7 +78,7 @@ class TestRun:
         self, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
         run = tmp_path / "run"
-        arguments = ("--data", text, "--out", run, "--steps", 25, "--rows", 2)
+        arguments = ("--data", text, "--out", run, "--steps", 25, "--batch-size", 2)
         assert train(*arguments, "--precision", "fp32", "--sample-every", 0.01) == 0
         output = capsys.readouterr()
         assert "held out, 318 bytes:" in output.out
@@ -123,7 +123,7 @@ class TestRun:
 
     def test_it_learns(self) -> None:
         corpus = Corpus("words", [WORDS], [WORDS[:200]])
-        trainer = Trainer(SMALL, corpus, TrainOptions(steps=60, rows=4))
+        trainer = Trainer(SMALL, corpus, TrainOptions(steps=60, batch_size=4))
         losses: list[float] = []
         assert trainer.run(lambda result: losses.append(float(result.loss)))
         assert losses[0] == pytest.approx(5.55, abs=0.2)
@@ -142,7 +142,7 @@ class TestRun:
 class TestResume:
     def test_interrupted_equals_uninterrupted(self, tmp_path: Path) -> None:
         corpus = Corpus("words", [WORDS, WORDS[::-1]], [WORDS[:200]])
-        options = TrainOptions(steps=12, rows=2)
+        options = TrainOptions(steps=12, batch_size=2)
         whole = Trainer(SMALL, corpus, options)
         losses: list[float] = []
         whole.run(lambda result: losses.append(float(result.loss)))
@@ -178,7 +178,7 @@ class TestResume:
 
         with monkeypatch.context() as patch:
             patch.setattr(Trainer, "train_step", interrupted)
-            assert train(*common, "--minutes", 5, "--rows", 1) == 130
+            assert train(*common, "--minutes", 5, "--batch-size", 1) == 130
         assert f"--resume --out {run}" in capsys.readouterr().err
         # The step under way is finished, its state saved, and nothing judged.
         assert load_checkpoint(run).state["step"] == 14
@@ -199,7 +199,7 @@ class TestResume:
     ) -> None:
         run = tmp_path / "run"
         common = ("--out", run, "--precision", "fp32")
-        assert train("--data", text, *common, "--steps", 2, "--rows", 1) == 0
+        assert train("--data", text, *common, "--steps", 2, "--batch-size", 1) == 0
         files = sorted(run.rglob("*"))
         capsys.readouterr()
 
@@ -233,7 +233,7 @@ class TestData:
         monkeypatch.chdir(tmp_path)
         (tmp_path / "text.txt").write_bytes(WORDS)
         (tmp_path / ".git").mkdir()
-        common = ("--data", ".", "--precision", "fp32", "--rows", 1)
+        common = ("--data", ".", "--precision", "fp32", "--batch-size", 1)
         assert train(*common, "--out", "runs/a", "--steps", 1) == 0
         (tmp_path / "runs/b").mkdir()
         (tmp_path / "runs/b/log").write_bytes(b"of a shell")
@@ -253,7 +253,7 @@ class TestData:
         lines.write_text(json.dumps({"text": "x" * 500}) + "\n" + json.dumps({"text": "y" * 500}))
         (tmp_path / "b").write_bytes(b"b" * 1000)
         data = ("--data", tmp_path / "b", lines, "--data", text, "--text-key", "text")
-        assert train(*data, "--out", tmp_path / "run", "--rows", 1, "--steps", 1) == 0
+        assert train(*data, "--out", tmp_path / "run", "--batch-size", 1, "--steps", 1) == 0
         said = capsys.readouterr().err
         n_bytes = (2000 + len(WORDS)) * 9 // 10
         assert f"train: 4 documents, {n_bytes:,} bytes" in said
@@ -274,7 +274,7 @@ class TestBadInput:
             (["--preset", "huge"], "preset: expected one of"),
             (["--steps", "0"], "steps: expected more than 0"),
             (["--minutes", "-1"], "minutes: expected more than 0"),
-            (["--rows", "0"], "rows: expected more than 0"),
+            (["--batch-size", "0"], "batch_size: expected more than 0"),
         ],
     )
     def test_one_clear_line_and_nothing_written(
@@ -320,7 +320,7 @@ class TestBadInput:
         self, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
         run = tmp_path / "run"
-        common = ("--data", text, "--out", run, "--rows", 1, "--precision", "fp32")
+        common = ("--data", text, "--out", run, "--batch-size", 1, "--precision", "fp32")
         often = ("--save-every", 0, "--sample-every", 0)
         assert train(*common, "--steps", 12, "--muon-lr", 1e30, *often) == 1
         line = one_line(capsys)
@@ -336,7 +336,7 @@ class TestBadInput:
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
         try:
-            assert train("--data", text, "--out", run, "--steps", 2, "--rows", 1) == 1
+            assert train("--data", text, "--out", run, "--steps", 2, "--batch-size", 1) == 1
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert "error: [Errno 27] File too large" in one_line(capsys)

@@ -27,12 +27,12 @@ from stlm_models.utilisation import flops_per_byte, matmul_flops_per_second
 # Documents of one byte and of many: parts of a step have different numbers of targets.
 TEXTS = [b"the cat sat on the mat, and the dog sat by the door. " * 5, *([b"a", b"b"] * 40)]
 CORPUS = Corpus("texts", TEXTS, TEXTS[:1])
-NEW_OPTIONS = ("accumulate", "schedule", "clip", "compile")
+NEW_OPTIONS = ("grad_accum_steps", "schedule", "max_grad_norm", "compile")
 
 
 def a_step(monkeypatch: pytest.MonkeyPatch, **options: object) -> tuple[float, dict[str, Tensor]]:
     """The loss and the gradients that the optimisers get."""
-    trainer = Trainer(TINY, CORPUS, TrainOptions(steps=9, rows=4, **options))  # type: ignore[arg-type]
+    trainer = Trainer(TINY, CORPUS, TrainOptions(steps=9, batch_size=4, **options))  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in trainer.model.parameters():
@@ -53,7 +53,7 @@ class TestParts:
     @pytest.mark.parametrize("parts", [2, 4])
     def test_equal_one_batch(self, monkeypatch: pytest.MonkeyPatch, parts: int) -> None:
         loss, want = a_step(monkeypatch)
-        loss_in_parts, got = a_step(monkeypatch, accumulate=parts)
+        loss_in_parts, got = a_step(monkeypatch, grad_accum_steps=parts)
         assert loss_in_parts == pytest.approx(loss, rel=half_the_digits(torch.float32))
         assert got.keys() == want.keys()
         off = {name: got[name] - grad for name, grad in want.items()}
@@ -62,19 +62,23 @@ class TestParts:
 
     def test_have_different_numbers_of_targets(self) -> None:
         """Or the test above would not tell a mean of means from the mean."""
-        windows = Trainer(TINY, CORPUS, TrainOptions(steps=9, rows=4, accumulate=4)).windows
+        windows = Trainer(
+            TINY, CORPUS, TrainOptions(steps=9, batch_size=4, grad_accum_steps=4)
+        ).windows
         assert len({int((windows.batch(n).targets != IGNORED).sum()) for n in range(4)}) > 1
 
     def test_share_the_rows(self) -> None:
-        with pytest.raises(ValueError, match=r"rows: expected a multiple of 3 parts x 1 .* got 4"):
-            Trainer(TINY, CORPUS, TrainOptions(steps=1, rows=4, accumulate=3))
+        with pytest.raises(
+            ValueError, match=r"batch_size: expected a multiple of 3 parts x 1 .* got 4"
+        ):
+            Trainer(TINY, CORPUS, TrainOptions(steps=1, batch_size=4, grad_accum_steps=3))
 
 
 def test_clipping_shortens_the_gradient_of_all_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
     _, free = a_step(monkeypatch)
     limit = norm(free) / 5
-    _, loose = a_step(monkeypatch, clip=10 * norm(free))
-    _, short = a_step(monkeypatch, clip=limit)
+    _, loose = a_step(monkeypatch, max_grad_norm=10 * norm(free))
+    _, short = a_step(monkeypatch, max_grad_norm=limit)
     assert norm(short) == pytest.approx(limit, rel=1e-4)
     for name, grad in free.items():
         torch.testing.assert_close(loose[name], grad, rtol=0, atol=0)
@@ -92,14 +96,20 @@ def test_cosine_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"schedule: expected one of .* got 'line'"):
         lr_scale(0.5, "line")
     used: list[float] = []
-    trainer = Trainer(TINY, CORPUS, TrainOptions(steps=4, rows=1, schedule="cosine"))
+    trainer = Trainer(TINY, CORPUS, TrainOptions(steps=4, batch_size=1, schedule="cosine"))
     monkeypatch.setattr(trainer.optimizers, "step", used.append)
     trainer.run()
     assert used == [lr_scale(step / 4, "cosine") for step in range(4)]
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("accumulate", 0), ("clip", 0.0), ("clip", -1.0), ("schedule", "line")]
+    ("name", "value"),
+    [
+        ("grad_accum_steps", 0),
+        ("max_grad_norm", 0.0),
+        ("max_grad_norm", -1.0),
+        ("schedule", "line"),
+    ],
 )
 def test_bad_options(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"{name}: expected .* got '?{value}"):
@@ -108,7 +118,7 @@ def test_bad_options(name: str, value: object) -> None:
 
 class TestUtilisation:
     def test_counts_forward_and_backward(self) -> None:
-        trainer = Trainer(TINY, CORPUS, TrainOptions(steps=1, rows=2))
+        trainer = Trainer(TINY, CORPUS, TrainOptions(steps=1, batch_size=2))
         state = torch.get_rng_state()
         counted = flops_per_byte(trainer)
         assert torch.equal(torch.get_rng_state(), state)
@@ -118,8 +128,8 @@ class TestUtilisation:
         matrices = [*trainer.model.decoder.parameters(), trainer.model.to_output.weight]
         least = 6 * sum(p.numel() for p in matrices if p.dim() == 2)
         assert least < counted < 6 * sum(p.numel() for p in trainer.model.parameters())
-        slots = BytePatcher("space", max_patch_len=TINY.max_patch_len, capacity=500)
-        spare = Trainer(TINY, CORPUS, TrainOptions(steps=1, rows=2), patcher=slots)
+        slots = BytePatcher("space", max_patch_len=TINY.max_patch_len, max_patches=500)
+        spare = Trainer(TINY, CORPUS, TrainOptions(steps=1, batch_size=2), patcher=slots)
         assert flops_per_byte(spare) == pytest.approx(counted, rel=0.05)
 
     def test_rate_of_products(self) -> None:
@@ -138,9 +148,9 @@ class TestCommand:
         text, run = tmp_path / "text.txt", tmp_path / "run"
         text.write_bytes(b"".join(TEXTS))
         common = ["--data", str(text), "--out", str(run), "--precision", "fp32"]
-        given = ["--schedule", "cosine", "--clip", "1.5", "--accumulate", "2"]
+        given = ["--schedule", "cosine", "--max-grad-norm", "1.5", "--grad-accum-steps", "2"]
         main = stlm_models.train.main
-        assert main([*common, *given, "--rows", "4", "--steps", "2"]) == 0
+        assert main([*common, *given, "--batch-size", "4", "--steps", "2"]) == 0
         kept = load_checkpoint(run).state["options"]
         assert [kept[name] for name in NEW_OPTIONS] == [2, "cosine", 1.5, False]
         record, result = (
@@ -150,8 +160,12 @@ class TestCommand:
         used = record["bytes_per_second"] * per_byte / possible
         assert record["mfu"] == pytest.approx(used, rel=0.01)
         capsys.readouterr()
-        for name, value in (("clip", "2.0"), ("schedule", "wsd"), ("accumulate", "1")):
-            assert main([*common, "--resume", f"--{name}", value]) == 1
+        for name, value in (
+            ("max_grad_norm", "2.0"),
+            ("schedule", "wsd"),
+            ("grad_accum_steps", "1"),
+        ):
+            assert main([*common, "--resume", f"--{name.replace('_', '-')}", value]) == 1
             assert f"{name}: expected {kept[name]} as the run began" in capsys.readouterr().err
         assert main([*common, "--resume", "--compile"]) == 1
         assert "compile: expected False as the run began" in capsys.readouterr().err
@@ -164,23 +178,25 @@ class TestCommand:
         text.write_bytes(b"".join(TEXTS))
         common = ["--data", str(text), "--precision", "fp32"]
         main = stlm_models.train.main
-        assert main([*common, "--out", str(run), "--rows", "1", "--steps", "1"]) == 0
+        assert main([*common, "--out", str(run), "--batch-size", "1", "--steps", "1"]) == 0
         checkpoint = load_checkpoint(run)
         for name in NEW_OPTIONS:
             del checkpoint.state["options"][name]
         old = tmp_path / "old"
         save_checkpoint(old, checkpoint)
-        assert main([*common, "--out", str(old), "--resume", "--clip", "1"]) == 1
-        assert "clip: expected None as the run began with, got 1.0" in capsys.readouterr().err
+        assert main([*common, "--out", str(old), "--resume", "--max-grad-norm", "1"]) == 1
+        assert (
+            "max_grad_norm: expected None as the run began with, got 1.0" in capsys.readouterr().err
+        )
         assert main([*common, "--out", str(old), "--resume", "--steps", "2"]) == 0
         assert load_checkpoint(old).state["options"]["schedule"] == "wsd"
 
 
 class TestResume:
     def test_with_the_patcher_of_the_beginning(self, tmp_path: Path) -> None:
-        config = dataclasses.replace(TINY, patch_rule="given")
+        config = dataclasses.replace(TINY, patch_rule="external")
         patcher = BytePatcher("fixed", patch_size=3)
-        options = TrainOptions(steps=3, rows=2)
+        options = TrainOptions(steps=3, batch_size=2)
         through, begun = (Trainer(config, CORPUS, options, patcher=patcher) for _ in range(2))
         through.run()
         begun.train_step()
@@ -192,7 +208,7 @@ class TestResume:
             assert torch.equal(resumed.model.state_dict()[name], tensor), name
 
     def test_a_run_keeps_its_id(self, tmp_path: Path) -> None:
-        options = TrainOptions(steps=3, rows=2)
+        options = TrainOptions(steps=3, batch_size=2)
         run, other = (Trainer(TINY, CORPUS, options) for _ in range(2))
         run.save(tmp_path)
         resumed = Trainer.resume(load_checkpoint(tmp_path), CORPUS, options)
@@ -207,7 +223,7 @@ class TestResume:
 
     def test_a_run_of_version_0_1_0(self, tmp_path: Path) -> None:
         """It wrote no id: such a run goes on without one."""
-        options = TrainOptions(steps=3, rows=2)
+        options = TrainOptions(steps=3, batch_size=2)
         begun = Trainer(TINY, CORPUS, options)
         begun.run_id = None
         folder = begun.save(tmp_path)

@@ -52,7 +52,7 @@ def on_meta(inputs: Inputs) -> Inputs:
 
 
 def has_a_size(spec: OpSpec, case: Case) -> bool:
-    """Patches are as many as the values make them, unless there is a capacity."""
+    """Patches are as many as the values make them, unless there is max_patches."""
     return spec.name != "find_patches" or "C" in case.sizes
 
 
@@ -188,7 +188,7 @@ def test_gradients_of_each_text_by_themselves() -> None:
 
     Its gradients, and those of torch.func.grad, may be as wrong as autograd's.
     """
-    model = scrambled(replace(TINY, patch_capacity=24)).train()
+    model = scrambled(replace(TINY, max_patches=24)).train()
     parameters = dict(model.named_parameters())
     wide = {name: x.detach().double().requires_grad_() for name, x in parameters.items()}
     texts = torch.randint(32, 123, (2, 20))
@@ -213,7 +213,7 @@ def test_a_model_of_shapes_alone(name: str, where: str, packed: bool) -> None:
     """A training step, and logits."""
     config = MODELS[name]
     if config.patch_rule != "none":
-        config = replace(config, patch_capacity=24)
+        config = replace(config, max_patches=24)
     with torch.device("meta") if where == "meta" else FakeTensorMode():
         model = STLM(config).train()
         ids = torch.randint(32, 123, (40,) if packed else (2, 20))

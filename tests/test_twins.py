@@ -36,7 +36,9 @@ def tiny_presets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def contender(name: str, config: ModelConfig = TINY, minutes: float = 1.0) -> twins.Contender:
-    return twins.Contender(name, Trainer(config, CORPUS, TrainOptions(minutes=minutes, rows=2)))
+    return twins.Contender(
+        name, Trainer(config, CORPUS, TrainOptions(minutes=minutes, batch_size=2))
+    )
 
 
 class FakeSteps:
@@ -101,7 +103,7 @@ class TestEqualMinutes:
 
 class TestWordTrainer:
     def test_steps_count_real_bytes(self) -> None:
-        trainer = Trainer(WORD, CORPUS, TrainOptions(steps=400, rows=2))
+        trainer = Trainer(WORD, CORPUS, TrainOptions(steps=400, batch_size=2))
         assert trainer.words is not None
         read = sum(trainer.train_step().n_bytes for _ in range(40))
         batches = [trainer.windows.batch(step).byte_ids.numpy() for step in range(40)]
@@ -112,7 +114,7 @@ class TestWordTrainer:
 
     def test_losses_are_per_byte(self) -> None:
         """In the first step, of which the model knows nothing: ln V for each id."""
-        trainer = Trainer(WORD, CORPUS, TrainOptions(steps=400, rows=2))
+        trainer = Trainer(WORD, CORPUS, TrainOptions(steps=400, batch_size=2))
         assert trainer.words is not None
         n_ids = sum(len(trainer.words.encode(document)) for document in CORPUS.train)
         n_bytes = sum(map(len, CORPUS.train))
@@ -120,7 +122,7 @@ class TestWordTrainer:
         assert loss == pytest.approx(math.log(WORD.vocab_size) * n_ids / n_bytes, rel=1e-4)
 
     def test_bits_need_the_words(self) -> None:
-        trainer = Trainer(WORD, CORPUS, TrainOptions(steps=400, rows=2))
+        trainer = Trainer(WORD, CORPUS, TrainOptions(steps=400, batch_size=2))
         with pytest.raises(ValueError, match="vocabulary: expected the words of a word model"):
             bits_per_byte(trainer.model, TEXT)
         assert trainer.words is not None
@@ -128,7 +130,7 @@ class TestWordTrainer:
             bits_per_byte(contender("a").trainer.model, TEXT, vocabulary=trainer.words)
 
     def test_a_run_goes_on_with_its_words(self, tmp_path: Path) -> None:
-        options = TrainOptions(steps=4, rows=2)
+        options = TrainOptions(steps=4, batch_size=2)
         trainer, straight = (Trainer(WORD, CORPUS, options) for _ in range(2))
         trainer.train_step()
         trainer.save(tmp_path)
@@ -146,7 +148,7 @@ class TestWordTrainer:
 
 def test_rows_of_words_hold_as_many_bytes() -> None:
     config = twins.config_of("demo-word", CORPUS, row_bytes=64)
-    trainer = Trainer(config, CORPUS, TrainOptions(steps=1, rows=2))
+    trainer = Trainer(config, CORPUS, TrainOptions(steps=1, batch_size=2))
     assert config.context * trainer.bytes_per_id == pytest.approx(64, rel=0.05)
     assert twins.config_of("demo-flat", CORPUS, row_bytes=64) == FLAT
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from model_helpers import TINY, scrambled
 
 from stlm_kernels import find_patches
-from stlm_models import DOCUMENT_START, bits_per_byte, words
+from stlm_models import BOS_ID, bits_per_byte, words
 from stlm_models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from stlm_models.data import DocumentStream
 from stlm_models.words import FIRST_WORD, WordVocabulary
@@ -103,7 +103,7 @@ class TestEncode:
     def test_any_bytes(self, data: bytes) -> None:
         assert VOCABULARY.decode(VOCABULARY.encode(data)) == data
 
-    @pytest.mark.parametrize("token", [-1, DOCUMENT_START, VOCABULARY.size])
+    @pytest.mark.parametrize("token", [-1, BOS_ID, VOCABULARY.size])
     def test_ids_that_stand_for_no_bytes(self, token: int) -> None:
         expected = f"ids: expected 0 to {VOCABULARY.size - 1} without 256, got {token}"
         with pytest.raises(ValueError, match=expected):
@@ -169,7 +169,7 @@ def test_documents_of_ids_are_streamed_as_they_are() -> None:
     documents = [VOCABULARY.encode(text) for text in TEXTS]
     stream = DocumentStream(documents)[:]
     assert stream.dtype == np.int32
-    assert stream.tolist() == [x for ids in documents for x in (DOCUMENT_START, *ids.tolist())]
+    assert stream.tolist() == [x for ids in documents for x in (BOS_ID, *ids.tolist())]
     assert DocumentStream(TEXTS)[:].dtype == np.int16
 
 
@@ -183,7 +183,7 @@ def test_bits_per_real_byte(context: int | None, stride: int | None) -> None:
     nats = 0.0
     with torch.no_grad():
         for text in TEXTS:
-            ids = torch.tensor([DOCUMENT_START, *encoded_patch_by_patch(text)])
+            ids = torch.tensor([BOS_ID, *encoded_patch_by_patch(text)])
             for target in range(1, len(ids)):
                 start = step * max(0, math.ceil((target - length) / step))
                 logits = model(ids[start:target])[-1]

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from stlm_models import DOCUMENT_START, ModelConfig
+from stlm_models import BOS_ID, ModelConfig
 
 # transformers copies this file into saved folders: imports of stlm are absolute and public.
 
@@ -49,7 +49,7 @@ class STLMHFConfig(PretrainedConfig):
         names = {field.name for field in dataclasses.fields(ModelConfig)}
         own = {name: kwargs.pop(name) for name in names & kwargs.keys()}
         self.stlm = as_model_config({**as_model_config(stlm).to_dict(), **own}).to_dict()
-        super().__init__(**{**dict.fromkeys(SPECIAL_IDS, DOCUMENT_START), **kwargs})
+        super().__init__(**{**dict.fromkeys(SPECIAL_IDS, BOS_ID), **kwargs})
 
     @property
     def model_config(self) -> ModelConfig:

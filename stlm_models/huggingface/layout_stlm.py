@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stlm_models import DOCUMENT_START
+from stlm_models import BOS_ID
 from stlm_models.config import IGNORED
 
 # transformers copies this file into saved folders: imports of stlm are absolute and public.
@@ -119,7 +119,7 @@ def without_leading_padding(input_ids: Tensor) -> Tensor | None:
     """
     if torch.compiler.is_compiling():  # a graph cannot ask
         return None
-    is_start = input_ids == DOCUMENT_START
+    is_start = input_ids == BOS_ID
     if input_ids.shape[1] < 2 or not is_start[:, :2].all(1).any():
         return None
     leading = is_start.long().cumprod(1)

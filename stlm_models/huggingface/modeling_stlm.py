@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from stlm_models import DOCUMENT_START, STLM, TiedEmbedding
+from stlm_models import BOS_ID, STLM, TiedEmbedding
 from stlm_models.checkpoint import load_tensors
 from stlm_models.config import BYTES
 from stlm_models.decoding import check_writes_bytes
@@ -281,7 +281,7 @@ class STLMForCausalLM(PreTrainedModel, GenerationMixin):
         if has_id is None or self._valid_vocab is None:
             return logits
         certain = logits.new_full(logits.shape[-1:], least)
-        certain[DOCUMENT_START] = 0
+        certain[BOS_ID] = 0
         return torch.where(has_id[:, columns, None], logits, certain)
 
     def get_input_embeddings(self) -> TiedEmbedding:
@@ -373,7 +373,7 @@ class STLMForCausalLM(PreTrainedModel, GenerationMixin):
         # transformers takes every padding id for padding, id 256 before a document among them.
         kept = without_leading_padding(inputs_tensor)
         mask = torch.ones_like(inputs_tensor) if kept is None else kept.long()
-        is_start = (inputs_tensor == DOCUMENT_START).long()
+        is_start = (inputs_tensor == BOS_ID).long()
         mask[:, -1] -= is_start[:, -1] - is_start.prod(1)  # right padding, which is refused
         return mask
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import AddedToken, PreTrainedTokenizer
 
-from stlm_models import DOCUMENT_START
+from stlm_models import BOS_ID
 
 BYTES = 256
 DOCUMENT = "<|document|>"
@@ -46,7 +46,7 @@ class ByteTokenizer(PreTrainedTokenizer):
 
     def __init__(self, **kwargs: Any) -> None:
         document = AddedToken(DOCUMENT, normalized=False, special=True)
-        self._added_tokens_decoder = {DOCUMENT_START: document}
+        self._added_tokens_decoder = {BOS_ID: document}
         defaults = {
             "bos_token": document,
             "eos_token": document,
@@ -64,11 +64,11 @@ class ByteTokenizer(PreTrainedTokenizer):
 
     def encode_bytes(self, data: bytes) -> list[int]:
         """The ids of a document of any bytes, as `encode` gives them for text."""
-        return [DOCUMENT_START, *data]
+        return [BOS_ID, *data]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes among the ids, exactly; `decode` replaces what is not UTF-8."""
-        return bytes(i for i in map(int, ids) if i != DOCUMENT_START)
+        return bytes(i for i in map(int, ids) if i != BOS_ID)
 
     @property
     def vocab_size(self) -> int:
@@ -145,7 +145,7 @@ class ByteTokenizer(PreTrainedTokenizer):
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
     ) -> list[int]:
         """Id 256 and the bytes; a pair is one document, such as a prompt and what follows."""
-        return [DOCUMENT_START, *token_ids_0, *(token_ids_1 or [])]
+        return [BOS_ID, *token_ids_0, *(token_ids_1 or [])]
 
     def get_special_tokens_mask(
         self,
@@ -180,14 +180,14 @@ class ByteTokenizer(PreTrainedTokenizer):
 
     def _convert_token_to_id(self, token: str) -> int:
         if token == DOCUMENT:
-            return DOCUMENT_START
+            return BOS_ID
         if len(token) != 1 or ord(token) >= BYTES:
             raise ValueError(f"token: expected one of a byte or {DOCUMENT!r}, got {token!r}")
         return ord(token)
 
     def _convert_id_to_token(self, index: int) -> str:
         if not 0 <= index < BYTES:
-            raise ValueError(f"ids: expected 0 to {DOCUMENT_START}, got {index}")
+            raise ValueError(f"ids: expected 0 to {BOS_ID}, got {index}")
         return chr(index)
 
 

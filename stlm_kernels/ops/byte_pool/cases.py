@@ -93,7 +93,7 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int)
     }
     if "L" in case.sizes:
         gain = 1 + torch.randn(case["L"], width, generator=rng) / 2
-        inputs["slot_gain"] = gain.to(device, dtype)
+        inputs["position_weight"] = gain.to(device, dtype)
     return inputs
 
 
@@ -121,7 +121,7 @@ SPEC = OpSpec(
     cases=CASES,
     bytes_moved=bytes_moved,
     flops=flops,
-    grad_args=("weight", "slot_gain"),
+    grad_args=("weight", "position_weight"),
     row_args=("weight",),
     kernels=(
         "byte_pool_fwd",

@@ -21,7 +21,7 @@ def unsupported_reasons(
     weight: Tensor,
     cu_patchlens: Tensor,
     mode: str = "mean",
-    slot_gain: Tensor | None = None,
+    position_weight: Tensor | None = None,
 ) -> list[str]:
     """Why the kernels cannot take this call; empty if they can."""
     if weight.dtype not in _checks.KERNEL_FLOATS:

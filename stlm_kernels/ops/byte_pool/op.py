@@ -23,14 +23,14 @@ def byte_pool(
     cu_patchlens: Tensor,  # (P+1,) int32
     *,
     mode: str = "mean",
-    slot_gain: Tensor | None = None,  # (L, D)
+    position_weight: Tensor | None = None,  # (L, D)
     impl: Impl = "auto",
 ) -> Tensor:
     """Look bytes up in an embedding table and pool them into patches; (T, D) never exists.
 
     out[p] = scale_p * sum over k < n_p of gain_k * weight[byte_ids[cu_patchlens[p] + k]], with n_p
     the length of patch p, scale_p = 1 ("sum") or 1 / n_p ("mean"), and gain_k = 1 or row
-    min(k, L-1) of `slot_gain`, which makes the pool depend on the order of the bytes.
+    min(k, L-1) of `position_weight`, which makes the pool depend on the order of the bytes.
 
     Args:
         byte_ids: (T,) uint8, int16, int32 or int64, in [0, V) as far as the last border.
@@ -39,7 +39,7 @@ def byte_pool(
             Bytes from the last border on belong to no patch.
         mode: "mean" or "sum". Others, of which no table's row is a linear part, would need kernels
             and a backward of their own: `segment_pool(F.embedding(ids, weight), ...)` has them.
-        slot_gain: (L, D) with L >= 1, in the table's dtype, or float32 beside a 16-bit table
+        position_weight: (L, D) with L >= 1, in the table's dtype, or float32 beside a 16-bit table
             (rounded to the table's dtype when loaded). None: every byte counts alike.
         impl: "auto", "triton" or "torch".
 
@@ -63,7 +63,7 @@ def byte_pool(
     Source: the sum-pooled byte patches of Super Tiny Language Models, arXiv 2405.14159; the
     gradient by a patch x byte count matrix is this project's.
     """
-    _check(byte_ids, weight, cu_patchlens, mode, slot_gain)
+    _check(byte_ids, weight, cu_patchlens, mode, position_weight)
     out_dtype = _checks.output_dtype(weight)
     mean = mode == "mean"
     if use_triton(
@@ -75,14 +75,18 @@ def byte_pool(
         weight=weight,
         cu_patchlens=cu_patchlens,
         mode=mode,
-        slot_gain=slot_gain,
+        position_weight=position_weight,
     ):
-        return _BytePool.apply(byte_ids, weight, cu_patchlens, slot_gain, mean, out_dtype)
-    return torch_impl.byte_pool(byte_ids, weight, cu_patchlens, slot_gain, mean, out_dtype)
+        return _BytePool.apply(byte_ids, weight, cu_patchlens, position_weight, mean, out_dtype)
+    return torch_impl.byte_pool(byte_ids, weight, cu_patchlens, position_weight, mean, out_dtype)
 
 
 def _check(
-    byte_ids: Tensor, weight: Tensor, cu_patchlens: Tensor, mode: str, slot_gain: Tensor | None
+    byte_ids: Tensor,
+    weight: Tensor,
+    cu_patchlens: Tensor,
+    mode: str,
+    position_weight: Tensor | None,
 ) -> None:
     _checks.require_tensor("weight", weight, ("V", "D"), _checks.FLOATS)
     vocab, width = weight.shape
@@ -93,10 +97,14 @@ def _check(
         expected = "'mean' or 'sum', or segment_pool of the embeddings"
         raise ValueError(f"mode: expected {expected}, got {mode!r}")
     _checks.require_choice("mode", mode, MODES)
-    if slot_gain is not None:
+    if position_weight is not None:
         dtypes = _checks.weight_dtypes(weight.dtype)
-        _checks.require_tensor("slot_gain", slot_gain, ("L", width), dtypes, weight.device)
-        _checks.require(slot_gain.shape[0] >= 1, "slot_gain", "L >= 1", slot_gain.shape[0])
+        _checks.require_tensor(
+            "position_weight", position_weight, ("L", width), dtypes, weight.device
+        )
+        _checks.require(
+            position_weight.shape[0] >= 1, "position_weight", "L >= 1", position_weight.shape[0]
+        )
     if _checks.values_visible(byte_ids, cu_patchlens):
         last = _checks.check_offset_values("cu_patchlens", cu_patchlens, byte_ids.shape[0])
         # Bytes beyond the last border belong to no patch, so they may hold anything.
@@ -113,27 +121,27 @@ class _BytePool(torch.autograd.Function):
         byte_ids: Tensor,
         weight: Tensor,
         cu_patchlens: Tensor,
-        slot_gain: Tensor | None,
+        position_weight: Tensor | None,
         mean: bool,
         out_dtype: torch.dtype,
     ) -> Tensor:
-        return _FWD(byte_ids, weight, cu_patchlens, slot_gain, mean, out_dtype)
+        return _FWD(byte_ids, weight, cu_patchlens, position_weight, mean, out_dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        byte_ids, weight, cu_patchlens, slot_gain, ctx.mean, _ = inputs
+        byte_ids, weight, cu_patchlens, position_weight, ctx.mean, _ = inputs
         # Without a gain the gradient does not read the table, so the table is not kept.
-        kept = weight if slot_gain is not None else None
-        ctx.save_for_backward(byte_ids, kept, cu_patchlens, slot_gain)
+        kept = weight if position_weight is not None else None
+        ctx.save_for_backward(byte_ids, kept, cu_patchlens, position_weight)
         ctx.vocab, ctx.weight_dtype = weight.shape[0], weight.dtype
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        byte_ids, weight, cu_patchlens, slot_gain = ctx.saved_tensors
+        byte_ids, weight, cu_patchlens, position_weight = ctx.saved_tensors
         dweight = dgain = None
-        if slot_gain is not None:
+        if position_weight is not None:
             dweight, dgain = _library.run_backward(
-                _BWD_GAIN, "byte_pool", grads[0], byte_ids, weight, cu_patchlens, slot_gain,
+                _BWD_GAIN, "byte_pool", grads[0], byte_ids, weight, cu_patchlens, position_weight,
                 ctx.mean,
             )  # fmt: skip
         elif ctx.needs_input_grad[1]:
@@ -157,10 +165,10 @@ def _bwd_gain_flops(grad: Any, ids: Any, *_: Any, **__: Any) -> int:
 
 
 _FWD = _library.register(
-    "byte_pool_fwd(Tensor byte_ids, Tensor weight, Tensor cu_patchlens, Tensor? slot_gain, "
+    "byte_pool_fwd(Tensor byte_ids, Tensor weight, Tensor cu_patchlens, Tensor? position_weight, "
     "bool mean, ScalarType out_dtype) -> Tensor",
     launcher="byte_pool:launch_fwd",
-    meta=lambda byte_ids, weight, cu_patchlens, slot_gain, mean, out_dtype: weight.new_empty(
+    meta=lambda byte_ids, weight, cu_patchlens, position_weight, mean, out_dtype: weight.new_empty(
         (cu_patchlens.shape[0] - 1, weight.shape[1]), dtype=out_dtype
     ),
     flops=_fwd_flops,
@@ -176,11 +184,11 @@ _BWD = _library.register(
 )
 _BWD_GAIN = _library.register(
     "byte_pool_bwd_gain(Tensor grad, Tensor byte_ids, Tensor weight, Tensor cu_patchlens, "
-    "Tensor slot_gain, bool mean) -> (Tensor, Tensor)",
+    "Tensor position_weight, bool mean) -> (Tensor, Tensor)",
     launcher="byte_pool:launch_bwd_gain",
-    meta=lambda grad, byte_ids, weight, cu_patchlens, slot_gain, mean: (
+    meta=lambda grad, byte_ids, weight, cu_patchlens, position_weight, mean: (
         torch.empty_like(weight, memory_format=torch.contiguous_format),
-        torch.empty_like(slot_gain, memory_format=torch.contiguous_format),
+        torch.empty_like(position_weight, memory_format=torch.contiguous_format),
     ),
     flops=_bwd_gain_flops,
 )

@@ -15,7 +15,7 @@ def reference(
     cu_patchlens: Tensor,  # (P+1,)
     *,
     mode: str = "mean",
-    slot_gain: Tensor | None = None,  # (L, D) fp64
+    position_weight: Tensor | None = None,  # (L, D) fp64
 ) -> Tensor:
     """(P, D) fp64, one patch after the other."""
     borders = cu_patchlens.tolist()
@@ -23,7 +23,11 @@ def reference(
     for start, end in pairwise(borders):
         row = weight.new_zeros(weight.shape[1])
         for k, byte in enumerate(byte_ids[start:end].tolist()):
-            gain = 1.0 if slot_gain is None else slot_gain[min(k, slot_gain.shape[0] - 1)]
+            gain = (
+                1.0
+                if position_weight is None
+                else position_weight[min(k, position_weight.shape[0] - 1)]
+            )
             row = row + weight[byte] * gain
         if mode == "mean" and end > start:
             row = row / (end - start)
@@ -37,7 +41,7 @@ def yardstick(
     cu_patchlens: Tensor,
     *,
     mode: str = "mean",
-    slot_gain: Tensor | None = None,
+    position_weight: Tensor | None = None,
 ) -> Tensor:
     """What a careful user writes in stock torch: float32 inside, the table's dtype outside."""
     wide = torch.promote_types(weight.dtype, torch.float32)
@@ -45,10 +49,10 @@ def yardstick(
     patches = torch.arange(lengths.shape[0], device=weight.device).repeat_interleave(lengths)
     ids = byte_ids[: patches.shape[0]].long()
     embedded = F.embedding(ids, weight.to(wide))
-    if slot_gain is not None:
+    if position_weight is not None:
         slot = torch.arange(ids.shape[0], device=ids.device) - cu_patchlens[patches]
-        slot = slot.clamp(max=slot_gain.shape[0] - 1)
-        embedded = embedded * slot_gain.to(weight.dtype).to(wide)[slot]
+        slot = slot.clamp(max=position_weight.shape[0] - 1)
+        embedded = embedded * position_weight.to(weight.dtype).to(wide)[slot]
     pooled = embedded.new_zeros(lengths.shape[0], weight.shape[1]).index_add(0, patches, embedded)
     if mode == "mean":
         pooled = pooled / lengths.clamp(min=1)[:, None]

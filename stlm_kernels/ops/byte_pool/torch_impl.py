@@ -26,7 +26,7 @@ def byte_pool(
     byte_ids: Tensor,  # (T,)
     weight: Tensor,  # (V, D)
     cu_patchlens: Tensor,  # (P+1,) int32
-    slot_gain: Tensor | None,  # (L, D)
+    position_weight: Tensor | None,  # (L, D)
     mean: bool,
     out_dtype: torch.dtype,
 ) -> Tensor:
@@ -41,8 +41,8 @@ def byte_pool(
     else:
         ids, table, borders, poison = _made_safe(byte_ids, table, cu_patchlens)
         patches, lead = patches + 1, 1
-    if slot_gain is not None:
-        ids, table = _gained(ids, table, borders, rounded(slot_gain, out_dtype, wide), poison)
+    if position_weight is not None:
+        ids, table = _gained(ids, table, borders, rounded(position_weight, out_dtype, wide), poison)
     elif poison is not None:
         table = table + poison
     arguments = (ids, table.contiguous(), borders, patches, mean)

@@ -204,7 +204,7 @@ def launch_fwd(
     byte_ids: Tensor,  # (T,)
     weight: Tensor,  # (V, D)
     cu_patchlens: Tensor,  # (P+1,) int32
-    slot_gain: Tensor | None,  # (L, D)
+    position_weight: Tensor | None,  # (L, D)
     mean: bool,
     out_dtype: torch.dtype,
 ) -> Tensor:
@@ -213,12 +213,12 @@ def launch_fwd(
     out = torch.empty((patches, width), dtype=out_dtype, device=weight.device)
     config = launch.fwd_config(width, out_dtype, weight.device)
     chunks = _launch.ceil_div(patches, config["PATCHES"])
-    gain = weight if slot_gain is None else slot_gain
+    gain = weight if position_weight is None else position_weight
     _launch.launch(
         stlm_byte_pool_fwd, chunks * _launch.ceil_div(width, config["BLOCK_D"]),
         byte_ids.contiguous(), weight.contiguous(), cu_patchlens.contiguous(), gain.contiguous(),
         out, byte_ids.shape[0], patches, vocab, gain.shape[0], chunks,
-        D=width, MEAN=mean, HAS_GAIN=slot_gain is not None,
+        D=width, MEAN=mean, HAS_GAIN=position_weight is not None,
         device=weight.device, **config,
     )  # fmt: skip
     return out
@@ -255,13 +255,13 @@ def launch_bwd_gain(
     byte_ids: Tensor,  # (T,)
     weight: Tensor,  # (V, D)
     cu_patchlens: Tensor,  # (P+1,)
-    slot_gain: Tensor,  # (L, D)
+    position_weight: Tensor,  # (L, D)
     mean: bool,
 ) -> tuple[Tensor, Tensor]:
     """(V, D) gradient of the table and (L, D) gradient of the gain."""
-    (patches, width), vocab, slots = grad.shape, weight.shape[0], slot_gain.shape[0]
+    (patches, width), vocab, slots = grad.shape, weight.shape[0], position_weight.shape[0]
     grad, byte_ids, weight, cu, gain = (
-        x.contiguous() for x in (grad, byte_ids, weight, cu_patchlens, slot_gain)
+        x.contiguous() for x in (grad, byte_ids, weight, cu_patchlens, position_weight)
     )
     config = launch.bwd_gain_config(width, grad.dtype, grad.device)
     programs, block_v = config.pop("PROGRAMS"), config.pop("BLOCK_V")
@@ -285,7 +285,7 @@ def launch_bwd_gain(
         byte_ids, weight, cu, grad, by_slot, *sizes, run,
         D=width, MEAN=mean, device=grad.device, **config,
     )  # fmt: skip
-    return sum_splits(table, weight.dtype), sum_splits(by_slot, slot_gain.dtype)
+    return sum_splits(table, weight.dtype), sum_splits(by_slot, position_weight.dtype)
 
 
 def _dot_plan(

@@ -13,18 +13,18 @@ from .reference import reference
 MILLION = 1 << 20
 
 CASES = (
-    # The first case is the one that is compiled: it needs static shapes, that is a capacity.
+    # The first case is the one that is compiled: it needs static shapes, that is `max_patches`.
     case("smoke", T=300, how="space", S=4, max=7, C=120),
-    case("smoke", T=200, how="starts", S=3, C=30),
+    case("smoke", T=200, how="patch_start_mask", S=3, C=30),
     case("edge", T=300, how="space"),
     case("edge", T=200, how="fixed", size=5, S=3, max=3, C=40),
-    case("edge", T=200, how="closes", S=3, C=60, ids="int64"),
-    case("edge", T=97, how="starts", max=4, ids="int16"),
-    case("edge", T=97, how="closes", max=1, S=5),
+    case("edge", T=200, how="patch_end_mask", S=3, C=60, ids="int64"),
+    case("edge", T=97, how="patch_start_mask", max=4, ids="int16"),
+    case("edge", T=97, how="patch_end_mask", max=1, S=5),
     case("edge", T=60, how="space", tail=20, S=2, ids="int32"),
     case("edge", T=60, how="fixed", size=100, max=100, C=1),
-    case("edge", T=60, how="closes", S=90, C=7),
-    case("edge", T=1, how="starts", C=3),
+    case("edge", T=60, how="patch_end_mask", S=90, C=7),
+    case("edge", T=1, how="patch_start_mask", C=3),
     case("edge", T=0, how="space", C=3),
     case("edge", T=0, how="space", S=2),
     *(
@@ -39,8 +39,8 @@ CASES = (
         )
         for text in ("english", "code", "uniform", "equal")
     ),
-    case("bench", T=MILLION, how="starts", max=16, S=128, C=MILLION // 2, text="english"),
-    case("bench_full", T=MILLION, how="closes", S=128, C=MILLION // 2, text="english"),
+    case("bench", T=MILLION, how="patch_start_mask", max=16, S=128, C=MILLION // 2, text="english"),
+    case("bench_full", T=MILLION, how="patch_end_mask", S=128, C=MILLION // 2, text="english"),
     case("bench_cpu", T=65_536, how="space", max=16, S=8, C=16_384, text="english"),
     case("bench_cpu", T=65_536, how="space", max=16, S=8, text="code"),
     *(
@@ -50,8 +50,8 @@ CASES = (
     # Small and large calls have other configurations.
     case("aot", T=MILLION, how="space", max=16, S=4, C=1024),
     case("aot", T=MILLION, how="fixed", size=6, S=4, C=1024),
-    case("aot", T=MILLION, how="closes", S=4, C=1024),
-    case("aot", T=4096, how="starts", max=16, S=4, C=1024),
+    case("aot", T=MILLION, how="patch_end_mask", S=4, C=1024),
+    case("aot", T=4096, how="patch_start_mask", max=16, S=4, C=1024),
     case("aot_full", T=4096, how="space", max=16, S=4, C=1024),
 )
 
@@ -66,14 +66,14 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int)
         vocab = 256 if case.get("ids") is None else 260
         ids = random_ids(total, vocab, getattr(torch, case.get("ids", "uint8")), rng)
     inputs: Inputs = {"byte_ids": ids.to(device)}
-    if how in ("starts", "closes"):
+    if how in ("patch_start_mask", "patch_end_mask"):
         inputs[how] = (torch.rand(total, generator=rng) < 0.2).to(device)
     else:
         inputs["rule"] = how
     if "S" in case.sizes:
         borders = _document_borders(case["S"], total - case.get("tail", 0), rng)
         inputs["cu_seqlens"] = borders.to(device)
-    for name, key in (("patch_size", "size"), ("max_patch_len", "max"), ("capacity", "C")):
+    for name, key in (("patch_size", "size"), ("max_patch_len", "max"), ("max_patches", "C")):
         if key in case.sizes:
             inputs[name] = case[key]
     return inputs

@@ -19,33 +19,33 @@ class Patches(NamedTuple):
     """Where patches begin, and which patch each byte belongs to and may read."""
 
     cu_patchlens: Tensor
-    """(P+1,) int32 patch borders in bytes; with a capacity, P is the capacity."""
+    """(P+1,) int32 patch borders in bytes; with `max_patches`, P is that."""
     patch_ids: Tensor
     """(T,) int32: the patch that holds the byte; -1 for bytes in no document or no slot."""
     read_ids: Tensor
     """(T,) int32: the last patch of the byte's document that is complete there; -1: none yet."""
     n_patches: Tensor
-    """0-d int32: the true number of patches, also where it exceeds the capacity."""
+    """0-d int32: the true number of patches, also where it exceeds `max_patches`."""
     cu_seqlens: Tensor
-    """(S+1,) int32 document borders in patches, at most the capacity."""
+    """(S+1,) int32 document borders in patches, at most `max_patches`."""
 
 
 def find_patches(
     byte_ids: Tensor,  # (T,) uint8|int16|int32|int64
     *,
     rule: str | None = None,
-    starts: Tensor | None = None,  # (T,) bool
-    closes: Tensor | None = None,  # (T,) bool
+    patch_start_mask: Tensor | None = None,  # (T,) bool
+    patch_end_mask: Tensor | None = None,  # (T,) bool
     patch_size: int | None = None,
     max_patch_len: int | None = None,
     cu_seqlens: Tensor | None = None,  # (S+1,) int32
-    capacity: int | None = None,
+    max_patches: int | None = None,
     impl: Impl = "auto",
 ) -> Patches:
     """Cut bytes into patches by what is known at each byte, and say what each byte may read.
 
     A patch begins at the first byte of a document, after a byte that closes its patch, and where
-    `starts` says so. With p(t) the patch that holds byte t:
+    `patch_start_mask` says so. With p(t) the patch that holds byte t:
     read_ids[t] = p(t) if t closes its patch, else p(t) - 1, and -1 where that patch lies before
     the document. Everything about a patch that is read this way, its end included, is known from
     bytes <= t, so a model that predicts byte t+1 may use it. The trailing open patch of a document
@@ -56,30 +56,30 @@ def find_patches(
         rule: "space": a byte that is neither ASCII alphanumeric nor a UTF-8 continuation byte
             (0x80 to 0xBF; ids above 255 are neither) closes its patch, unless the byte before it
             in the document is such a byte too. "fixed": every `patch_size`-th byte of a document
-            closes. None: `starts` or `closes` is given; exactly one of the three.
-        starts: (T,) bool, this byte begins a patch, as a router decides from bytes <= t. A patch is
-            then known to end only when the next one has begun.
-        closes: (T,) bool, this byte ends its patch, decided from bytes <= t.
+            closes. None: `patch_start_mask` or `patch_end_mask` is given; exactly one of the three.
+        patch_start_mask: (T,) bool, this byte begins a patch, as a router decides from bytes <= t.
+            A patch is then known to end only when the next one has begun.
+        patch_end_mask: (T,) bool, this byte ends its patch, decided from bytes <= t.
         patch_size: at least 1; for rule "fixed" alone.
         max_patch_len: at least 1: a patch that reaches this length closes. None: no limit.
         cu_seqlens: (S+1,) int32 document borders in bytes, from 0, non-decreasing, at most T; each
             document begins a patch. Bytes from the last border on belong to no document.
             None: one document.
-        capacity: at least 1: exactly this many slots, unused ones empty at the last offset, with
+        max_patches: at least 1: exactly this many slots, unused ones empty at the last offset, with
             static shapes and without a synchronisation. None: the exact number of patches, which
             costs one synchronisation and cannot be compiled with fullgraph.
         impl: "auto", "triton" or "torch".
 
     Returns:
         Patches(cu_patchlens, patch_ids, read_ids, n_patches, cu_seqlens). The last offset is
-        cu_seqlens[-1] (T without documents). If there are more patches than `capacity`, bytes that
-        fit no slot have patch_ids -1 and read the last slot of their own document (or -1), and
+        cu_seqlens[-1] (T without documents). If there are more patches than `max_patches`, bytes
+        that fit no slot have patch_ids -1 and read the last slot of their own document (or -1), and
         cu_patchlens[-1] is where they begin.
 
     Raises:
-        ValueError: not exactly one of rule, starts and closes; a wrong type, dtype, shape, device
-            or option; on CPU in eager mode also document borders that do not start at 0, decrease,
-            or end beyond T.
+        ValueError: not exactly one of rule, patch_start_mask and patch_end_mask; a wrong type,
+            dtype, shape, device or option; on CPU in eager mode also document borders that do not
+            start at 0, decrease, or end beyond T.
         IndexError: on CPU in eager mode, a negative id under rule "space".
         NotImplementedError: impl="triton" cannot run this call; the message lists why.
 
@@ -90,32 +90,50 @@ def find_patches(
     Source: the space rule is SpaceByte's (arXiv 2404.14408) with the border moved behind the byte
     that is already known; masks serve BLT (arXiv 2412.09871) and H-Net (arXiv 2507.07955).
     """
-    _check_rule(rule, starts, closes, patch_size)
-    _check(byte_ids, rule, starts, closes, cu_seqlens)
-    for name, value in (("max_patch_len", max_patch_len), ("capacity", capacity)):
+    _check_rule(rule, patch_start_mask, patch_end_mask, patch_size)
+    _check(byte_ids, rule, patch_start_mask, patch_end_mask, cu_seqlens)
+    for name, value in (("max_patch_len", max_patch_len), ("max_patches", max_patches)):
         if value is not None:
             _checks.require_int_at_least(name, value, 1)
     if use_triton(
         "find_patches", impl, byte_ids.device, unsupported_reasons,
-        byte_ids=byte_ids, rule=rule, capacity=capacity,
+        byte_ids=byte_ids, rule=rule, max_patches=max_patches,
     ):  # fmt: skip
         return _by_kernels(
-            byte_ids, rule, starts, closes, patch_size, max_patch_len, cu_seqlens, capacity
+            byte_ids,
+            rule,
+            patch_start_mask,
+            patch_end_mask,
+            patch_size,
+            max_patch_len,
+            cu_seqlens,
+            max_patches,
         )
     return Patches(
         *torch_impl.find_patches(
-            byte_ids, starts, closes, patch_size, max_patch_len, cu_seqlens, capacity
+            byte_ids,
+            patch_start_mask,
+            patch_end_mask,
+            patch_size,
+            max_patch_len,
+            cu_seqlens,
+            max_patches,
         )
     )
 
 
 def _check_rule(
-    rule: str | None, starts: Tensor | None, closes: Tensor | None, patch_size: int | None
+    rule: str | None,
+    patch_start_mask: Tensor | None,
+    patch_end_mask: Tensor | None,
+    patch_size: int | None,
 ) -> None:
-    options = {"rule": rule, "starts": starts, "closes": closes}
+    options = {"rule": rule, "patch_start_mask": patch_start_mask, "patch_end_mask": patch_end_mask}
     given = [name for name, value in options.items() if value is not None]
     got = " and ".join(given) or "none of them"
-    _checks.require(len(given) == 1, "rule, starts, closes", "exactly one of them", got)
+    _checks.require(
+        len(given) == 1, "rule, patch_start_mask, patch_end_mask", "exactly one of them", got
+    )
     if rule is not None:
         _checks.require_choice("rule", rule, RULES)
     if rule == "fixed":
@@ -127,13 +145,13 @@ def _check_rule(
 def _check(
     byte_ids: Tensor,
     rule: str | None,
-    starts: Tensor | None,
-    closes: Tensor | None,
+    patch_start_mask: Tensor | None,
+    patch_end_mask: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> None:
     _checks.require_ids("byte_ids", byte_ids)
     total = byte_ids.shape[0]
-    for name, mask in (("starts", starts), ("closes", closes)):
+    for name, mask in (("patch_start_mask", patch_start_mask), ("patch_end_mask", patch_end_mask)):
         if mask is not None:
             _checks.require_tensor(name, mask, (total,), (torch.bool,), byte_ids.device)
     if cu_seqlens is not None:
@@ -158,19 +176,19 @@ def _check_not_negative(byte_ids: Tensor) -> None:
 def _by_kernels(
     byte_ids: Tensor,
     rule: str | None,
-    starts: Tensor | None,
-    closes: Tensor | None,
+    patch_start_mask: Tensor | None,
+    patch_end_mask: Tensor | None,
     patch_size: int | None,
     max_patch_len: int | None,
     cu_seqlens: Tensor | None,
-    capacity: int | None,
+    max_patches: int | None,
 ) -> Patches:
-    mask = closes if starts is None else starts
-    how = rule or ("closes" if starts is None else "starts")
-    # There are never more patches than bytes, so without a capacity only unused slots are cut off.
-    slots = max(1, byte_ids.shape[0]) if capacity is None else capacity
+    mask = patch_end_mask if patch_start_mask is None else patch_start_mask
+    how = rule or ("patch_end_mask" if patch_start_mask is None else "patch_start_mask")
+    # There are never more patches than bytes, so without max_patches only unused slots are cut off.
+    slots = max(1, byte_ids.shape[0]) if max_patches is None else max_patches
     patches = Patches(*_FWD(byte_ids, mask, how, patch_size, max_patch_len, cu_seqlens, slots))
-    if capacity is not None:
+    if max_patches is not None:
         return patches
     exact = patches.cu_patchlens[: int(patches.n_patches) + 1].clone()
     return patches._replace(cu_patchlens=exact)
@@ -183,17 +201,17 @@ def _fwd_meta(
     patch_size: int | None,
     max_patch_len: int | None,
     cu_seqlens: Tensor | None,
-    capacity: int,
+    max_patches: int,
 ) -> tuple[Tensor, ...]:
     total = byte_ids.shape[0]
     borders = 2 if cu_seqlens is None else cu_seqlens.shape[0]
-    shapes = ((capacity + 1,), (total,), (total,), (), (borders,))
+    shapes = ((max_patches + 1,), (total,), (total,), (), (borders,))
     return tuple(byte_ids.new_empty(shape, dtype=torch.int32) for shape in shapes)
 
 
 _FWD = _library.register(
     "find_patches_fwd(Tensor byte_ids, Tensor? mask, str how, SymInt? patch_size, "
-    "SymInt? max_patch_len, Tensor? cu_seqlens, SymInt capacity) "
+    "SymInt? max_patch_len, Tensor? cu_seqlens, SymInt max_patches) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     launcher="find_patches:launch_fwd",
     meta=_fwd_meta,

@@ -17,14 +17,14 @@ def reference(
     byte_ids: Tensor,  # (T,)
     *,
     rule: str | None = None,
-    starts: Tensor | None = None,  # (T,) bool
-    closes: Tensor | None = None,  # (T,) bool
+    patch_start_mask: Tensor | None = None,  # (T,) bool
+    patch_end_mask: Tensor | None = None,  # (T,) bool
     patch_size: int | None = None,
     max_patch_len: int | None = None,
     cu_seqlens: Tensor | None = None,  # (S+1,)
-    capacity: int | None = None,
+    max_patches: int | None = None,
 ) -> Patches:
-    """Patches as lists of (begin, end), document by document, cut to the capacity at the end."""
+    """Patches as lists of (begin, end), document by document, cut to max_patches at the end."""
     ids = byte_ids.tolist()
     borders = [0, len(ids)] if cu_seqlens is None else cu_seqlens.tolist()
     patch_ids, read_ids = [-1] * len(ids), [-1] * len(ids)
@@ -33,7 +33,7 @@ def reference(
     for begin, end in pairwise(borders):
         is_open, latest_complete = False, -1
         for t in range(begin, end):
-            if not is_open or (starts is not None and bool(starts[t])):
+            if not is_open or (patch_start_mask is not None and bool(patch_start_mask[t])):
                 if is_open:
                     latest_complete = len(patch_begins) - 1
                 patch_begins.append(t)
@@ -44,19 +44,19 @@ def reference(
                 assert patch_size is not None
                 ends = (t - begin + 1) % patch_size == 0
             else:
-                ends = closes is not None and bool(closes[t])
+                ends = patch_end_mask is not None and bool(patch_end_mask[t])
             if ends or t - patch_begins[-1] + 1 == max_patch_len:
                 is_open, latest_complete = False, len(patch_begins) - 1
             patch_ids[t], read_ids[t] = len(patch_begins) - 1, latest_complete
         patch_borders.append(len(patch_begins))
     offsets = [*patch_begins, borders[-1]]
-    if capacity is not None:
-        offsets = [*offsets, *[borders[-1]] * capacity][: capacity + 1]
+    if max_patches is not None:
+        offsets = [*offsets, *[borders[-1]] * max_patches][: max_patches + 1]
         for document, (begin, end) in enumerate(pairwise(borders)):
-            last_slot = capacity - 1 if patch_borders[document] < capacity else -1
+            last_slot = max_patches - 1 if patch_borders[document] < max_patches else -1
             for t in range(begin, end):
-                patch_ids[t] = patch_ids[t] if patch_ids[t] < capacity else -1
+                patch_ids[t] = patch_ids[t] if patch_ids[t] < max_patches else -1
                 read_ids[t] = min(read_ids[t], last_slot)
-        patch_borders = [min(border, capacity) for border in patch_borders]
+        patch_borders = [min(border, max_patches) for border in patch_borders]
     results = (offsets, patch_ids, read_ids, len(patch_begins), patch_borders)
     return Patches(*(torch.tensor(result, dtype=torch.int32) for result in results))

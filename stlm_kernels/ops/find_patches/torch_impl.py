@@ -39,7 +39,7 @@ def find_patches(
     patch_size: int | None,
     max_patch_len: int | None,
     cu_seqlens: Tensor | None,  # (S+1,) int32
-    capacity: int | None,
+    max_patches: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """cu_patchlens, patch_ids, read_ids, n_patches, cu_seqlens in patches.
 
@@ -61,7 +61,7 @@ def find_patches(
         forced = _forced_closes(positions, begins, max_patch_len)
         closed = closed | forced
         begins = begins | torch.roll(forced, 1)
-    return _number_patches(begins & documents.inside, closed, positions, documents, capacity)
+    return _number_patches(begins & documents.inside, closed, positions, documents, max_patches)
 
 
 def _documents(positions: Tensor, cu_seqlens: Tensor) -> _Documents:
@@ -123,12 +123,12 @@ def _number_patches(
     closed: Tensor,  # (T,) bool
     positions: Tensor,  # (T,) int32
     documents: _Documents,
-    capacity: int | None,
+    max_patches: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     begun = begins.cumsum(0, dtype=torch.int32)  # patches begun at or before each byte
     begun_before = F.pad(begun, (1, 0))
     n_patches = begun_before[-1].clone()
-    slots = int(n_patches) if capacity is None else capacity
+    slots = int(n_patches) if max_patches is None else max_patches
     latest = begun - 1
     # Each patch writes where it begins; those beyond the slots, and all other bytes, write into one
     # place more. Unused slots, and the end of the last patch, are where the last document ends.

@@ -29,7 +29,7 @@ from ..._tiles import segment_of
 from . import launch
 
 SPACE, FIXED, STARTS, CLOSES = (tl.constexpr(i) for i in range(4))
-MODE_CODES = {"space": 0, "fixed": 1, "starts": 2, "closes": 3}
+MODE_CODES = {"space": 0, "fixed": 1, "patch_start_mask": 2, "patch_end_mask": 3}
 NO_LIMIT = torch.iinfo(torch.int32).max
 FINISH_BLOCK = 1024
 
@@ -190,12 +190,12 @@ def stlm_find_patches_finish(
 
 def launch_fwd(
     byte_ids: Tensor,  # (T,)
-    mask: Tensor | None,  # (T,) bool, for "starts" and "closes"
+    mask: Tensor | None,  # (T,) bool, for "patch_start_mask" and "patch_end_mask"
     how: str,
     patch_size: int | None,
     max_patch_len: int | None,
     cu_seqlens: Tensor | None,  # (S+1,) int32
-    capacity: int,
+    max_patches: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """cu_patchlens, patch_ids, read_ids, n_patches, cu_seqlens in patches."""
     total, device = byte_ids.shape[0], byte_ids.device
@@ -210,21 +210,21 @@ def launch_fwd(
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=device)
 
-    cu_patchlens, patch_ids, read_ids = empty(capacity + 1), empty(total), empty(total)
+    cu_patchlens, patch_ids, read_ids = empty(max_patches + 1), empty(total), empty(total)
     n_patches, borders, carry = empty(), empty(documents + 1), empty(2, blocks)
     bytes_of = ((byte_ids if mask is None else mask).contiguous(), offsets)
     sizes = (documents, steps, min(patch_size or 1, NO_LIMIT), limit, blocks)
     _count(bytes_of, sizes, MODE_CODES[how], config, carry, n_patches)
     _launch.launch(
         stlm_find_patches_write, blocks,
-        *bytes_of, carry, cu_patchlens, patch_ids, read_ids, *sizes, total, capacity,
+        *bytes_of, carry, cu_patchlens, patch_ids, read_ids, *sizes, total, max_patches,
         MODE=MODE_CODES[how], device=device, **config,
     )  # fmt: skip
     _launch.launch(
         stlm_find_patches_finish,
-        _launch.ceil_div(max(total, documents + 1, capacity + 1), FINISH_BLOCK),
+        _launch.ceil_div(max(total, documents + 1, max_patches + 1), FINISH_BLOCK),
         offsets, n_patches, cu_patchlens, patch_ids, read_ids, borders,
-        documents, steps, capacity,
+        documents, steps, max_patches,
         BLOCK=FINISH_BLOCK, num_warps=4, device=device,
     )  # fmt: skip
     return cu_patchlens, patch_ids, read_ids, n_patches, borders
