@@ -158,7 +158,7 @@ def test_the_gpu_lane_is_spread_where_xdist_is_there(python: str, there: bool) -
 
 SNIPPETS = [
     code
-    for page in ("README.md", "docs/huggingface.md")
+    for page in ("README.md", "docs/huggingface.md", "docs/ptx.md")
     for code in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
 ]
 
