@@ -28,8 +28,9 @@ LINES ?=
         gpu-wheels gpu-test gpu-bench gpu-tune gpu-site full-sets full-tritons full-trainers clean
 
 help:
-	@echo "make test       lint, types and the four CPU lanes (about 10 minutes on 2 cores)"
-	@echo "make test-full  the same lanes in their long form, other tritons, and other trainers"
+	@echo "make test       lint, types, the four CPU lanes and one other instruction set"
+	@echo "make test-full  the same in long form, every instruction set, other tritons, other trainers"
+	@echo "make lint       ruff check, ruff format, mypy"
 	@echo "make bench      our ops beside their stock peers, on this machine"
 	@echo "make check      our torch path against the best stock composition, turn by turn"
 	@echo "make train      train PRESET=$(PRESET) for MINUTES=$(MINUTES) into RUN=$(RUN)"

@@ -7,7 +7,6 @@ earlier commit (`--against FILE`) is shown beside it as a ratio.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -140,11 +139,7 @@ def line(record: Record, earlier: Mapping[tuple[str, str, str], Record]) -> str:
 
 @terminal.command()
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.bounds",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = terminal.argument_parser("bench.bounds", __doc__)
     parser.add_argument(
         "ops", nargs="*", choices=[[], *sorted({row.op for row in ROWS})], metavar="op"
     )

@@ -7,7 +7,6 @@ moment that the other process begins, so what finding the number costs is part o
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import subprocess
 import sys
@@ -80,11 +79,7 @@ def shares(rates: dict[str, list[float]]) -> dict[str, float]:
 
 @terminal.command(on_closed_pipe=1)
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.busy",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = terminal.argument_parser("bench.busy", __doc__)
     parser.add_argument("preset", nargs="?", default="demo")
     parser.add_argument("--turns", type=positive, default=3)
     parser.add_argument("--seconds", type=positive, default=25, help="of each spell")

@@ -9,7 +9,6 @@ work of one in the other.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -103,7 +102,7 @@ def line(found: Comparison) -> str:
 
 @terminal.command(on_closed_pipe=1)
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.check", description=__doc__)
+    parser = terminal.argument_parser("bench.check", __doc__)
     parser.add_argument("ops", nargs="*", metavar="op", help="ops to check (default: all)")
     parser.add_argument("--rounds", type=positive, default=41, help="most rounds of one comparison")
     parser.add_argument(

@@ -6,7 +6,6 @@ than three interquartile ranges of the noisier run: either alone is noise.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -80,7 +79,7 @@ def _change(name: str, old: Record, new: Record) -> Change:
 
 @terminal.command(on_closed_pipe=1)
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__)
+    parser = terminal.argument_parser("bench.compare", __doc__)
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)
     options = parser.parse_args(arguments)

@@ -7,7 +7,6 @@ so that a drifting machine slows both alike, and each has its own peak of memory
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import resource
 import statistics
@@ -126,11 +125,7 @@ def _trainer(settings: Settings) -> Trainer:
 
 @terminal.command()
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.naive_step",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = terminal.argument_parser("bench.naive_step", __doc__)
     parser.add_argument("preset", nargs="?", default="50m")
     parser.add_argument("--rows", type=positive, default=1, help="windows in a step")
     parser.add_argument(

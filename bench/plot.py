@@ -6,7 +6,6 @@ the roofline as well, under the ceilings that the same run measured.
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -201,11 +200,7 @@ def _intensity(record: Record) -> float:
 
 @terminal.command()
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.plot",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = terminal.argument_parser("bench.plot", __doc__)
     parser.add_argument("files", nargs="+", type=Path, help="JSON of `pytest bench/`")
     parser.add_argument("--out", type=Path, help="folder of the PNGs (default: beside each file)")
     options = parser.parse_args(arguments)

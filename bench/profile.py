@@ -138,11 +138,7 @@ def flops_by_kernel(what: Pass) -> dict[str, int]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.profile",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = terminal.argument_parser("bench.profile", __doc__)
     parser.add_argument("op", help="public name of an op that has kernels")
     parser.add_argument("--case", help="name of one of its cases (default: its first on a GPU)")
     parser.add_argument("--pass", dest="direction", choices=("fwd", "bwd"), default="fwd")

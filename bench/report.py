@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import json
 import os
@@ -321,7 +320,7 @@ def _plain_values(values: Record) -> Iterator[tuple[str, object]]:
 
 @terminal.command()
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
+    parser = terminal.argument_parser("bench.report", __doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
     parser.add_argument("--out", type=Path, default=PAGE, help="the page to write")
     options = parser.parse_args(arguments)

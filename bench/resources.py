@@ -7,7 +7,6 @@ the file holds, with its stamp, and says so where kernels changed since.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -91,11 +90,7 @@ def summary(ops: AbstractSet[str] = OPS.keys(), arch: int = 90) -> str:
 
 @terminal.command()
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.resources",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = terminal.argument_parser("bench.resources", __doc__)
     parser.add_argument("--arch", type=int, default=90, choices=sorted(LIMITS))
     parser.add_argument("--json", type=Path, help="where the result goes (default: bench/results/)")
     parser.add_argument("--commit", help="what to record as the commit, where git is not there")

@@ -8,7 +8,6 @@ stands its floor: the time of its products at full rate, or of what an optimiser
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -228,11 +227,7 @@ def _config(name: str, context: int | None) -> ModelConfig:
 
 @terminal.command()
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.step",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = terminal.argument_parser("bench.step", __doc__)
     parser.add_argument("presets", nargs="*", default=["demo"], metavar="preset")
     parser.add_argument("--rows", type=positive, default=8, help="windows of one context in a step")
     parser.add_argument(

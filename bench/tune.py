@@ -9,7 +9,6 @@ that file ends: with what was never swept, then with sweeps that had no time to 
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -323,7 +322,7 @@ def write(path: Path, about: dict[str, Any], entries: dict[str, Entry]) -> None:
 
 @terminal.command()
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__)
+    parser = terminal.argument_parser("bench.tune", __doc__)
     parser.add_argument("ops", nargs="*", metavar="op", help="ops to tune (default: all)")
     parser.add_argument("--minutes", type=float, default=4.0, help="time for the whole sweep")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")

@@ -207,11 +207,7 @@ def _rates(text: str) -> tuple[float, float]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.twins",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = terminal.argument_parser("bench.twins", __doc__)
     add = parser.add_argument
     add("preset", nargs="?", default="demo", help="the pooled model (default: demo)")
     add("--minutes", type=float, default=10.0, help="of training, for each of the three")

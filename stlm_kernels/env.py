@@ -5,7 +5,6 @@ What a bug report needs. Nothing is sent anywhere.
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import platform
 import sys
@@ -17,7 +16,7 @@ from ._dispatch import explain, kernels_interpreted
 from ._launch import device_file
 from ._version import __version__
 from .registry import OPS
-from .terminal import command, program
+from .terminal import argument_parser, command
 
 PACKAGES = ("torch", "triton", "einops", "numpy", "safetensors", "pytest-benchmark")
 
@@ -59,9 +58,7 @@ def describe_ops() -> list[str]:
 @command()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print what this machine has and what the ops make of it."""
-    argparse.ArgumentParser(prog=program("stlm_kernels.env"), description=__doc__).parse_args(
-        arguments
-    )
+    argument_parser("stlm_kernels.env", __doc__).parse_args(arguments)
     print(f"stlm: {__version__}")
     print(f"python: {platform.python_version()} on {platform.platform()}")
     for package in PACKAGES:

@@ -9,7 +9,6 @@ memory, matrix instructions), not speed.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import re
 import subprocess
@@ -26,7 +25,7 @@ import torch
 from . import _launch
 from ._spec import Case, OpSpec
 from .registry import OPS
-from .terminal import command, note, program
+from .terminal import argument_parser, command, note
 
 ARCHS = (80, 90, 100)
 MMA = re.compile(r"\b(UTC[A-Z]*MMA|HGMMA|QGMMA|IGMMA|HMMA|IMMA|DMMA)\b")
@@ -242,7 +241,7 @@ def table(reports: Sequence[Report]) -> str:
 
 @command()
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog=program("stlm_kernels.inspect"), description=__doc__)
+    parser = argument_parser("stlm_kernels.inspect", __doc__)
     parser.add_argument("ops", nargs="*", help="public op names (default: all with kernels)")
     parser.add_argument("--arch", nargs="+", type=int, default=list(ARCHS), choices=sorted(LIMITS))
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))

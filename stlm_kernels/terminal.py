@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import io
 import os
@@ -61,6 +62,15 @@ def program(module: str) -> str:
     """The name of the running command for its messages: the console script, or python -m."""
     name = Path(sys.argv[0]).stem
     return name if name.startswith("stlm-") else f"python -m {module}"
+
+
+def argument_parser(module: str, description: str | None) -> argparse.ArgumentParser:
+    """A parser named as the running command; its help keeps the lines of the description."""
+    return argparse.ArgumentParser(
+        prog=program(module),
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def note(*lines: object) -> None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from stlm_kernels.terminal import command, note, program
+from stlm_kernels.terminal import argument_parser, command, note
 
 from .arithmetic import Encoder
 from .checkpoint import load_checkpoint, model_of, require_extra
@@ -150,7 +150,7 @@ def new_file(path: Path) -> Path:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=program("stlm_models.compress"), description=__doc__)
+    parser = argument_parser("stlm_models.compress", __doc__)
     parser.add_argument("--run", type=Path, required=True, help="run folder with a checkpoint")
     parser.add_argument("file", type=Path, metavar="FILE")
     parser.add_argument(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from stlm_kernels.terminal import command, note, program
+from stlm_kernels.terminal import argument_parser, command, note
 
 from .arithmetic import Decoder, most_symbols
 from .checkpoint import load_checkpoint, model_of, require_extra
@@ -120,7 +120,7 @@ def _without_suffix(path: Path) -> Path:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=program("stlm_models.decompress"), description=__doc__)
+    parser = argument_parser("stlm_models.decompress", __doc__)
     parser.add_argument("--run", type=Path, required=True, help="run folder with a checkpoint")
     parser.add_argument("file", type=Path, metavar="FILE")
     parser.add_argument("-o", "--out", type=Path, help=f"default: FILE without {SUFFIX}")

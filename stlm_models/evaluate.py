@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from stlm_kernels.terminal import command, note, program
+from stlm_kernels.terminal import argument_parser, command, note
 
 from .bits import bits_per_byte
 from .checkpoint import load_checkpoint, model_of, require_extra
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=program("stlm_models.evaluate"), description=__doc__)
+    parser = argument_parser("stlm_models.evaluate", __doc__)
     parser.add_argument("--run", type=Path, required=True, help="run folder with a checkpoint")
     parser.add_argument("files", nargs="+", metavar="FILE", help="files, folders or globs")
     parser.add_argument("--context", type=int, help="ids in a window (default: the model's)")

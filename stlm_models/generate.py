@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from stlm_kernels.terminal import bytes_of, command, note, program
+from stlm_kernels.terminal import argument_parser, bytes_of, command, note
 
 from .checkpoint import load_model, require_extra
 
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=program("stlm_models.generate"), description=__doc__)
+    parser = argument_parser("stlm_models.generate", __doc__)
     parser.add_argument("--run", type=Path, required=True, help="run folder with a checkpoint")
     parser.add_argument("--prompt", default="", help="text to continue; empty begins a document")
     parser.add_argument("--max-new-bytes", type=int, default=256)

@@ -6,7 +6,6 @@ on a piece of the standard library's source.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from stlm_kernels.terminal import command
+from stlm_kernels.terminal import argument_parser, command
 
 from .config import BOS_ID, PRESETS, ModelConfig, preset
 from .data import load_corpus
@@ -126,11 +125,7 @@ def lines(name: str, found: Summary) -> list[str]:
 
 @command()
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m stlm_models.summary",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argument_parser("stlm_models.summary", __doc__)
     parser.add_argument("presets", nargs="*", metavar="preset", help="default: all of them")
     names = parser.parse_args(arguments).presets or list(PRESETS)
     try:

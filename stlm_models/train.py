@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from stlm_kernels.terminal import command, note, print_result, program
+from stlm_kernels.terminal import argument_parser, command, note, print_result
 
 from .bits import bits_per_byte
 from .checkpoint import latest_checkpoint, load_checkpoint, require_extra
@@ -320,11 +320,7 @@ def _follow(trainer: Trainer) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=program("stlm_models.train"),
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argument_parser("stlm_models.train", __doc__)
     add = parser.add_argument
     add("--preset", help="shape of the model (default: demo, or the checkpoint's)")
     add("--out", type=Path, help="run folder (default: a new one under runs/)")

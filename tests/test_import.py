@@ -75,7 +75,7 @@ for name in [name for name in vars(signal) if name.startswith("SIG")]:
         delattr(signal, name)
 sys.platform = "win32"
 import importlib, pkgutil, stlm_kernels, stlm_models
-skipped = ("triton_impl", "chunked_impl", "_tiles", "_heads", "huggingface")  # need the package
+skipped = ("triton_impl", "chunked_impl", "_tiles", "_heads", "_sight", "huggingface")  # need the package
 for package in (stlm_kernels, stlm_models):
     for found in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
         if not any(part in skipped for part in found.name.split(".")):

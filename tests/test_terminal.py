@@ -208,6 +208,16 @@ def test_every_command_shows_its_help(
         assert (status, error) == (1, "error: [Errno 28] No space left on device\n")
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_keeps_the_lines_of_the_description(
+    capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    module = importlib.import_module(name)
+    with pytest.raises(SystemExit, match="0"):
+        module.main(["--help"])
+    assert module.__doc__.strip() in capsys.readouterr().out
+
+
 def test_there_are_commands() -> None:
     assert {"stlm_models.train", "stlm_models.generate", "stlm_kernels.env"} < set(COMMANDS)
 

@@ -5,7 +5,6 @@ Nothing of this needs a GPU. Bounds are lower bounds of time, not times.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections import Counter
@@ -103,11 +102,7 @@ def as_values(done: Execution, bounds: Bounds) -> dict[str, Any]:
 
 @terminal.command(on_closed_pipe=1)
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=terminal.program("stlm_kernels.ptx"),
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = terminal.argument_parser("stlm_kernels.ptx", __doc__)
     with_kernels = [name for name, spec in OPS.items() if spec.kernels]
     parser.add_argument("op", choices=with_kernels)
     parser.add_argument("--case", help="part of a case's name (default: the first smoke case)")
