@@ -75,7 +75,8 @@ for name in [name for name in vars(signal) if name.startswith("SIG")]:
         delattr(signal, name)
 sys.platform = "win32"
 import importlib, pkgutil, stlm_kernels, stlm_models
-skipped = ("triton_impl", "chunked_impl", "_tiles", "_heads", "_sight", "huggingface")  # need the package
+# They need the package that is missing.
+skipped = ("triton_impl", "chunked_impl", "_tiles", "_heads", "_sight", "huggingface")
 for package in (stlm_kernels, stlm_models):
     for found in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
         if not any(part in skipped for part in found.name.split(".")):
