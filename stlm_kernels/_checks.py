@@ -48,6 +48,11 @@ def require_int_at_least(name: str, value: Any, minimum: int) -> None:
         raise ValueError(f"{name}: expected an int >= {minimum}, got {value!r}")
 
 
+def require_int64(name: str, value: Any) -> None:
+    if not (_is_int(value) and -(2**63) <= value < 2**63):
+        raise ValueError(f"{name}: expected an int in [-2^63, 2^63 - 1], got {value!r}")
+
+
 def require_scale(value: Any) -> None:
     """Of attention's products: a finite number, or None for the default."""
     ok = value is None or is_finite(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -18,6 +19,10 @@ from stlm_kernels import explain, ngram_embedding
 from stlm_kernels.ops.ngram_embedding.reference import reference
 
 NAN = math.nan
+LEAST, MOST = -(2**63), 2**63 - 1
+PRIMES = (1_000_000_007, 5_915_587_277, 1_500_450_271)
+"""The first of BLT's, in its order."""
+MULTIPLIERS = (*PRIMES, MOST, LEAST, MOST - 24, -1, 0, 1, 2**32)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 EVERY_RESULT_LANE = pytest.mark.lanes("cpu", "interpret", "gpu")
 
@@ -35,13 +40,20 @@ def counting(rows: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.arange(rows, dtype=dtype)[:, None]
 
 
-def blt_hashes(ids: list[int], n: int, rows: int) -> list[int]:
+def blt_hashes(ids: list[int], n: int, rows: int, multiplier: int = PRIMES[0]) -> list[int]:
     """The windows, powers and wrapped sums of BLT's rolling_polynomial_hash, in numpy's int64."""
     padded = np.array([0] * (n - 1) + ids, np.int64)
     windows = np.lib.stride_tricks.sliding_window_view(padded, n)
     with np.errstate(over="ignore"):
-        powers = np.power(np.int64(1_000_000_007), np.arange(n, dtype=np.int64))
+        powers = np.power(np.int64(multiplier), np.arange(n, dtype=np.int64))
         return [int(h) for h in np.mod((windows * powers).sum(1), rows)]
+
+
+def exact_hashes(ids: list[int], n: int, rows: int, multiplier: int) -> list[int]:
+    """Whole numbers of any size, the sum wrapped into an int64 once, at the end."""
+    padded = [0] * (n - 1) + ids
+    sums = [sum(padded[t + j] * multiplier**j for j in range(n)) for t in range(len(ids))]
+    return [((total - LEAST) % 2**64 + LEAST) % rows for total in sums]
 
 
 # ---- the hash ---------------------------------------------------------------------------------
@@ -84,6 +96,67 @@ def test_tables_are_added_in_any_order_of_lengths() -> None:
     torch.testing.assert_close(both, reference(ids, tables, ngram_sizes=ngram_sizes))
     as_module = torch.nn.ParameterList(tables)
     assert torch.equal(ngram_embedding(ids, as_module, ngram_sizes=list(ngram_sizes)), both)
+
+
+@pytest.mark.parametrize("multiplier", MULTIPLIERS)
+@pytest.mark.parametrize("rows", [1, 61, 4096, 50_000])
+def test_a_multiplier_of_ones_own(multiplier: int, rows: int) -> None:
+    ids = [*b"Byte Latent Transformer \x00\x00\xfe\xff", 2**62, MOST, 0, 7]
+    for n in (1, 2, 3, 8, 40):
+        out = ngram_embedding(
+            ints(*ids, dtype=torch.int64), [counting(rows)], ngram_sizes=(n,),
+            multipliers=[multiplier],
+        )  # fmt: skip
+        found = out.flatten().int().tolist()
+        assert found == exact_hashes(ids, n, rows, multiplier)
+        assert found == blt_hashes(ids, n, rows, multiplier)
+
+
+@EVERY_RESULT_LANE
+def test_hash_functions_of_each_size(way: Way) -> None:
+    """As BLT sums them, and in any other order; each document is hashed alone by each function."""
+    documents = [list(b"aabcaab"), list(b"c"), list(b"abcabcabd")]
+    sizes = (3, 1, 4)
+    calls = [(n, m) for m in (*PRIMES, MOST, LEAST) for n in sizes]
+    calls += [(2, PRIMES[1]), (3, PRIMES[0])]
+    rng = torch.Generator().manual_seed(0)
+    tables = [  # whole numbers, so that the sums are exact in every order
+        torch.randint(-4, 5, (31 + i, 2), generator=rng).to(way.device, way.dtype).requires_grad_()
+        for i in range(len(calls))
+    ]
+    want = torch.cat([
+        torch.stack([
+            table.detach().cpu().double()[exact_hashes(ids, n, len(table), m)]
+            for table, (n, m) in zip(tables, calls, strict=True)
+        ]).sum(0)
+        for ids in documents
+    ])  # fmt: skip
+    ids = ints(*itertools.chain(*documents), dtype=torch.uint8).to(way.device)
+    cu = ints(0, 7, 8, 17).to(way.device)
+    upstream = (torch.arange(34).view(17, 2) % 7 - 3).to(want)
+    for order in (range(len(calls)), sorted(range(len(calls)), key=lambda i: (i * 7) % 17)):
+        own = [tables[i] for i in order]
+        out = ngram_embedding(
+            ids, own, ngram_sizes=[calls[i][0] for i in order],
+            multipliers=[calls[i][1] for i in order], cu_seqlens=cu, impl=way.impl,
+        )  # fmt: skip
+        assert out.tolist() == want.tolist()
+        grads = torch.autograd.grad(out, own, upstream.to(out))
+        for table, grad, (n, m) in zip(own, grads, (calls[i] for i in order), strict=True):
+            each = (exact_hashes(one, n, len(table), m) for one in documents)
+            expected = torch.zeros(len(table), 2, dtype=torch.float64)
+            expected.index_add_(0, torch.tensor([*itertools.chain(*each)]), upstream)
+            assert grad.tolist() == expected.tolist()
+
+
+def test_the_default_multiplier() -> None:
+    ids, tables = ints(*b"abcabcabd"), [torch.randn(9, 2) for _ in range(2)]
+    out = ngram_embedding(ids, tables, ngram_sizes=(2, 3))
+    for multipliers in (None, [1_000_000_007] * 2):
+        same = ngram_embedding(ids, tables, ngram_sizes=(2, 3), multipliers=multipliers)
+        assert torch.equal(out, same)
+    other = ngram_embedding(ids, tables, ngram_sizes=(2, 3), multipliers=(1_000_000_007, 3))
+    assert not torch.equal(out, other)
 
 
 # ---- documents --------------------------------------------------------------------------------
@@ -180,6 +253,7 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
     total = draw(st.integers(0, 12))
     rng = torch.Generator().manual_seed(draw(st.integers(0, 99)))
     ngram_sizes = draw(st.lists(st.integers(1, 9), min_size=1, max_size=3))
+    multiplier = st.sampled_from(MULTIPLIERS) | st.integers(LEAST, MOST)
     width = draw(st.integers(1, 3))
     cu = None
     if draw(st.booleans()):
@@ -193,6 +267,7 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
         "byte_ids": torch.randint(0, 3, (total,), generator=rng).to(torch.uint8),
         "tables": tables,
         "ngram_sizes": ngram_sizes,
+        "multipliers": draw(st.none() | st.tuples(*[multiplier] * len(ngram_sizes))),
         "cu_seqlens": cu,
     }
 
@@ -277,14 +352,19 @@ def test_unchecked_borders_stay_in_bounds() -> None:
     assert torch.func.grad(total)(torch.ones(4, 1)).sum().item() == 2
 
 
-def test_compiles_once_for_all_lengths() -> None:
+@pytest.mark.parametrize("multipliers", [None, (PRIMES[1], LEAST)])
+def test_compiles_once_for_all_lengths(multipliers: tuple[int, ...] | None) -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(ngram_embedding, fullgraph=True, backend=counter, dynamic=True)
     tables = [leaf(8, 3), leaf(7, 3)]
     for total in (40, 33, 57):
         ids, cu = torch.arange(total) % 5, ints(0, 7, total - 2)
-        arguments = {"ngram_sizes": (2, 3), "cu_seqlens": cu}
+        arguments: dict[str, Any] = {
+            "ngram_sizes": (2, 3),
+            "multipliers": multipliers,
+            "cu_seqlens": cu,
+        }
         out, want = compiled(ids, tables, **arguments), ngram_embedding(ids, tables, **arguments)
         torch.testing.assert_close(out, want)
         got = torch.autograd.grad(out.square().sum(), tables)
@@ -305,7 +385,7 @@ IDS, TABLE = ints(0, 1, 2, 3), torch.zeros(5, 2)
         ({"byte_ids": IDS[None]}, r"byte_ids: expected shape \(T,\), got \(1, 4\)"),
         ({"tables": TABLE}, "tables: expected a sequence of Tensors, got Tensor"),
         ({"tables": []}, "tables: expected at least 1 table, got none"),
-        ({"tables": [TABLE] * 2}, "ngram_sizes: expected 2 lengths, one a table, got 1"),
+        ({"tables": [TABLE] * 2}, r"ngram_sizes: expected one int for each table \(2\), got 1"),
         ({"tables": [TABLE, 3], "ngram_sizes": (1, 2)}, r"tables\[1\]: expected a Tensor, got int"),
         ({"tables": [TABLE[0]]}, r"tables\[0\]: expected shape \(M, D\), got \(2,\)"),
         ({"tables": [TABLE[:0]]}, r"tables\[0\]: expected M >= 1 and D >= 1, got \(0, 2\)"),
@@ -324,6 +404,33 @@ IDS, TABLE = ints(0, 1, 2, 3), torch.zeros(5, 2)
         ({"ngram_sizes": (0,)}, r"ngram_sizes\[0\]: expected an int >= 1, got 0"),
         ({"ngram_sizes": (True,)}, r"ngram_sizes\[0\]: expected an int >= 1, got True"),
         ({"ngram_sizes": (2.0,)}, r"ngram_sizes\[0\]: expected an int >= 1, got 2.0"),
+        ({"multipliers": 3}, "multipliers: expected None or a sequence of ints, got int"),
+        ({"multipliers": ()}, r"multipliers: expected one int for each table \(1\), got 0"),
+        ({"multipliers": (3, 5)}, r"multipliers: expected one int for each table \(1\), got 2"),
+        (
+            {"multipliers": (3.0,)},
+            r"multipliers\[0\]: expected an int in \[-2\^63, 2\^63 - 1\], got 3.0",
+        ),
+        (
+            {"multipliers": (True,)},
+            r"multipliers\[0\]: expected an int in \[-2\^63, 2\^63 - 1\], got True",
+        ),
+        (
+            {"multipliers": (None,)},
+            r"multipliers\[0\]: expected an int in \[-2\^63, 2\^63 - 1\], got None",
+        ),
+        (
+            {"multipliers": (2**63,)},
+            r"multipliers\[0\]: expected an int in \[-2\^63, 2\^63 - 1\], got 9223372",
+        ),
+        (
+            {"multipliers": (LEAST - 1,)},
+            r"multipliers\[0\]: expected an int in \[-2\^63, 2\^63 - 1\], got -9223",
+        ),
+        (
+            {"tables": [TABLE] * 2, "ngram_sizes": (1, 1), "multipliers": (3, "7")},
+            r"multipliers\[1\]: expected an int in \[-2\^63, 2\^63 - 1\], got '7'",
+        ),
         ({"cu_seqlens": IDS.long()}, "cu_seqlens: expected dtype int32, got int64"),
         ({"cu_seqlens": ints(1, 2)}, "cu_seqlens: expected first entry 0, got 1"),
         ({"cu_seqlens": ints(0, 3, 2)}, "cu_seqlens: expected non-decreasing entries, got 2"),

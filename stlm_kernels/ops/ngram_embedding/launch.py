@@ -11,8 +11,8 @@ from torch import Tensor
 from ... import _checks
 from ..._launch import Config, block_of, ceil_div, config_for
 
-HASH_BASE = 1_000_000_007
-"""Of the rolling hash; both implementations read it here."""
+DEFAULT_MULTIPLIER = 1_000_000_007
+"""Of the rolling hash where none is given: that of BLT's first hash function."""
 
 CHUNK = 256
 """Sorted bytes whose leading run is summed ahead, so that no program walks a frequent n-gram."""

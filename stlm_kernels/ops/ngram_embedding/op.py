@@ -11,7 +11,7 @@ from torch import Tensor
 from ... import _checks, _library
 from ..._dispatch import Impl, use_triton
 from . import torch_impl
-from .launch import unsupported_reasons
+from .launch import DEFAULT_MULTIPLIER, unsupported_reasons
 
 
 def ngram_embedding(
@@ -19,22 +19,25 @@ def ngram_embedding(
     tables: Sequence[Tensor],  # (M_i, D) each
     *,
     ngram_sizes: Sequence[int],
+    multipliers: Sequence[int] | None = None,
     cu_seqlens: Tensor | None = None,  # (S+1,) int32
     impl: Impl = "auto",
 ) -> Tensor:
-    """Embed the n-grams that end at each byte by hashing, and add up those of all lengths.
+    """Embed the n-grams that end at each byte by hashing, and add up those of all tables.
 
     out[t] = sum over i of tables[i][hash_i(t)], where hash_i(t) is the floor-mod by M_i of the
-    int64-wrapped sum over j < n_i of byte_ids[t - n_i + 1 + j] * 1,000,000,007^j. Ids before the
-    document's first byte count as 0. The hash is BLT's, bit for bit, but never reads across
-    documents.
+    int64-wrapped sum over j < n_i of byte_ids[t - n_i + 1 + j] * m_i^j. Ids before the document's
+    first byte count as 0. The hash is BLT's, bit for bit, but never reads across documents.
 
     Args:
         byte_ids: (T,) uint8, int16, int32 or int64, at least 0; there is no largest id.
-        tables: one (M_i, D) tensor for each length, all of one width, device and dtype: float32,
+        tables: one (M_i, D) tensor for each hash, all of one width, device and dtype: float32,
             bfloat16 or float16; float64 on the torch path.
-        ngram_sizes: the lengths n_i, ints >= 1, in the order of the tables. A length may occur
-            twice.
+        ngram_sizes: the sizes n_i, ints >= 1, in the order of the tables. A size may occur more
+            than once, as in BLT, where each has several hash functions.
+        multipliers: the hashes' m_i, ints of int64, in the order of the tables; primes are usual.
+            None: 1,000,000,007 for each, BLT's first. Those of its further hash functions are in
+            docs/conventions.md.
         cu_seqlens: (S+1,) int32 document borders in bytes, from 0, non-decreasing, at most T.
             Bytes from the last border on belong to no document: their rows are zeros and reach no
             gradient, and their ids may be anything. None: one document.
@@ -59,49 +62,41 @@ def ngram_embedding(
 
     Source: the hash n-gram embeddings of BLT, arXiv 2412.09871.
     """
-    tables, ngram_sizes = _check(byte_ids, tables, ngram_sizes, cu_seqlens)
+    tables, ngram_sizes, multipliers = _check(
+        byte_ids, tables, ngram_sizes, multipliers, cu_seqlens
+    )
     tables, out_dtype = _library.distinct(*tables), _checks.output_dtype(tables[0])
     if use_triton(
         "ngram_embedding", impl, byte_ids.device, unsupported_reasons,
-        byte_ids=byte_ids, tables=tables, ngram_sizes=ngram_sizes, cu_seqlens=cu_seqlens,
+        byte_ids=byte_ids, tables=tables, ngram_sizes=ngram_sizes, multipliers=multipliers,
+        cu_seqlens=cu_seqlens,
     ):  # fmt: skip
-        return _NgramEmbedding.apply(byte_ids, cu_seqlens, ngram_sizes, out_dtype, *tables)
-    return torch_impl.ngram_embedding(byte_ids, tables, ngram_sizes, cu_seqlens, out_dtype)
+        return _NgramEmbedding.apply(
+            byte_ids, cu_seqlens, ngram_sizes, multipliers, out_dtype, *tables
+        )
+    return torch_impl.ngram_embedding(
+        byte_ids, tables, ngram_sizes, multipliers, cu_seqlens, out_dtype
+    )
 
 
 def _check(
     byte_ids: Tensor,
     tables: Sequence[Tensor],
     ngram_sizes: Sequence[int],
+    multipliers: Sequence[int] | None,
     cu_seqlens: Tensor | None,
-) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+) -> tuple[tuple[Tensor, ...], tuple[int, ...], tuple[int, ...]]:
     _checks.require_ids("byte_ids", byte_ids)
-    several = not isinstance(tables, Tensor) and hasattr(tables, "__iter__")
-    _checks.require(several, "tables", "a sequence of Tensors", type(tables).__name__)
-    _checks.require(
-        hasattr(ngram_sizes, "__iter__"),
-        "ngram_sizes",
-        "a sequence of ints",
-        type(ngram_sizes).__name__,
-    )
-    tables, ngram_sizes = tuple(tables), tuple(ngram_sizes)
-    _checks.require(len(tables) >= 1, "tables", "at least 1 table", "none")
-    _checks.require(
-        len(ngram_sizes) == len(tables),
-        "ngram_sizes",
-        f"{len(tables)} lengths, one a table",
-        len(ngram_sizes),
-    )
-    for i, n in enumerate(ngram_sizes):
+    tables = _check_tables(tables, byte_ids.device)
+    sizes = _one_a_table("ngram_sizes", ngram_sizes, len(tables), "a sequence of ints")
+    for i, n in enumerate(sizes):
         _checks.require_int_at_least(f"ngram_sizes[{i}]", n, 1)
-    shape: tuple[int | str, int | str] = ("M", "D")
-    dtypes: tuple[torch.dtype, ...] = _checks.FLOATS
-    for i, table in enumerate(tables):
-        name = f"tables[{i}]"
-        _checks.require_tensor(name, table, shape, dtypes, byte_ids.device)
-        filled = table.shape[0] >= 1 and table.shape[1] >= 1
-        _checks.require(filled, name, "M >= 1 and D >= 1", tuple(table.shape))
-        shape, dtypes = ("M", table.shape[1]), (table.dtype,)
+    if multipliers is None:
+        multipliers = (DEFAULT_MULTIPLIER,) * len(tables)
+    expected = "None or a sequence of ints"
+    multipliers = _one_a_table("multipliers", multipliers, len(tables), expected)
+    for i, multiplier in enumerate(multipliers):
+        _checks.require_int64(f"multipliers[{i}]", multiplier)
     visible = [byte_ids]
     if cu_seqlens is not None:
         _checks.require_offsets("cu_seqlens", cu_seqlens, byte_ids.device)
@@ -112,7 +107,30 @@ def _check(
             _checks.check_offset_values("cu_seqlens", cu_seqlens, byte_ids.shape[0])
             ids = byte_ids[: int(cu_seqlens[-1])]
         _checks.check_id_values("byte_ids", ids, 0, 2**63)
-    return tables, ngram_sizes
+    return tables, sizes, multipliers
+
+
+def _check_tables(tables: Sequence[Tensor], device: torch.device) -> tuple[Tensor, ...]:
+    several = not isinstance(tables, Tensor) and hasattr(tables, "__iter__")
+    _checks.require(several, "tables", "a sequence of Tensors", type(tables).__name__)
+    tables = tuple(tables)
+    _checks.require(len(tables) >= 1, "tables", "at least 1 table", "none")
+    shape: tuple[int | str, int | str] = ("M", "D")
+    dtypes: tuple[torch.dtype, ...] = _checks.FLOATS
+    for i, table in enumerate(tables):
+        name = f"tables[{i}]"
+        _checks.require_tensor(name, table, shape, dtypes, device)
+        filled = table.shape[0] >= 1 and table.shape[1] >= 1
+        _checks.require(filled, name, "M >= 1 and D >= 1", tuple(table.shape))
+        shape, dtypes = ("M", table.shape[1]), (table.dtype,)
+    return tables
+
+
+def _one_a_table(name: str, values: Sequence[int], tables: int, expected: str) -> tuple[int, ...]:
+    _checks.require(hasattr(values, "__iter__"), name, expected, type(values).__name__)
+    values = tuple(values)
+    _checks.require(len(values) == tables, name, f"one int for each table ({tables})", len(values))
+    return values
 
 
 class _NgramEmbedding(torch.autograd.Function):
@@ -125,37 +143,45 @@ class _NgramEmbedding(torch.autograd.Function):
         byte_ids: Tensor,
         cu_seqlens: Tensor | None,
         ngram_sizes: tuple[int, ...],
+        multipliers: tuple[int, ...],
         out_dtype: torch.dtype,
         *tables: Tensor,
     ) -> Tensor:
-        return _FWD(byte_ids, list(tables), cu_seqlens, list(ngram_sizes), out_dtype)
+        return _FWD(
+            byte_ids, list(tables), cu_seqlens, list(ngram_sizes), list(multipliers), out_dtype
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        byte_ids, cu_seqlens, ctx.ngram_sizes, _, *tables = inputs
+        byte_ids, cu_seqlens, ngram_sizes, multipliers, _, *tables = inputs
         ctx.save_for_backward(byte_ids, cu_seqlens)
-        ctx.tables = [(table.shape[0], table.dtype) for table in tables]
+        ctx.longest = max(ngram_sizes)
+        ctx.tables = [
+            (n, multiplier, table.shape[0], table.dtype)
+            for n, multiplier, table in zip(ngram_sizes, multipliers, tables, strict=True)
+        ]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         byte_ids, cu_seqlens = ctx.saved_tensors
-        wanted, longest = ctx.needs_input_grad[4:], max(ctx.ngram_sizes)
+        wanted = ctx.needs_input_grad[5:]
         dtables = [
             _library.run_backward(
-                _BWD, "ngram_embedding", grads[0], byte_ids, cu_seqlens, n, longest, rows, dtype,
+                _BWD, "ngram_embedding", grads[0], byte_ids, cu_seqlens, n, ctx.longest, multiplier,
+                rows, dtype,
             )
             if want
             else None
-            for want, n, (rows, dtype) in zip(wanted, ctx.ngram_sizes, ctx.tables, strict=True)
+            for want, (n, multiplier, rows, dtype) in zip(wanted, ctx.tables, strict=True)
         ]  # fmt: skip
-        return None, None, None, None, *dtables
+        return None, None, None, None, None, *dtables
 
 
 _FWD = _library.register(
     "ngram_embedding_fwd(Tensor byte_ids, Tensor[] tables, Tensor? cu_seqlens, int[] ngram_sizes, "
-    "ScalarType out_dtype) -> Tensor",
+    "int[] multipliers, ScalarType out_dtype) -> Tensor",
     launcher="ngram_embedding:launch_fwd",
-    meta=lambda byte_ids, tables, cu_seqlens, ngram_sizes, out_dtype: tables[0].new_empty(
+    meta=lambda byte_ids, tables, cu_seqlens, sizes, multipliers, out_dtype: tables[0].new_empty(
         (byte_ids.shape[0], tables[0].shape[1]), dtype=out_dtype
     ),
     flops=lambda byte_ids, tables, *_, **__: byte_ids[0] * tables[0][1] * len(tables),
@@ -163,9 +189,9 @@ _FWD = _library.register(
 _library.register_vmap_loop(_FWD)
 _BWD = _library.register(
     "ngram_embedding_bwd(Tensor grad, Tensor byte_ids, Tensor? cu_seqlens, int n, "
-    "int longest, SymInt rows, ScalarType dtype) -> Tensor",
+    "int longest, int multiplier, SymInt rows, ScalarType dtype) -> Tensor",
     launcher="ngram_embedding:launch_bwd",
-    meta=lambda grad, byte_ids, cu_seqlens, n, longest, rows, dtype: grad.new_empty(
+    meta=lambda grad, byte_ids, cu_seqlens, n, longest, multiplier, rows, dtype: grad.new_empty(
         (rows, grad.shape[1]), dtype=dtype
     ),
     flops=lambda grad, *_, **__: grad[0] * grad[1],

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BASE = 1_000_000_007
+DEFAULT = 1_000_000_007
 
 
-def hash_by_formula(last_ids: Sequence[int], rows: int) -> int:
+def hash_by_formula(last_ids: Sequence[int], multiplier: int, rows: int) -> int:
     """The table row of an n-gram, in whole numbers without bounds that are wrapped at the end."""
-    total = sum(byte * BASE**j for j, byte in enumerate(last_ids))
+    total = sum(byte * multiplier**j for j, byte in enumerate(last_ids))
     return ((total + 2**63) % 2**64 - 2**63) % rows
 
 
@@ -23,6 +23,7 @@ def reference(
     tables: Sequence[Tensor],  # (M_i, D) fp64
     *,
     ngram_sizes: Sequence[int],
+    multipliers: Sequence[int] | None = None,
     cu_seqlens: Tensor | None = None,  # (S+1,)
 ) -> Tensor:
     """(T, D) fp64, one hash after the other."""
@@ -30,10 +31,11 @@ def reference(
     borders = [0, total] if cu_seqlens is None else cu_seqlens.tolist()
     documents = [byte_ids[start:end].tolist() for start, end in pairwise(borders)]
     out = tables[0].new_zeros(borders[-1], width)
-    for table, n in zip(tables, ngram_sizes, strict=True):
+    multipliers = [DEFAULT] * len(tables) if multipliers is None else multipliers
+    for table, n, multiplier in zip(tables, ngram_sizes, multipliers, strict=True):
         padded = [[0] * n + document for document in documents]
         rows = [
-            hash_by_formula(ids[t + 1 : t + 1 + n], len(table))
+            hash_by_formula(ids[t + 1 : t + 1 + n], multiplier, len(table))
             for ids in padded
             for t in range(len(ids) - n)
         ]
@@ -46,23 +48,24 @@ def yardstick(
     tables: Sequence[Tensor],
     *,
     ngram_sizes: Sequence[int],
+    multipliers: Sequence[int] | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """What a careful user writes in stock torch: float32 inside, the tables' dtype outside."""
     wide = torch.promote_types(tables[0].dtype, torch.float32)
     borders = [0, byte_ids.shape[0]] if cu_seqlens is None else cu_seqlens.tolist()
     documents = [byte_ids[start:end].long() for start, end in pairwise(borders)]
-    out = sum(
-        F.embedding(torch.cat([_hashes(ids, n, len(table)) for ids in documents]), table.to(wide))
-        for table, n in zip(tables, ngram_sizes, strict=True)
-    )
-    assert isinstance(out, Tensor)
+    multipliers = [DEFAULT] * len(tables) if multipliers is None else multipliers
+    out = torch.zeros((), dtype=wide, device=byte_ids.device)
+    for table, n, multiplier in zip(tables, ngram_sizes, multipliers, strict=True):
+        rows = torch.cat([_hashes(ids, n, multiplier, len(table)) for ids in documents])
+        out = out + F.embedding(rows, table.to(wide))
     return F.pad(out, (0, 0, 0, byte_ids.shape[0] - borders[-1])).to(tables[0].dtype)
 
 
-def _hashes(ids: Tensor, n: int, rows: int) -> Tensor:
-    """Shifted ids times the wrapped powers of the base, the way BLT writes it."""
+def _hashes(ids: Tensor, n: int, multiplier: int, rows: int) -> Tensor:
+    """Shifted ids times the wrapped powers of the multiplier, the way BLT writes it."""
     padded = F.pad(ids, (n - 1, 0))
-    powers = [(BASE**j + 2**63) % 2**64 - 2**63 for j in range(n)]
+    powers = [(multiplier**j + 2**63) % 2**64 - 2**63 for j in range(n)]
     terms = [padded[j : j + ids.shape[0]] * power for j, power in enumerate(powers)]
     return torch.stack(terms).sum(0).remainder(rows)

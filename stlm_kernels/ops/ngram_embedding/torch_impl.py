@@ -1,6 +1,7 @@
 """ngram_embedding in aten ops: the CPU path, and every case that the kernels do not take.
 
-The hash of n bytes is one step on from that of n - 1: h_n(t) = h_{n-1}(t) * base + id[t - n + 1].
+The hash of n bytes is one step on from that of n - 1: h_n(t) = h_{n-1}(t) * m + id[t - n + 1],
+so all tables of one multiplier m share one walk back over the bytes.
 Forward: one index_select for each table. Backward: index_add of float32 rows, in order, which on a
 CPU is about as fast as summing sorted runs and faster than F.embedding's own backward, and needs no
 sort; on a GPU index_put, which sorts and needs no atomics.
@@ -16,13 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import _checks
-from .launch import HASH_BASE
 
 
 def ngram_embedding(
     byte_ids: Tensor,  # (T,)
     tables: Sequence[Tensor],  # (M_i, D)
     ngram_sizes: Sequence[int],
+    multipliers: Sequence[int],
     cu_seqlens: Tensor | None,  # (S+1,) int32
     out_dtype: torch.dtype,
 ) -> Tensor:
@@ -32,7 +33,8 @@ def ngram_embedding(
     if _checks.values_visible(*visible):
         last = total if cu_seqlens is None else int(cu_seqlens[-1])
         ids = byte_ids[:last].long()
-        rows = _table_rows(ids, tables, ngram_sizes, _begins(cu_seqlens, max(ngram_sizes)))
+        begins = _begins(cu_seqlens, max(ngram_sizes))
+        rows = _table_rows(ids, tables, ngram_sizes, multipliers, begins)
         out = _look_up(rows, tables, out_dtype)
         return out if last == total else F.pad(out, (0, 0, 0, total - last))
     ids, live = byte_ids.long(), torch.ones_like(byte_ids, dtype=torch.bool)
@@ -44,7 +46,8 @@ def ngram_embedding(
     lowest = ids
     for back in range(1, max(ngram_sizes)):
         lowest = torch.minimum(lowest, _earlier(ids, begins, back))
-    out = _look_up(_table_rows(ids, tables, ngram_sizes, begins), tables, out_dtype)
+    rows = _table_rows(ids, tables, ngram_sizes, multipliers, begins)
+    out = _look_up(rows, tables, out_dtype)
     filling = torch.where(live & (lowest < 0), float("nan"), 0.0).to(out_dtype)
     return torch.where((live & (lowest >= 0))[:, None], out, filling[:, None])
 
@@ -69,16 +72,20 @@ def _table_rows(
     ids: Tensor,  # (T,) int64
     tables: Sequence[Tensor],
     ngram_sizes: Sequence[int],
+    multipliers: Sequence[int],
     begins: Tensor | None,
 ) -> Tensor:  # (tables, T)
     """The row that each byte reads in each table."""
-    value, rows = ids, [ids] * len(ngram_sizes)
+    calls, rows = list(zip(ngram_sizes, multipliers, strict=True)), [ids] * len(ngram_sizes)
+    hashes = dict.fromkeys(multipliers, ids)
     for back in range(max(ngram_sizes)):
         if back:
-            value = torch.add(_earlier(ids, begins, back), value, alpha=HASH_BASE)
-        for i, n in enumerate(ngram_sizes):
+            earlier = _earlier(ids, begins, back)
+            going = dict.fromkeys(m for n, m in calls if n > back)
+            hashes = {m: torch.add(earlier, hashes[m], alpha=m) for m in going}
+        for i, (n, m) in enumerate(calls):
             if n == back + 1:
-                rows[i] = _floor_mod(value, tables[i].shape[0])
+                rows[i] = _floor_mod(hashes[m], tables[i].shape[0])
     return torch.stack(rows) if len(rows) > 1 else rows[0][None]
 
 

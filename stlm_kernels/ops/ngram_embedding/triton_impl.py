@@ -1,13 +1,13 @@
 """ngram_embedding in Triton: hashes in registers, then gathers; runs of sorted hashes backward.
 
-h_n(t) = h_{n-1}(t) * base + id[t - n + 1] in wrapping int64, so all tables, in order of their n,
-share one walk back over the bytes. The row is h_n floor-mod M_n.
+h_n(t) = h_{n-1}(t) * m + id[t - n + 1] in wrapping int64, so all tables of one multiplier m, in
+order of their n, share one walk back over the bytes. The row is h_n floor-mod M_n.
 
-Forward. A program owns BLOCK_T bytes x BLOCK_D columns: it walks back as far as the longest n-gram,
-adds one gathered row of each table in fp32 and writes once; the hashes never reach memory. Floor:
-T + 2 T D bytes (bf16), and each table row once where the tables stay in the L2: at 1M bytes, 32
-columns and 4096 rows 68 MB = 16 us at 4.3 TB/s. Six tables of 50,000 x 128 (77 MB) do not stay
-there, and pay up to 2 T D more for each. Adds: T x D for each table.
+Forward. A program owns BLOCK_T bytes x BLOCK_D columns: for each multiplier it walks back as far as
+its longest n-gram, adds one gathered row of each table in fp32 and writes once; the hashes never
+reach memory. Floor: T + 2 T D bytes (bf16), and each table row once where the tables stay in the
+L2: at 1M bytes, 32 columns and 4096 rows 68 MB = 16 us at 4.3 TB/s. Six tables of 50,000 x 128 (77
+MB) do not stay there, and pay up to 2 T D more for each. Adds: T x D for each table.
 
 Backward, one table at a time: dE[r] = sum of dY[t] over h(t) = r. The tables are too tall for a
 count matrix, and frequent n-grams forbid a program for each row alone. So `keys` are h(t), or M for
@@ -34,7 +34,6 @@ from ..._tiles import segment_of
 from . import launch
 from .launch import CHUNK
 
-BASE = tl.constexpr(launch.HASH_BASE)
 KEY_BLOCK = 512
 
 
@@ -52,12 +51,12 @@ def _documents(cu_ptr, rows, n_documents, steps, total, HAS_DOCUMENTS: tl.conste
 
 
 @triton.jit
-def _extend(ids_ptr, rows, start, live, hashes, lowest, first, last):
+def _extend(ids_ptr, rows, start, live, hashes, lowest, first, last, MULTIPLIER: tl.constexpr):
     """From the hashes of `first` bytes to those of `last`, and the lowest id that they hold."""
     for back in range(first, last):
         inside = live & (rows - back >= start)
         ids = tl.load(ids_ptr + rows - back, mask=inside, other=0).to(tl.int64)
-        hashes = hashes * BASE + ids
+        hashes = hashes * MULTIPLIER + ids
         lowest = tl.minimum(lowest, ids)
     return hashes, lowest
 
@@ -72,10 +71,10 @@ def _floor_mod(hashes, M: tl.constexpr):
 def stlm_ngram_embedding_fwd(
     ids_ptr, tables, cu_ptr, out_ptr,
     total, n_documents, steps, chunks,
-    NGRAM_SIZES: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    FIRST: tl.constexpr, LAST: tl.constexpr, MULTIPLIERS: tl.constexpr, ROWS: tl.constexpr,
+    D: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """NGRAM_SIZES: the lengths in rising order, with a 0 before them."""
+    """FIRST, LAST: a table goes on from hashes of FIRST bytes, 0 to begin, to those of LAST."""
     program = tl.program_id(0).to(tl.int64)
     columns = (program // chunks) * BLOCK_D + tl.arange(0, BLOCK_D)
     rows = (program % chunks) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -85,8 +84,10 @@ def stlm_ngram_embedding_fwd(
     stored = out_ptr.dtype.element_ty
     acc = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     for i in tl.static_range(len(ROWS)):
+        if FIRST[i] == 0:
+            hashes = tl.zeros((BLOCK_T,), tl.int64)
         hashes, lowest = _extend(
-            ids_ptr, rows, start, live, hashes, lowest, NGRAM_SIZES[i], NGRAM_SIZES[i + 1]
+            ids_ptr, rows, start, live, hashes, lowest, FIRST[i], LAST[i], MULTIPLIERS[i]
         )
         source = tables[i] + _floor_mod(hashes, ROWS[i])[:, None] * D + columns[None, :]
         row = tl.load(source, mask=live[:, None] & (columns < D)[None, :], other=0.0)
@@ -100,15 +101,15 @@ def stlm_ngram_embedding_fwd(
 def stlm_ngram_embedding_keys(
     ids_ptr, cu_ptr, keys_ptr,
     total, n_documents, steps, n, longest,
-    ROWS: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, BLOCK: tl.constexpr,
+    MULTIPLIER: tl.constexpr, ROWS: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The table row of each byte; ROWS for bytes that the gradient leaves out."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     start, live = _documents(cu_ptr, rows, n_documents, steps, total, HAS_DOCUMENTS)
     hashes = tl.zeros((BLOCK,), tl.int64)
     lowest = tl.zeros((BLOCK,), tl.int64)
-    hashes, lowest = _extend(ids_ptr, rows, start, live, hashes, lowest, 0, n)
-    _, lowest = _extend(ids_ptr, rows, start, live, hashes, lowest, n, longest)
+    hashes, lowest = _extend(ids_ptr, rows, start, live, hashes, lowest, 0, n, MULTIPLIER)
+    _, lowest = _extend(ids_ptr, rows, start, live, hashes, lowest, n, longest, MULTIPLIER)
     keys = tl.where(live & (lowest >= 0), _floor_mod(hashes, ROWS), ROWS)
     tl.store(keys_ptr + rows, keys.to(keys_ptr.dtype.element_ty), mask=rows < total)
 
@@ -182,24 +183,38 @@ def launch_fwd(
     tables: list[Tensor],  # (M_i, D)
     cu_seqlens: Tensor | None,  # (S+1,) int32
     ngram_sizes: list[int],
+    multipliers: list[int],
     out_dtype: torch.dtype,
 ) -> Tensor:
     """(T, D) in `out_dtype`."""
     total, width = byte_ids.shape[0], tables[0].shape[1]
     out = torch.empty((total, width), dtype=out_dtype, device=byte_ids.device)
     config = launch.fwd_config(width, out_dtype, out.device)
-    by_length = sorted(range(len(ngram_sizes)), key=lambda i: ngram_sizes[i])
+    order, first = _walks(ngram_sizes, multipliers)
     chunks = _launch.ceil_div(total, config["BLOCK_T"])
     ids = byte_ids.contiguous()
     cu, documents, steps = _documents_of(ids, cu_seqlens)
     _launch.launch(
         stlm_ngram_embedding_fwd, chunks * _launch.ceil_div(width, config["BLOCK_D"]),
-        ids, tuple(tables[i].contiguous() for i in by_length), cu, out,
+        ids, tuple(tables[i].contiguous() for i in order), cu, out,
         total, documents, steps, chunks,
-        NGRAM_SIZES=(0, *sorted(ngram_sizes)), ROWS=tuple(len(tables[i]) for i in by_length),
-        D=width, HAS_DOCUMENTS=cu_seqlens is not None, device=out.device, **config,
+        FIRST=first, LAST=tuple(ngram_sizes[i] for i in order),
+        MULTIPLIERS=tuple(multipliers[i] for i in order),
+        ROWS=tuple(len(tables[i]) for i in order), D=width,
+        HAS_DOCUMENTS=cu_seqlens is not None, device=out.device, **config,
     )  # fmt: skip
     return out
+
+
+def _walks(ngram_sizes: list[int], multipliers: list[int]) -> tuple[list[int], tuple[int, ...]]:
+    """The tables by multiplier and size, and how many bytes the hash of each goes on from."""
+    order = sorted(range(len(ngram_sizes)), key=lambda i: (multipliers[i], ngram_sizes[i]))
+    first = [0] * len(order)
+    for k in range(1, len(order)):
+        before, here = order[k - 1], order[k]
+        if multipliers[before] == multipliers[here]:
+            first[k] = ngram_sizes[before]
+    return order, tuple(first)
 
 
 def launch_bwd(
@@ -208,13 +223,15 @@ def launch_bwd(
     cu_seqlens: Tensor | None,  # (S+1,) int32
     n: int,
     longest: int,
+    multiplier: int,
     rows: int,
     dtype: torch.dtype,
 ) -> Tensor:
     """(rows, D) gradient of the table of n-grams, in a call whose longest n is `longest`."""
     (total, width), device = grad.shape, grad.device
     grad = grad.contiguous()
-    keys, order = torch.sort(_keys(byte_ids, cu_seqlens, n, longest, rows), stable=True)
+    keys = _keys(byte_ids, cu_seqlens, n, longest, multiplier, rows)
+    keys, order = torch.sort(keys, stable=True)
     every = torch.arange(rows + 1, device=device, dtype=keys.dtype)
     runs = torch.searchsorted(keys, every, out_int32=True)
 
@@ -239,7 +256,7 @@ def launch_bwd(
 
 
 def _keys(
-    byte_ids: Tensor, cu_seqlens: Tensor | None, n: int, longest: int, rows: int
+    byte_ids: Tensor, cu_seqlens: Tensor | None, n: int, longest: int, multiplier: int, rows: int
 ) -> Tensor:  # (T,)
     """What the backward sorts by, as narrow as it may be: a radix sort takes time by the bit."""
     ids, total = byte_ids.contiguous(), byte_ids.shape[0]
@@ -248,7 +265,7 @@ def _keys(
     _launch.launch(
         stlm_ngram_embedding_keys, _launch.ceil_div(total, KEY_BLOCK),
         ids, cu, keys, total, documents, steps, n, longest,
-        ROWS=rows, HAS_DOCUMENTS=cu_seqlens is not None,
+        MULTIPLIER=multiplier, ROWS=rows, HAS_DOCUMENTS=cu_seqlens is not None,
         BLOCK=KEY_BLOCK, num_warps=4, device=ids.device,
     )  # fmt: skip
     return keys
