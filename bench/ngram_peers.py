@@ -12,7 +12,7 @@ from stlm_kernels._spec import Inputs
 
 from .entry import Entry, compiled
 
-BASE = 1_000_000_007
+DEFAULT_MULTIPLIER = 1_000_000_007
 
 
 def _with_places(inputs: Inputs) -> Inputs:
@@ -30,17 +30,23 @@ def _with_places(inputs: Inputs) -> Inputs:
 
 
 def _sum_of_embeddings(
-    byte_ids: Tensor, ngram_sizes: tuple[int, ...], places: Tensor, homeless: int, **tables: Any
+    byte_ids: Tensor,
+    ngram_sizes: tuple[int, ...],
+    places: Tensor,
+    homeless: int,
+    multipliers: tuple[int, ...] | None = None,
+    **tables: Any,
 ) -> Tensor:
     shifted = [byte_ids] + [
         F.pad(byte_ids, (back, 0))[:-back].masked_fill(places < back, 0)
         for back in range(1, max(ngram_sizes))
     ]
     rows = []
-    for i, n in enumerate(ngram_sizes):
+    multipliers = multipliers or (DEFAULT_MULTIPLIER,) * len(ngram_sizes)
+    for i, (n, multiplier) in enumerate(zip(ngram_sizes, multipliers, strict=True)):
         table, value = tables[f"table{i}"], shifted[0]
         for earlier in shifted[1:n]:
-            value = value * BASE + earlier
+            value = value * multiplier + earlier
         rows.append(F.embedding(value.remainder(table.shape[0]), table))
     out = rows[0]
     for row in rows[1:]:

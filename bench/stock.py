@@ -46,11 +46,9 @@ def segment_pool(x: Tensor, cu_patchlens: Tensor, *, mode: str) -> Tensor:
     return _run("segment_pool", "index_add", inputs)
 
 
-def ngram_embedding(
-    byte_ids: Tensor, tables: list[Tensor], *, ngram_sizes: tuple[int, ...], cu_seqlens: Tensor
-) -> Tensor:
+def ngram_embedding(byte_ids: Tensor, tables: list[Tensor], **options: Any) -> Tensor:
     named = {f"table{i}": table for i, table in enumerate(tables)}
-    inputs = named | {"byte_ids": byte_ids, "ngram_sizes": ngram_sizes, "cu_seqlens": cu_seqlens}
+    inputs = named | {"byte_ids": byte_ids, **options}
     return _run("ngram_embedding", "shifts + F.embedding", inputs)
 
 

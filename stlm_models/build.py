@@ -77,7 +77,9 @@ def ngrams_of(config: ModelConfig) -> tuple[NgramPooling | None, nn.Linear | Non
     if not config.ngram_sizes:
         return None, None
     dim, out_dim = config.ngram_dim, config.byte_dim
-    ngrams = NgramPooling(config.ngram_sizes, config.ngram_buckets, dim, out_dim)
+    ngrams = NgramPooling(
+        config.ngram_sizes, config.ngram_buckets, dim, out_dim, hashes=config.ngram_hashes
+    )
     return ngrams, nn.Linear(dim, out_dim, bias=False) if config.byte_ngrams else None
 
 

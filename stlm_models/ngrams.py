@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from stlm_kernels import Patches, ngram_embedding, segment_pool
 
+from .options import HASH_MULTIPLIERS
 from .typed_call import typed_as
 
 
@@ -19,16 +20,28 @@ class NgramPooling(nn.Module):
     Pooling comes before the projection, so that it runs on P rows instead of T.
 
     Args:
-        sizes: the lengths n, one table each.
+        sizes: the lengths n.
         buckets: rows M of a table.
         dim: width of a table.
         out_dim: width of the result.
+        hashes: hash functions, 1 to 11, those of the first `HASH_MULTIPLIERS`. Each has a table for
+            each size: all of the first function, then all of the second, as in BLT.
+
+    Raises:
+        ValueError: hashes out of range.
     """
 
-    def __init__(self, sizes: tuple[int, ...], buckets: int, dim: int, out_dim: int) -> None:
+    def __init__(
+        self, sizes: tuple[int, ...], buckets: int, dim: int, out_dim: int, *, hashes: int = 1
+    ) -> None:
         super().__init__()
+        if not 1 <= hashes <= len(HASH_MULTIPLIERS):
+            raise ValueError(f"hashes: expected 1 to {len(HASH_MULTIPLIERS)}, got {hashes}")
         self.sizes = sizes
-        self.tables = nn.ParameterList(torch.randn(buckets, dim) * dim**-0.5 for _ in sizes)
+        self.multipliers = tuple(m for m in HASH_MULTIPLIERS[:hashes] for _ in sizes)
+        self.tables = nn.ParameterList(
+            torch.randn(buckets, dim) * dim**-0.5 for _ in self.multipliers
+        )
         self.projection = nn.Linear(dim, out_dim, bias=False)
 
     def forward(
@@ -50,8 +63,13 @@ class NgramPooling(nn.Module):
 
     def rows(self, byte_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
         """The n-grams that end at each byte, before pooling and projection: (T, dim)."""
+        tables = list(self.tables)
         return ngram_embedding(
-            byte_ids, list(self.tables), ngram_sizes=self.sizes, cu_seqlens=cu_seqlens
+            byte_ids,
+            tables,
+            ngram_sizes=self.sizes * (len(tables) // len(self.sizes)),
+            multipliers=self.multipliers,
+            cu_seqlens=cu_seqlens,
         )
 
     def embed(self, last_ids: Tensor) -> Tensor:

@@ -18,6 +18,20 @@ BOS_ID = 256
 """The id put before each document, and before an empty prompt; never a target."""
 IGNORED = -100
 """The target of a position that counts for nothing."""
+HASH_MULTIPLIERS = (
+    1_000_000_007,
+    5_915_587_277,
+    1_500_450_271,
+    3_267_000_013,
+    5_754_853_343,
+    4_093_082_899,
+    9_576_890_767,
+    3_628_273_133,
+    2_860_486_313,
+    5_463_458_053,
+    3_367_900_313,
+)
+"""The primes of BLT's hash functions, in its order."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +61,9 @@ class ModelConfig:
             never added: the decoder adds plain embeddings.
         ngram_sizes: lengths of the hashed n-grams whose embeddings join the pooled input, in a flat
             model each position's own; () is none. Each has a table of `ngram_buckets` rows,
-            `ngram_dim` wide.
+            `ngram_dim` wide, for each hash function.
+        ngram_hashes: hash functions, 1 to 11: BLT's, in its order. The more, the less often two
+            n-grams share all their rows.
         byte_ngrams: those that end at a byte join its own state too, which the encoder reads and
             the decoder adds; flat models do so anyway, the parallel output reads no bytes.
         core_layers, core_dim, core_heads, core_kv_heads, core_ff: the transformer over patches.
@@ -97,6 +113,7 @@ class ModelConfig:
     ngram_sizes: tuple[int, ...] = (2,)
     ngram_buckets: int = 4096
     ngram_dim: int = 32
+    ngram_hashes: int = 1
     byte_ngrams: bool = False
     core_layers: int = 2
     core_dim: int = 256
@@ -163,6 +180,8 @@ class ModelConfig:
         _at_least("context", 2, self.context)
         for size in self.ngram_sizes:
             _at_least("ngram_sizes", 1, size)
+        if not 1 <= self.ngram_hashes <= len(HASH_MULTIPLIERS):
+            _refuse("ngram_hashes", f"1 to {len(HASH_MULTIPLIERS)}", self.ngram_hashes)
         if self.byte_ngrams and not self.ngram_sizes:
             _refuse("byte_ngrams", "False without ngram_sizes", True)
         for name in ("rope_base", "logit_scale", "softcap"):

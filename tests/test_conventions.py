@@ -16,6 +16,7 @@ from torch import Tensor
 
 import stlm_kernels as ops
 from stlm_kernels import linear_cross_entropy
+from stlm_models.options import HASH_MULTIPLIERS
 
 PAGE = (Path(__file__).parents[1] / "docs/conventions.md").read_text()
 TABLE = dict(re.findall(r"^\| ([^|]+?) \| ([^|]+?) \|", PAGE, flags=re.M))
@@ -271,3 +272,9 @@ def test_what_is_refused() -> None:
         linear_cross_entropy(h, w, torch.rand(5, 11))
     assert not {"bias", "alibi_slopes"} & inspect.signature(ops.attention).parameters.keys()
     assert not {"block_table"} & inspect.signature(ops.decode_attention).parameters.keys()
+
+
+def test_the_page_has_the_primes_of_the_models_hashes() -> None:
+    section = PAGE.split("## N-gram hashes of BLT")[1].split("\n## ")[0]
+    found = tuple(int(x) for x in re.findall(r"\d{10}", section))
+    assert found == HASH_MULTIPLIERS

@@ -245,6 +245,9 @@ class TestConfig:
             ({"max_patch_len": 0}, "max_patch_len: expected at least 1, got 0"),
             ({"softcap": 0.0}, "softcap: expected a finite number above 0, got 0.0"),
             ({"ngram_sizes": (0,)}, "ngram_sizes: expected at least 1, got 0"),
+            ({"ngram_hashes": 0}, "ngram_hashes: expected 1 to 11, got 0"),
+            ({"ngram_hashes": 12}, "ngram_hashes: expected 1 to 11, got 12"),
+            ({"ngram_hashes": 2.0}, "ngram_hashes: expected int, got 2.0"),
             ({"context": 1}, "context: expected at least 2, got 1"),
         ],
     )

@@ -208,6 +208,30 @@ class TestModules:
         expected = BytePooling("mean")(layer.projection(rows), patches)
         torch.testing.assert_close(layer(ids, patches, cu_seqlens), expected)
 
+    @pytest.mark.parametrize("hashes", [1, 2, 3])
+    def test_ngrams_sum_their_tables_as_blt_does(self, hashes: int) -> None:
+        """BLT's loop: all sizes of one hash function, then of the next; windows begin with 0s."""
+        torch.manual_seed(0)
+        layer = NgramPooling((3, 2), 61, 4, 8, hashes=hashes)
+        ids, cu_seqlens = packed([TEXT])
+        shifted = [F.pad(ids.long(), (back, 0))[: len(ids)] for back in range(3)]
+        want, table = torch.zeros(len(ids), 4), 0
+        for prime in (1_000_000_007, 5_915_587_277, 1_500_450_271)[:hashes]:
+            for n in (3, 2):
+                oldest_first = reversed(shifted[:n])
+                powers = [prime**j % 2**64 for j in range(n)]
+                powers = [p - 2**64 if p >= 2**63 else p for p in powers]
+                total = sum(x * p for x, p in zip(oldest_first, powers, strict=True))
+                want = want + layer.tables[table][total % 61]
+                table += 1
+        assert table == len(layer.tables)
+        torch.testing.assert_close(layer.rows(ids, cu_seqlens), want)
+
+    @pytest.mark.parametrize("hashes", [0, 12])
+    def test_hash_functions_that_there_are_not(self, hashes: int) -> None:
+        with pytest.raises(ValueError, match=f"hashes: expected 1 to 11, got {hashes}"):
+            NgramPooling((2,), 61, 4, 8, hashes=hashes)
+
     @pytest.mark.parametrize("mode", ["mean", "sum"])
     def test_ngrams_equal_a_byte_pool_over_their_hashes(self, mode: str) -> None:
         """The other composition: the (T, dim) rows never exist, but each hash does."""

@@ -45,7 +45,11 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "unpooling": {"read": {}, "ema": {"unpooling": "ema"}},
     "share": {"no": {}, "yes": {"share_ff": True}},
     "tied": {"yes": {}, "no": {"tied": False}},
-    "n-grams": {"some": {}, "none": {"ngram_sizes": ()}, "at bytes": {"byte_ngrams": True}},
+    "n-grams": {
+        "some": {},
+        "none": {"ngram_sizes": ()},
+        "at bytes": {"byte_ngrams": True, "ngram_hashes": 2},
+    },
     "max_patches": {"none": {}, "some": {"max_patches": 40}},
     "window": {"some": {}, "none": {"decoder_window": None}},
     "norm": {"yes": {}, "no": {"qk_norm": False}},
@@ -352,6 +356,17 @@ def test_configs_written_before_these_options_existed() -> None:
         )
     }  # fmt: skip
     assert config_from_dict(json.loads(json.dumps(values))) == TINY
+
+
+def test_hash_functions_of_a_config() -> None:
+    """Each adds a table for each size, behind those of the functions before it."""
+    models = {n: scrambled(dataclasses.replace(TINY, ngram_hashes=n)) for n in (1, 3)}
+    names = {n: [*model.state_dict()] for n, model in models.items()}
+    added = [f"ngrams.tables.{i}" for i in range(2, 6)]
+    assert sorted(names[3]) == sorted([*names[1], *added])
+    ngrams = models[3].ngrams
+    assert ngrams is not None
+    assert ngrams.multipliers == (1_000_000_007,) * 2 + (5_915_587_277,) * 2 + (1_500_450_271,) * 2
 
 
 def test_the_papers_own_order() -> None:
