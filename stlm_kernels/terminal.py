@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import ParamSpec, TextIO
 
 P = ParamSpec("P")
+INTERRUPTED = 130
+"""The status of a command that Ctrl-C has ended."""
 RAISING = ("strict", "surrogateescape")
 """How streams treat characters beyond their encoding where they raise: by default, and by that of
 the C locale.
@@ -25,7 +27,8 @@ def command(*, on_closed_pipe: int = 0) -> Callable[[Callable[P, int | None]], C
 
     Characters that the encoding of standard output cannot hold are printed as backslash escapes.
     Where whoever reads the output has closed it, as `head -1` does, the command ends quietly. Any
-    other OSError that `main` lets through, such as that of a full device, is one line and status 1.
+    other OSError that `main` lets through, such as that of a full device, is one line and status 1;
+    Ctrl-C is one line and status 130.
 
     Args:
         on_closed_pipe: the status then; not 0 where the status is a verdict, yet to be reached.
@@ -51,6 +54,9 @@ def command(*, on_closed_pipe: int = 0) -> Callable[[Callable[P, int | None]], C
                         return status or on_closed_pipe
                     note(f"error: {error}")
                     return 1
+                except KeyboardInterrupt:
+                    note("", "stopped")  # behind what is printed on the line, and the terminal's ^C
+                    return INTERRUPTED
             return status or 0
 
         return run

@@ -59,6 +59,10 @@ _AT_START: dict[bytes, Container] = {
     b"\x93NUMPY": NPY,
     **dict.fromkeys((b"\x1f\x9d", b"\x1f\xa0"), Container("a compress (.Z) file", UNPACK)),
     b"\x04\x22\x4d\x18": Container("an LZ4 file", UNPACK),
+    **{
+        bytes((n, 0x2A, 0x4D, 0x18)): Container("a Zstandard or LZ4 file", UNPACK)
+        for n in range(0x50, 0x60)  # frames to skip, which pzstd begins with
+    },
     b"\xff\x06\0\0sNaPpY": Container("a Snappy file", UNPACK),
     b"LZIP": Container("an lzip file", UNPACK),
     b"7z\xbc\xaf\x27\x1c": Container("a 7z archive", UNPACK),

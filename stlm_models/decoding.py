@@ -165,7 +165,10 @@ class _Row:
     def start(cls, prompt: Prompt, stops: list[bytes]) -> _Row:
         if not isinstance(prompt, bytes | str):
             raise ValueError(f"prompt: expected bytes or str, got {type(prompt).__name__}")
-        data = prompt.encode() if isinstance(prompt, str) else prompt
+        try:
+            data = prompt.encode() if isinstance(prompt, str) else prompt
+        except UnicodeEncodeError as error:
+            raise ValueError(f"prompt: expected text of whole characters, got {error}") from None
         return cls(prompt_ids(data), stops)
 
     def append(self, byte: int) -> None:

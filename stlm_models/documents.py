@@ -268,7 +268,9 @@ def _streams(decompressor: Callable[[], Any], stream: IO[bytes]) -> Iterator[byt
 
 def _zip_members(name: str, stream: IO[bytes]) -> Iterator[tuple[str, Callable[[], IO[bytes]]]]:
     with zipfile.ZipFile(stream) as archive:
-        members = [member for member in archive.infolist() if not member.is_dir()]
+        # Of several members of one name the last counts, as where an archive is unpacked.
+        last = {member.filename: member for member in archive.infolist()}
+        members = [member for member in last.values() if not member.is_dir()]
         known = containers.zip_of([member.filename for member in members])
         if known is not None:
             _refuse(name, known)
@@ -280,7 +282,8 @@ def _zip_members(name: str, stream: IO[bytes]) -> Iterator[tuple[str, Callable[[
 
 def _tar_members(stream: IO[bytes]) -> Iterator[tuple[str, Callable[[], Any]]]:
     with tarfile.open(fileobj=stream, mode="r:") as archive:
-        members = [member for member in archive.getmembers() if member.isreg()]
+        last = {member.name: member for member in archive.getmembers()}
+        members = [member for member in last.values() if member.isreg()]
         for member in sorted(members, key=lambda member: member.name):
             yield member.name, lambda member=member: archive.extractfile(member)  # type: ignore[misc]
 

@@ -97,8 +97,9 @@ def _replace(target: Path, found: os.stat_result | None, data: bytes) -> None:
     unfinished, file = _create_beside(target)
     try:
         if found is not None:
-            with contextlib.suppress(OSError, AttributeError):  # another's; a system without owners
-                os.chown(unfinished, found.st_uid, found.st_gid)
+            for owner in (-1, found.st_uid):  # the group by itself where the owner is another
+                with contextlib.suppress(OSError, AttributeError):  # a system without owners
+                    os.chown(unfinished, owner, found.st_gid)
             with contextlib.suppress(OSError):  # a file system without modes
                 os.chmod(unfinished, found.st_mode & 0o777)
         with file:

@@ -34,7 +34,7 @@ class Muon(torch.optim.Optimizer):
         dtype: in which the iterations multiply.
 
     Raises:
-        ValueError: for a parameter that is no matrix.
+        ValueError: for a parameter that is no matrix, and a negative lr or weight_decay.
 
     Source: Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024.
     """
@@ -47,6 +47,9 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float,
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
+        for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+            if not value >= 0:  # NaN neither
+                raise ValueError(f"{name}: expected at least 0, got {value}")
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
         self.dtype = dtype
         for group in self.param_groups:
@@ -75,7 +78,7 @@ class Muon(torch.optim.Optimizer):
         else:
             updates = orthogonalized(torch.stack(momenta), self.dtype)
         n_rows, n_columns = parameters[0].shape
-        step_size = lr * math.sqrt(max(1, n_rows / n_columns))
+        step_size = lr * math.sqrt(max(1, n_rows / max(1, n_columns)))
         for parameter, update in zip(parameters, updates, strict=True):
             parameter.mul_(1 - lr * weight_decay).add_(update, alpha=-step_size)
 

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from stlm_kernels.terminal import argument_parser, command, note, print_result
+from stlm_kernels.terminal import INTERRUPTED, argument_parser, command, note, print_result
 
 from .bits import bits_per_byte
 from .checkpoint import latest_checkpoint, load_checkpoint, require_extra
@@ -49,7 +50,6 @@ STEPS_PER_RECORD = 10
 SAMPLE_BYTES = 48
 FINAL_SAMPLE_BYTES = 300
 SAMPLE_TEMPERATURE = 0.7
-INTERRUPTED = 130
 BUDGETS = {"minutes", "steps"}
 
 
@@ -79,8 +79,8 @@ class Reporter:
             self.line.say(f"sample: {sample(trainer, SAMPLE_BYTES)!r}")
         if trainer.seconds - self._last_save >= self.save_every:
             self._last_save = trainer.seconds
-            self._require_finite(float(result.loss))
-            trainer.save(self.run)
+            self.require_finite("loss", result.loss)
+            self.save()
 
     def finish(self) -> None:
         """Write what is left of the metrics and leave the progress line."""
@@ -91,7 +91,7 @@ class Reporter:
     def _record(self) -> None:
         trainer = self.trainer
         loss = float(torch.stack([step.loss for step in self._steps]).mean())
-        self._require_finite(loss)
+        self.require_finite("loss", loss)
         n_bytes = sum(step.n_bytes for step in self._steps)
         rate = n_bytes / max(1e-9, trainer.seconds - self._last_record)
         record: dict[str, Any] = {
@@ -111,12 +111,20 @@ class Reporter:
             self.line.say(lost_patches_text(record["lost_patches"], trainer.max_patches))
         self._steps, self._last_record = [], trainer.seconds
 
-    def _require_finite(self, loss: float) -> None:
-        """A model that is lost must not take the place of the last good checkpoint."""
-        if not math.isfinite(loss):
+    def save(self) -> None:
+        """Write a checkpoint; a model that is lost must not take the place of the last good one."""
+        for name, parameter in self.trainer.model.named_parameters():
+            self.require_finite(name, parameter.detach())
+        self.trainer.save(self.run)
+
+    def require_finite(self, name: str, values: Tensor | float) -> None:
+        """Raise a FloatingPointError, with what to do, where a value is NaN or infinite."""
+        found = torch.as_tensor(values)
+        wrong = found[~found.isfinite()]
+        if wrong.numel():
             raise FloatingPointError(
-                f"loss: expected a finite number, got {loss} by step {self.trainer.step}:"
-                " lower --muon-lr and --adamw-lr, or set --max-grad-norm"
+                f"{name}: expected a finite number, got {float(wrong[0])} by step"
+                f" {self.trainer.step}: lower --muon-lr and --adamw-lr, or set --max-grad-norm"
             )
 
     def _share_of_the_devices(self, bytes_per_second: float) -> float:
@@ -186,6 +194,9 @@ def _prepare(arguments: argparse.Namespace, ranks: Ranks) -> tuple[Trainer, Path
     """Everything that can be wrong with the input is found here, before a file is written."""
     if arguments.threads is not None and arguments.threads < 1:
         raise ValueError(f"threads: expected at least 1, got {arguments.threads}")
+    for name in ("sample_every", "save_every"):
+        if not getattr(arguments, name) >= 0:  # NaN neither
+            raise ValueError(f"{name}: expected at least 0, got {getattr(arguments, name)}")
     run = arguments.out
     if run is None:
         run = Path("runs") / time.strftime(f"{arguments.preset or 'demo'}-%Y%m%d-%H%M%S")
@@ -271,7 +282,7 @@ def _train(trainer: Trainer, run: Path, arguments: argparse.Namespace) -> int:
     with Interrupt() as interrupt:
         finished = _run(trainer, reporter, interrupt.requested, arguments.threads)
         reporter.finish()
-        trainer.save(run)
+        reporter.save()
         draw_loss_curve(run)
         if not finished:
             note(f"stopped and saved; go on with  --resume --out {run}")
@@ -279,6 +290,7 @@ def _train(trainer: Trainer, run: Path, arguments: argparse.Namespace) -> int:
     n_bytes = sum(map(len, trainer.corpus.held_out))
     note(f"judging by {n_bytes:,} held-out bytes")
     result = {**judge(trainer), **reporter.rates}
+    reporter.require_finite("held-out bits per byte", result["bits_per_byte"])
     replace_file(run / "result.json", (json.dumps(result, indent=1) + "\n").encode())
     print_result(
         f"held out, {result['held_out_bytes']:,} bytes: {result['bits_per_byte']:.4f} bits per byte"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -86,8 +87,10 @@ class TrainOptions:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}: expected more than 0, got {value}")
-        if self.seed < 0:
-            raise ValueError(f"seed: expected at least 0, got {self.seed}")
+            if value == math.inf and name != "max_grad_norm":  # schedules need an end
+                raise ValueError(f"{name}: expected a finite number, got {value}")
+        if not 0 <= self.seed < 2**64:  # what torch's generator takes
+            raise ValueError(f"seed: expected 0 to 2**64 - 1, got {self.seed}")
         for name, choices in (("precision", sorted(PRECISIONS)), ("schedule", SCHEDULES)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {choices}, got {getattr(self, name)!r}")

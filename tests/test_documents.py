@@ -158,6 +158,20 @@ class TestArchives:
         assert found == [b"c", TEXT, NEXT]
         assert notes[1].startswith("left out, hidden members of archives: 3 files, such as ")
 
+    @pytest.mark.filterwarnings("ignore:Duplicate name")
+    def test_of_members_of_one_name_the_last_counts(self, tmp_path: Path) -> None:
+        """As `tar -r` and `zipfile` in mode "a" update an archive, and as it is unpacked."""
+        with zipfile.ZipFile(tmp_path / "z", "w") as archive:
+            archive.writestr("a", NEXT)
+            archive.writestr("a", TEXT)
+        assert load(tmp_path / "z") == [TEXT]
+        with tarfile.open(tmp_path / "z", "w") as updated:
+            for text in (NEXT, TEXT):
+                member = tarfile.TarInfo("a")
+                member.size = len(text)
+                updated.addfile(member, io.BytesIO(text))
+        assert load(tmp_path / "z") == [TEXT]
+
     def test_tar_archives_within_compression(self, tmp_path: Path) -> None:
         for name, compress in COMPRESS.items():
             file = tmp_path / name
@@ -299,6 +313,7 @@ REFUSED = {
     "Windows executable": (b"MZ\x90\0\3\0\0\0" + bytes(56), "leave it out"),
     "bytecode": (b"\xa7\r\r\n" + bytes(12) + b"\xe3", "leave it out"),
     "7z": (b"7z\xbc\xaf\x27\x1c\0\4" + bytes(30), "unpack it"),
+    "Zstandard or LZ4": (b"\x50\x2a\x4d\x18\4\0\0\0" + bytes(30), "unpack it"),
     "LZ4": (b"\x04\x22\x4d\x18\x64\x40\xa7" + bytes(30), "unpack it"),
 }
 if sys.version_info >= (3, 14):

@@ -256,6 +256,22 @@ class TestModes:
         found = (tmp_path / "f").stat()
         assert (found.st_uid, found.st_gid) == (1234, 2345)
 
+    def test_the_group_stays_where_the_owner_cannot(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A file of a colleague's that the group may write to."""
+        given = []
+
+        def chown(path: Path, owner: int, group: int) -> None:
+            if owner != -1:
+                raise PermissionError(errno.EPERM, "Operation not permitted")
+            given.append(group)
+
+        (tmp_path / "f").touch()
+        monkeypatch.setattr(os, "chown", chown)
+        replace_file(tmp_path / "f", b"new")
+        assert given == [(tmp_path / "f").stat().st_gid]
+
 
 class TestFailures:
     @pytest.mark.parametrize("name", ["write", "fsync", "replace"])

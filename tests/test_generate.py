@@ -145,6 +145,7 @@ class TestGenerate:
             ({"stop": b""}, "stop: expected None, bytes or a list"),
             ({"stop": "x"}, "stop: expected None, bytes or a list"),
             ({"prompt": [65]}, "prompt: expected bytes or str, got list"),
+            ({"prompt": "\udce9"}, "prompt: expected text of whole characters, got"),
         ],
     )
     def test_wrong_arguments(self, model: STLM, arguments: dict[str, Any], message: str) -> None:

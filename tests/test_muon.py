@@ -101,3 +101,19 @@ def test_state_of_torchs_muon_goes_on() -> None:
 def test_only_matrices() -> None:
     with pytest.raises(ValueError, match=r"Muon: expected matrices, got a parameter of shape \(3,"):
         Muon([torch.nn.Parameter(torch.zeros(3))], lr=0.1, weight_decay=0.0)
+
+
+@pytest.mark.parametrize("name", ["lr", "weight_decay"])
+@pytest.mark.parametrize("value", [-0.1, float("nan")])
+def test_negative_rates(name: str, value: float) -> None:
+    rates = {"lr": 0.1, "weight_decay": 0.0, name: value}
+    with pytest.raises(ValueError, match=f"{name}: expected at least 0, got {value}"):
+        Muon([torch.nn.Parameter(torch.zeros(3, 3))], **rates)
+
+
+@pytest.mark.parametrize("shape", [(4, 0), (0, 4), (0, 0)])
+def test_empty_matrices(shape: tuple[int, int]) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(shape))
+    parameter.grad = torch.zeros(shape)
+    Muon([parameter], lr=0.1, weight_decay=0.1).step()
+    assert parameter.shape == shape

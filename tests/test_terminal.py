@@ -95,6 +95,15 @@ class TestCommand:
             assert main() == 1
         assert capsys.readouterr().err == "error: [Errno 28] No space left on device\n"
 
+    def test_ctrl_c(self, capsys: pytest.CaptureFixture[str]) -> None:
+        @command()
+        def main() -> None:
+            print("half a line", end="")
+            raise KeyboardInterrupt
+
+        assert main() == 130
+        assert capsys.readouterr() == ("half a line", "\nstopped\n")
+
     def test_a_verdict_that_nobody_reads(self) -> None:
         @command()
         def main() -> int:

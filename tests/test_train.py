@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import resource
 import signal
@@ -20,9 +21,14 @@ import stlm_models.config
 import stlm_models.generate
 import stlm_models.train
 from stlm_models import STLM, ModelConfig
-from stlm_models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from stlm_models.checkpoint import (
+    Checkpoint,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from stlm_models.data import Corpus, load_corpus
-from stlm_models.optim import lr_scale
+from stlm_models.optim import Optimizers, lr_scale
 from stlm_models.train import main
 from stlm_models.trainer import StepResult, Trainer, TrainOptions
 
@@ -275,6 +281,12 @@ class TestBadInput:
             (["--steps", "0"], "steps: expected more than 0"),
             (["--minutes", "-1"], "minutes: expected more than 0"),
             (["--batch-size", "0"], "batch_size: expected more than 0"),
+            (["--minutes", "inf"], "minutes: expected a finite number, got inf"),
+            (["--muon-lr", "inf"], "muon_lr: expected a finite number, got inf"),
+            (["--seed", str(2**64)], "seed: expected 0 to 2**64 - 1, got"),
+            (["--threads", "0"], "threads: expected at least 1, got 0"),
+            (["--save-every", "nan"], "save_every: expected at least 0, got nan"),
+            (["--sample-every", "-1"], "sample_every: expected at least 0, got -1"),
         ],
     )
     def test_one_clear_line_and_nothing_written(
@@ -327,6 +339,34 @@ class TestBadInput:
         assert "loss: expected a finite number, got nan by step" in line
         assert "lower --muon-lr" in line
         assert all(t.isfinite().all() for t in load_checkpoint(run).model.values())
+
+    @pytest.mark.parametrize(
+        ("lost", "message"),
+        [(math.nan, "embedding.weight: expected a finite n"), (1e38, "held-out bits per byte: ex")],
+    )
+    def test_a_model_that_the_last_step_lost(
+        self,
+        tmp_path: Path,
+        text: str,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+        lost: float,
+        message: str,
+    ) -> None:
+        """Its loss was finite before that step."""
+        step = Optimizers.step
+
+        def losing_step(optimizers: Optimizers, scale: float) -> None:
+            step(optimizers, scale)
+            next(iter(optimizers.names)).data.fill_(lost)
+
+        monkeypatch.setattr(Optimizers, "step", losing_step)
+        run = tmp_path / "run"
+        common = ("--data", text, "--out", run, "--batch-size", 1, "--precision", "fp32")
+        assert train(*common, "--steps", 1) == 1
+        assert message in one_line(capsys)
+        assert (latest_checkpoint(run) is None) == math.isnan(lost)
+        assert not (run / "result.json").exists()
 
     def test_a_full_disk(
         self, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
