@@ -20,7 +20,11 @@ from torch import Tensor
 from stlm_kernels.testing import recorded_margins
 
 NEAR = 0.8
-REASONS: dict[str, str] = {}
+REASONS: dict[str, str] = {
+    "*[[]triton-*-bfloat16-linear_cross_entropy-N12-D16-V520-sum-valid515-weights1-*": (
+        "the chunked kernels keep gradients of logits in bf16, and few rows average that out"
+    ),
+}
 """Why a test (a pattern of its id) may be near its limit on every machine."""
 
 # As torch.testing documents them: rtol, atol.

@@ -173,13 +173,14 @@ def test_varlen_attn_of_each_torch_gets_what_it_takes(
         assert (cq.tolist(), mk, window_size) == ([0, 2, 5], 3, (1, 0))
         return q
 
-    monkeypatch.setattr(packed_peers, "_varlen_function", lambda: newer if asks else older)
-    packed_peers._asks_for_groups.cache_clear()
+    given = newer if asks else older
+    monkeypatch.setattr(packed_peers, "function_of", lambda module, name: given)
+    packed_peers._takes.cache_clear()
     q, k = torch.randn(5, 4, 8), torch.randn(5, 2, 8)
     inputs = {"q": q, "k": k, "v": k, "window": 2, "scale": None}
     inputs["cu_seqlens"] = torch.tensor([0, 2, 5], dtype=torch.int32)
     assert torch.equal(packed_peers._varlen(**packed_peers._varlen_inputs(inputs)), q)
-    packed_peers._asks_for_groups.cache_clear()
+    packed_peers._takes.cache_clear()
 
 
 @pytest.mark.parametrize("rehearsal", [True, False])

@@ -152,7 +152,8 @@ def _check_documents(
     rows, keys = q.shape[-3], k.shape[-3]
     if cu_seqlens is None:
         _checks.require(cu_seqlens_k is None, "cu_seqlens_k", "None without cu_seqlens", "a Tensor")
-        _checks.require(keys >= rows, "k", f"at least the {rows} rows of q", keys)
+        if keys < rows:  # the text of a symbolic size would build that size into a graph
+            _checks.require(False, "k", f"at least the {rows} rows of q", keys)
         return
     _checks.require(q.dim() == 3, "cu_seqlens", "None with a dense q", "a Tensor")
     _checks.require_offsets("cu_seqlens", cu_seqlens, q.device)
@@ -160,7 +161,8 @@ def _check_documents(
     if visible:
         _checks.check_offset_values("cu_seqlens", cu_seqlens, rows)
     if cu_seqlens_k is None:
-        _checks.require(keys == rows, "k", f"the {rows} rows of q without cu_seqlens_k", keys)
+        if keys != rows:
+            _checks.require(False, "k", f"the {rows} rows of q without cu_seqlens_k", keys)
         return
     _checks.require_tensor("cu_seqlens_k", cu_seqlens_k, cu_seqlens.shape, (torch.int32,), q.device)
     if visible and _checks.values_visible(cu_seqlens_k):

@@ -42,7 +42,7 @@ CASES = (
     case("aot", N=16, D=32, V=50_257, reduction="mean", weights=1, smoothing=0.1),
     case("bench", N=65_536, D=128, V=256, reduction="mean"),
     case("bench_full", N=98_304, D=128, V=258, reduction="mean"),
-    case("bench_full", N=98_304, D=128, V=258, reduction="mean", weights=1, smoothing=0.1, lse=1),
+    case("bench_full", N=98_304, D=128, V=257, reduction="mean", weights=1, smoothing=0.1, lse=1),
     case("bench_full", N=65_536, D=512, V=256, reduction="mean"),
     case("bench_full", N=65_536, D=768, V=50_257, reduction="mean"),
     case("bench", N=12_288, D=512, V=50_257, reduction="mean"),
