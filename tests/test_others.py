@@ -44,8 +44,8 @@ def _cce(
 
 @pytest.mark.parametrize("name", ["Liger", "CCE, exact"])
 def test_losses_of_others(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(others, "_liger_function", lambda: SimpleNamespace(apply=_liger))
-    monkeypatch.setattr(others, "_cce_function", lambda: _cce)
+    given = {others._LIGER: SimpleNamespace(apply=_liger), others._CCE: _cce}
+    monkeypatch.setattr(others, "_found", lambda module, name: (given[module, name], None))
     spec = OPS["linear_cross_entropy"]
     entry = next(x for x in PEERS[spec.name] if x.name == name)
     data = CaseData(spec, spec.tagged("smoke")[0], torch.float32, CPU)
@@ -67,8 +67,8 @@ def test_patches_as_documents(causal: int, monkeypatch: pytest.MonkeyPatch) -> N
         spec = OPS["patch_attention"]
         return spec.yardstick(q, k, v, cu, causal=causal, scale=options["scale"])
 
-    monkeypatch.setattr(packed_peers, "_varlen_function", lambda: varlen)
-    monkeypatch.setattr(packed_peers, "_asks_for_groups", lambda: True)
+    monkeypatch.setattr(packed_peers, "function_of", lambda module, name: varlen)
+    monkeypatch.setattr(packed_peers, "_takes", lambda module, name, argument: True)
     spec = OPS["patch_attention"]
     sizes = {"T": 30, "P": 4, "H": 2, "KV": 1, "K": 16, "borders": "ragged", "causal": causal}
     data = CaseData(spec, case(**sizes), torch.float32, CPU)
