@@ -36,6 +36,7 @@ PINNED: Spills = {
     ("stlm_linear_logprobs_bwd_rows", 80): (36, READS_TWICE),
     ("stlm_linear_logprobs_bwd_rows", 90): (10, FP32),
     ("stlm_linear_logprobs_bwd_rows", 100): (167, READS_TWICE),
+    ("stlm_linear_logprobs_bwd_weight", 90): (2, f"8 bytes, {FP32}"),
     ("stlm_linear_logprobs_bwd_weight", 80): (
         2,
         "8 bytes, under autocast; the default tile is sized for sm_90",

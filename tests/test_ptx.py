@@ -308,6 +308,20 @@ def test_predicates_of_halves(kernels: Any) -> None:
     assert torch.equal(out, torch.full_like(out, 2.0))
 
 
+def test_lanes_that_store_different_values(kernels: Any) -> None:
+    done, _, _ = sums(kernels)
+    with pytest.raises(Fault, match=r"lanes: row_sums.*another lane stores another value there"):
+        again(
+            done,
+            replaced(
+                r"bar\.sync\s+0;",
+                "{ .reg .b32 %mine; mov.u32 %mine, %laneid; st.shared.b32 [global_smem], %mine; }"
+                " bar.sync 0;",
+            ),
+            collect=("race", "unwritten"),
+        )
+
+
 def test_faults_can_be_collected(kernels: Any) -> None:
     done, _, _ = sums(kernels)
     found = again(done, without(r"bar\.sync\s+0;"), collect=("race", "unwritten")).faults

@@ -11,6 +11,7 @@ KINDS = (
     "misaligned",  # a vector or word that does not begin at a multiple of its size
     "unwritten",  # a read of memory that nothing wrote
     "race",  # two warps, or two blocks, touch the same bytes without an order between them
+    "lanes",  # lanes of a warp store different values to one address by one instruction
     "barrier",  # a barrier or warp-wide instruction that not all its threads reach
     "async",  # an asynchronous copy or product whose result is used before its wait
     "proxy",  # generic writes read by the asynchronous proxy without a fence

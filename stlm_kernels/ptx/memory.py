@@ -288,8 +288,11 @@ class SharedMemory:
         races = self.note_write(places, warps, epochs)
         races &= self.data[places] != new
         self.data[places] = new
-        races |= self.data[places] != new  # by another thread in this instruction
-        report("race", races.any(1), "another warp or lane touches it since the last barrier")
+        lost = self.data[places] != new  # to another thread in this instruction
+        own = self.owners.writer[places] == warps[:, None]
+        races |= lost & ~own
+        report("race", races.any(1), "another warp touches it since the last barrier")
+        report("lanes", (lost & own).any(1), "another lane stores another value there")
 
     def note_write(self, places: Ints, warps: Array, epochs: Array) -> Array:
         """Which bytes another warp touched since the last barrier."""
