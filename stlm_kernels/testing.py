@@ -155,20 +155,27 @@ def poisoned_memory() -> Iterator[None]:
 
     A result that some program never wrote then shows up, instead of holding lucky zeros.
     """
+    with fresh_memory(_poison):
+        yield
+
+
+@contextlib.contextmanager
+def fresh_memory(change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Pass every tensor that `torch.empty` and its kin return through `change`."""
     names = ("empty", "empty_like", "empty_strided")
     originals = {name: getattr(torch, name) for name in names}
     new_empty = Tensor.new_empty
 
-    def poisoning(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def poisoned(*args: Any, **kwargs: Any) -> Tensor:
-            return _poison(make(*args, **kwargs))
+    def changing(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def changed(*args: Any, **kwargs: Any) -> Tensor:
+            return change(make(*args, **kwargs))
 
-        return poisoned
+        return changed
 
     try:
         for name, make in originals.items():
-            setattr(torch, name, poisoning(make))
-        Tensor.new_empty = poisoning(new_empty)  # type: ignore[method-assign]
+            setattr(torch, name, changing(make))
+        Tensor.new_empty = changing(new_empty)  # type: ignore[method-assign]
         yield
     finally:
         for name, make in originals.items():

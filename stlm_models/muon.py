@@ -24,7 +24,7 @@ class Muon(torch.optim.Optimizer):
 
     The step is that of `torch.optim.Muon` (Nesterov momentum, learning rates scaled by
     sqrt(max(1, rows / columns))), and so is its state. That one always multiplies in bfloat16,
-    which CPUs without instructions for it emulate, at a hundredth of their fp32 rate, and it takes
+    which CPUs without instructions for it emulate slowly, and it takes
     one matrix at a time; this one multiplies in a dtype of choice and stacks equal shapes.
 
     Args:

@@ -23,7 +23,7 @@ LANE = np.arange(32)
 
 def wavefronts(offsets: np.ndarray, size: int) -> tuple[int, int]:
     costs = Costs()
-    costs.shared_access(0, "load", offsets, size, np.zeros(len(offsets), np.int64))
+    costs.shared_access("load", offsets, size, np.zeros(len(offsets), np.int64))
     counts = costs.counts
     return counts["shared_load_wavefronts"], counts["shared_load_ideal_wavefronts"]
 
@@ -58,7 +58,7 @@ def test_wavefronts_of_shared_memory(offsets: Any, size: int, passes: int, ideal
 )
 def test_sectors_of_global_memory(addresses: Any, size: int, sectors: int, ideal: int) -> None:
     costs = Costs()
-    costs.global_access(0, "load", addresses.astype(np.int64), size, np.zeros(32, np.int64))
+    costs.global_access("load", addresses.astype(np.int64), size, np.zeros(32, np.int64))
     assert costs.counts["global_load_sectors"] == sectors
     assert costs.counts["global_load_ideal_sectors"] == ideal
     assert costs.counts["global_load_requests"] == 1
@@ -141,6 +141,7 @@ def test_the_command() -> None:
     launches = json.loads(done.stdout)
     assert launches[0]["us"]["issue"] > 0
     assert launches[0]["faults"] == []
+    assert launches[0]["nsight"]["smsp__inst_executed.sum"] > 0
     done = subprocess.run([*command, "--case", "no such"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert "no case named no such" in done.stderr

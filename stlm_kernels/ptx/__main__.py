@@ -18,6 +18,7 @@ from .. import terminal
 from .._spec import Case, OpSpec
 from ..registry import OPS
 from .bounds import Bounds, Device, bounds_of, ratio
+from .count import NAMES
 from .faults import KINDS
 from .launch import Execution
 from .session import Session, executing
@@ -95,6 +96,7 @@ def as_values(done: Execution, bounds: Bounds) -> dict[str, Any]:
         "binding": bounds.binding,
         "factor": bounds.factor,
         "counts": bounds.counts,
+        "nsight": {NAMES[name]: bounds.counts[name] for name in NAMES if name in bounds.counts},
         "machine": asdict(bounds.machine) if bounds.machine else None,
         "faults": [str(fault) for fault in done.faults],
     }

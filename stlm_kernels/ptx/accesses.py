@@ -110,9 +110,9 @@ def count_access(
         return
     warps = machine.warp_index[threads]
     if space == "global":
-        costs.global_access(machine.index, kind, addresses, size, warps)
+        costs.global_access(kind, addresses, size, warps)
     else:
-        costs.shared_access(machine.index, kind, addresses, size, warps)
+        costs.shared_access(kind, addresses, size, warps)
 
 
 def put(machine: Machine, slot: int, threads: Array, value: Array, mask: Mask) -> None:

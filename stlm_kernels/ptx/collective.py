@@ -193,7 +193,7 @@ def count_flops(machine: Machine, shape: matrix.Shape, products: int) -> None:
     costs = machine.counts.costs
     if costs is not None:
         flops = 2 * shape.m * shape.n * shape.k * products
-        costs.add(machine.index, **{f"matrix_flops_{shape.kind}": flops})
+        costs.add(**{f"matrix_flops_{shape.kind}": flops})
 
 
 def multiply(decoder: Decoder, instruction: Instruction) -> Step | None:

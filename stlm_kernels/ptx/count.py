@@ -41,20 +41,15 @@ class Costs:
     read_sectors: dict[int, NDArray[np.bool_]] = field(default_factory=dict)
     written_sectors: dict[int, NDArray[np.bool_]] = field(default_factory=dict)
     longest_chain: int = 0
-    by_instruction: dict[int, Counter[str]] = field(default_factory=dict)
 
-    def add(self, index: int, **values: float) -> None:
-        """Add counts to an instruction, by its index, and to the total."""
+    def add(self, **values: float) -> None:
+        """Add to the counts of these names."""
         self.counts.update(values)
-        self.by_instruction.setdefault(index, Counter()).update(values)
 
-    def global_access(
-        self, index: int, kind: str, addresses: Array, size: int, warps: Array
-    ) -> None:
+    def global_access(self, kind: str, addresses: Array, size: int, warps: Array) -> None:
         """A request of each warp: the 32-byte sectors it touches, and the fewest that could do.
 
         Args:
-            index: of the instruction.
             kind: "load", "store" or "copy".
             addresses: of each active thread, aligned to `size` bytes.
             warps: the warp of each.
@@ -65,7 +60,6 @@ class Costs:
         useful = np.bincount(warp_of_place) * size
         requests = int((useful > 0).sum())
         self.add(
-            index,
             **{
                 f"global_{kind}_requests": requests,
                 f"global_{kind}_sectors": len(sectors),
@@ -74,7 +68,7 @@ class Costs:
             },
         )
 
-    def shared_access(self, index: int, kind: str, offsets: Array, size: int, warps: Array) -> None:
+    def shared_access(self, kind: str, offsets: Array, size: int, warps: Array) -> None:
         """Wavefronts of each warp: passes over the 32 banks, and the fewest that could do.
 
         Accesses of 8 bytes are served by half warps, of 16 by quarters, each in a pass of its own.
@@ -90,7 +84,6 @@ class Costs:
         np.add.at(passes, (where, bank), 1)
         total = passes.sum(1)
         self.add(
-            index,
             **{
                 f"shared_{kind}_wavefronts": int(passes.max(1).sum()),
                 f"shared_{kind}_ideal_wavefronts": int((-(-total // BANKS)).sum()),

@@ -86,7 +86,6 @@ class Machine:
         self.special = _special_registers(self, grid)
         self.shared = SharedMemory(count, shared_bytes)
         self.warp_index = np.arange(self.n) // LANES  # in the batch
-        self.index = 0  # of the instruction in execution
         self.epoch = np.zeros(count, np.int32)  # barriers that each block has passed
         self.copies, self.products = Copies(self), Products(self)
         self.values: list[Array] = [np.zeros(1, np.uint32)] * (
@@ -181,8 +180,8 @@ class Machine:
         instructions, steps = self.program.instructions, self.code.steps
         self._count(begin, min(end + 1, len(steps)), mask)
         for index in range(begin, end):
-            self.index, self.current = index, instructions[index]
-            instruction, step = self.current, steps[index]
+            self.current = instruction = instructions[index]
+            step = steps[index]
             if step is None:
                 raise PtxError(_unknown(self.program, instruction))
             if self.products.pending:

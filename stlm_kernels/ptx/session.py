@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from .. import _launch
+from ..testing import fresh_memory
 from .launch import Execution, run
 from .memory import Shadow, bytes_at
-
-MAKERS = ("empty", "empty_like", "empty_strided")
 
 
 class Session:
@@ -96,28 +95,5 @@ def executing(
         )  # fmt: skip
         session.executions.append(done)
 
-    with _launch.recording(launch), _noting(session.note):
+    with _launch.recording(launch), fresh_memory(session.note):
         yield session
-
-
-@contextmanager
-def _noting(note: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Show `note` every tensor that `torch.empty` and its kin make."""
-    originals = {name: getattr(torch, name) for name in MAKERS}
-    new_empty = Tensor.new_empty
-
-    def noting(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def made(*args: Any, **kwargs: Any) -> Tensor:
-            return note(make(*args, **kwargs))
-
-        return made
-
-    try:
-        for name, make in originals.items():
-            setattr(torch, name, noting(make))
-        Tensor.new_empty = noting(new_empty)  # type: ignore[method-assign]
-        yield
-    finally:
-        for name, make in originals.items():
-            setattr(torch, name, make)
-        Tensor.new_empty = new_empty  # type: ignore[method-assign]
