@@ -1,26 +1,21 @@
-"""Loads, stores, asynchronous copies and atomics as steps of the machine."""
+"""Loads, stores, asynchronous copies and atomics as steps of the state."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from .code import Step
 from .memory import WORDS
+from .operands import Decoder
 from .parse import Address, Constant, Instruction, Operand, PtxError, Register, Symbol, Vector
-from .registers import UNSIGNED, bits_of, signed, single, unsigned
-
-if TYPE_CHECKING:
-    from .code import Mask, Step
-    from .decode import Decoder
-    from .machine import Machine
-
-Array = NDArray[Any]
+from .registers import UNSIGNED, Array, Mask, bits_of, signed, single, unsigned
+from .state import State
 
 
 class Place:
-    """The address of an operand, as a function of the machine."""
+    """The address of an operand, as a function of the state."""
 
     def __init__(self, decoder: Decoder, operand: Operand, space: str) -> None:
         assert isinstance(operand, Address)
@@ -35,11 +30,11 @@ class Place:
             self.slot = decoder.slots[base.name]
         self.space = space
 
-    def of(self, machine: Machine, threads: Array) -> Array:
+    def of(self, state: State, threads: Array) -> Array:
         """Address for each of these threads, as int64."""
         if self.slot is None:
             return np.full(len(threads), self.offset, np.int64)
-        return machine.of(self.slot, threads).astype(np.int64) + self.offset
+        return state.of(self.slot, threads).astype(np.int64) + self.offset
 
 
 def _space(parts: list[str]) -> str:
@@ -68,12 +63,12 @@ def load(decoder: Decoder, instruction: Instruction) -> Step | None:
     place = Place(decoder, source, space)
     extends = kind[0] == "s"
 
-    def step(machine: Machine, mask: Mask) -> None:
-        threads = machine.active(mask)
-        words = read(machine, place, threads, bits // 8, len(results))
+    def step(state: State, mask: Mask) -> None:
+        threads = state.active(mask)
+        words = read(state, place, threads, bits // 8, len(results))
         for result, word, width in zip(results, words, widths, strict=True):
             if result is not None:
-                put(machine, result, threads, _extended(word, width, extends), mask)
+                state.put(result, threads, _extended(word, width, extends), mask)
 
     return step
 
@@ -86,45 +81,33 @@ def _extended(word: Array, bits: int, is_signed: bool) -> Array:
     return word.astype(UNSIGNED[bits])
 
 
-def read(machine: Machine, place: Place, threads: Array, width: int, count: int) -> list[Array]:
+def read(state: State, place: Place, threads: Array, width: int, count: int) -> list[Array]:
     """Words that these threads read."""
-    report = machine.reporter(threads)
-    addresses = place.of(machine, threads)
-    block = machine.block[threads]
-    count_access(machine, place.space, "load", addresses, width * count, threads)
+    report = state.reporter(threads)
+    addresses = place.of(state, threads)
+    block = state.block[threads]
+    count_access(state, place.space, "load", addresses, width * count, threads)
     if place.space == "global":
-        return machine.memory.read(
-            addresses, width, count, machine.block_index[threads].astype(np.int32), report
+        return state.memory.read(
+            addresses, width, count, state.block_index[threads].astype(np.int32), report
         )
-    return machine.shared.read(
-        addresses, width, count, block, machine.warp[threads], machine.epoch[block], report
+    return state.shared.read(
+        addresses, width, count, block, state.warp[threads], state.epoch[block], report
     )
 
 
 def count_access(
-    machine: Machine, space: str, kind: str, addresses: Array, size: int, threads: Array
+    state: State, space: str, kind: str, addresses: Array, size: int, threads: Array
 ) -> None:
     """Add an access to the costs, where they are counted."""
-    costs = machine.counts.costs
+    costs = state.costs
     if costs is None or not len(threads):
         return
-    warps = machine.warp_index[threads]
+    warps = state.warp_index[threads]
     if space == "global":
         costs.global_access(kind, addresses, size, warps)
     else:
         costs.shared_access(kind, addresses, size, warps)
-
-
-def put(machine: Machine, slot: int, threads: Array, value: Array, mask: Mask) -> None:
-    """Set a register of some threads to values given for those alone."""
-    if mask is None:
-        machine.values[slot] = value
-        return
-    whole = np.array(machine.whole(slot))
-    if whole.dtype != value.dtype:
-        whole = whole.astype(value.dtype)
-    whole[threads] = value
-    machine.values[slot] = whole
 
 
 def _load_parameter(decoder: Decoder, target: Operand, source: Operand, kind: str) -> Step:
@@ -135,10 +118,10 @@ def _load_parameter(decoder: Decoder, target: Operand, source: Operand, kind: st
     assert result is not None
     bits, width = bits_of(kind), decoder.width(target)
 
-    def step(machine: Machine, mask: Mask) -> None:
-        raw = machine.parameters[name][offset : offset + bits // 8]
+    def step(state: State, mask: Mask) -> None:
+        raw = state.parameters[name][offset : offset + bits // 8]
         word = np.ascontiguousarray(raw).view(UNSIGNED[bits])
-        machine.set(result, _extended(word, width, kind[0] == "s"), mask)
+        state.set(result, _extended(word, width, kind[0] == "s"), mask)
 
     return step
 
@@ -149,29 +132,25 @@ def store(decoder: Decoder, instruction: Instruction) -> Step | None:
     slots = [decoder.slot(item, max(bits, 16)) for item in _items(source)]
     place = Place(decoder, target, space)
 
-    def step(machine: Machine, mask: Mask) -> None:
-        threads = machine.active(mask)
-        words = [machine.of(slot, threads).astype(WORDS[bits // 8]) for slot in slots]
-        write(machine, place, threads, words)
+    def step(state: State, mask: Mask) -> None:
+        threads = state.active(mask)
+        words = [state.of(slot, threads).astype(WORDS[bits // 8]) for slot in slots]
+        write(state, place, threads, words)
 
     return step
 
 
-def write(machine: Machine, place: Place, threads: Array, words: list[Array]) -> None:
+def write(state: State, place: Place, threads: Array, words: list[Array]) -> None:
     """Store words of these threads."""
-    report = machine.reporter(threads)
-    addresses = place.of(machine, threads)
-    block = machine.block[threads]
+    report = state.reporter(threads)
+    addresses = place.of(state, threads)
+    block = state.block[threads]
     size = words[0].dtype.itemsize * len(words)
-    count_access(machine, place.space, "store", addresses, size, threads)
+    count_access(state, place.space, "store", addresses, size, threads)
     if place.space == "global":
-        machine.memory.write(
-            addresses, words, machine.block_index[threads].astype(np.int32), report
-        )
+        state.memory.write(addresses, words, state.block_index[threads].astype(np.int32), report)
         return
-    machine.shared.write(
-        addresses, words, block, machine.warp[threads], machine.epoch[block], report
-    )
+    state.shared.write(addresses, words, block, state.warp[threads], state.epoch[block], report)
 
 
 def copy(decoder: Decoder, instruction: Instruction) -> Step | None:
@@ -180,13 +159,13 @@ def copy(decoder: Decoder, instruction: Instruction) -> Step | None:
     if parts[1] != "async" or "bulk" in parts or "mbarrier" in parts:
         return None
     if parts[2] == "commit_group":
-        return lambda machine, mask: machine.copies.commit(mask)
+        return lambda state, mask: state.copies.commit(mask)
     if parts[2] == "wait_all":
-        return lambda machine, mask: machine.copies.wait(mask, 0)
+        return lambda state, mask: state.copies.wait(mask, 0)
     if parts[2] == "wait_group":
         newest = instruction.operands[0]
         assert isinstance(newest, Constant)
-        return lambda machine, mask: machine.copies.wait(mask, newest.value)
+        return lambda state, mask: state.copies.wait(mask, newest.value)
     target, source, size, *rest = instruction.operands
     assert isinstance(size, Constant)
     shared, distant = Place(decoder, target, "shared"), Place(decoder, source, "global")
@@ -197,20 +176,20 @@ def copy(decoder: Decoder, instruction: Instruction) -> Step | None:
 def _copy_step(shared: Place, distant: Place, size: int, given: int | None) -> Step:
     """Copies of `size` bytes, of which those from `given` on become zeros."""
 
-    def step(machine: Machine, mask: Mask) -> None:
-        threads = machine.active(mask)
+    def step(state: State, mask: Mask) -> None:
+        threads = state.active(mask)
         data = np.zeros((len(threads), size), np.uint8)
-        lengths = np.full(len(threads), size) if given is None else machine.of(given, threads)
+        lengths = np.full(len(threads), size) if given is None else state.of(given, threads)
         for length in np.unique(lengths):
             chosen = np.flatnonzero(lengths == length)
             if length == size:
-                words = read(machine, distant, threads[chosen], min(size, 8), max(1, size // 8))
+                words = read(state, distant, threads[chosen], min(size, 8), max(1, size // 8))
                 data[chosen] = np.stack(words, 1).view(np.uint8)
             elif length:
                 for i in range(int(length)):
                     byte = Shifted(distant, i)
-                    data[chosen, i] = read(machine, byte, threads[chosen], 1, 1)[0]
-        machine.copies.issue(threads, shared.of(machine, threads), data)
+                    data[chosen, i] = read(state, byte, threads[chosen], 1, 1)[0]
+        state.copies.issue(threads, shared.of(state, threads), data)
 
     return step
 
@@ -243,13 +222,13 @@ def atomic(decoder: Decoder, instruction: Instruction) -> Step | None:
     assert source is not None
     place = Place(decoder, source, "global")
 
-    def step(machine: Machine, mask: Mask) -> None:
-        threads = machine.active(mask)
+    def step(state: State, mask: Mask) -> None:
+        threads = state.active(mask)
         before = _in_turn(
-            machine, place, threads, names[0], kind, [machine.of(s, threads) for s in slots]
+            state, place, threads, names[0], kind, [state.of(s, threads) for s in slots]
         )
         if result is not None:
-            put(machine, result, threads, before, mask)
+            state.put(result, threads, before, mask)
 
     return step
 
@@ -261,14 +240,14 @@ _ATOMICS: dict[str, Any] = {
 
 
 def _in_turn(
-    machine: Machine, place: Place, threads: Array, name: str, kind: str, values: list[Array]
+    state: State, place: Place, threads: Array, name: str, kind: str, values: list[Array]
 ) -> Array:
     """Carry out an atomic for each thread; the values that were there before."""
-    addresses = place.of(machine, threads)
+    addresses = place.of(state, threads)
     dtype: Any = UNSIGNED[bits_of(kind)]
     before = np.zeros(len(threads), dtype)
     as_number: Any = {"f": single, "s": signed}.get(kind[0], lambda x: x)
-    parts = machine.memory.atomic(addresses, machine.reporter(threads), dtype().itemsize)
+    parts = state.memory.atomic(addresses, state.reporter(threads), dtype().itemsize)
     for allocation, chosen in parts:
         words = allocation.data[: len(allocation.data) // dtype().itemsize * dtype().itemsize].view(
             dtype

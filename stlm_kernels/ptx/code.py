@@ -4,19 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-from numpy.typing import NDArray
 
 from .parse import Program
+from .registers import Array, Mask
+from .state import State
 
-if TYPE_CHECKING:
-    from .machine import Machine
-
-Array = NDArray[Any]
-Mask = Array | None
-"""Which threads are active; None where all are."""
-Step = Callable[["Machine", Mask], None]
+Step = Callable[[State, Mask], None]
 
 
 @dataclass(frozen=True)

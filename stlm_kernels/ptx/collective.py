@@ -1,24 +1,18 @@
-"""Instructions of whole warps and warpgroups as steps of the machine."""
+"""Instructions of whole warps and warpgroups as steps of the state."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 import numpy as np
-from numpy.typing import NDArray
 
 from . import lanes, matrix
-from .accesses import Place, count_access, put
+from .accesses import Place, count_access
+from .code import Step
 from .memory import bytes_at, gather
+from .operands import Decoder
 from .parse import Constant, Instruction, Operand, Register, Vector
-from .registers import signed, unsigned
+from .registers import Array, Mask, signed, unsigned
+from .state import State
 
-if TYPE_CHECKING:
-    from .code import Mask, Step
-    from .decode import Decoder
-    from .machine import Machine
-
-Array = NDArray[Any]
 WARPGROUP = 128
 
 
@@ -34,12 +28,12 @@ def shuffle(decoder: Decoder, instruction: Instruction) -> Step | None:
     results = [decoder.destination(item) for item in both]
     slots = [decoder.slot(x, 32) for x in (value, b, c)]
 
-    def step(machine: Machine, mask: Mask) -> None:
-        machine.require_whole_warps(mask)
-        found = lanes.shuffle(mode, *(machine.whole(slot) for slot in slots))
+    def step(state: State, mask: Mask) -> None:
+        state.require_whole_warps(mask)
+        found = lanes.shuffle(mode, *(state.whole(slot) for slot in slots))
         for result, outcome in zip(results, found, strict=False):
             if result is not None:
-                machine.set(result, outcome, mask)
+                state.set(result, outcome, mask)
 
     return step
 
@@ -52,11 +46,11 @@ def reduce(decoder: Decoder, instruction: Instruction) -> Step | None:
     result, slot = decoder.destination(target), decoder.slot(value, 32)
     assert result is not None
 
-    def step(machine: Machine, mask: Mask) -> None:
-        machine.require_whole_warps(mask)
-        operand = machine.whole(slot)
+    def step(state: State, mask: Mask) -> None:
+        state.require_whole_warps(mask)
+        operand = state.whole(slot)
         operand = signed(np.ascontiguousarray(operand)) if kind == "s32" else operand
-        machine.set(result, unsigned(lanes.reduce(name, operand)), mask)
+        state.set(result, unsigned(lanes.reduce(name, operand)), mask)
 
     return step
 
@@ -68,11 +62,11 @@ def vote(decoder: Decoder, instruction: Instruction) -> Step | None:
     if result is None or mode not in ("any", "all", "ballot"):
         return None
 
-    def step(machine: Machine, mask: Mask) -> None:
-        machine.require_whole_warps(mask)
-        ballot = lanes.ballot(machine.whole(slot))
+    def step(state: State, mask: Mask) -> None:
+        state.require_whole_warps(mask)
+        ballot = lanes.ballot(state.whole(slot))
         outcome = {"any": ballot != 0, "all": ballot == 0xFFFFFFFF, "ballot": ballot}[mode]
-        machine.set(result, outcome, mask)
+        state.set(result, outcome, mask)
 
     return step
 
@@ -83,12 +77,12 @@ def elect(decoder: Decoder, instruction: Instruction) -> Step | None:
     items = target.items if isinstance(target, Vector) else (target,)
     leader, chosen = decoder.destination(items[0]), decoder.destination(items[-1])
 
-    def step(machine: Machine, mask: Mask) -> None:
-        machine.require_whole_warps(mask)
+    def step(state: State, mask: Mask) -> None:
+        state.require_whole_warps(mask)
         if len(items) == 2 and leader is not None:
-            machine.set(leader, np.zeros(1, np.uint32), mask)
+            state.set(leader, np.zeros(1, np.uint32), mask)
         if chosen is not None:
-            machine.set(chosen, machine.thread % lanes.LANES == 0, mask)
+            state.set(chosen, state.thread % lanes.LANES == 0, mask)
 
     return step
 
@@ -97,9 +91,9 @@ def active_mask(decoder: Decoder, instruction: Instruction) -> Step | None:
     result = decoder.destination(instruction.operands[0])
     assert result is not None
 
-    def step(machine: Machine, mask: Mask) -> None:
-        active = np.ones(machine.n, bool) if mask is None else mask
-        machine.set(result, lanes.ballot(active), mask)
+    def step(state: State, mask: Mask) -> None:
+        active = np.ones(state.n, bool) if mask is None else mask
+        state.set(result, lanes.ballot(active), mask)
 
     return step
 
@@ -108,17 +102,17 @@ def warp_barrier(decoder: Decoder, instruction: Instruction) -> Step | None:
     """bar.warp.sync; block-wide barriers are flow, those of some threads are not known here."""
     if "warp" not in instruction.parts:
         return None
-    return lambda machine, mask: machine.require_whole_warps(mask)
+    return lambda state, mask: state.require_whole_warps(mask)
 
 
 def fence(decoder: Decoder, instruction: Instruction) -> Step | None:
     """fence.proxy.async shows generic writes of the block to the asynchronous proxy."""
     if "proxy" not in instruction.parts:
-        return lambda machine, mask: None
+        return lambda state, mask: None
 
-    def step(machine: Machine, mask: Mask) -> None:
-        blocks = np.unique(machine.block[machine.active(mask)])
-        machine.shared.unfenced.reshape(machine.shared.blocks, -1)[blocks] = False
+    def step(state: State, mask: Mask) -> None:
+        blocks = np.unique(state.block[state.active(mask)])
+        state.shared.unfenced.reshape(state.shared.blocks, -1)[blocks] = False
 
     return step
 
@@ -136,17 +130,17 @@ def _matrix_access(instruction: Instruction) -> tuple[int, bool] | None:
 class _Rows:
     """Accesses of matrix rows: the lanes whose addresses count, and the positions of the rows."""
 
-    def __init__(self, machine: Machine, place: Place, mask: Mask, count: int) -> None:
-        machine.require_whole_warps(mask)
-        self.threads = machine.active(mask)
-        addresses = place.of(machine, self.threads)
+    def __init__(self, state: State, place: Place, mask: Mask, count: int) -> None:
+        state.require_whole_warps(mask)
+        self.threads = state.active(mask)
+        addresses = place.of(state, self.threads)
         self.first = lanes.rows_of_matrices(addresses, count).reshape(-1)
         self.used = used = lanes.rows_of_matrices(self.threads, count).reshape(-1)
-        self.block, self.warp = machine.block[used], machine.warp[used]
-        self.epoch = machine.epoch[self.block]
-        self.report = machine.reporter(used)
+        self.block, self.warp = state.block[used], state.warp[used]
+        self.epoch = state.epoch[self.block]
+        self.report = state.reporter(used)
         self.report("misaligned", self.first % 16 != 0, "16 bytes must begin at a multiple of 16")
-        self.places = machine.shared.places(self.first, self.block, 16, self.report)
+        self.places = state.shared.places(self.first, self.block, 16, self.report)
 
 
 def load_matrix(decoder: Decoder, instruction: Instruction) -> Step | None:
@@ -157,14 +151,14 @@ def load_matrix(decoder: Decoder, instruction: Instruction) -> Step | None:
     slots = _registers(decoder, instruction.operands[0])
     place = Place(decoder, instruction.operands[1], "shared")
 
-    def step(machine: Machine, mask: Mask) -> None:
-        rows = _Rows(machine, place, mask, count)
-        count_access(machine, "shared", "load", rows.first, 16, rows.used)
-        machine.shared.check_read(bytes_at(rows.places, 16), rows.warp, rows.epoch, rows.report)
-        words = np.stack(gather(machine.shared.data, rows.places, 2, 8), -1)
+    def step(state: State, mask: Mask) -> None:
+        rows = _Rows(state, place, mask, count)
+        count_access(state, "shared", "load", rows.first, 16, rows.used)
+        state.shared.check_read(bytes_at(rows.places, 16), rows.warp, rows.epoch, rows.report)
+        words = np.stack(gather(state.shared.data, rows.places, 2, 8), -1)
         fragments = lanes.fragments_of(words.reshape(-1, count, 8, 8), transposed)
         for slot, fragment in zip(slots, fragments, strict=True):
-            put(machine, slot, rows.threads, fragment, mask)
+            state.put(slot, rows.threads, fragment, mask)
 
     return step
 
@@ -177,20 +171,20 @@ def store_matrix(decoder: Decoder, instruction: Instruction) -> Step | None:
     place = Place(decoder, instruction.operands[0], "shared")
     slots = _registers(decoder, instruction.operands[1])
 
-    def step(machine: Machine, mask: Mask) -> None:
-        rows = _Rows(machine, place, mask, count)
-        count_access(machine, "shared", "store", rows.first, 16, rows.used)
-        fragments = [machine.of(slot, rows.threads) for slot in slots]
+    def step(state: State, mask: Mask) -> None:
+        rows = _Rows(state, place, mask, count)
+        count_access(state, "shared", "store", rows.first, 16, rows.used)
+        fragments = [state.of(slot, rows.threads) for slot in slots]
         words = lanes.matrices_of(fragments, transposed).reshape(-1, 8)
         new = np.ascontiguousarray(words).view(np.uint8)
         where = bytes_at(rows.places, 16)
-        machine.shared.put(where, new, rows.warp, rows.epoch, rows.report)
+        state.shared.put(where, new, rows.warp, rows.epoch, rows.report)
 
     return step
 
 
-def count_flops(machine: Machine, shape: matrix.Shape, products: int) -> None:
-    costs = machine.counts.costs
+def count_flops(state: State, shape: matrix.Shape, products: int) -> None:
+    costs = state.costs
     if costs is not None:
         flops = 2 * shape.m * shape.n * shape.k * products
         costs.add(**{f"matrix_flops_{shape.kind}": flops})
@@ -203,18 +197,18 @@ def multiply(decoder: Decoder, instruction: Instruction) -> Step | None:
         return None
     d, a, b, c = (_registers(decoder, operand) for operand in instruction.operands)
 
-    def step(machine: Machine, mask: Mask) -> None:
-        machine.require_whole_warps(mask)
-        threads = machine.active(mask)
+    def step(state: State, mask: Mask) -> None:
+        state.require_whole_warps(mask)
+        threads = state.active(mask)
 
         def of(slots: list[int]) -> list[Array]:
-            return [lanes.by_warp(machine.of(slot, threads)) for slot in slots]
+            return [lanes.by_warp(state.of(slot, threads)) for slot in slots]
 
         left, right = matrix.operand_a(of(a), shape), matrix.operand_b(of(b), shape)
-        count_flops(machine, shape, len(threads) // lanes.LANES)
+        count_flops(state, shape, len(threads) // lanes.LANES)
         total = matrix.product(left, right, matrix.accumulator(of(c), shape.n))
         for slot, value in zip(d, matrix.registers_of(total, len(d)), strict=True):
-            put(machine, slot, threads, value.reshape(-1), mask)
+            state.put(slot, threads, value.reshape(-1), mask)
 
     return step
 
@@ -223,13 +217,13 @@ def multiply_asynchronously(decoder: Decoder, instruction: Instruction) -> Step 
     """wgmma: products of a warpgroup, and the fence, groups and waits around them."""
     kind = instruction.parts[1]
     if kind == "fence":
-        return lambda machine, mask: None
+        return lambda state, mask: None
     if kind == "commit_group":
-        return lambda machine, mask: machine.products.commit()
+        return lambda state, mask: state.products.commit()
     if kind == "wait_group":
         newest = instruction.operands[0]
         assert isinstance(newest, Constant)
-        return lambda machine, mask: machine.products.wait(newest.value)
+        return lambda state, mask: state.products.wait(newest.value)
     return _Warpgroup(decoder, instruction).step if kind == "mma_async" else None
 
 
@@ -252,46 +246,46 @@ class _Warpgroup:
         self.right_transposed = bool(transposed and transposed[-1])
         self.left_transposed = bool(len(transposed) == 2 and transposed[0])
 
-    def step(self, machine: Machine, mask: Mask) -> None:
-        machine.require_whole_warps(mask)
-        threads = machine.active(mask)
+    def step(self, state: State, mask: Mask) -> None:
+        state.require_whole_warps(mask)
+        threads = state.active(mask)
         n, k = self.shape.n, self.shape.k
         if self.left is not None:
-            registers = [lanes.by_warp(machine.of(slot, threads)) for slot in self.left]
+            registers = [lanes.by_warp(state.of(slot, threads)) for slot in self.left]
             left = matrix.operand_a(registers, self.shape).reshape(-1, 64, k)
         else:
             assert self.left_descriptor is not None
-            left = self._operand(machine, threads, self.left_descriptor, 64, self.left_transposed)
-        right = self._operand(machine, threads, self.right_descriptor, n, self.right_transposed)
-        sums = [lanes.by_warp(machine.of(slot, threads)) for slot in self.sums]
+            left = self._operand(state, threads, self.left_descriptor, 64, self.left_transposed)
+        right = self._operand(state, threads, self.right_descriptor, n, self.right_transposed)
+        sums = [lanes.by_warp(state.of(slot, threads)) for slot in self.sums]
         before = matrix.accumulator(sums, n).reshape(-1, 64, n)
-        scale = machine.of(self.scale, threads)[::WARPGROUP, None, None]
+        scale = state.of(self.scale, threads)[::WARPGROUP, None, None]
         total = matrix.product(left, right.swapaxes(1, 2), np.where(scale, before, np.float32(0)))
         values = matrix.registers_of(total.reshape(-1, 16, n), len(self.sums))
         for slot, value in zip(self.sums, values, strict=True):
-            put(machine, slot, threads, value.reshape(-1), mask)
-        machine.products.issue(self.sums)
-        count_flops(machine, self.shape, len(threads) // WARPGROUP)
+            state.put(slot, threads, value.reshape(-1), mask)
+        state.products.issue(self.sums)
+        count_flops(state, self.shape, len(threads) // WARPGROUP)
 
     def _operand(
-        self, machine: Machine, threads: Array, slot: int, rows: int, transposed: bool
+        self, state: State, threads: Array, slot: int, rows: int, transposed: bool
     ) -> Array:
         """(warpgroups, rows, k) from shared memory, as fp32."""
         first = threads[::WARPGROUP]
         element = 4 if self.shape.kind == "tf32" else 2
         offsets = matrix.descriptor_offsets(
-            machine.of(slot, first), rows, self.shape.k, element, depth_major=not transposed
+            state.of(slot, first), rows, self.shape.k, element, depth_major=not transposed
         )
         units = len(offsets)
-        report = machine.reporter(np.repeat(first, rows * self.shape.k))
-        block = np.repeat(machine.block[first], rows * self.shape.k)
-        places = machine.shared.places(offsets.reshape(-1), block, element, report)
+        report = state.reporter(np.repeat(first, rows * self.shape.k))
+        block = np.repeat(state.block[first], rows * self.shape.k)
+        places = state.shared.places(offsets.reshape(-1), block, element, report)
         every = bytes_at(places, element)
-        shared = machine.shared
+        shared = state.shared
         report("proxy", shared.unfenced[every].any(1), "written without fence.proxy.async after it")
         # The four warps of a group read as one: whatever was written before the last barrier.
-        warps = np.repeat(machine.warp[first], rows * self.shape.k)
-        shared.check_read(every, warps, machine.epoch[block], report)
+        warps = np.repeat(state.warp[first], rows * self.shape.k)
+        shared.check_read(every, warps, state.epoch[block], report)
         words = gather(shared.data, places, element, 1)[0].reshape(units, rows, self.shape.k)
         if self.shape.kind == "tf32":
             return (words & np.uint32(0xFFFFE000)).view(np.float32)

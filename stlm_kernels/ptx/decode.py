@@ -1,4 +1,4 @@
-"""Programs made ready to run: registers as slots, each instruction as a function of the machine."""
+"""Programs made ready to run: registers as slots, each instruction as a function of the state."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import numpy as np
 
 from . import accesses, collective
 from .arithmetic import function_of
-from .code import Code, Mask, Step
-from .machine import Machine
+from .code import Code, Step
+from .operands import Decoder
 from .parse import (
     Address,
     Constant,
@@ -21,48 +21,11 @@ from .parse import (
     Symbol,
     Vector,
 )
-from .registers import UNSIGNED, Array, bits_of
+from .registers import UNSIGNED, Array, Mask, bits_of
+from .state import State
 
 IGNORED = ("prefetch", "discard", "griddepcontrol", "membar", "fence", "nanosleep", "setmaxnreg")
 """Instructions that change no value. A fence of the asynchronous proxy is one with a meaning."""
-
-
-class Decoder:
-    """Slots of registers and constants, while a program is decoded."""
-
-    def __init__(self, program: Program) -> None:
-        self.program = program
-        self.slots = {name: i for i, name in enumerate(program.registers)}
-        self.constants: list[tuple[int, Array]] = []
-        self._known: dict[tuple[int, int], int] = {}
-
-    def slot(self, operand: Operand, bits: int) -> int:
-        """Slot that holds an operand: its register, or a constant of `bits`."""
-        if isinstance(operand, Register):
-            return self.slots[operand.name]
-        if isinstance(operand, Constant):
-            return self.constant(operand.value, bits)
-        if isinstance(operand, Symbol) and operand.name in self.program.shared:
-            return self.constant(self.program.shared[operand.name], bits)
-        raise PtxError(f"{self.program.name}: expected a register or a number, got {operand}")
-
-    def constant(self, value: int, bits: int) -> int:
-        key = (value % (1 << bits), bits)
-        if key not in self._known:
-            dtype = bool if bits == 1 else UNSIGNED[bits]
-            self._known[key] = len(self.slots) + len(self.constants)
-            self.constants.append((self._known[key], np.array([key[0]], dtype)))
-        return self._known[key]
-
-    def destination(self, operand: Operand) -> int | None:
-        """Slot of a result; None for the sink `_`."""
-        if isinstance(operand, Register):
-            return self.slots[operand.name]
-        return None
-
-    def width(self, operand: Operand) -> int:
-        assert isinstance(operand, Register), operand
-        return self.program.registers[operand.name]
 
 
 def decode(program: Program) -> Code:
@@ -126,7 +89,7 @@ def _step(decoder: Decoder, instruction: Instruction) -> Step | None:
         return None
 
 
-def _nothing(machine: Machine, mask: Mask) -> None:
+def _nothing(state: State, mask: Mask) -> None:
     pass
 
 
@@ -153,16 +116,16 @@ def _apply(
     if len(slots) == 2:
         a, b = slots
 
-        def binary(machine: Machine, mask: Mask) -> None:
-            values = machine.values
-            machine.set(result, function(values[a], values[b]).astype(dtype, copy=False), mask)
+        def binary(state: State, mask: Mask) -> None:
+            values = state.values
+            state.set(result, function(values[a], values[b]).astype(dtype, copy=False), mask)
 
         return binary
 
-    def general(machine: Machine, mask: Mask) -> None:
-        values = machine.values
+    def general(state: State, mask: Mask) -> None:
+        values = state.values
         value = function(*(values[slot] for slot in slots))
-        machine.set(result, value.astype(dtype, copy=False), mask)
+        state.set(result, value.astype(dtype, copy=False), mask)
 
     return general
 
@@ -176,13 +139,13 @@ def _conversion(
 ) -> Step:
     """cvt into a register that may be wider than the type: signed results are extended."""
 
-    def step(machine: Machine, mask: Mask) -> None:
-        value = function(*(machine.values[slot] for slot in slots))
+    def step(state: State, mask: Mask) -> None:
+        value = function(*(state.values[slot] for slot in slots))
         if 8 * value.dtype.itemsize != bits:
             if is_signed:
                 value = value.view(f"i{value.dtype.itemsize}").astype(f"i{bits // 8}")
             value = value.astype(UNSIGNED[bits])
-        machine.set(result, value, mask)
+        state.set(result, value, mask)
 
     return step
 
@@ -223,17 +186,17 @@ def _move(decoder: Decoder, instruction: Instruction) -> Step | None:
         return _special(source.name, result)
     slot = decoder.slot(source, bits)
 
-    def step(machine: Machine, mask: Mask) -> None:
-        machine.set(result, machine.values[slot], mask)
+    def step(state: State, mask: Mask) -> None:
+        state.set(result, state.values[slot], mask)
 
     return step
 
 
 def _special(name: str, result: int) -> Step:
-    def step(machine: Machine, mask: Mask) -> None:
-        if name not in machine.special:
-            raise PtxError(f"{machine.program.name}: {name} is not known here")
-        machine.set(result, machine.special[name], mask)
+    def step(state: State, mask: Mask) -> None:
+        if name not in state.special:
+            raise PtxError(f"{state.program.name}: {name} is not known here")
+        state.set(result, state.special[name], mask)
 
     return step
 
@@ -245,11 +208,11 @@ def _packing(decoder: Decoder, target: Operand, source: Vector, bits: int) -> St
     assert result is not None
     dtype = UNSIGNED[bits]
 
-    def step(machine: Machine, mask: Mask) -> None:
+    def step(state: State, mask: Mask) -> None:
         value = np.zeros(1, dtype)
         for i, slot in enumerate(slots):
-            value = value | (machine.values[slot].astype(dtype) << dtype(part * i))
-        machine.set(result, value, mask)
+            value = value | (state.values[slot].astype(dtype) << dtype(part * i))
+        state.set(result, value, mask)
 
     return step
 
@@ -260,12 +223,12 @@ def _unpacking(decoder: Decoder, target: Vector, source: Operand, bits: int) -> 
     results = [decoder.destination(item) for item in target.items]
     narrow = UNSIGNED[part]
 
-    def step(machine: Machine, mask: Mask) -> None:
-        value = machine.values[slot]
+    def step(state: State, mask: Mask) -> None:
+        value = state.values[slot]
         for i, result in enumerate(results):
             if result is not None:
                 shifted = value >> value.dtype.type(part * i)
-                machine.set(result, shifted.astype(narrow), mask)
+                state.set(result, shifted.astype(narrow), mask)
 
     return step
 
@@ -284,8 +247,8 @@ def _set_predicate(decoder: Decoder, instruction: Instruction) -> Step | None:
     ]
     results = [decoder.destination(item) for item in target.items]
 
-    def step(machine: Machine, mask: Mask) -> None:
-        operands = [machine.values[slot] for slot in slots]
+    def step(state: State, mask: Mask) -> None:
+        operands = [state.values[slot] for slot in slots]
         if by_halves:
             low, high = ([half(x, i) for x in operands] for i in (0, 1))
             outcomes = function(*low), function(*high)
@@ -294,7 +257,7 @@ def _set_predicate(decoder: Decoder, instruction: Instruction) -> Step | None:
             outcomes = value, ~value
         for result, outcome in zip(results, outcomes, strict=True):
             if result is not None:
-                machine.set(result, outcome, mask)
+                state.set(result, outcome, mask)
 
     return step
 

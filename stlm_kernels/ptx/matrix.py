@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .formats import widen
+from .lanes import LANES
 
 Array = NDArray[Any]
-LANES = 32
 _GROUP, _IN_GROUP = np.arange(LANES) // 4, np.arange(LANES) % 4
 
 

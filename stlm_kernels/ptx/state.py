@@ -1,0 +1,93 @@
+"""What instructions read and change: registers, memory and what is on its way to them."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .asynchronous import Copies, Products
+from .count import Costs
+from .faults import Collector
+from .lanes import LANES
+from .memory import GlobalMemory, SharedMemory
+from .parse import Program
+from .registers import Array, Mask
+from .threads import Threads
+
+
+class State(Threads):
+    """Registers and memory of a batch of blocks.
+
+    A register is an array with an element per thread (or one element, where all threads hold the
+    same).
+
+    Args:
+        program: the kernel.
+        registers: what each slot holds at first.
+        grid: blocks along x, y, z.
+        blocks: indices of the batch's blocks in the grid.
+        parameters: name -> bits, as arrays of one element.
+        memory: global memory.
+        shared_bytes: of each block.
+        collector: where faults go.
+        costs: memory and matrix work is added to it; None where nobody asked.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        registers: list[Array],
+        grid: tuple[int, int, int],
+        blocks: NDArray[np.int64],
+        parameters: dict[str, Array],
+        memory: GlobalMemory,
+        shared_bytes: int,
+        collector: Collector,
+        costs: Costs | None,
+    ) -> None:
+        super().__init__(program, blocks, collector)
+        self.values, self.parameters = registers, parameters
+        self.special = _special_registers(self, grid)
+        self.memory, self.shared = memory, SharedMemory(len(blocks), shared_bytes)
+        self.copies, self.products = Copies(self, self.shared), Products(self)
+        self.costs = costs
+
+    def set(self, slot: int, value: Array, mask: Mask) -> None:
+        """Set a register of the active threads to a value given for all."""
+        self.values[slot] = value if mask is None else np.where(mask, value, self.values[slot])
+
+    def put(self, slot: int, threads: Array, value: Array, mask: Mask) -> None:
+        """Set a register of the active threads to values given for those alone."""
+        if mask is None:
+            self.values[slot] = value
+            return
+        whole = np.array(self.whole(slot))
+        if whole.dtype != value.dtype:
+            whole = whole.astype(value.dtype)
+        whole[threads] = value
+        self.values[slot] = whole
+
+    def of(self, slot: int, threads: Array) -> Array:
+        """A register of these threads."""
+        value = self.values[slot]
+        return np.broadcast_to(value, threads.shape) if len(value) == 1 else value[threads]
+
+    def whole(self, slot: int) -> Array:
+        """A register of all threads."""
+        return np.broadcast_to(self.values[slot], (self.n,))
+
+
+def _special_registers(threads: Threads, grid: tuple[int, int, int]) -> dict[str, Array]:
+    """%tid.x and the like. Triton's blocks have one dimension."""
+    block = threads.block_index.astype(np.uint32)
+    x, y, z = (np.uint32(extent) for extent in grid)
+    one, zero = np.ones(1, np.uint32), np.zeros(1, np.uint32)
+    return {
+        "%tid.x": threads.thread, "%tid.y": zero, "%tid.z": zero,
+        "%ntid.x": one * np.uint32(threads.n_threads), "%ntid.y": one, "%ntid.z": one,
+        "%ctaid.x": block % x, "%ctaid.y": block // x % y, "%ctaid.z": block // (x * y),
+        "%nctaid.x": one * x, "%nctaid.y": one * y, "%nctaid.z": one * z,
+        "%laneid": threads.thread % np.uint32(LANES),
+        "%warpid": threads.thread // np.uint32(LANES),
+        "%clusterid.x": block % x, "%cluster_ctarank": zero, "%cluster_ctaid.x": zero,
+    }  # fmt: skip

@@ -1,0 +1,65 @@
+"""The threads of a batch of blocks, and faults that name one of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .faults import Collector, Fault, Place
+from .lanes import LANES
+from .memory import Reporter
+from .parse import Instruction, Program
+from .registers import Array, Mask
+
+
+class Threads:
+    """Threads of several blocks side by side, block after block.
+
+    Args:
+        program: the kernel.
+        blocks: indices of the batch's blocks in the grid.
+        collector: where faults go.
+    """
+
+    def __init__(self, program: Program, blocks: NDArray[np.int64], collector: Collector) -> None:
+        self.program, self.collector = program, collector
+        count = len(blocks)
+        self.n_threads, self.n = program.threads, program.threads * count
+        self.block = np.repeat(np.arange(count), self.n_threads)  # in the batch
+        self.thread = np.tile(np.arange(self.n_threads, dtype=np.uint32), count)
+        self.warp = (self.thread // LANES).astype(np.int32)
+        self.block_index = blocks[self.block]
+        self.warp_index = np.arange(self.n) // LANES  # in the batch
+        self.epoch = np.zeros(count, np.int32)  # barriers that each block has passed
+        self.current: Instruction = program.instructions[0]
+
+    def active(self, mask: Mask) -> Array:
+        """Indices of the active threads."""
+        return np.arange(self.n) if mask is None else np.flatnonzero(mask)
+
+    def fault(self, kind: str, thread: int | None, detail: str) -> None:
+        place = None
+        if thread is not None:
+            place = Place(int(self.block_index[thread]), int(self.thread[thread]))
+        self.collector.report(Fault(kind, self.program.name, self.current, place, detail))
+
+    def reporter(self, threads: Array) -> Reporter:
+        """Reports faults of an access by these threads."""
+
+        def report(kind: str, wrong: Any, detail: str) -> None:
+            if wrong.any():
+                self.fault(kind, int(threads[np.flatnonzero(wrong)[0]]), detail)
+
+        return report
+
+    def require_whole_warps(self, mask: Mask, what: str = "all 32 lanes") -> None:
+        """A warp-wide instruction needs every lane of each warp that takes part."""
+        if mask is None:
+            return
+        by_warp = np.broadcast_to(mask, (self.n,)).reshape(-1, LANES)
+        partial = by_warp.any(1) & ~by_warp.all(1)
+        if partial.any():
+            thread = int(np.flatnonzero(partial)[0]) * LANES
+            self.fault("barrier", thread, f"expected {what} of the warp here, got some")
