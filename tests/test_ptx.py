@@ -151,6 +151,16 @@ def test_a_barrier_that_half_a_block_skips(kernels: Any) -> None:
         again(done, replaced(r"bar\.sync\s+0;", skip))
 
 
+def test_a_barrier_that_is_switched_off_for_half_a_block(kernels: Any) -> None:
+    done, _, _ = sums(kernels)
+    half = (
+        "{ .reg .pred %half; .reg .b32 %which; mov.u32 %which, %tid.x;\n"
+        "setp.lt.u32 %half, %which, 64;\n@%half bar.sync 0; }"
+    )
+    with pytest.raises(Fault, match=r"barrier: .*some threads of the block never reach"):
+        again(done, replaced(r"bar\.sync\s+0;", half))
+
+
 def test_a_shuffle_that_half_a_warp_skips(kernels: Any) -> None:
     done, _, _ = sums(kernels)
     skip = (
