@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from .model_work import ModelJob
-from .session import Session
+from .harness.model_jobs import ModelJob
+from .harness.session import Session
 
 
 def jobs_of(session: Session) -> list[ModelJob]:

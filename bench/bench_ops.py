@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from .session import Session
-from .work import Job
+from .harness.jobs import Job
+from .harness.session import Session
 
 
 def jobs_of(session: Session) -> list[Job]:

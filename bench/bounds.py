@@ -24,8 +24,8 @@ from stlm_kernels.ptx.__main__ import execute_case
 from stlm_kernels.ptx.bounds import Device, bounds_of, ratio
 from stlm_kernels.registry import OPS
 
-from . import report
-from .command import positive, result_path, write_json
+from .harness import environment
+from .harness.commandline import positive, result_path, write_json
 
 Record = dict[str, Any]
 DTYPE = torch.bfloat16
@@ -155,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         parser.error(str(error))
     path = result_path(options.json, "bounds", parser)
-    about = report.machine(torch.device("cpu"), options.commit)
+    about = environment.describe(torch.device("cpu"), options.commit)
     print(f"lower bounds on {device.name}, bf16, sm_{device.arch}: counted, not timed")
     records = []
     for row in ROWS:

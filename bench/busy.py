@@ -23,8 +23,8 @@ from stlm_models.data import load_corpus
 from stlm_models.threads import ThreadCount
 from stlm_models.trainer import Trainer, TrainOptions
 
-from . import report
-from .command import positive, result_path, write_json
+from .harness import environment
+from .harness.commandline import positive, result_path, write_json
 
 ENOUGH = 0.4
 """The least share of the quiet throughput that a busy core may leave."""
@@ -89,8 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--commit", help="what to record as the commit, where git is not there")
     options = parser.parse_args(arguments)
     path = result_path(options.json, "busy", parser)
-    about = report.machine(torch.device("cpu"), options.commit)
-    print(report.header(about, None))
+    about = environment.describe(torch.device("cpu"), options.commit)
+    print(environment.header(about, None))
     # The rates never change here: a budget of many steps keeps the schedule at its peak.
     budget = TrainOptions(steps=1 << 30, precision=options.precision)
     trainer = Trainer(preset(options.preset), load_corpus(None), budget)

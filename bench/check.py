@@ -19,10 +19,10 @@ from stlm_kernels import terminal
 from stlm_kernels._spec import Case, OpSpec
 from stlm_kernels.registry import OPS
 
-from . import report
-from .command import positive, result_path, write_json
-from .timing import interleaved_medians, keep_freed_memory
-from .work import CaseData, Job, Task, entries_of, passes_of, task_of
+from .harness import environment
+from .harness.commandline import positive, result_path, write_json
+from .harness.jobs import CaseData, Job, Task, entries_of, passes_of, task_of
+from .harness.timing import interleaved_medians, keep_freed_memory
 
 MISS, FAILURE, REPEATS = 1.05, 1.25, 3
 JUDGED = ("no-grad", "fwd+bwd")
@@ -118,8 +118,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     keep_freed_memory()
-    about = report.machine(torch.device("cpu"), options.commit)
-    print(report.header(about, None))
+    about = environment.describe(torch.device("cpu"), options.commit)
+    print(environment.header(about, None))
     print(f"ours, then the best eager peer; the aim is at most {MISS}x, {FAILURE}x fails")
     found = []
     for each in comparisons([OPS[name] for name in options.ops or OPS], options.rounds):

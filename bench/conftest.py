@@ -18,11 +18,12 @@ import torch
 from stlm_kernels.registry import OPS
 
 from . import report, resources
-from .command import positive
-from .model_work import ModelJob
-from .session import Session
-from .timing import Cpu, Gpu, keep_freed_memory
-from .work import Job, left_out
+from .harness import environment
+from .harness.commandline import positive
+from .harness.jobs import Job, left_out
+from .harness.model_jobs import ModelJob
+from .harness.session import Session
+from .harness.timing import Cpu, Gpu, keep_freed_memory
 
 SESSION = pytest.StashKey[Session]()
 ENDS = pytest.StashKey[float]()
@@ -94,7 +95,7 @@ def pytest_benchmark_update_machine_info(
 def facts_of(session: Session) -> dict[str, Any]:
     """What a run says of itself at its end, and whom it did not time."""
     return session.about | {
-        "after": report.machine(session.machine.device, session.about["commit"]),
+        "after": environment.describe(session.machine.device, session.about["commit"]),
         "not_timed": session.not_timed,
         "left_out": [*left_out(OPS.values(), session.tag)],
     }
@@ -108,7 +109,7 @@ def pytest_terminal_summary(
         return
     terminalreporter.section("stlm: speed and memory")
     about = facts_of(session)
-    terminalreporter.write_line(report.header(about, session.ceilings))
+    terminalreporter.write_line(environment.header(about, session.ceilings))
     ops = {record["extra_info"]["op"] for record in session.records} & OPS.keys()
     if isinstance(session.machine, Cpu) and ops:
         terminalreporter.write_line(f"\n{resources.summary(ops)}")

@@ -26,9 +26,10 @@ from stlm_models.precision import faster_precision
 from stlm_models.trainer import PRECISIONS, Trainer, TrainOptions
 
 from . import report
-from .command import positive, result_path, write_json
-from .naive import NAIVE
-from .stock import ops_replaced
+from .harness import environment
+from .harness.baseline_ops import ops_replaced
+from .harness.commandline import positive, result_path, write_json
+from .harness.naive_ops import NAIVE
 
 WAYS = ("ours", "naive")
 
@@ -147,8 +148,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     path = result_path(options.json, "naive-step", parser)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    about = report.machine(device, options.commit)
-    print(report.header(about, None))
+    about = environment.describe(device, options.commit)
+    print(environment.header(about, None))
     results = measure(settings, options.steps)
     found = {way: asdict(result) for way, result in results.items()}
     print("\n".join([str(settings), *report.naive_lines(found)]))

@@ -22,10 +22,10 @@ from stlm_kernels._spec import Case, OpSpec
 from stlm_kernels.inspect import LIMITS, inspect_op, merged, table
 from stlm_kernels.registry import OPS
 
-from . import ncu
-from .proton import under_proton
-from .timing import Ceilings, Gpu
-from .work import CaseData, Job, Task, heads_of, our_entries, task_of
+from .harness.jobs import CaseData, Job, Task, heads_of, our_entries, task_of
+from .harness.timing import Ceilings, Gpu
+from .profiling import ncu
+from .profiling.proton import under_proton
 
 DTYPE = torch.bfloat16
 

@@ -5,114 +5,22 @@
 
 from __future__ import annotations
 
-import datetime
 import json
-import os
-import platform
 import statistics
-import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from stlm_kernels import terminal
-from stlm_kernels._dispatch import has_triton
-from stlm_kernels._launch import device_file
 from stlm_models.files import replace_file
 
-from . import targets
-from .timing import Ceilings
+from .harness import targets
+from .harness.environment import busy_warning
 
 Record = dict[str, Any]
 NAME_WIDTH = 38
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent / "RESULTS.md"
-
-
-def machine(device: torch.device, commit: str | None = None) -> dict[str, Any]:
-    """Device, versions, commit and date of this run."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
-    return {
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0],
-        "gpu_state": (_gpu_state() or "unknown") if device.type == "cuda" else "",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": _triton_version(),
-        "commit": commit or _commit(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "tuned": device.type == "cuda" and device_file(name).exists(),
-    }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _triton_version() -> str:
-    if not has_triton():
-        return "none"
-    import triton
-
-    return triton.__version__
-
-
-def _command(*words: str) -> str:
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout.strip()
-
-
-def _commit() -> str:
-    head = _command("git", "rev-parse", "--short=12", "HEAD")
-    if not head:
-        return "unknown"
-    return f"{head}+changes" if _command("git", "status", "--porcelain") else head
-
-
-def _gpu_state() -> str:
-    fields = "driver_version,clocks.sm,clocks.mem,power.draw,temperature.gpu"
-    return _command("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader")
-
-
-def header(about: dict[str, Any], ceilings: Ceilings | None) -> str:
-    """Two or three lines that every figure below them needs."""
-    configs = "tuned launch configs" if about["tuned"] else "default launch configs"
-    lines = [
-        f"{about['device']}, {about['threads']} threads; torch {about['torch']}, "
-        f"triton {about['triton']}, Python {about['python']}",
-        f"commit {about['commit']}, {about['date']}, {configs}",
-    ]
-    lines += _busy(about)
-    if about["gpu_state"]:
-        states = [about["gpu_state"], about.get("after", {}).get("gpu_state", "")]
-        lines.append(f"driver, clocks, power, temperature: {', then '.join(filter(None, states))}")
-    if ceilings is not None:
-        lines.append(
-            f"measured in this run: copy {ceilings.copy_bytes_per_s / 1e9:.1f} GB/s, "
-            f"matmul {ceilings.matmul_flops_per_s / 1e12:.3f} TFLOP/s"
-        )
-        if not about["gpu_state"]:
-            lines.append(
-                "a roofline share above 100%: it stayed in caches, or needed less arithmetic than"
-                " the kernels' floor counts"
-            )
-    return "\n".join(lines)
-
-
-def _busy(about: dict[str, Any]) -> list[str]:
-    """A process makes a load of its own threads once it runs; at the start it should be idle."""
-    if about.get("load", 0.0) <= 0.5:
-        return []
-    return [f"THE MACHINE WAS BUSY (load {about['load']:.1f} at the start): do not quote"]
 
 
 def tables(records: Sequence[Record], about: dict[str, Any]) -> Iterator[str]:
@@ -251,7 +159,8 @@ def _section(path: Path) -> tuple[str, str]:
     )
     head = f"## `{kind}`, {about['date']}\n\n{about['device']}; {facts}; commit {about['commit']}."
     head += f" Raw: [{path.name}](results/{path.name})"
-    busy = [] if values.keys() & {"resources", "bounds"} else _busy(about)  # those time nothing
+    timed = not values.keys() & {"resources", "bounds"}
+    busy = busy_warning(about) if timed else []
     return about["date"], "\n\n".join([head, *busy, f"```\n{lines}\n```"])
 
 

@@ -23,7 +23,8 @@ from stlm_kernels.inspect import LIMITS, Report, inspect_op, merged, table
 from stlm_kernels.registry import OPS
 
 from . import report
-from .command import write_json
+from .harness import environment
+from .harness.commandline import write_json
 
 PACKAGE = Path(stlm_kernels.__file__).parent
 DTYPE = torch.bfloat16
@@ -95,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="where the result goes (default: bench/results/)")
     parser.add_argument("--commit", help="what to record as the commit, where git is not there")
     options = parser.parse_args(arguments)
-    about = report.machine(torch.device("cpu"), options.commit)
+    about = environment.describe(torch.device("cpu"), options.commit)
     with_kernels = [name for name, spec in OPS.items() if spec.kernels]
     rows = rows_of(list(compiled(with_kernels, options.arch)))
     sources = sources_sha256()

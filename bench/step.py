@@ -25,9 +25,9 @@ from stlm_models.data import load_corpus
 from stlm_models.precision import faster_precision
 from stlm_models.trainer import PRECISIONS, Trainer, TrainOptions
 
-from . import report
-from .command import positive, result_path, write_json
-from .timing import Ceilings, Cpu, Gpu, Timer
+from .harness import environment
+from .harness.commandline import positive, result_path, write_json
+from .harness.timing import Ceilings, Cpu, Gpu, Timer
 
 OPTIMISER, REST, IDLE, WHOLE = "optimiser", "rest", "idle", "whole step"
 
@@ -246,8 +246,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     path = result_path(options.json, "step", parser)
     machine = Gpu() if torch.cuda.is_available() else Cpu()
-    about, ceilings = report.machine(machine.device, options.commit), machine.ceilings()
-    print(report.header(about, ceilings))
+    about, ceilings = environment.describe(machine.device, options.commit), machine.ceilings()
+    print(environment.header(about, ceilings))
     corpus, results = load_corpus(None), {}
     precision = options.precision or faster_precision().name
     for name in options.presets:

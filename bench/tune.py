@@ -31,11 +31,11 @@ from stlm_kernels._spec import Case, OpSpec
 from stlm_kernels.inspect import inspect_op
 from stlm_kernels.registry import OPS
 
-from . import report
-from .command import write_json
+from .harness import environment
+from .harness.commandline import write_json
+from .harness.jobs import CaseData, Job, cases_of, heads_of, our_entries, passes_of, task_of
+from .harness.timing import Gpu, timed_rounds
 from .resources import sources_sha256
-from .timing import Gpu, timed_rounds
-from .work import CaseData, Job, cases_of, heads_of, our_entries, passes_of, task_of
 
 LEAST, MOST = {"num_stages": 1}, {"num_warps": 16, "num_stages": 6}
 """Bounds of a config's values where they are not simply 1 and none."""
@@ -335,7 +335,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         parser.exit(2, "bench.tune: needs a CUDA device; kernels are tuned where they run\n")
     gpu = Gpu()
-    about = report.machine(gpu.device, options.commit)
+    about = environment.describe(gpu.device, options.commit)
     specs = [spec for name, spec in OPS.items() if spec.kernels and name in (options.ops or OPS)]
     dtype = getattr(torch, options.dtype)
     major, minor = torch.cuda.get_device_capability(gpu.device)

@@ -17,11 +17,13 @@ from typing import Any
 import pytest
 import torch
 
-from bench import check, report, timing
-from bench.peers import PEERS, Entry
-from bench.session import Session
-from bench.timing import Cpu, EventTimer, Gpu
-from bench.work import CaseData, Job, Task, entries_of, jobs, left_out, task_of
+from bench import check, report
+from bench.harness import environment, timing
+from bench.harness.jobs import CaseData, Job, Task, entries_of, jobs, left_out, task_of
+from bench.harness.session import Session
+from bench.harness.timing import Cpu, EventTimer, Gpu
+from bench.peers import PEERS
+from bench.peers.entry import Entry
 from stlm_kernels.registry import OPS
 
 ROOT = Path(__file__).parent.parent
@@ -271,7 +273,7 @@ def test_without_an_oracle_nobody_is_timed_and_it_is_tried_once(
         tried.append(1)
         raise OUT_OF_MEMORY
 
-    monkeypatch.setattr("bench.session.CaseData", case_data)
+    monkeypatch.setattr("bench.harness.session.CaseData", case_data)
     session = Session(Cpu(), rehearsal=False)
     for entry in (Entry("mine", SPEC.op, ours=True), Entry("peer", SPEC.op)):
         assert "do not fit in memory" in measured(session, entry)
@@ -354,7 +356,7 @@ def test_freed_memory_is_kept_for_the_next_result(kept: bool) -> None:
     """In a process of its own, whose allocator nobody else needs."""
     code = """
 import resource, torch
-from bench.timing import keep_freed_memory
+from bench.harness.timing import keep_freed_memory
 {}
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(12):
@@ -439,8 +441,8 @@ def test_summary_table() -> None:
 
 
 def test_header_says_what_a_figure_needs() -> None:
-    about = report.machine(CPU, commit="abc123")
-    text = report.header(about | {"load": 3.0}, timing.Ceilings(4.3e12, 790e12))
+    about = environment.describe(CPU, commit="abc123")
+    text = environment.header(about | {"load": 3.0}, timing.Ceilings(4.3e12, 790e12))
     for needed in (torch.__version__, "abc123", "default launch configs", "4300.0 GB/s", "BUSY"):
         assert needed in text
-    assert "BUSY" not in report.header(about | {"load": 0.1}, None)
+    assert "BUSY" not in environment.header(about | {"load": 0.1}, None)

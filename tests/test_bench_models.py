@@ -12,12 +12,14 @@ import torch
 from test_bench import FakeBenchmark, FakeCuda
 
 import stlm_models.layers
-from bench import model_work, packed_peers, report
+from bench import report
 from bench.bench_models import test_model_speed as model_speed
-from bench.model_work import CACHED, GENERATE, OURS, RECOMPUTED, STEP, STOCK_OPS, ModelJob
-from bench.session import Session
-from bench.stock import STOCK, ops_replaced
-from bench.timing import Cpu, Gpu
+from bench.harness import model_jobs
+from bench.harness.baseline_ops import STOCK, ops_replaced
+from bench.harness.model_jobs import CACHED, GENERATE, OURS, RECOMPUTED, STEP, STOCK_OPS, ModelJob
+from bench.harness.session import Session
+from bench.harness.timing import Cpu, Gpu
+from bench.peers import attention_varlen
 from stlm_models.data import Corpus
 
 CORPUS = Corpus("words", [b"the cat sat on the mat, and the dog sat by the door. " * 20], [])
@@ -27,7 +29,7 @@ TEXT_SIZES = (("batch", 3), ("prompt", 9), ("new", 5))
 
 @pytest.fixture
 def session(monkeypatch: pytest.MonkeyPatch) -> Session:
-    monkeypatch.setattr(model_work, "_corpus", lambda: CORPUS)
+    monkeypatch.setattr(model_jobs, "_corpus", lambda: CORPUS)
     return Session(Cpu(), rehearsal=True)
 
 
@@ -119,8 +121,8 @@ def test_no_thread_makes_data_within_a_timed_step(session: Session) -> None:
 
 def test_a_text_is_more_than_one_byte_again_and_again(session: Session) -> None:
     job = ModelJob(GENERATE, "demo", CACHED, TEXT_SIZES)
-    model, prompts = model_work.model_of(job, session.machine), model_work.prompts_of(job)
-    texts = model_work.cached(model, prompts, job["new"])
+    model, prompts = model_jobs.model_of(job, session.machine), model_jobs.prompts_of(job)
+    texts = model_jobs.cached(model, prompts, job["new"])
     assert len(set(texts)) > 1
 
 
@@ -135,7 +137,7 @@ def test_a_model_is_no_graph_on_a_gpu(session: Session, monkeypatch: pytest.Monk
 
 def test_another_text_is_never_timed(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     timed(session, ModelJob(GENERATE, "demo", CACHED, TEXT_SIZES))
-    monkeypatch.setattr(model_work, "recomputed", lambda *_: [b"other"] * 3)
+    monkeypatch.setattr(model_jobs, "recomputed", lambda *_: [b"other"] * 3)
     with pytest.raises(AssertionError, match="another text"):
         timed(session, ModelJob(GENERATE, "demo", RECOMPUTED, TEXT_SIZES))
 
@@ -154,7 +156,7 @@ def test_stock_ops_replace_every_op_of_a_step(session: Session) -> None:
     job = ModelJob(STEP, "demo", STOCK_OPS, STEP_SIZES)
     before = stlm_models.layers.byte_pool
     with ops_replaced({name: watched(name) for name in STOCK}):
-        model_work.loss_and_gradients(model_work.trainer_of(job, session.machine))
+        model_jobs.loss_and_gradients(model_jobs.trainer_of(job, session.machine))
     assert called == set(STOCK)
     assert stlm_models.layers.byte_pool is before
 
@@ -174,19 +176,19 @@ def test_varlen_attn_of_each_torch_gets_what_it_takes(
         return q
 
     given = newer if asks else older
-    monkeypatch.setattr(packed_peers, "function_of", lambda module, name: given)
-    packed_peers._takes.cache_clear()
+    monkeypatch.setattr(attention_varlen, "function_of", lambda module, name: given)
+    attention_varlen._takes.cache_clear()
     q, k = torch.randn(5, 4, 8), torch.randn(5, 2, 8)
     inputs = {"q": q, "k": k, "v": k, "window": 2, "scale": None}
     inputs["cu_seqlens"] = torch.tensor([0, 2, 5], dtype=torch.int32)
-    assert torch.equal(packed_peers._varlen(**packed_peers._varlen_inputs(inputs)), q)
-    packed_peers._takes.cache_clear()
+    assert torch.equal(attention_varlen._varlen(**attention_varlen._varlen_inputs(inputs)), q)
+    attention_varlen._takes.cache_clear()
 
 
 @pytest.mark.parametrize("rehearsal", [True, False])
 def test_model_jobs_have_distinct_names(rehearsal: bool) -> None:
     for machine in (Cpu(), Gpu(FakeCuda(), torch.device("cpu"), flush_bytes=1 << 10)):
-        jobs = model_work.model_jobs(machine, rehearsal, full=True)
+        jobs = model_jobs.model_jobs(machine, rehearsal, full=True)
         assert len({job.id for job in jobs}) == len(jobs)
         for group in {job.group for job in jobs}:
             assert {job.entry.ours for job in jobs if job.group == group} == {True, False}

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-import bench.command
 import bench.tune
 import stlm_models.files
+from bench.harness import commandline
 from stlm_models.files import is_stdout, replace_file, require_writable
 from stlm_models.progress import Metrics, draw_loss_curve, read_metrics
 
@@ -114,12 +114,12 @@ class TestWriters:
     def test_the_place_of_a_result_is_tried_without_a_trace(self, tmp_path: Path) -> None:
         """It was an empty file, which stayed where the work failed."""
         parser = argparse.ArgumentParser()
-        path = bench.command.result_path(tmp_path / "new" / "result.json", "name", parser)
+        path = commandline.result_path(tmp_path / "new" / "result.json", "name", parser)
         assert not path.exists()
-        bench.command.write_json(path, {"a": 1})
+        commandline.write_json(path, {"a": 1})
         assert json.loads(path.read_text()) == {"a": 1}
         with pytest.raises(SystemExit):
-            bench.command.result_path(tmp_path, "name", parser)
+            commandline.result_path(tmp_path, "name", parser)
 
 
 class TestLinks:

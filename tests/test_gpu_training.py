@@ -15,7 +15,7 @@ from test_compile import CORPUS, SMALL
 from test_gpu import synchronisation_is_an_error
 from torch import Tensor
 
-from bench.model_work import fill_zeros
+from bench.harness.model_jobs import fill_zeros
 from stlm_models import BytePatcher
 from stlm_models.config import preset
 from stlm_models.data import Corpus

@@ -11,9 +11,10 @@ from norms import assert_as_right
 from torch import Tensor
 
 from bench import naive_step, report
-from bench.naive import NAIVE
+from bench.harness import environment
+from bench.harness.baseline_ops import ops_replaced
+from bench.harness.naive_ops import NAIVE
 from bench.naive_step import Result, Settings, measure
-from bench.stock import ops_replaced
 from stlm_models import STLM, ModelConfig
 
 TINY = ModelConfig(
@@ -127,7 +128,7 @@ def test_the_command_and_its_page(
     monkeypatch.setattr(naive_step, "measure", lambda settings, steps: results)
     out = tmp_path / "naive.json"
     words = ["demo", "--precision", "fp32", "--commit", "abc", "--json", str(out)]
-    monkeypatch.setattr(report.os, "getloadavg", lambda: (1.5, 0.0, 0.0))
+    monkeypatch.setattr(environment.os, "getloadavg", lambda: (1.5, 0.0, 0.0))
     naive_step.main(words)
     page = report.page(tmp_path)
     for text in (capsys.readouterr().out, page):
@@ -135,6 +136,6 @@ def test_the_command_and_its_page(
         assert "THE MACHINE WAS BUSY (load 1.5" in text
     assert "`python -m bench.naive_step demo`" in page
     assert "commit abc" in page
-    monkeypatch.setattr(report.os, "getloadavg", lambda: (0.1, 0.0, 0.0))
+    monkeypatch.setattr(environment.os, "getloadavg", lambda: (0.1, 0.0, 0.0))
     naive_step.main(words)
     assert "BUSY" not in report.page(tmp_path)

@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import others, packed_peers
-from bench.peers import PEERS
-from bench.work import CaseData
+from bench.harness.jobs import CaseData
+from bench.peers import PEERS, attention_varlen, installed
 from stlm_kernels._spec import case
 from stlm_kernels.registry import OPS
 
@@ -44,8 +43,11 @@ def _cce(
 
 @pytest.mark.parametrize("name", ["Liger", "CCE, exact"])
 def test_losses_of_others(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = {others._LIGER: SimpleNamespace(apply=_liger), others._CCE: _cce}
-    monkeypatch.setattr(others, "_found", lambda module, name: (given[module, name], None))
+    given = {
+        losses._LIGER: SimpleNamespace(apply=_liger),
+        losses._CCE: _cce,
+    }
+    monkeypatch.setattr(installed, "_found", lambda module, name: (given[module, name], None))
     spec = OPS["linear_cross_entropy"]
     entry = next(x for x in PEERS[spec.name] if x.name == name)
     data = CaseData(spec, spec.tagged("smoke")[0], torch.float32, CPU)
@@ -67,18 +69,18 @@ def test_patches_as_documents(causal: int, monkeypatch: pytest.MonkeyPatch) -> N
         spec = OPS["patch_attention"]
         return spec.yardstick(q, k, v, cu, causal=causal, scale=options["scale"])
 
-    monkeypatch.setattr(packed_peers, "function_of", lambda module, name: varlen)
-    monkeypatch.setattr(packed_peers, "_takes", lambda module, name, argument: True)
+    monkeypatch.setattr(attention_varlen, "function_of", lambda module, name: varlen)
+    monkeypatch.setattr(attention_varlen, "_takes", lambda module, name, argument: True)
     spec = OPS["patch_attention"]
     sizes = {"T": 30, "P": 4, "H": 2, "KV": 1, "K": 16, "borders": "ragged", "causal": causal}
     data = CaseData(spec, case(**sizes), torch.float32, CPU)
-    entry = packed_peers.PATCH_VARLEN
+    entry = attention_varlen.PATCH_VARLEN
     assert data.errors_of(entry, entry.function)["out"] < 1e-5
     assert seen["enable_gqa"]
     assert seen["longest"] == int(data.first.inputs["cu_patchlens"].diff().max())
 
 
 def test_what_is_not_installed_is_no_peer() -> None:
-    assert others.function_of("no_such_library.ops", "anything") is None
-    assert others.function_of("json", "no_such_function") is None
-    assert others.function_of("json", "dumps") is not None
+    assert installed.function_of("no_such_library.ops", "anything") is None
+    assert installed.function_of("json", "no_such_function") is None
+    assert installed.function_of("json", "dumps") is not None

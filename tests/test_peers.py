@@ -9,8 +9,7 @@ import pytest
 import torch
 from op_helpers import LargestTensor
 
-from bench import others
-from bench.peers import PEERS
+from bench.peers import PEERS, installed
 from stlm_kernels.registry import OPS
 
 CANNOT_IMPORT = "raise ModuleNotFoundError(\"No module named 'packaging'\")"
@@ -31,15 +30,15 @@ def test_a_missing_peer_says_why(
     name = f"a_library_of_{len(code)}_letters"
     (tmp_path / f"{name}.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
-    said = others.why_missing(name, "loss")
-    assert (others.function_of(name, "loss") is None) == (reason is not None)
+    said = installed.why_missing(name, "loss")
+    assert (installed.function_of(name, "loss") is None) == (reason is not None)
     assert (
         said is None if reason is None else said is not None and said.endswith(reason.format(name))
     )
 
 
 def test_a_library_that_is_not_there() -> None:
-    assert others.why_missing("no_such_library.of_it", "f") == "no no_such_library is installed"
+    assert installed.why_missing("no_such_library.of_it", "f") == "no no_such_library is installed"
 
 
 def test_only_the_unfused_peer_forms_all_logits() -> None:

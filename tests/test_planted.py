@@ -15,10 +15,10 @@ from test_bench import CASE, CPU, SPEC, FakeBenchmark, job_of
 from torch import Tensor
 
 from bench.bench_ops import test_speed as speed
-from bench.peers import Entry
-from bench.session import Session
-from bench.timing import Cpu, Gpu, Plan, timed_rounds
-from bench.work import CaseData, Job, Task, task_of
+from bench.harness.jobs import CaseData, Job, Task, task_of
+from bench.harness.session import Session
+from bench.harness.timing import Cpu, Gpu, Plan, timed_rounds
+from bench.peers.entry import Entry
 from stlm_kernels._spec import Case, OpSpec
 from stlm_kernels.registry import OPS
 

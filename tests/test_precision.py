@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import stlm_models.train
-from bench import naive_step, step, timing, twins
+from bench import baselines, naive_step, step
+from bench.harness import timing
 from stlm_models import precision
 from stlm_models.data import Corpus
 from stlm_models.parallel import Ranks
@@ -177,7 +178,7 @@ class Asked(Exception):
     """Raised where the rule is asked."""
 
 
-@pytest.mark.parametrize("bench", [naive_step, step, twins])
+@pytest.mark.parametrize("bench", [naive_step, step, baselines])
 def test_benchmarks_follow_the_same_rule(
     bench: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,6 +193,6 @@ def test_benchmarks_follow_the_same_rule(
         monkeypatch.setattr(bench, name, too_late)
     monkeypatch.setattr(bench, "load_corpus", lambda _, **options: Corpus("text", [WORDS], [WORDS]))
     for name in ("Cpu", "Gpu"):
-        monkeypatch.setattr(f"bench.timing.{name}.ceilings", lambda _: CEILINGS)
+        monkeypatch.setattr(f"bench.harness.timing.{name}.ceilings", lambda _: CEILINGS)
     with pytest.raises(Asked):
         bench.main([])

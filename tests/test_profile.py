@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from bench import ncu, profile, proton
-from bench.work import Task
+from bench import profile
+from bench.harness.jobs import Task
+from bench.profiling import ncu, proton
 from stlm_kernels import _launch, inspect
 from stlm_kernels.registry import OPS
 
@@ -263,7 +264,7 @@ def test_flops_belong_to_the_kernel_that_does_them_all(name: str, one: bool) -> 
 
 @pytest.mark.lanes("gpu")
 def test_proton_sees_the_kernels_of_a_pass(tmp_path: Path) -> None:
-    from bench.timing import Gpu
+    from bench.harness.timing import Gpu
 
     task = profile.judged_task(BACKWARD, Gpu())
     text = proton.under_proton(task, tmp_path / "run", {"bytes": 1, "flops": 1}, {KERNEL: 10})

@@ -1,4 +1,4 @@
-"""What is published: the page of results, the figures of the README, and what grew between runs."""
+"""What is published: the page of results, and the figures of the README."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from bench import compare, report
+from bench import report
 
 ROOT = Path(__file__).parent.parent
 RAW = re.compile(r"bench/results/[\w.-]+\.json")
@@ -115,59 +115,3 @@ def test_a_figure_without_a_run_is_found(tmp_path: Path, text: str, wrong: list[
     (tmp_path / "bench/results").mkdir(parents=True)
     (tmp_path / "bench/results/a.json").write_text(json.dumps({"x": [2.4999], "mib": 1024}))
     assert sorted(set(unfounded(text, tmp_path))) == wrong
-
-
-# What grew
-
-
-def run_file(path: Path, medians: dict[str, float], iqr: float = 1e-6, device: str = "A") -> Path:
-    records = [
-        {
-            "extra_info": {"op": "byte_pool", "case": "T9", "dtype": "float32", "pass": name,
-                           "entry": "torch", "ours": True},
-            "stats": {"median": median, "iqr": iqr},
-        }
-        for name, median in medians.items()
-    ]  # fmt: skip
-    results = {"machine_info": {"stlm": {"device": device}}, "benchmarks": records}
-    path.write_text(json.dumps(results))
-    return path
-
-
-@pytest.mark.parametrize(
-    ("new", "iqr", "code"),
-    [
-        (1.04e-3, 1e-6, 0),  # below 5%
-        (1.06e-3, 1e-6, 1),
-        (1.06e-3, 3e-5, 0),  # within three spreads
-        (0.5e-3, 1e-6, 0),
-    ],
-)
-def test_growth_beyond_noise_fails(
-    tmp_path: Path, capsys: Any, new: float, iqr: float, code: int
-) -> None:
-    old = run_file(tmp_path / "old.json", {"fwd": 1e-3, "bwd": 1e-3})
-    after = run_file(tmp_path / "new.json", {"fwd": new, "bwd": 1e-3}, iqr)
-    assert compare.main([str(old), str(after)]) == code
-    assert ("GREW" in capsys.readouterr().out) == bool(code)
-
-
-def test_what_is_gone_fails(tmp_path: Path, capsys: Any) -> None:
-    old = run_file(tmp_path / "old.json", {"fwd": 1e-3, "bwd": 1e-3})
-    new = run_file(tmp_path / "new.json", {"fwd": 1e-3})
-    assert compare.main([str(old), str(new)]) == 1
-    assert "GONE  byte_pool T9 float32 bwd torch" in capsys.readouterr().out
-
-
-def test_files_that_cannot_be_compared(tmp_path: Path, capsys: Any) -> None:
-    old = run_file(tmp_path / "old.json", {"fwd": 1e-3})
-    other = run_file(tmp_path / "other.json", {"fwd": 1e-3}, device="B")
-    (tmp_path / "notes.json").write_text("{}")
-    for new, message in (
-        (other, "expected a file of A"),
-        (tmp_path / "notes.json", "expected JSON of"),
-        (tmp_path / "missing.json", "expected JSON of"),
-    ):
-        with pytest.raises(SystemExit):
-            compare.main([str(old), str(new)])
-        assert message in capsys.readouterr().err

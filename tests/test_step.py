@@ -15,7 +15,8 @@ from model_helpers import TINY
 from torch.autograd import DeviceType
 
 import stlm_models.config
-from bench import step, timing
+from bench import step
+from bench.harness import timing
 from stlm_models.data import Corpus
 from stlm_models.trainer import Trainer, TrainOptions
 

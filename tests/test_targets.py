@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from bench import targets
-from bench.model_work import ModelJob, model_jobs
+from bench.harness import targets
+from bench.harness.jobs import cases_of, passes_of
+from bench.harness.model_jobs import ModelJob, model_jobs
+from bench.harness.timing import Gpu
 from bench.peers import PEERS
-from bench.timing import Gpu
-from bench.work import cases_of, passes_of
 from stlm_kernels.registry import OPS
 
 OURS_US = 20.0

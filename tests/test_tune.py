@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from bench import report, tune
-from bench.work import CaseData
+from bench import tune
+from bench.harness import environment
+from bench.harness.jobs import CaseData
 from stlm_kernels import _launch
 from stlm_kernels._launch import Config
 from stlm_kernels.ops.byte_pool import launch as byte_pool_launch
@@ -189,7 +190,7 @@ def test_tuned_file_is_merged_and_read_back(
 ) -> None:
     monkeypatch.setattr(_launch, "_TUNED", tmp_path)
     path = _launch.device_file("Some GPU")
-    about = report.machine(CPU, commit="abc123")
+    about = environment.describe(CPU, commit="abc123")
     tune.write(path, about, {"a/x": {"config": {"n": 1}, "us": 2.0}})
     tune.write(path, about, {"b/y": {"config": {"n": 2}, "us": 1.0}})
     _launch._tuned_table.cache_clear()

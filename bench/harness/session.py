@@ -9,10 +9,10 @@ import torch
 
 from stlm_kernels.registry import OPS
 
-from . import report
-from .model_work import ModelJob, Models, model_jobs
+from . import environment
+from .jobs import CaseData, Job, Task, jobs, task_of
+from .model_jobs import ModelJob, Models, model_jobs
 from .timing import Ceilings, Cpu, Gpu
-from .work import CaseData, Job, Task, jobs, task_of
 
 
 class Unjudged(Exception):
@@ -27,9 +27,9 @@ class Session:
     ) -> None:
         self.machine = machine
         self.rehearsal, self.full = rehearsal, full
-        self.records: list[report.Record] = []
+        self.records: list[dict[str, Any]] = []
         self.not_timed: list[dict[str, str]] = []
-        self.about = report.machine(machine.device, commit)
+        self.about = environment.describe(machine.device, commit)
         self.models = Models(machine, self.backend)
         self._ceilings: Ceilings | None = None
         self._data: CaseData | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from stlm_kernels._spec import Case, Inputs
 
 from .entry import Entry, compiled
-from .others import LOSSES
+from .installed import function_of, on_gpu, why_missing
 
 
 def _logits(inputs: Inputs) -> Tensor:
@@ -73,6 +74,63 @@ def _linear_kl_div(**inputs: Any) -> Tensor:
     return loss * temperature**2
 
 
+# Losses of other libraries
+
+NOT_ASKED_FOR = ("bias", "cap", "valid", "smoothing", "z", "scale", "weights", "lse")
+
+
+def _reason(module: str, name: str) -> Callable[[Case], str | None]:
+    def unsupported(case: Case) -> str | None:
+        special = set(NOT_ASKED_FOR) & set(case.sizes)
+        if special:
+            return f"it is not asked for {' and '.join(sorted(special))}"
+        return why_missing(module, name) or on_gpu(case)
+
+    return unsupported
+
+
+_LIGER = (
+    "liger_kernel.ops.fused_linear_cross_entropy",
+    "LigerFusedLinearCrossEntropyFunction",
+)
+_CCE = ("cut_cross_entropy", "linear_cross_entropy")
+
+
+def _liger(**inputs: Any) -> Tensor:
+    """Its autograd function: what stands around it needs another library."""
+    loss: Tensor = function_of(*_LIGER).apply(
+        inputs["input"],
+        inputs["linear_weight"],
+        inputs["target"],
+        None,  # bias
+        None,  # weights of classes
+        -100,
+        0.0,  # z-loss
+        0.0,  # label smoothing
+        inputs["reduction"],
+    )[0]
+    return loss
+
+
+def _cce(**inputs: Any) -> Tensor:
+    """Without its filter of small gradients; every release knows these arguments."""
+    operands = inputs["input"], inputs["linear_weight"], inputs["target"]
+    loss: Tensor = function_of(*_CCE)(
+        *operands, reduction=inputs["reduction"], filter_eps=None, impl="cce"
+    )
+    return loss
+
+
+_LOSSES = (
+    Entry("Liger", _liger, unsupported=_reason(*_LIGER)),
+    Entry(
+        "CCE, exact",
+        _cce,
+        unsupported=_reason(*_CCE),
+        loose_gradients="it adds up the table's gradient in 16 bits",
+    ),
+)
+
 _LINEAR_KL = Entry("F.linear + F.kl_div", _linear_kl_div, unsupported=_plain_head)
 _LINEAR_CE = Entry("F.linear + F.cross_entropy", _linear_cross_entropy, unsupported=_plain_head)
 _LINEAR_LOGP = Entry("F.linear + log_softmax", _linear_log_softmax, unsupported=_plain_head)
@@ -89,7 +147,7 @@ PEERS: dict[str, tuple[Entry, ...]] = {
             )
             for name, chunked in (("unfused", False), ("chunked", True))
         ),
-        *LOSSES,
+        *_LOSSES,
         compiled(_LINEAR_CE),
     ),
     "linear_kl_div": (_LINEAR_KL, compiled(_LINEAR_KL)),

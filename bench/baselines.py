@@ -28,7 +28,8 @@ from stlm_models.trainer import PRECISIONS, StepResult, Trainer, TrainOptions
 from stlm_models.words import WordVocabulary
 
 from . import report
-from .command import positive, result_path, write_json
+from .harness import environment
+from .harness.commandline import positive, result_path, write_json
 
 KINDS = ("", "-flat", "-word")
 RATES = {"": (0.04, 0.008), "-flat": (0.04, 0.008), "-word": (0.04, 0.008)}
@@ -172,8 +173,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if parsed.threads is not None:
         torch.set_num_threads(parsed.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    about = report.machine(device, parsed.commit)
-    print(report.header(about, None))
+    about = environment.describe(device, parsed.commit)
+    print(environment.header(about, None))
     try:
         corpus, contenders = contenders_of(parsed)
     except (ValueError, OSError) as error:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .work import Task
+from .jobs import Task
 
 Timer = Callable[[], float]
 Prepared = tuple[tuple[Any, ...], dict[str, Any]]

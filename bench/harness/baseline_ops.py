@@ -21,8 +21,8 @@ import stlm_kernels
 from stlm_kernels import Patches
 from stlm_kernels._spec import Inputs, case
 
-from .entry import Entry
-from .peers import PEERS
+from ..peers import PEERS
+from ..peers.entry import Entry
 
 Ops = Mapping[str, Callable[..., Any]]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from stlm_kernels._spec import Case, Inputs
 
 from .entry import Entry, lengths_of
-from .others import function_of, on_gpu, own_keys, why_missing
+from .installed import function_of, on_gpu, own_keys, why_missing
 
 _VARLEN = ("torch.nn.attention.varlen", "varlen_attn")
 _FLA = ("fla.ops.attn", "parallel_attn")

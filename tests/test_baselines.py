@@ -14,7 +14,7 @@ import torch
 from model_helpers import TINY
 
 import stlm_models.config
-from bench import report, twins
+from bench import baselines, report
 from stlm_models import ModelConfig, bits_per_byte
 from stlm_models.checkpoint import load_checkpoint
 from stlm_models.data import Corpus, load_corpus
@@ -35,8 +35,8 @@ def tiny_presets(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(stlm_models.config.PRESETS, name, config)
 
 
-def contender(name: str, config: ModelConfig = TINY, minutes: float = 1.0) -> twins.Contender:
-    return twins.Contender(
+def contender(name: str, config: ModelConfig = TINY, minutes: float = 1.0) -> baselines.Contender:
+    return baselines.Contender(
         name, Trainer(config, CORPUS, TrainOptions(minutes=minutes, batch_size=2))
     )
 
@@ -63,7 +63,7 @@ class TestEqualMinutes:
     def test_each_is_charged_its_own_steps(self, monkeypatch: pytest.MonkeyPatch) -> None:
         FakeSteps(monkeypatch, {TINY: 0.5, FLAT: 2.0, WORD: 7.0})
         all_three = [contender(name, config) for name, config in TINIES.items()]
-        twins.compete(all_three, turn_seconds=5.0)
+        baselines.compete(all_three, turn_seconds=5.0)
         seconds = [each.trainer.seconds for each in all_three]
         assert seconds == [60.0, 60.0, 63.0]  # the step that crosses the line is the last
         assert [each.trainer.step for each in all_three] == [120, 30, 9]
@@ -72,7 +72,7 @@ class TestEqualMinutes:
     def test_all_take_turns(self, monkeypatch: pytest.MonkeyPatch) -> None:
         fake = FakeSteps(monkeypatch, {TINY: 1.0, FLAT: 2.0})
         both = [contender("a", TINY, 0.1), contender("b", FLAT, 0.1)]
-        twins.compete(both, turn_seconds=3.0)
+        baselines.compete(both, turn_seconds=3.0)
         assert fake.order == [TINY] * 3 + [FLAT] * 2 + [TINY] * 3 + [FLAT]
 
     def test_what_happens_between_turns_is_free(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,24 +147,24 @@ class TestWordTrainer:
 
 
 def test_rows_of_words_hold_as_many_bytes() -> None:
-    config = twins.config_of("demo-word", CORPUS, row_bytes=64)
+    config = baselines.config_of("demo-word", CORPUS, row_bytes=64)
     trainer = Trainer(config, CORPUS, TrainOptions(steps=1, batch_size=2))
     assert config.context * trainer.bytes_per_id == pytest.approx(64, rel=0.05)
-    assert twins.config_of("demo-flat", CORPUS, row_bytes=64) == FLAT
+    assert baselines.config_of("demo-flat", CORPUS, row_bytes=64) == FLAT
 
 
 def test_rates_to_try(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(twins, "load_corpus", lambda data, **_: CORPUS)
+    monkeypatch.setattr(baselines, "load_corpus", lambda data, **_: CORPUS)
     words = ["--rates", "0.02/0.004", "0.1/1", "--precision", "fp32"]
-    _, found = twins.contenders_of(twins._parser().parse_args(words))
+    _, found = baselines.contenders_of(baselines._parser().parse_args(words))
     rates = [(each.trainer.options.muon_lr, each.trainer.options.adamw_lr) for each in found]
     assert rates == 3 * [(0.02, 0.004), (0.1, 1.0)]
     assert found[-1].name == "demo-word@0.1/1"
 
 
 def test_first_bytes() -> None:
-    assert twins.first_bytes([b"abc", b"defg", b"h"], 5) == [b"abc", b"de"]
-    assert twins.first_bytes([b"abc"], 9) == [b"abc"]
+    assert baselines.first_bytes([b"abc", b"defg", b"h"], 5) == [b"abc", b"de"]
+    assert baselines.first_bytes([b"abc"], 9) == [b"abc"]
 
 
 @pytest.mark.parametrize(
@@ -184,10 +184,10 @@ def test_wrong_arguments(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(
-        twins, "load_corpus", lambda data, **_: load_corpus(data) if data else CORPUS
+        baselines, "load_corpus", lambda data, **_: load_corpus(data) if data else CORPUS
     )
     with pytest.raises(SystemExit):
-        twins.main([*arguments, "--precision", "fp32", "--commit", "abc"])
+        baselines.main([*arguments, "--precision", "fp32", "--commit", "abc"])
     assert message in capsys.readouterr().err
 
 
@@ -196,9 +196,9 @@ def test_the_command(
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_bytes(TEXT)
-    out = tmp_path / "results" / "twins.json"
+    out = tmp_path / "results" / "baselines.json"
     arguments = ["--minutes", "0.005", "--turn", "0.1", "--rows", "2", "--precision", "fp32"]
-    twins.main([*arguments, "--data", str(text), "--out", str(out), "--commit", "abc"])
+    baselines.main([*arguments, "--data", str(text), "--out", str(out), "--commit", "abc"])
     result: dict[str, Any] = json.loads(out.read_text())
     assert result["twins"].keys() == TINIES.keys()
     for name, found in result["twins"].items():
@@ -206,7 +206,7 @@ def test_the_command(
         assert 0 < found["bits_per_byte"] < 9
         assert found["bytes_read"] == found["curve"][-1]["bytes"] > 0
         assert found["held_out_bytes"] == len(TEXT) // 10
-        assert (found["muon_lr"], found["adamw_lr"]) == twins.RATES[name.removeprefix("demo")]
+        assert (found["muon_lr"], found["adamw_lr"]) == baselines.RATES[name.removeprefix("demo")]
     assert result["machine"]["commit"] == "abc"
     shown = capsys.readouterr().out
     assert "bits per byte of training: demo " in shown

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from stlm_kernels import Patches
 
-from .blt_patches import by_search, patches_by_document
-from .stock import STOCK, Ops
+from ..peers.find_patches import by_search, patches_by_document
+from .baseline_ops import STOCK, Ops
 
 
 def find_patches(byte_ids: Tensor, *, max_patches: int | None = None, **options: object) -> Patches:

@@ -12,7 +12,7 @@ from unittest import mock
 
 from torch import Tensor
 
-from .work import Task
+from ..harness.jobs import Task
 
 ROUNDS = 20
 

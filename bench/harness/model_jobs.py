@@ -19,9 +19,9 @@ from stlm_models.data import Corpus, load_corpus
 from stlm_models.loader import Batch, Loader
 from stlm_models.trainer import Trainer, TrainOptions
 
-from .stock import STOCK, Ops, ops_replaced, with_impl
+from .baseline_ops import STOCK, Ops, ops_replaced, with_impl
+from .jobs import Task, relative_rms
 from .timing import Cpu, Gpu
-from .work import Task, relative_rms
 
 STEP, GENERATE = "model-step", "generate"
 CONTEXT_ON_CPU = 1024

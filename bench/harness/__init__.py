@@ -1,0 +1,1 @@
+"""What the benchmark run and the commands share."""

@@ -1,0 +1,1 @@
+"""Profilers on a GPU: Nsight Compute and Proton."""
