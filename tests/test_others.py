@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bench.harness.jobs import CaseData
 from bench.peers import PEERS, attention_varlen, installed
+from bench.peers import linear_cross_entropy as losses
 from stlm_kernels._spec import case
 from stlm_kernels.registry import OPS
 
