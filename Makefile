@@ -68,10 +68,10 @@ lane-cpu lane-interpret lane-aot lane-compiled: lane-%: $(READY)
 # No result may hang on how a CPU rounds: the critical tests under one other instruction set, and
 # with `make test-full` all value tests under each that this CPU has.
 another-set: $(READY)
-	$(PY) tests/instruction_sets.py --critical
+	$(PY) tests/helpers/instruction_sets.py --critical
 
 full-sets: $(READY)
-	$(PY) tests/instruction_sets.py
+	$(PY) tests/helpers/instruction_sets.py
 
 # The oldest triton that pyproject.toml allows, and those after the pinned one (docs/versions.md).
 # The interpreter of 3.6 needs numpy below 2.4.
@@ -95,8 +95,8 @@ full-trainers:
 	$(VENV)-trainers/bin/pip install --quiet --disable-pip-version-check -c constraints.txt \
 	    -e '.[dev,hf]' accelerate lightning peft trl lm_eval
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)-trainers/bin/python -m pytest -q --lane cpu \
-	    tests/test_huggingface.py tests/test_huggingface_generate.py \
-	    tests/test_huggingface_trainers.py tests/test_tied_embedding.py tests/test_architecture.py
+	    tests/models/test_huggingface.py tests/models/test_huggingface_generate.py \
+	    tests/models/test_huggingface_trainers.py tests/models/test_tied_embedding.py tests/project/test_architecture.py
 
 bench: $(READY)
 	$(PY) -m pytest bench --benchmark-only
@@ -148,7 +148,7 @@ gpu-test: gpu-site
 	    --junitxml=$(OUT)/gpu-test.xml 2>&1 | tee -a $(OUT)/gpu-test.log
 	-$(call GPU_TEST,2) $(call SPREAD,1) -m alone \
 	    --junitxml=$(OUT)/gpu-test-alone.xml 2>&1 | tee -a $(OUT)/gpu-test.log
-	$(WITH_SITE) tests/digest.py $(RESULTS) 2>&1 | tee -a $(OUT)/gpu-test.log
+	$(WITH_SITE) tests/helpers/digest.py $(RESULTS) 2>&1 | tee -a $(OUT)/gpu-test.log
 
 gpu-bench: gpu-site
 	$(GPU_RUN) pytest bench --benchmark-only -k '$(LINES)' $(FULL) --minutes $(GPU_MINUTES) --commit $(COMMIT) \

@@ -15,14 +15,14 @@ import os
 import platform
 import time
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from digest import NO_TIME
+from helpers.digest import NO_TIME
+from helpers.lanes import FP32, LANES, WAYS
+from helpers.strict_interpreter import refuse_masks_that_are_not_bool
 from hypothesis import HealthCheck, settings
-from strict_interpreter import refuse_masks_that_are_not_bool
 
 LANES_MAY_DIFFER = {
     "stlm_attention_bwd_q": (
@@ -32,34 +32,8 @@ LANES_MAY_DIFFER = {
     ),
 }
 """Kernels of which the compiled lane accepts faults of the kind "lanes", and why."""
-LANES = ("cpu", "interpret", "aot", "compiled", "gpu")
 # Values, then what only a GPU shows: minutes there may be cut off.
 FIRST_ON_A_GPU = {"test_ops": 0, "test_gpu": 1}
-FP32, FP16, BF16, FP64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
-
-
-@dataclass(frozen=True)
-class Way:
-    """One implementation on one device with one dtype."""
-
-    impl: str
-    device: str
-    dtype: torch.dtype
-
-    def __str__(self) -> str:
-        return f"{self.impl}-{self.device}-{str(self.dtype).removeprefix('torch.')}"
-
-
-WAYS = {
-    "cpu": [Way("torch", "cpu", dtype) for dtype in (FP32, BF16, FP16, FP64)],
-    "interpret": [Way("triton", "cpu", dtype) for dtype in (FP32, FP16)],
-    "aot": [],
-    "compiled": [Way("triton", "cpu", dtype) for dtype in (BF16, FP16, FP32)],
-    "gpu": [
-        *(Way("triton", "cuda", dtype) for dtype in (FP32, BF16, FP16)),
-        *(Way("torch", "cuda", dtype) for dtype in (FP32, BF16)),
-    ],
-}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -81,7 +55,7 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["TRITON_INTERPRET"] = "1"
     else:
         os.environ.pop("TRITON_INTERPRET", None)
-    from margins import Margins  # it imports triton
+    from helpers.margins import Margins  # it imports triton
 
     strict = config.getoption("--full") or config.getoption("--margins")
     config.pluginmanager.register(Margins(strict))

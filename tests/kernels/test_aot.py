@@ -1,0 +1,140 @@
+"""Every kernel compiled ahead of time for GPUs that are not here: resources and instructions.
+
+These are the compiler's facts. They say nothing about speed, races or bf16 accuracy.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+from helpers.accepted_spills import LATER, PINNED, accepted
+
+from stlm_kernels import _launch, env
+from stlm_kernels._spec import Case, OpSpec
+from stlm_kernels.inspect import LIMITS, Report, inspect_op, merged, table
+from stlm_kernels.registry import OPS
+
+pytestmark = pytest.mark.lanes("aot")
+
+MMA_OPCODE = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
+SPILLS_ALLOWED = accepted(env.version_of("triton"))
+
+KERNELS = {"sum_splits", *(name for spec in OPS.values() for name in spec.kernels)}
+WITH_KERNELS = [pytest.param(spec, id=name) for name, spec in OPS.items() if spec.kernels]
+
+
+def dtypes(full: bool) -> list[torch.dtype]:
+    return [torch.bfloat16, torch.float32, *([torch.float16] if full else [])]
+
+
+def takes_floats(spec: OpSpec) -> bool:
+    """Whether the dtype changes anything of what is compiled."""
+    inputs = spec.make_inputs(spec.tagged("smoke")[0], torch.float32, torch.device("cpu"), 0)
+    return any(isinstance(x, torch.Tensor) and x.is_floating_point() for x in inputs.values())
+
+
+def archs(full: bool) -> list[int]:
+    return [80, 90, 100] if full else [90]
+
+
+def aot_cases(spec: OpSpec, full: bool) -> list[Case]:
+    return spec.tagged("aot", *(["aot_full"] if full else []))
+
+
+def assert_fits(report: Report) -> None:
+    where = f"{report.kernel} sm_{report.arch} {report.config}"
+    most, _ = SPILLS_ALLOWED.get((report.kernel, report.arch), (0, ""))
+    spills = report.spill_instructions
+    assert spills <= most, f"{where}: {spills} spills, {most} allowed"
+    if most == 0:
+        assert report.stack_bytes == 0, f"{where}: {report.stack_bytes} bytes of stack"
+    assert report.shared_bytes <= LIMITS[report.arch].shared_per_block, where
+    assert report.occupancy > 0, where
+
+
+@pytest.mark.parametrize("spec", WITH_KERNELS)
+def test_shipped_configs_compile_and_fit(spec: OpSpec, full: bool) -> None:
+    opcodes: dict[tuple[str, int, torch.dtype], set[str]] = {}
+    chosen = dtypes(full) if takes_floats(spec) else [torch.float32]
+    for arch, dtype, case in product(archs(full), chosen, aot_cases(spec, full)):
+        for report in inspect_op(spec, case, arch, dtype):
+            assert_fits(report)
+            key = (report.kernel.removeprefix("stlm_"), arch, dtype)
+            opcodes.setdefault(key, set()).update(report.mma.split("+"))
+    for (name, arch, dtype), found in opcodes.items():
+        if name in spec.mma_kernels and dtype != torch.float32:
+            assert MMA_OPCODE[arch] in found, f"{name} runs on {found}"
+    seen = {name for name, _, _ in opcodes}
+    assert set(spec.kernels) <= seen, "the aot cases do not launch every kernel"
+
+
+@pytest.mark.parametrize("spec", [p for p in WITH_KERNELS if takes_floats(p.values[0])])
+def test_autocast_compiles_and_fits(spec: OpSpec, full: bool) -> None:
+    """fp32 parameters beside bf16 activations: the way models are trained."""
+    for arch, case in product(archs(full), aot_cases(spec, full)):
+        with torch.autocast("cpu", torch.bfloat16):
+            for report in inspect_op(spec, case, arch, torch.float32):
+                assert_fits(report)
+
+
+@pytest.mark.parametrize("spec", WITH_KERNELS)
+def test_default_configs_fit_small_shared_memory(spec: OpSpec) -> None:
+    """99 KB a block: RTX 30, 40 and 50, A10, L4."""
+    for report in inspect_op(spec, spec.tagged("aot")[0], 89):
+        assert_fits(report)
+
+
+def test_a_tile_too_large_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gate can fail, and so can a bound: 16 K accumulators do not fit one warp."""
+    large = {"BLOCK_V": 128, "BLOCK_P": 32, "BLOCK_D": 128, "PROGRAMS": 264, "num_warps": 1}
+    spec = OPS["byte_pool"]
+    with _launch.overriding({"byte_pool_bwd": large}):
+        reports = inspect_op(spec, spec.tagged("aot")[0], 90)
+    backward = next(r for r in reports if r.kernel == "stlm_byte_pool_bwd")
+    assert backward.spill_instructions > 0
+    with pytest.raises(AssertionError, match="0 allowed"):
+        assert_fits(backward)
+    key, spills = (backward.kernel, 90), backward.spill_instructions
+    monkeypatch.setitem(SPILLS_ALLOWED, key, (spills, "as many as there are"))
+    assert_fits(backward)
+    monkeypatch.setitem(SPILLS_ALLOWED, key, (spills - 1, "one less"))
+    with pytest.raises(AssertionError, match=f"{spills} spills, {spills - 1} allowed"):
+        assert_fits(backward)
+
+
+@pytest.mark.lanes("cpu", "aot")
+def test_accepted_spills_are_bounded_for_every_release() -> None:
+    """A release that nobody tried is held to the pinned one's, and so is what a later has less."""
+    for release, bounds in LATER.items():
+        assert accepted(f"{release}.0") == accepted(f"{release}.7+git1") == PINNED | bounds
+        for (kernel, arch), (most, why) in bounds.items():
+            assert kernel.removeprefix("stlm_") in KERNELS
+            assert arch in archs(full=True)
+            assert 0 < most < 1000
+            assert why
+    assert accepted("3.6.0") == accepted("3.7.1") == accepted("3.90.0") == PINNED
+
+
+def test_the_table_names_every_op_of_a_shared_kernel() -> None:
+    spec = OPS["byte_pool"]
+    reports = inspect_op(spec, spec.tagged("aot")[0], 90)
+    one = next(r for r in reports if r.kernel == "stlm_sum_splits")
+    (row,) = merged([one, replace(one, ops=("another_op",))])
+    assert row.ops == ("another_op", "byte_pool")
+    assert "another_op,byte_pool" in table([row])
+
+
+def test_the_command() -> None:
+    command = [sys.executable, "-m", "stlm_kernels.inspect", "byte_pool", "--arch", "90"]
+    done = subprocess.run([*command, "--dump", "ptx"], capture_output=True, text=True, check=True)
+    assert "stlm_byte_pool_bwd" in done.stdout
+    assert "HGMMA" in done.stdout
+    assert ".version" in done.stdout
+    unknown = subprocess.run([*command, "no_such_op"], capture_output=True, text=True)
+    assert unknown.returncode == 2
+    assert "no_such_op" in unknown.stderr

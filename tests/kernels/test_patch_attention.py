@@ -1,0 +1,439 @@
+"""patch_attention beyond what every op owes: isolation, long and many patches, layouts, errors."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from helpers.lanes import Way
+from helpers.ops import assert_same
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from stlm_kernels import _launch, explain, patch_attention
+from stlm_kernels._pieces import length_of
+from stlm_kernels.ops.patch_attention import folded, torch_impl
+from stlm_kernels.ops.patch_attention.reference import reference, terms, yardstick
+from stlm_kernels.testing import assert_matches
+
+EVERY_LANE = pytest.mark.lanes("cpu", "interpret", "gpu")
+BOTH_MASKS = pytest.mark.parametrize("causal", [False, True])
+NAMES = ("q", "k", "v")
+
+
+def ints(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def example(total: int, heads: int, kv_heads: int, width: int, way: Way, seed: int = 0) -> Any:
+    """q, k, v as leaves."""
+    rng = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(total, n, width, generator=rng).to(way.device, way.dtype).requires_grad_()
+        for n in (heads, kv_heads, kv_heads)
+    ]
+
+
+def with_gradients(
+    operands: list[Tensor],
+    borders: Tensor,
+    way: Way,
+    upstream: Tensor | None = None,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """The result and the gradients of q, k and v by name."""
+    operands = [x.detach().requires_grad_() for x in operands]
+    out = patch_attention(*operands, borders.to(way.device), impl=way.impl, **options)
+    if upstream is None:
+        rng = torch.Generator().manual_seed(1)
+        upstream = torch.randn(out.shape, generator=rng).to(out)
+    grads = torch.autograd.grad(out, operands, upstream)
+    return {"out": out.detach(), **dict(zip(NAMES, grads, strict=True))}
+
+
+def assert_close_to_oracle(
+    operands: list[Tensor], borders: Tensor, way: Way, **options: Any
+) -> dict[str, Tensor]:
+    """The tolerance rule, for the result and all gradients."""
+    rng = torch.Generator().manual_seed(1)
+    upstream = torch.randn(operands[0].shape, generator=rng).to(operands[0])
+    got = with_gradients(operands, borders, way, upstream, **options)
+    judged: list[dict[str, Tensor]] = []
+    for function, convert in ((reference, torch.Tensor.double), (yardstick, torch.Tensor.clone)):
+        leaves = [convert(x.detach().cpu()).requires_grad_() for x in operands]
+        out = function(*leaves, borders, **options)
+        grads: Any = [torch.zeros_like(x) for x in leaves]
+        if out.requires_grad:
+            grads = torch.autograd.grad(out, leaves, upstream.cpu().to(out), materialize_grads=True)
+        judged.append({"out": out, **dict(zip(NAMES, grads, strict=True))})
+    wide = [x.detach().cpu().double() for x in operands]
+    summed = terms({"out": upstream.cpu().double()}, *wide, borders.cpu(), **options)
+    for name, x in got.items():
+        judges = (judged[0][name], judged[1][name])
+        assert_matches(x, *judges, name=name, terms=summed.get(name))
+    return got
+
+
+# ---- isolation --------------------------------------------------------------------------------
+
+BORDERS = ints(0, 6, 6, 9, 16, 25, 40)
+
+
+@EVERY_LANE
+@pytest.mark.one_dtype
+@BOTH_MASKS
+@pytest.mark.parametrize(
+    ("where", "poison"),
+    [*((name, math.nan) for name in (*NAMES, "upstream")), ("v", math.inf), ("k", -math.inf)],
+)
+def test_nan_stays_in_its_own_patch(way: Way, where: str, poison: float, causal: bool) -> None:
+    operands = [x.detach() for x in example(40, 2, 1, 16, way)]
+    upstream = torch.randn(40, 2, 16).to(operands[0])
+    clean = with_gradients(operands, BORDERS, way, upstream, causal=causal)
+    sick = dict(zip((*NAMES, "upstream"), [*operands, upstream], strict=True))
+    sick[where] = sick[where].clone()
+    sick[where][12, 0, 5] = poison  # in the patch of rows 9 to 15
+    upstream = sick.pop("upstream")
+    got = with_gradients(list(sick.values()), BORDERS, way, upstream, causal=causal)
+    others = [*range(9), *range(16, 40)]
+    eps = torch.finfo(way.dtype).eps
+    for name, x in got.items():
+        torch.testing.assert_close(
+            x[others], clean[name][others], rtol=8 * eps, atol=8 * eps, msg=f"{name} of {where}"
+        )
+    if where == "upstream":
+        assert_same({"out": got["out"]}, {"out": clean["out"]})
+        assert not got["v"][9:16, 0, 5].isfinite().all()
+    elif where == "v" or math.isnan(poison):
+        assert not got["out"][12, 0, 5].isfinite()
+        for name in NAMES:  # the gradient of v does not depend on v
+            assert not got[name][9:16].isfinite().all() or name == where == "v", name
+    if causal:  # no earlier byte saw it
+        assert got["out"][9:12].isfinite().all()
+
+
+@EVERY_LANE
+@pytest.mark.one_dtype
+@BOTH_MASKS
+def test_rows_of_no_patch_are_never_read(way: Way, causal: bool) -> None:
+    borders = ints(0, 10, 10, 25)
+    operands = [x.detach() for x in example(70, 2, 2, 16, way)]
+    upstream = torch.randn(70, 2, 16).to(operands[0])
+    clean = with_gradients(operands, borders, way, upstream, causal=causal)
+    for x in (*operands, upstream):
+        x[25:] = math.nan
+    got = with_gradients(operands, borders, way, upstream, causal=causal)
+    eps = torch.finfo(way.dtype).eps
+    for name, x in got.items():
+        torch.testing.assert_close(x, clean[name], rtol=8 * eps, atol=8 * eps)
+        assert (x[25:] == 0).all(), name
+
+
+@EVERY_LANE
+@BOTH_MASKS
+def test_a_patch_alone_and_among_others(way: Way, causal: bool) -> None:
+    operands = example(40, 2, 1, 16, way)
+    upstream = torch.randn(40, 2, 16).to(operands[0])
+    together = with_gradients(operands, BORDERS, way, upstream, causal=causal)
+    part = [x[16:25] for x in operands]
+    alone = with_gradients(part, ints(0, 9), way, upstream[16:25], causal=causal)
+    eps = torch.finfo(way.dtype).eps
+    for name, x in alone.items():
+        torch.testing.assert_close(x, together[name][16:25], rtol=16 * eps, atol=16 * eps)
+
+
+@EVERY_LANE
+def test_causal_sees_no_later_byte(way: Way) -> None:
+    operands = [x.detach() for x in example(50, 1, 1, 16, way)]
+    borders = ints(0, 45, 50).to(way.device)
+    before = patch_attention(*operands, borders, causal=True, impl=way.impl)
+    for x in operands:
+        x[30:] += 1
+    after = patch_attention(*operands, borders, causal=True, impl=way.impl)
+    eps = torch.finfo(way.dtype).eps
+    torch.testing.assert_close(before[:30], after[:30], rtol=8 * eps, atol=8 * eps)
+    assert (before[30:45] != after[30:45]).any()
+
+
+# ---- values -----------------------------------------------------------------------------------
+
+
+@EVERY_LANE
+@BOTH_MASKS
+def test_a_byte_alone_in_its_patch_is_its_value(way: Way, causal: bool) -> None:
+    operands = example(5, 2, 1, 16, way)
+    got = with_gradients(operands, ints(0, 1, 2, 3, 4, 5), way, causal=causal)
+    assert torch.equal(got["out"], operands[2].detach().expand(5, 2, 16))
+    eps = torch.finfo(way.dtype).eps  # what is left of two equal sums
+    for name in ("q", "k"):
+        assert float(got[name].abs().max()) <= 64 * eps
+
+
+@EVERY_LANE
+@pytest.mark.parametrize("sign", [1, -1])
+def test_large_scores_neither_overflow_nor_vanish(way: Way, sign: int) -> None:
+    """exp of a score of 400 is not a float32; the largest score is taken off first."""
+    operands = [x.detach() for x in example(40, 1, 1, 16, way)]
+    operands[0][:], operands[1][:] = 10, sign * 10
+    operands[1][3] *= 1.0625
+    got = with_gradients(operands, ints(0, 25, 40), way)
+    want = reference(*[x.cpu().double() for x in operands], ints(0, 25, 40))
+    eps = torch.finfo(way.dtype).eps
+    torch.testing.assert_close(got["out"].cpu().double(), want, rtol=400 * eps, atol=4 * eps)
+    assert all(x.isfinite().all() for x in got.values())
+
+
+@EVERY_LANE
+def test_equal_scores_give_the_mean(way: Way) -> None:
+    q, k, v = example(80, 1, 1, 16, way)
+    borders = ints(0, 80).to(way.device)
+    out = patch_attention(q, k, v, borders, scale=0.0, impl=way.impl)
+    mean = v.detach().double().mean(0).expand(80, 1, 16).to(out.dtype)
+    eps = torch.finfo(way.dtype).eps
+    torch.testing.assert_close(out.detach(), mean, rtol=4 * eps, atol=eps)
+
+
+@EVERY_LANE
+@BOTH_MASKS
+def test_a_negative_scale_turns_the_scores_around(way: Way, causal: bool) -> None:
+    """Stock SDPA on a CPU gives NaN there: its mask changes sign as well."""
+    q, k, v = (x.detach() for x in example(30, 1, 1, 16, way))
+    borders = ints(0, 12, 30)
+    want = with_gradients([-q, k, v], borders, way, scale=0.5, causal=causal)
+    got = with_gradients([q, k, v], borders, way, scale=-0.5, causal=causal)
+    want["q"] = -want["q"]
+    eps = torch.finfo(way.dtype).eps
+    for name, x in got.items():
+        torch.testing.assert_close(x, want[name], rtol=8 * eps, atol=8 * eps)
+
+
+@EVERY_LANE
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (3, 3)])
+def test_query_heads_share_key_heads_in_order(way: Way, heads: int, kv_heads: int) -> None:
+    operands = example(30, heads, kv_heads, 16, way)
+    got = assert_close_to_oracle(operands, ints(0, 12, 30), way)
+    q, k, v = (x.detach() for x in operands)
+    group, borders = heads // kv_heads, ints(0, 12, 30).to(way.device)
+    eps = torch.finfo(way.dtype).eps
+    for head in range(heads):
+        shared = slice(head // group, head // group + 1)
+        one = patch_attention(
+            q[:, head : head + 1], k[:, shared], v[:, shared], borders, impl=way.impl
+        )
+        torch.testing.assert_close(one[:, 0], got["out"][:, head], rtol=16 * eps, atol=16 * eps)
+
+
+@EVERY_LANE
+@settings(max_examples=8)
+@given(
+    lengths=st.lists(st.integers(0, 9) | st.integers(30, 70), max_size=4),
+    tail=st.integers(0, 9),
+    causal=st.booleans(),
+    kv_heads=st.integers(1, 2),
+)
+def test_ragged_patches(
+    way: Way, lengths: list[int], tail: int, causal: bool, kv_heads: int
+) -> None:
+    # The gradient of q in a patch of one byte is zero: the rest gives the errors their scale.
+    borders = torch.tensor([0, *lengths, 12]).cumsum(0).int()
+    operands = example(int(borders[-1]) + tail, 2, kv_heads, 16, way)
+    assert_close_to_oracle(operands, borders, way, causal=causal)
+
+
+@pytest.mark.lanes("cpu", "gpu")
+@pytest.mark.parametrize("budget", [1, 40, 1000])
+@BOTH_MASKS
+def test_pieces_of_any_size(
+    way: Way, budget: int, causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long patches in blocks of queries: the torch path's way to bounded memory."""
+    if way.impl != "torch":
+        pytest.skip("the kernels have no pieces")
+    monkeypatch.setattr(torch_impl, "_folds", lambda *_: False)
+    monkeypatch.setattr(torch_impl, "PIECE_SCORES", budget)
+    monkeypatch.setattr(torch_impl, "LEAST_ROWS", 3)
+    operands = example(90, 2, 1, 16, way)
+    assert_close_to_oracle(operands, ints(0, 3, 4, 4, 41, 44, 80), way, causal=causal)
+
+
+@BOTH_MASKS
+def test_the_pieces_of_a_long_patch_stay_small(causal: bool) -> None:
+    total, heads = 65_536, 2
+    covered = 0
+    for piece in torch_impl._ragged_pieces(ints(0, total), total, heads, causal, False):
+        assert isinstance(piece.rows, slice)
+        rows, keys = length_of(piece.rows), length_of(piece.keys)
+        assert piece.rows.start == covered
+        assert heads * rows * keys <= 2 * torch_impl.PIECE_SCORES
+        covered += rows
+    assert covered == total
+
+
+@pytest.mark.parametrize("borders", [(0, 6, 12, 18), (0, 4, 4, 8, 13, 18)], ids=str)
+def test_patches_of_one_length_behind_each_other_are_not_gathered(borders: tuple[int, ...]) -> None:
+    seen = [False] * 18
+    for rows, length in folded.folds_of(ints(*borders)):
+        assert isinstance(rows, slice)
+        assert (rows.stop - rows.start) % length == 0
+        for t in range(rows.start, rows.stop):
+            assert not seen[t]
+            seen[t] = True
+    assert all(seen)
+    way = Way("torch", "cpu", torch.float32)
+    assert_close_to_oracle(example(20, 2, 1, 16, way), ints(*borders), way)
+
+
+@pytest.mark.lanes("cpu", "gpu")
+def test_far_more_patches_than_a_grid_has_rows(way: Way) -> None:
+    """65,535 is where the second dimension of a CUDA grid stops."""
+    total = 140_000
+    q, k, v = example(total, 1, 1, 16, way)
+    borders = torch.arange(0, total + 1, 2, dtype=torch.int32)
+    got = with_gradients([q, k, v], borders, way)
+    pairs = [x.detach().view(-1, 2, 16).double() for x in (q, k, v)]
+    weights = (pairs[0] @ pairs[1].transpose(1, 2) / 4).softmax(2)
+    want = (weights @ pairs[2]).view(total, 1, 16).to(way.dtype)
+    eps = torch.finfo(way.dtype).eps
+    torch.testing.assert_close(got["out"], want, rtol=8 * eps, atol=8 * eps)
+    assert all(x.isfinite().all() for x in got.values())
+
+
+# ---- layouts, unread borders ------------------------------------------------------------------
+
+
+@EVERY_LANE
+def test_packed_and_expanded_operands(way: Way) -> None:
+    rng = torch.Generator().manual_seed(0)
+    packed = torch.randn(60, 3, 2, 16, generator=rng).to(way.device, way.dtype)
+    borders = ints(0, 7, 30, 60)
+    slices = list(packed.unbind(1))
+    assert not slices[0].is_contiguous()
+    plain = with_gradients([x.contiguous() for x in slices], borders, way)
+    eps = torch.finfo(way.dtype).eps
+    for name, x in with_gradients(slices, borders, way).items():
+        torch.testing.assert_close(x, plain[name], rtol=8 * eps, atol=8 * eps)
+    one = [x[:1].expand(60, 2, 16) for x in slices]
+    same = with_gradients([x.contiguous() for x in one], borders, way)
+    for name, x in with_gradients(one, borders, way).items():
+        torch.testing.assert_close(x, same[name], rtol=8 * eps, atol=8 * eps)
+
+
+@EVERY_LANE
+@BOTH_MASKS
+@pytest.mark.parametrize(
+    ("borders", "meaning"),
+    [((0, 25, 13, 39), (0, 25, 25, 36)), ((-4, 12, 99), (0, 12, 36)), ((0, 10, 30), (0, 10, 30))],
+)
+def test_unread_borders_stay_in_bounds(
+    way: Way, causal: bool, borders: tuple[int, ...], meaning: tuple[int, ...]
+) -> None:
+    """Where values are not looked at: offsets are clamped, and a torch path of static shape."""
+    if way.dtype != torch.float32:
+        pytest.skip("one dtype shows where the borders go")
+    if way.impl == "triton" and borders[1] > borders[2]:
+        pytest.skip("which patch a row of overlapping ranges is in is the kernels' own choice")
+    operands = [x.detach() for x in example(36, 2, 1, 16, way)]
+
+    def loss(q: Tensor) -> tuple[Tensor, Tensor]:
+        offsets = ints(*borders).to(way.device)
+        out = patch_attention(q, *operands[1:], offsets, causal=causal, impl=way.impl)
+        return out.square().sum(), out
+
+    gradient, out = torch.func.grad(loss, has_aux=True)(operands[0])
+    wide = [x.cpu().double().requires_grad_() for x in operands]
+    want = reference(*wide, ints(*meaning), causal=causal)
+    (wanted,) = torch.autograd.grad(want.square().sum(), wide[0])
+    torch.testing.assert_close(out.cpu().double(), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient.cpu().double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+@BOTH_MASKS
+def test_nan_stays_in_its_patch_where_borders_are_not_read(causal: bool) -> None:
+    way = Way("torch", "cpu", torch.float32)
+    operands = [x.detach() for x in example(40, 2, 1, 16, way)]
+    clean = with_gradients(operands, BORDERS, way, causal=causal)
+    operands[2][12, 0, 5] = operands[1][10, 0, 2] = math.nan
+    leaves = [x.requires_grad_() for x in operands]
+    torch._dynamo.reset()
+    compiled = torch.compile(patch_attention, fullgraph=True, backend="aot_eager")
+    out = compiled(*leaves, BORDERS, causal=causal)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    upstream[2] = math.nan
+    grads = torch.autograd.grad(out, leaves, upstream)
+    others = [*range(6, 9), *range(16, 40)]
+    for name, x in {"out": out, **dict(zip(NAMES, grads, strict=True))}.items():
+        torch.testing.assert_close(x[others], clean[name][others], rtol=1e-5, atol=1e-5, msg=name)
+
+
+@BOTH_MASKS
+def test_derivatives(causal: bool) -> None:
+    way = Way("torch", "cpu", torch.float64)
+    operands = example(9, 2, 1, 3, way)
+    borders = ints(0, 1, 1, 4, 8)
+
+    def attend(*operands: Tensor) -> Tensor:
+        return patch_attention(*operands, borders, causal=causal)
+
+    assert torch.autograd.gradcheck(attend, operands)
+    assert torch.autograd.gradgradcheck(attend, operands, atol=1e-4)
+
+
+# ---- arguments --------------------------------------------------------------------------------
+
+Q, KV = torch.zeros(6, 4, 16), torch.zeros(6, 2, 16)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"q": Q.int()}, "q: expected dtype float32 or bfloat16 or float16 or float64, got int32"),
+        ({"q": Q[0]}, r"q: expected shape \(T, H, K\), got \(4, 16\)"),
+        ({"q": Q[:, :0]}, r"q: expected H >= 1 and K >= 1, got \(6, 0, 16\)"),
+        ({"q": Q[..., :0]}, r"q: expected H >= 1 and K >= 1, got \(6, 4, 0\)"),
+        ({"k": KV[:5]}, r"k: expected shape \(6, H_kv, 16\), got \(5, 2, 16\)"),
+        ({"k": KV.half()}, "k: expected dtype float32, got float16"),
+        ({"k": KV.to("meta")}, "k: expected device cpu, got meta"),
+        ({"k": torch.zeros(6, 3, 16)}, "k: expected heads that divide the 4 of q, got 3"),
+        ({"k": KV[:, :0]}, "k: expected heads that divide the 4 of q, got 0"),
+        ({"v": KV[:, :1]}, r"v: expected shape \(6, 2, 16\), got \(6, 1, 16\)"),
+        ({"v": [1.0]}, "v: expected a Tensor, got list"),
+        ({"cu_patchlens": ints(0, 6).long()}, "cu_patchlens: expected dtype int32, got int64"),
+        ({"cu_patchlens": ints(1, 6)}, "cu_patchlens: expected first entry 0, got 1"),
+        ({"cu_patchlens": ints(0, 4, 2)}, "expected non-decreasing entries, got 2 after 4"),
+        ({"cu_patchlens": ints(0, 7)}, "cu_patchlens: expected last entry <= 6, got 7"),
+        ({"causal": 1}, "causal: expected a bool, got 1"),
+        ({"scale": math.inf}, "scale: expected None or a finite number, got inf"),
+        ({"scale": "half"}, "scale: expected None or a finite number, got 'half'"),
+        ({"impl": "cuda"}, "impl: expected one of"),
+    ],
+)
+def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        patch_attention(**{"q": Q, "k": KV, "v": KV, "cu_patchlens": ints(0, 6), **arguments})
+
+
+@pytest.mark.parametrize("width", [8, 20, 136])
+def test_a_refusal_lists_every_reason(width: int) -> None:
+    x = torch.zeros(6, 4, width, dtype=torch.float64)
+    message = rf"tensors are on cpu .*; q is torch.float64; .*heads are {width} wide"
+    with pytest.raises(NotImplementedError, match=message):
+        patch_attention(x, x, x, ints(0, 6), impl="triton")
+    assert any("heads are" in reason for reason in explain(patch_attention, x, x, x, ints(0, 6)))
+    odd = torch.zeros(6, 3, 16)
+    assert any("evenly" in reason for reason in explain(patch_attention, Q, odd, odd, ints(0, 6)))
+
+
+@pytest.mark.parametrize(("patches", "block"), [(64, 16), (63, 64)])
+def test_short_patches_take_small_tiles_in_both_passes(patches: int, block: int) -> None:
+    """16 rows a patch on average, or more."""
+    triton_impl = pytest.importorskip("stlm_kernels.ops.patch_attention.triton_impl")
+    blocks: list[int] = []
+    q = torch.zeros(1024, 2, 16, dtype=torch.bfloat16)
+    borders = torch.linspace(0, 1024, patches + 1).to(torch.int32)
+    with _launch.recording(lambda *call: blocks.append(call[3]["BLOCK"])):
+        out, lse, bounds = triton_impl.launch_fwd(q, q, q, borders, False, 1.0, q.dtype)
+        triton_impl.launch_bwd(out, q, q, q, out, lse, bounds, patches, False, 1.0)
+    assert blocks[1:] == 3 * [block]  # the first notes the bounds

@@ -1,0 +1,147 @@
+"""Counts of accesses whose cost is known by hand, and bounds made of them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from stlm_kernels import ptx
+from stlm_kernels.ptx.bounds import DEVICES, Device, bounds_of, classes_of, ratio
+from stlm_kernels.ptx.count import Costs, class_of
+
+pytestmark = pytest.mark.lanes("compiled")
+ROOT = Path(__file__).parents[2]
+LANE = np.arange(32)
+
+
+def wavefronts(offsets: np.ndarray, size: int) -> tuple[int, int]:
+    costs = Costs()
+    costs.shared_access("load", offsets, size, np.zeros(len(offsets), np.int64))
+    counts = costs.counts
+    return counts["shared_load_wavefronts"], counts["shared_load_ideal_wavefronts"]
+
+
+@pytest.mark.parametrize(
+    ("offsets", "size", "passes", "ideal"),
+    [
+        (4 * LANE, 4, 1, 1),
+        (0 * LANE, 4, 1, 1),  # all lanes read one word
+        (8 * LANE, 4, 2, 1),  # every other word: two words a bank
+        (128 * LANE, 4, 32, 1),  # a column of a matrix of 32 words a row
+        (132 * LANE, 4, 1, 1),  # the same padded by a word
+        (8 * LANE, 8, 2, 2),  # half warps
+        (16 * LANE, 16, 4, 4),  # quarter warps
+        (64 * LANE, 16, 16, 4),
+        (2 * LANE, 2, 1, 1),  # two lanes share a word
+    ],
+)
+def test_wavefronts_of_shared_memory(offsets: Any, size: int, passes: int, ideal: int) -> None:
+    assert wavefronts(offsets.astype(np.int64), size) == (passes, ideal)
+
+
+@pytest.mark.parametrize(
+    ("addresses", "size", "sectors", "ideal"),
+    [
+        (4 * LANE, 4, 4, 4),
+        (4 * LANE + 16, 4, 5, 4),  # begins in the middle of a sector
+        (32 * LANE, 4, 32, 4),
+        (16 * LANE, 16, 16, 16),
+        (0 * LANE, 4, 1, 1),
+    ],
+)
+def test_sectors_of_global_memory(addresses: Any, size: int, sectors: int, ideal: int) -> None:
+    costs = Costs()
+    costs.global_access("load", addresses.astype(np.int64), size, np.zeros(32, np.int64))
+    assert costs.counts["global_load_sectors"] == sectors
+    assert costs.counts["global_load_ideal_sectors"] == ideal
+    assert costs.counts["global_load_requests"] == 1
+
+
+def test_each_sector_goes_to_dram_once() -> None:
+    costs = Costs()
+    for _ in range(3):
+        costs.touch(0, np.array([0, 4, 64]), 4, 96, writes=False)
+    costs.touch(0, np.array([0]), 4, 96, writes=True)
+    assert costs.dram_bytes == 32 * (2 + 1)
+
+
+def test_counts_of_a_launch() -> None:
+    from helpers import ptx_kernels
+
+    n = 4096
+    x, y, out = torch.randn(n), torch.randn(n), torch.empty(n)
+    done = ptx.run(ptx_kernels.add_rows, (8,), x, y, out, n, costs=True, BLOCK=512, num_warps=4)
+    bounds = bounds_of(done, Device.load("h200"))
+    assert bounds.counts["global_load_sectors"] == 2 * n * 4 / 32
+    assert bounds.counts["l2_bytes"] == bounds.counts["dram_bytes"] == 3 * n * 4
+    assert bounds.us["dram"] == pytest.approx(3 * n * 4 / 4.8e6)
+    assert ratio(bounds.counts, "sectors") == 1
+    assert bounds.machine is not None
+    assert bounds.machine.issued > 0
+    assert 0 < bounds.machine.exact_share <= 1
+    assert bounds.largest == max(bounds.us.values())
+    sampled = ptx.run(
+        ptx_kernels.add_rows, (8,), x, y, out, n, costs=True, sample=2, BLOCK=512, num_warps=4
+    )
+    few = bounds_of(sampled, Device.load("h200"))
+    assert few.factor == 4
+    assert few.counts["l2_bytes"] == bounds.counts["l2_bytes"]
+
+
+def test_flops_of_products() -> None:
+    from helpers import ptx_kernels
+
+    for arch in (80, 90):
+        a, b = torch.randn(64, 128).bfloat16(), torch.randn(128, 64).bfloat16()
+        done = ptx.run(
+            ptx_kernels.multiply, (1,), a, b, torch.empty(64, 64), 128, arch=arch, costs=True,
+            M=64, N=64, K=32, num_warps=4,
+        )  # fmt: skip
+        assert done.counts.costs is not None
+        assert done.counts.costs.counts["matrix_flops_bf16"] == 2 * 64 * 64 * 128
+        assert classes_of(done)["matrix"] > 0
+
+
+def test_bounds_need_costs() -> None:
+    from helpers import ptx_kernels
+
+    x = torch.zeros(64)
+    done = ptx.run(ptx_kernels.add_rows, (1,), x, x, torch.empty(64), 64, BLOCK=64, num_warps=1)
+    with pytest.raises(ValueError, match="costs=True"):
+        bounds_of(done, Device.load("h200"))
+
+
+def test_devices_name_their_sources() -> None:
+    for path in DEVICES.glob("*.json"):
+        assert len(json.loads(path.read_text())["sources"]) >= 2
+        assert Device.load(path.stem).clocks_per_us > 0
+    with pytest.raises(ValueError, match="device: expected one of"):
+        Device.load("h2000")
+
+
+def test_classes() -> None:
+    names = ("ex2.approx.f32", "fma.rn.f32", "add.s32", "ld.global.b32", "bar.sync", "mov.b32")
+    assert [class_of(x) for x in names] == ["mufu", "float", "integer", "memory", "barrier", "move"]
+
+
+def test_the_command() -> None:
+    command = [sys.executable, "-m", "stlm_kernels.ptx", "segment_pool", "--pass", "fwd"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "stlm_segment_pool_fwd" in done.stdout or "stlm_segment" in done.stdout
+    assert "a bound, not a time" in done.stdout
+    done = subprocess.run([*command, "--json"], cwd=ROOT, capture_output=True, text=True)
+    launches = json.loads(done.stdout)
+    assert launches[0]["us"]["issue"] > 0
+    assert launches[0]["faults"] == []
+    assert launches[0]["nsight"]["smsp__inst_executed.sum"] > 0
+    done = subprocess.run([*command, "--case", "no such"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "no case named no such" in done.stderr

@@ -1,0 +1,168 @@
+"""The rules of CONTRIBUTING that a machine can check."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.sources import ROOT, SOURCES, jitted, name_of
+
+OP_FILES = ("__init__", "op", "torch_impl", "reference", "cases")
+KERNEL_FILES = ("triton_impl", "launch")
+SECOND_FAMILY = ("chunked_op", "chunked_impl")
+WAYS_OF_TORCH = ("banded", "documents", "folded")
+"""Registered ops and kernels of an op that large shapes take, where one file would hold two."""
+MAX_KERNEL_LINES, MAX_KERNEL_PARAMETERS, MAX_KERNEL_FLAGS = 80, 20, 3
+
+
+def imports_of(path: Path) -> set[str]:
+    """Absolute names of everything a file imports, wherever in the file."""
+    package = list(path.relative_to(ROOT).with_suffix("").parts[:-1])
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *(node.module or "").split(".")]).strip(".")
+            found |= {f"{module}.{alias.name}" for alias in node.names} | {module}
+    return found
+
+
+def test_the_import_scan_sees_relative_imports() -> None:
+    found = imports_of(ROOT / "stlm_kernels/ops/byte_pool/op.py")
+    assert "stlm_kernels._checks" in found
+    assert "stlm_kernels.ops.byte_pool.torch_impl" in found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_import_direction(path: Path) -> None:
+    name, imports = name_of(path), imports_of(path)
+    if name.startswith("stlm_kernels/"):
+        assert not any(i.startswith(("stlm_models", "bench", "tests")) for i in imports)
+    else:
+        private = [i for i in imports if re.match(r"stlm_kernels\.(_(?!_)|ops|registry)", i)]
+        assert not private, f"{name} may only import public names of stlm_kernels: {private}"
+    stem = path.stem
+    forbidden = {
+        "torch_impl": ("triton", "triton_impl", "reference", "cases"),
+        "triton_impl": ("torch_impl", "reference", "cases"),
+        "chunked_impl": ("torch_impl", "reference", "cases"),
+        "chunked_op": ("triton", "triton_impl", "chunked_impl", "reference", "cases"),
+        "reference": ("triton", "triton_impl", "torch_impl", "launch", "_checks"),
+        "launch": ("triton", "triton_impl", "torch_impl", "reference", "cases"),
+        "op": ("triton", "triton_impl", "reference", "cases"),
+    }.get(stem, ())
+    for target in imports:
+        assert target.split(".")[-1] not in forbidden, f"{name} must not import {target}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_sources_keep_the_bans(path: Path) -> None:
+    text = path.read_text()
+    assert not re.search(r"os\.environ|os\.getenv|getenv\(", text), "no environment variables"
+    for banned in ("triton.autotune", "triton.heuristics", "make_block_ptr", "tl.atomic"):
+        assert banned not in text, f"{banned} is banned"
+    if not path.name.startswith("checkpoint"):
+        assert "torch.load(" not in text, "no pickle"
+    assert "import pickle" not in text, "no pickle"
+
+
+@pytest.mark.parametrize("folder", sorted((ROOT / "stlm_kernels/ops").iterdir()), ids=name_of)
+def test_every_op_has_the_same_files(folder: Path) -> None:
+    if not folder.is_dir() or folder.name == "__pycache__":
+        pytest.skip("not an op")
+    stems = {path.stem for path in folder.glob("*.py")}
+    assert stems >= set(OP_FILES)
+    assert "triton_impl" not in stems or "launch" in stems
+    assert stems <= {*OP_FILES, *KERNEL_FILES, *SECOND_FAMILY, *WAYS_OF_TORCH}
+    assert (ROOT / f"tests/kernels/test_{folder.name}.py").exists()
+
+
+KERNELS = [
+    pytest.param(function, id=function.name)
+    for path in SOURCES
+    for function in jitted(path)
+    if function.name.startswith("stlm_")
+]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernels_stay_small(kernel: ast.FunctionDef) -> None:
+    parameters = kernel.args.args
+    constants = [p for p in parameters if p.annotation and "constexpr" in ast.unparse(p.annotation)]
+    flags = [p for p in constants if p.arg == "MEAN" or p.arg.startswith(("HAS_", "IS_", "WITH_"))]
+    assert (kernel.end_lineno or 0) - kernel.lineno < MAX_KERNEL_LINES
+    assert len(parameters) - len(constants) <= MAX_KERNEL_PARAMETERS
+    assert len(flags) <= MAX_KERNEL_FLAGS
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_files_stay_readable(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 400
+
+
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+PATH_IN_TEXT = re.compile(r"`((?:stlm_kernels|stlm_models|bench|tests|\.ci)/[\w./-]*)`")
+MODULE_COMMAND = re.compile(r"python3? -m (stlm_\w+(?:\.\w+)*|bench(?:\.\w+)*)")
+MAKE_TARGET = re.compile(r"\bmake ([a-z][a-z0-9-]*)")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_documents_name_what_exists(document: Path) -> None:
+    text = document.read_text()
+    for path in PATH_IN_TEXT.findall(text):
+        assert (ROOT / path).exists(), f"{document.name} names {path}"
+    for module in MODULE_COMMAND.findall(text):
+        base = ROOT / module.replace(".", "/")
+        assert base.with_suffix(".py").exists() or (base / "__main__.py").exists(), module
+    makefile = (ROOT / "Makefile").read_text()
+    code = "\n".join(re.findall(r"```.*?```|`[^`\n]+`", text, flags=re.DOTALL))
+    for target in MAKE_TARGET.findall(code):
+        assert re.search(rf"^[\w -]*\b{target}\b[\w -]*:", makefile, flags=re.M), target
+    assert MODULE_COMMAND.search(text), "the scan finds no command at all"
+
+
+@pytest.mark.parametrize(("python", "there"), [("true", True), ("false", False)])
+def test_the_gpu_lane_is_spread_where_xdist_is_there(python: str, there: bool) -> None:
+    """`true` imports whatever it is asked to, `false` nothing."""
+    command = ["make", "-n", "gpu-test", f"GPU_PYTHON={python}", "JOBS=7", "TESTS=a_test.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    runs = [line for line in done.stdout.replace("\\\n", "").splitlines() if " -m pytest" in line]
+    assert [re.findall(r"-m '?((?:not )?alone)", run) for run in runs] == [["not alone"], ["alone"]]
+    assert all("pytest a_test.py -q --lane gpu" in run for run in runs)
+    assert [f" -n {n} " in run for n, run in zip((7, 1), runs, strict=True)] == [there, there]
+    assert all(("--timeout" in run) is there for run in runs)
+
+
+SNIPPETS = [
+    code
+    for page in ("README.md", "docs/huggingface.md", "docs/ptx.md")
+    for code in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
+]
+
+
+def test_the_pages_have_snippets() -> None:
+    assert len(SNIPPETS) >= 2
+
+
+@pytest.mark.parametrize("code", SNIPPETS, ids=range(len(SNIPPETS)))
+def test_a_snippet_runs(code: str, tmp_path: Path) -> None:
+    """By itself, as somebody who copies it would run it."""
+    packages = set(re.findall(r"^(?:import|from) (\w+)", code, flags=re.M))
+    if "transformers import" in code:
+        packages.add("accelerate")  # which its Trainer needs
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"needs {package}")
+    path = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
