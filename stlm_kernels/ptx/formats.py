@@ -91,9 +91,12 @@ def fused_multiply_add(a: Floats, b: Floats, c: Floats) -> NDArray[np.float32]:
     product = a.astype(np.float64) * b
     total = product + c
     low = total.view(np.uint64) & np.uint64((1 << 29) - 1)
-    doubtful = (low == np.uint64(1 << 28)) | (np.abs(total) < 2.0**-125)
-    if doubtful.any():
-        total = np.where(doubtful & np.isfinite(total), _odd_sum(product, c, total), total)
+    size = np.abs(total)
+    doubtful = (low == np.uint64(1 << 28)) | ((size < 2.0**-125) & (size > 0))
+    if np.count_nonzero(doubtful):
+        few = np.flatnonzero(doubtful & np.isfinite(total))
+        some = (x if len(x) == 1 else x[few] for x in np.atleast_1d(product, c))
+        total[few] = _odd_sum(*some, total[few])
     return total.astype(np.float32)
 
 

@@ -85,31 +85,73 @@ class Machine:
             Fault: unless the collector keeps it.
             PtxError: a step is of a kind that is not known here.
         """
+        pc = 0
+        while pc != DONE:
+            pc = self._run_together(pc)
+            if pc != DONE:
+                pc = self._run_apart(pc)
+        self.state.copies.finish()
+        self.state.products.finish()
+        if self.chains is not None and self.counts.costs is not None:
+            longest = max(self.counts.costs.longest_chain, self.chains.longest)
+            self.counts.costs.longest_chain = longest
+
+    def _run_together(self, pc: int) -> int:
+        """Execute while all threads are at one place.
+
+        Returns:
+            The index of the instruction that only some threads follow, not yet executed, or `DONE`.
+        """
+        state, flow, ends = self.state, self.code.flow, self.code.ends
+        instructions = self.program.instructions
+        while pc < len(instructions):
+            end = ends[pc]
+            self._straight_run(pc, end, None)
+            kind, target = flow.get(end, ("next", end))
+            if kind == "next":
+                pc = end
+                continue
+            state.current = instruction = instructions[end]
+            taken = self._predicated(instruction, None)
+            if taken is not None and (kind == "bar" or taken.any()):
+                return end
+            if kind == "bar":
+                state.epoch += 1
+            elif kind == "ret" and taken is None:
+                return DONE
+            pc = target if kind == "bra" and taken is None else end + 1
+        return DONE
+
+    def _run_apart(self, index: int) -> int:
+        """Execute from a branch or barrier that only some threads follow.
+
+        Returns:
+            The place where all threads are together again, or `DONE`.
+        """
         state = self.state
-        pcs, waiting = np.zeros(state.n, np.int64), np.zeros(state.n, bool)
+        pcs, waiting = np.full(state.n, index, np.int32), np.zeros(state.n, bool)
+        self._leave(index, None, pcs, waiting)
         while True:
             runnable = (pcs != DONE) & ~waiting
             if not runnable.any():
                 if not waiting.any():
-                    break
-                thread = int(np.flatnonzero(waiting)[0])
-                self.state.current = self.program.instructions[pcs[thread]]
-                self.state.fault(
-                    "barrier", thread, "some threads of the block never reach this barrier"
-                )
-                pcs[waiting] += 1
-                waiting[:] = False
+                    return DONE
+                self._stuck(pcs, waiting)
                 continue
             pc = int(pcs[runnable].min())
             here = runnable & (pcs == pc)
-            mask: Mask = None if here.all() else here
-            self._straight_run(pc, self.code.ends[pc], mask)
-            self._leave(self.code.ends[pc], mask, pcs, waiting)
-        state.copies.finish()
-        state.products.finish()
-        if self.chains is not None and self.counts.costs is not None:
-            longest = max(self.counts.costs.longest_chain, self.chains.longest)
-            self.counts.costs.longest_chain = longest
+            if here.all():
+                return pc
+            self._straight_run(pc, self.code.ends[pc], here)
+            self._leave(self.code.ends[pc], here, pcs, waiting)
+
+    def _stuck(self, pcs: Array, waiting: Array) -> None:
+        """No thread can go on: those at a barrier pass it once the fault was kept."""
+        thread = int(np.flatnonzero(waiting)[0])
+        self.state.current = self.program.instructions[pcs[thread]]
+        self.state.fault("barrier", thread, "some threads of the block never reach this barrier")
+        pcs[waiting] += 1
+        waiting[:] = False
 
     def _straight_run(self, begin: int, end: int, mask: Mask) -> None:
         instructions, steps, state = self.program.instructions, self.code.steps, self.state
@@ -127,7 +169,7 @@ class Machine:
                 step(state, mask)
                 continue
             chosen = self._predicated(instruction, mask)
-            if chosen is None or chosen.any():
+            if chosen is None or np.count_nonzero(chosen):
                 step(state, chosen)
 
     def _count(self, begin: int, end: int, mask: Mask) -> None:
@@ -141,11 +183,18 @@ class Machine:
         self.counts.partial[begin:end] += int((active & ~by_warp.all(1)).sum())
 
     def _predicated(self, instruction: Instruction, mask: Mask) -> Mask:
-        assert instruction.predicate is not None
-        predicate = self.state.whole(self.code.slots[instruction.predicate])
+        """Which of the active threads an instruction is on for; None for all of the batch."""
+        if instruction.predicate is None:
+            return mask
+        predicate = self.state.values[self.code.slots[instruction.predicate]]
+        if len(predicate) == 1:
+            if bool(predicate[0]) != instruction.negated:
+                return mask
+            return np.zeros(self.state.n, bool)
         chosen = ~predicate if instruction.negated else predicate
-        chosen = chosen if mask is None else chosen & mask
-        return None if chosen.all() else chosen
+        if mask is not None:
+            chosen = chosen & mask
+        return None if np.count_nonzero(chosen) == len(chosen) else chosen
 
     def _leave(self, index: int, mask: Mask, pcs: Array, waiting: Array) -> None:
         """The end of a straight run: a branch, a barrier, a return, or a label that follows."""
@@ -155,9 +204,7 @@ class Machine:
             pcs[here] = DONE if index >= len(self.program.instructions) else index
             return
         self.state.current = instruction = self.program.instructions[index]
-        taken = here
-        if instruction.predicate is not None:
-            taken = self.state.active(self._predicated(instruction, mask))
+        taken = self.state.active(self._predicated(instruction, mask))
         pcs[here] = index + 1
         if kind == "bar":
             self._arrive(taken, pcs, waiting, index)

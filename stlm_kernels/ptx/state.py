@@ -61,7 +61,8 @@ class State(Threads):
         if mask is None:
             self.values[slot] = value
             return
-        whole = np.array(self.whole(slot))
+        before = self.values[slot]
+        whole = before.repeat(self.n) if len(before) == 1 else before.copy()
         if whole.dtype != value.dtype:
             whole = whole.astype(value.dtype)
         whole[threads] = value
@@ -70,11 +71,14 @@ class State(Threads):
     def of(self, slot: int, threads: Array) -> Array:
         """A register of these threads."""
         value = self.values[slot]
-        return np.broadcast_to(value, threads.shape) if len(value) == 1 else value[threads]
+        if len(value) == 1:
+            return value.repeat(len(threads))
+        return value if threads is self.every else value[threads]
 
     def whole(self, slot: int) -> Array:
         """A register of all threads."""
-        return np.broadcast_to(self.values[slot], (self.n,))
+        value = self.values[slot]
+        return value.repeat(self.n) if len(value) == 1 else value
 
 
 def _special_registers(threads: Threads, grid: tuple[int, int, int]) -> dict[str, Array]:

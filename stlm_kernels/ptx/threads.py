@@ -32,12 +32,13 @@ class Threads:
         self.warp = (self.thread // LANES).astype(np.int32)
         self.block_index = blocks[self.block]
         self.warp_index = np.arange(self.n) // LANES  # in the batch
+        self.every = np.arange(self.n)
         self.epoch = np.zeros(count, np.int32)  # barriers that each block has passed
         self.current: Instruction = program.instructions[0]
 
     def active(self, mask: Mask) -> Array:
-        """Indices of the active threads."""
-        return np.arange(self.n) if mask is None else np.flatnonzero(mask)
+        """Indices of the active threads: `every` where all are."""
+        return self.every if mask is None else np.flatnonzero(mask)
 
     def fault(self, kind: str, thread: int | None, detail: str) -> None:
         place = None
@@ -49,7 +50,7 @@ class Threads:
         """Reports faults of an access by these threads."""
 
         def report(kind: str, wrong: Any, detail: str) -> None:
-            if wrong.any():
+            if np.count_nonzero(wrong):
                 self.fault(kind, int(threads[np.flatnonzero(wrong)[0]]), detail)
 
         return report
@@ -58,7 +59,7 @@ class Threads:
         """A warp-wide instruction needs every lane of each warp that takes part."""
         if mask is None:
             return
-        by_warp = np.broadcast_to(mask, (self.n,)).reshape(-1, LANES)
+        by_warp = mask.reshape(-1, LANES)
         partial = by_warp.any(1) & ~by_warp.all(1)
         if partial.any():
             thread = int(np.flatnonzero(partial)[0]) * LANES
