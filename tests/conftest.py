@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.digest import NO_TIME
-from helpers.fast_interpreter import patch_the_language_once
+from helpers.fast_interpreter import look_types_up_once, patch_the_language_once
 from helpers.lanes import FP32, LANES, WAYS
 from helpers.strict_interpreter import refuse_masks_that_are_not_bool
 from hypothesis import HealthCheck, settings
@@ -196,6 +196,7 @@ def as_strict_as_newer_triton(request: pytest.FixtureRequest) -> Generator[None]
         if request.config.getoption("--lane") == "interpret" and has_triton():
             refuse_masks_that_are_not_bool(patch)
             patch_the_language_once(patch)
+            look_types_up_once(patch)
         yield
 
 

@@ -1,4 +1,4 @@
-"""Triton's interpreter without work that it repeats: the same results, in half the time."""
+"""Triton's interpreter without work that it repeats: the same results in half the time."""
 
 from __future__ import annotations
 
@@ -44,3 +44,18 @@ def patch_the_language_once(patch: pytest.MonkeyPatch) -> None:
         return scope
 
     patch.setattr(interpreter, "_patch_lang", once)
+
+
+def look_types_up_once(patch: pytest.MonkeyPatch) -> None:
+    """Keep numpy's type for each of triton's, for which a table is made at every question."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    numpy_type = interpreter._get_np_dtype
+    of_scalars = functools.cache(numpy_type)
+
+    def cached(kind: Any) -> Any:
+        scalar = kind.scalar  # of a block its elements'
+        return numpy_type(kind) if isinstance(scalar, tl.pointer_type) else of_scalars(scalar)
+
+    patch.setattr(interpreter, "_get_np_dtype", cached)

@@ -19,7 +19,7 @@ from helpers.ops import require_grads, results
 from helpers.sources import SOURCES, jitted, name_of
 from torch import Tensor
 
-from stlm_kernels import inspect
+from stlm_kernels import inspect, unpool
 from stlm_kernels._spec import Case, OpSpec
 from stlm_kernels.registry import OPS
 
@@ -174,6 +174,33 @@ def test_maximum_with_nan_may_be_either(
         for name, x in propagated.items():
             assert torch.equal(x.isnan(), dropped[name].isnan()), name
             assert torch.equal(x.nan_to_num(), dropped[name].nan_to_num()), name
+
+
+@pytest.mark.lanes("interpret")
+def test_the_language_is_patched_for_a_launch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`fast_interpreter` patches once for each launch, of which one may fail."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    x, read_ids = torch.randn(3, 4), torch.tensor([0, 2, 1], dtype=torch.int32)
+    want = x[read_ids]
+    seen: list[bool] = []
+    load = interpreter.InterpreterBuilder.create_masked_load
+
+    def noted(self: Any, *args: Any, **options: Any) -> Any:
+        seen.append(tl.core.is_builtin(tl.load))
+        if len(seen) == 2:
+            raise ValueError("no second load")
+        return load(self, *args, **options)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", noted)
+    with pytest.raises(interpreter.InterpreterError, match="no second load"):
+        unpool(x, read_ids, impl="triton")
+    assert tl.core.is_builtin(tl.load)
+    assert torch.equal(unpool(x, read_ids, impl="triton"), want)
+    assert tl.core.is_builtin(tl.load)
+    assert len(seen) > 2
+    assert not any(seen)
 
 
 @pytest.mark.lanes("aot")
