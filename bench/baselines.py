@@ -13,9 +13,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -27,9 +25,9 @@ from stlm_models.train import judge
 from stlm_models.trainer import PRECISIONS, StepResult, Trainer, TrainOptions
 from stlm_models.words import WordVocabulary
 
-from . import report
 from .harness import environment
-from .harness.commandline import positive, result_path, write_json
+from .harness.commandline import positive
+from .harness.results import Record, Result, add_result_options, command_line, result_path
 
 KINDS = ("", "-flat", "-word")
 RATES = {"": (0.04, 0.008), "-flat": (0.04, 0.008), "-word": (0.04, 0.008)}
@@ -109,10 +107,11 @@ def config_of(name: str, corpus: Corpus, row_bytes: int) -> ModelConfig:
     return dataclasses.replace(config, context=max(2, round(row_bytes * ids_per_byte)))
 
 
-def result_of(each: Contender) -> dict[str, Any]:
+def result_of(each: Contender) -> Record:
     """What the model became, and how."""
     trainer = each.trainer
     return {
+        "model": each.name,
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "context": trainer.config.context,
         "bytes_per_id": round(trainer.bytes_per_id, 4),
@@ -123,6 +122,18 @@ def result_of(each: Contender) -> dict[str, Any]:
         **judge(trainer),
         "curve": each.curve,
     }
+
+
+def table(rows: Sequence[Record]) -> Iterator[str]:
+    """Lay out models trained for the same minutes, and what compression programs reach."""
+    yield "held-out bits per byte, parameters, steps, bytes read, bytes/s"
+    for x in rows:
+        yield (
+            f"{x['model']:<24} {x['bits_per_byte']:.4f} {x['parameters']:>12,} {x['step']:>7,}"
+            f" {x['bytes_read']:>12,} {x['bytes_per_second']:>9,}"
+        )
+    x = rows[0]
+    yield f"gzip -9 {x['gzip_9_bits_per_byte']:.4f}, xz -9 {x['xz_9_bits_per_byte']:.4f}"
 
 
 def first_bytes(documents: Iterable[bytes], n_bytes: int) -> list[bytes]:
@@ -179,23 +190,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         corpus, contenders = contenders_of(parsed)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    path = result_path(parsed.out, f"twins-{parsed.preset}", parser)
+    path = result_path(parsed.json, f"twins-{parsed.preset}", parser)
     described = [corpus.name, *corpus.describe()]
     print("corpus:", *described, sep="\n", flush=True)
     compete(contenders, parsed.turn)
-    result = {
-        "machine": about,
+    rows = [result_of(each) for each in contenders]
+    print(*table(rows), sep="\n")
+    settings = {
         "load_after": os.getloadavg()[0],
-        "preset": parsed.preset,
-        "minutes": parsed.minutes,
-        "rows": parsed.rows,
-        "seed": parsed.seed,
         "precision": contenders[0].trainer.options.precision,
         "corpus": described,
-        "twins": {each.name: result_of(each) for each in contenders},
     }
-    print("\n".join(report.twin_lines(result["twins"])))
-    write_json(path, result)
+    command = command_line("bench.baselines", arguments)
+    Result(command, about, rows, [*described, *table(rows)], settings).write(path)
     print(path)
 
 
@@ -228,8 +235,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=positive, help="threads of torch (default: its own choice)")
     add("--turn", type=float, default=TURN_SECONDS, help="seconds of a turn")
     add("--judge-bytes", type=int, help="judge by so many held-out bytes (default: all)")
-    add("--out", type=Path, help="where the result goes (default: out/bench/)")
-    add("--commit", help="what to record as the commit, where git is not there")
+    add_result_options(parser)
     return parser
 
 

@@ -7,7 +7,6 @@ earlier commit (`--against FILE`) is shown beside it as a ratio.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections import Counter
@@ -25,7 +24,8 @@ from stlm_kernels.ptx.bounds import Device, bounds_of, ratio
 from stlm_kernels.registry import OPS
 
 from .harness import environment
-from .harness.commandline import positive, result_path, write_json
+from .harness.commandline import positive
+from .harness.results import Result, add_result_options, command_line, result_path
 
 Record = dict[str, Any]
 DTYPE = torch.bfloat16
@@ -146,8 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="h200", help="whose rates make the bounds")
     parser.add_argument("--sample", type=positive, default=SAMPLE, help="blocks of each launch")
     parser.add_argument("--against", type=Path, help="the table of another commit")
-    parser.add_argument("--json", type=Path, help="where the result goes (default: out/bench/)")
-    parser.add_argument("--commit", help="what to record as the commit, where git is not there")
+    add_result_options(parser)
     options = parser.parse_args(arguments)
     try:
         device = Device.load(options.device)
@@ -155,23 +154,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         parser.error(str(error))
     path = result_path(options.json, "bounds", parser)
-    about = environment.describe(torch.device("cpu"), options.commit)
-    print(f"lower bounds on {device.name}, bf16, sm_{device.arch}: counted, not timed")
+    about = environment.software(torch.device("cpu"), options.commit)
+    summary = [f"lower bounds on {device.name}, bf16, sm_{device.arch}: counted, not timed"]
+    print(summary[0])
     records = []
     for row in ROWS:
         if options.ops and row.op not in options.ops:
             continue
         began = time.monotonic()
         records.append(measure(row, device, device.arch, options.sample))
-        print(line(records[-1], earlier), f" [{time.monotonic() - began:.0f} s]", flush=True)
-    values = {
-        **{key: about[key] for key in ("device", "torch", "triton", "python", "date", "commit")},
-        "command": "python -m bench.bounds",
-        "bounds_on": device.name,
-        "sampled_blocks": options.sample,
-        "bounds": records,
-    }
-    write_json(path, values)
+        summary.append(line(records[-1], earlier))
+        print(summary[-1], f" [{time.monotonic() - began:.0f} s]", flush=True)
+    command = command_line("bench.bounds", arguments)
+    settings = {"bounds_on": device.name, "sampled_blocks": options.sample}
+    Result(command, about, records, summary, settings).write(path)
     print(path)
     return 0
 
@@ -182,10 +178,10 @@ def read(path: Path) -> dict[tuple[str, str, str], Record]:
     Raises:
         ValueError: it holds something else.
     """
-    values = json.loads(path.read_text())
-    if "bounds" not in values:
-        raise ValueError(f"{path}: expected a table of bench.bounds")
-    return {(x["op"], x["case"], x["pass"]): x for x in values["bounds"]}
+    found = Result.read(path)
+    if "bounds_on" not in found.settings:
+        raise ValueError(f"{path}: expected a table of bench.bounds, got {found.command}")
+    return {(x["op"], x["case"], x["pass"]): x for x in found.rows}
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
@@ -24,7 +23,8 @@ from stlm_models.threads import ThreadCount
 from stlm_models.trainer import Trainer, TrainOptions
 
 from .harness import environment
-from .harness.commandline import positive, result_path, write_json
+from .harness.commandline import positive
+from .harness.results import Result, add_result_options, command_line, result_path
 
 ENOUGH = 0.4
 """The least share of the quiet throughput that a busy core may leave."""
@@ -85,8 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=positive, default=25, help="of each spell")
     parser.add_argument("--taken", type=positive, default=1, help="processes beside the training")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--json", type=Path, help="where the result goes (default: out/bench/)")
-    parser.add_argument("--commit", help="what to record as the commit, where git is not there")
+    add_result_options(parser)
     options = parser.parse_args(arguments)
     path = result_path(options.json, "busy", parser)
     about = environment.describe(torch.device("cpu"), options.commit)
@@ -96,15 +95,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     trainer = Trainer(preset(options.preset), load_corpus(None), budget)
     rates = measure(trainer, options.turns, options.seconds, options.taken)
     kept = shares(rates)
-    for name, share in kept.items():
-        print(f"{name:<14} {statistics.median(rates[name]):9,.0f} bytes/s {share:5.0%} of quiet")
-    command = f"python -m bench.busy {options.preset} --precision {options.precision}"
-    figures = {"shares_of_quiet": {name: round(share, 3) for name, share in kept.items()}}
-    values = {**about, "command": command, **figures, "bytes_per_second": rates}
-    write_json(path, values)
-    print(path)
     is_enough = kept["busy_chosen"] >= ENOUGH
-    print(f"{'met' if is_enough else 'MISSED'}: at least {ENOUGH:.0%} beside a busy core")
+    summary = [
+        *(
+            f"{name:<14} {statistics.median(rates[name]):9,.0f} bytes/s {share:5.0%} of quiet"
+            for name, share in kept.items()
+        ),
+        f"{'met' if is_enough else 'MISSED'}: at least {ENOUGH:.0%} beside a busy core",
+    ]
+    print(*summary, sep="\n")
+    rows = [
+        {"spell": name, "share_of_quiet": round(kept[name], 3), "bytes_per_second": found}
+        for name, found in rates.items()
+    ]
+    Result(command_line("bench.busy", arguments), about, rows, summary).write(path)
+    print(path)
     return 0 if is_enough else 1
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 
@@ -20,13 +19,15 @@ from stlm_kernels._spec import Case, OpSpec
 from stlm_kernels.registry import OPS
 
 from .harness import environment
-from .harness.commandline import positive, result_path, write_json
+from .harness.commandline import positive
 from .harness.jobs import CaseData, Job, Task, entries_of, passes_of, task_of
+from .harness.results import Result, add_result_options, command_line, result_path
 from .harness.timing import interleaved_medians, keep_freed_memory
 
 MISS, FAILURE, REPEATS = 1.05, 1.25, 3
 JUDGED = ("no-grad", "fwd+bwd")
 VERDICTS = ("met", "missed", "FAILED", "shown")
+HEAD = f"ours, then the best eager peer; the aim is at most {MISS}x, {FAILURE}x fails"
 Medians = Callable[[Sequence[Task], int], list[float]]
 
 
@@ -108,8 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--threads", type=positive, help="threads of torch (default: its own choice)"
     )
-    parser.add_argument("--json", type=Path, help="where the result goes (default: out/bench/)")
-    parser.add_argument("--commit", help="what to record as the commit, where git is not there")
+    add_result_options(parser)
     options = parser.parse_args(arguments)
     unknown = sorted(set(options.ops) - OPS.keys())
     if unknown:
@@ -120,13 +120,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     keep_freed_memory()
     about = environment.describe(torch.device("cpu"), options.commit)
     print(environment.header(about, None))
-    print(f"ours, then the best eager peer; the aim is at most {MISS}x, {FAILURE}x fails")
+    print(HEAD)
     found = []
     for each in comparisons([OPS[name] for name in options.ops or OPS], options.rounds):
         print(line(each), flush=True)
         found.append(each)
     rows = [asdict(each) | {"verdict": each.verdict} for each in found]
-    write_json(path, {"machine": about, "comparisons": rows})
+    summary = [HEAD, *map(line, found)]
+    Result(command_line("bench.check", arguments), about, rows, summary).write(path)
     counts = {verdict: sum(x.verdict == verdict for x in found) for verdict in VERDICTS}
     print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()) + f"; {path}")
     return 1 if counts["FAILED"] else 0

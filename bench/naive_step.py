@@ -11,11 +11,10 @@ import multiprocessing
 import resource
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 import torch
 
@@ -25,11 +24,11 @@ from stlm_models.data import load_corpus
 from stlm_models.precision import faster_precision
 from stlm_models.trainer import PRECISIONS, Trainer, TrainOptions
 
-from . import report
 from .harness import environment
 from .harness.baseline_ops import ops_replaced
-from .harness.commandline import positive, result_path, write_json
+from .harness.commandline import positive
 from .harness.naive_ops import NAIVE
+from .harness.results import Result, add_result_options, command_line, result_path
 
 WAYS = ("ours", "naive")
 
@@ -46,7 +45,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Result:
+class Way:
     """One way of computing the step."""
 
     seconds: list[float]
@@ -55,7 +54,7 @@ class Result:
     losses: list[float]
 
 
-def measure(settings: Settings, steps: int) -> dict[str, Result]:
+def measure(settings: Settings, steps: int) -> dict[str, Way]:
     """Train in turns; the first step of each, which warms up, is not timed."""
     spawn = multiprocessing.get_context("spawn")
     pipes = {}
@@ -70,7 +69,7 @@ def measure(settings: Settings, steps: int) -> dict[str, Result]:
             answers[way].append(pipe.recv())
     peaks = {way: _ask(pipe, "peak") for way, pipe in pipes.items()}
     return {
-        way: Result(
+        way: Way(
             [seconds for seconds, _, _ in found[1:]],
             found[0][2] / statistics.median(seconds for seconds, _, _ in found[1:]),
             peaks[way],
@@ -105,6 +104,19 @@ def _peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def lines(results: dict[str, Way]) -> Iterator[str]:
+    """A line for each way to compute a step, then what ours gains."""
+    for way, x in results.items():
+        yield (
+            f"  {way:<6} {statistics.median(x.seconds):8.2f} s"
+            f" {x.bytes_per_second:9,.0f} bytes/s {x.peak_bytes / 2**20:8,.0f} MiB"
+        )
+    ours, naive = results["ours"], results["naive"]
+    faster = ours.bytes_per_second / naive.bytes_per_second
+    smaller = ours.peak_bytes / naive.peak_bytes
+    yield f"  ours: {faster:.2f} times the speed, {smaller:.2f} of the peak"
+
+
 def _config_and_options(settings: Settings) -> tuple[ModelConfig, TrainOptions]:
     """What both train, and how.
 
@@ -137,8 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--precision", choices=sorted(PRECISIONS), help="default: bf16 where the device has it"
     )
-    parser.add_argument("--json", type=Path, help="where the result goes (default: out/bench/)")
-    parser.add_argument("--commit", help="what to record as the commit, where git is not there")
+    add_result_options(parser)
     options = parser.parse_args(arguments)
     precision = options.precision or faster_precision().name
     settings = Settings(options.preset, options.rows, options.context, precision, options.threads)
@@ -151,10 +162,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     about = environment.describe(device, options.commit)
     print(environment.header(about, None))
     results = measure(settings, options.steps)
-    found = {way: asdict(result) for way, result in results.items()}
-    print("\n".join([str(settings), *report.naive_lines(found)]))
-    values = {"machine": about, "settings": asdict(settings), "results": found}
-    write_json(path, values)
+    said = ", ".join(f"{key} {value}" for key, value in asdict(settings).items())
+    summary = [said, *lines(results)]
+    print(*summary, sep="\n")
+    rows = [{"ops": way, **asdict(result)} for way, result in results.items()]
+    command = command_line("bench.naive_step", arguments)
+    Result(command, about, rows, summary, asdict(settings)).write(path)
     print(path)
 
 

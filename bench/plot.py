@@ -6,7 +6,6 @@ the roofline as well, under the ceilings that the same run measured.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from stlm_kernels import terminal
 from stlm_models.files import write_png
 
-from .report import Record
+from .harness.results import Record, read_benchmarks
 
 MOST_LINEAR = 10
 """Times the shortest bar that the longest may have before a panel is logarithmic."""
@@ -30,7 +29,7 @@ def plot_file(path: Path, folder: Path) -> list[Path]:
     Raises:
         ValueError: for a file that `pytest bench/` did not write.
     """
-    results = load(path)
+    results = read_benchmarks(path)
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, figure in figures(results):
@@ -196,21 +195,6 @@ def _points(axes: Any, records: list[Record], style: str, colour: str, label: st
 
 def _intensity(record: Record) -> float:
     return record["extra_info"]["flops"] / record["extra_info"]["bytes"]
-
-
-def load(path: Path) -> dict[str, Any]:
-    """What `pytest bench/` wrote.
-
-    Raises:
-        ValueError: for a file that it did not write, or that cannot be read.
-    """
-    try:
-        values = json.loads(path.read_text())
-        if "stlm" in values["machine_info"] and "benchmarks" in values:
-            return values
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: expected JSON of `pytest bench/`, got {error!r}") from None
-    raise ValueError(f"{path}: expected JSON of `pytest bench/`, got another file")
 
 
 @terminal.command()

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import json
-import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,8 @@ from stlm_models.files import replace_file
 
 from .harness import targets
 from .harness.environment import busy_warning
+from .harness.results import Record, Result, is_of_benchmarks, read_json
 
-Record = dict[str, Any]
 NAME_WIDTH = 38
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent / "RESULTS.md"
@@ -118,113 +116,20 @@ def page(folder: Path) -> str:
 
 
 def _section(path: Path) -> tuple[str, str]:
-    """The date of a file and its part of the page."""
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, got {error}") from None
-    if "benchmarks" in values:
-        about, kind = values["machine_info"]["stlm"], "pytest bench/ --benchmark-only"
+    """Return the date of a file and its part of the page."""
+    values = read_json(path)
+    if is_of_benchmarks(values):
+        about, command = values["machine_info"]["stlm"], "pytest bench/ --benchmark-only"
         lines = "\n\n".join(tables(values["benchmarks"], about))
-    elif "comparisons" in values:
-        about, kind = values["machine"], "python -m bench.check"
-        lines = "\n".join(_comparison_line(row) for row in values["comparisons"])
-    elif "steps" in values:
-        about, kind = values["machine"], f"python -m bench.step {' '.join(values['steps'])}"
-        lines = "\n".join(
-            _part_line(name, x) for name in values["steps"] for x in values["steps"][name]
-        )
-    elif "twins" in values:
-        about = values["machine"]
-        kind = f"python -m bench.twins {values['preset']} --minutes {values['minutes']:g}"
-        lines = "\n".join([*values["corpus"], *twin_lines(values["twins"])])
-    elif "results" in values:
-        about = values["machine"]
-        kind = f"python -m bench.naive_step {values['settings']['preset']}"
-        said = ", ".join(f"{key} {value}" for key, value in values["settings"].items())
-        lines = "\n".join([said, *naive_lines(values["results"])])
-    elif "resources" in values:
-        about, kind = values["machine"], "python -m bench.resources"
-        lines = "\n".join(_resource_line(row) for row in values["resources"])
-    elif "bounds" in values:
-        about, kind = values, f"{values['command']}, lower bounds on {values['bounds_on']}"
-        lines = "\n".join(_bound_line(row) for row in values["bounds"])
-    elif "command" in values:
-        about, kind = values, values["command"]
-        lines = "\n".join(f"{key}: {value}" for key, value in _plain_values(values))
     else:
-        raise ValueError(f"{path}: expected a result of a command of this repository, got another")
+        result = Result.read(path)
+        about, command, lines = result.machine, result.command, "\n".join(result.summary)
     facts = ", ".join(
         f"{key} {about[key]}" for key in ("threads", "torch", "triton", "python") if key in about
     )
-    head = f"## `{kind}`, {about['date']}\n\n{about['device']}; {facts}; commit {about['commit']}."
-    head += f" Raw: [{path.name}](results/{path.name})"
-    timed = not values.keys() & {"resources", "bounds"}
-    busy = busy_warning(about) if timed else []
-    return about["date"], "\n\n".join([head, *busy, f"```\n{lines}\n```"])
-
-
-def _comparison_line(row: Record) -> str:
-    return (
-        f"{row['verdict']:>6}  {row['ratios'][-1]:5.2f}x  ours {row['ours_s'] * 1e6:9.0f} us,"
-        f" {row['peer']} {row['peer_s'] * 1e6:.0f} us  {row['op']} {row['case']} {row['direction']}"
-    )
-
-
-def _bound_line(row: Record) -> str:
-    reach = "" if row["reach"] is None else f" (to reach: {row['reach']:g})"
-    largest = max(row["us"], key=lambda name: row["us"][name])
-    return (
-        f"{row['bound']:9.1f} us{reach}, DRAM floor {row['dram_floor']:.1f}, by {largest};"
-        f" {row['launches']} launches, sectors {row['sectors']:.2f},"
-        f" wavefronts {row['wavefronts']:.2f}  {row['op']} {row['case']} {row['pass']}"
-    )
-
-
-def _part_line(preset: str, part: Record) -> str:
-    ms, work = part["seconds"] * 1e3, part["flops"] / 1e9
-    return f"{preset} {part['name']:<12} {ms:9.2f} ms {work:9.2f} GFLOP"
-
-
-def twin_lines(twins: dict[str, Record]) -> Iterator[str]:
-    """A table of models trained for the same minutes, and what compression programs reach."""
-    yield "held-out bits per byte, parameters, steps, bytes read, bytes/s"
-    for name, x in twins.items():
-        yield (
-            f"{name:<24} {x['bits_per_byte']:.4f} {x['parameters']:>12,} {x['step']:>7,}"
-            f" {x['bytes_read']:>12,} {x['bytes_per_second']:>9,}"
-        )
-    x = next(iter(twins.values()))
-    yield f"gzip -9 {x['gzip_9_bits_per_byte']:.4f}, xz -9 {x['xz_9_bits_per_byte']:.4f}"
-
-
-def naive_lines(results: dict[str, Record]) -> Iterator[str]:
-    """A line for each way to compute a step, then what ours gains."""
-    for way, x in results.items():
-        yield (
-            f"  {way:<6} {statistics.median(x['seconds']):8.2f} s"
-            f" {x['bytes_per_second']:9,.0f} bytes/s {x['peak_bytes'] / 2**20:8,.0f} MiB"
-        )
-    ours, naive = results["ours"], results["naive"]
-    faster = ours["bytes_per_second"] / naive["bytes_per_second"]
-    smaller = ours["peak_bytes"] / naive["peak_bytes"]
-    yield f"  ours: {faster:.2f} times the speed, {smaller:.2f} of the peak"
-
-
-def _resource_line(row: Record) -> str:
-    return (
-        f"{row['kernel']:<36} sm_{row['arch']} {row['registers']:>3} registers,"
-        f" {row['spill_instructions']} spills, {row['shared_bytes']:>6} B shared  {row['config']}"
-    )
-
-
-def _plain_values(values: Record) -> Iterator[tuple[str, object]]:
-    """What is a figure or a text in a result, however deep; not its series."""
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _plain_values(value)
-        elif not isinstance(value, list) and key not in ("device", "commit", "date", "command"):
-            yield key, value
+    head = f"## `{command}`, {about['date']}\n\n{about['device']}; {facts}; "
+    head += f"commit {about['commit']}. Raw: [{path.name}](results/{path.name})"
+    return about["date"], "\n\n".join([head, *busy_warning(about), f"```\n{lines}\n```"])
 
 
 @terminal.command()

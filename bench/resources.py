@@ -8,12 +8,10 @@ the file holds, with its stamp, and says so where kernels changed since.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,7 +22,7 @@ from stlm_kernels.registry import OPS
 
 from . import report
 from .harness import environment
-from .harness.commandline import write_json
+from .harness.results import Record, Result, add_result_options, command_line
 
 PACKAGE = Path(stlm_kernels.__file__).parent
 DTYPE = torch.bfloat16
@@ -53,27 +51,31 @@ def compiled(ops: Sequence[str], arch: int) -> Iterator[Report]:
             yield from inspect_op(OPS[name], case, arch, DTYPE)
 
 
-def rows_of(reports: Sequence[Report]) -> list[dict[str, Any]]:
+def rows_of(reports: Sequence[Report]) -> list[Record]:
     return [
         {key: value for key, value in asdict(x).items() if key not in CODE} for x in merged(reports)
     ]
 
 
-def lines(values: dict[str, Any], sources: str, ops: AbstractSet[str] = OPS.keys()) -> list[str]:
+def reports_of(rows: Sequence[Record]) -> list[Report]:
+    """The reports of a file's rows, without the code."""
+    return [Report(**row, ptx="", sass="") for row in rows]
+
+
+def lines(found: Result, sources: str, ops: AbstractSet[str] = OPS.keys()) -> list[str]:
     """The table of a file, below its stamp.
 
     Args:
-        values: what the file holds.
+        found: what the file holds.
         sources: `sources_sha256` of the kernels here.
         ops: whose kernels to show.
     """
-    about = values["machine"]
-    rows = [Report(**row, ptx="", sass="") for row in values["resources"]]
+    about, rows = found.machine, reports_of(found.rows)
     stamp = (
         f"compiled ahead of time for sm_{rows[0].arch}, bfloat16, triton {about['triton']}, "
         f"commit {about['commit']}, {about['date']}"
     )
-    changed = [] if sources == values["sources"] else [CHANGED]
+    changed = [] if sources == found.settings["sources"] else [CHANGED]
     wanted = [row for row in rows if ops & set(row.ops)]
     return [f"kernels: {stamp}", *changed, *(["", table(wanted)] if wanted else [])]
 
@@ -86,24 +88,29 @@ def summary(ops: AbstractSet[str] = OPS.keys(), arch: int = 90) -> str:
     path = path_of(arch)
     if not path.exists():
         return "kernels: not compiled yet: python -m bench.resources"
-    return "\n".join(lines(json.loads(path.read_text()), sources_sha256(), ops))
+    return "\n".join(lines(Result.read(path), sources_sha256(), ops))
 
 
 @terminal.command()
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = terminal.argument_parser("bench.resources", __doc__)
     parser.add_argument("--arch", type=int, default=90, choices=sorted(LIMITS))
-    parser.add_argument("--json", type=Path, help="where the result goes (default: bench/results/)")
-    parser.add_argument("--commit", help="what to record as the commit, where git is not there")
+    add_result_options(parser, "bench/results/")
     options = parser.parse_args(arguments)
-    about = environment.describe(torch.device("cpu"), options.commit)
+    about = environment.software(torch.device("cpu"), options.commit)
     with_kernels = [name for name, spec in OPS.items() if spec.kernels]
     rows = rows_of(list(compiled(with_kernels, options.arch)))
     sources = sources_sha256()
-    values = {"machine": about, "sources": sources, "resources": rows}
+    found = Result(
+        command_line("bench.resources", arguments),
+        about,
+        rows,
+        table(reports_of(rows)).splitlines(),
+        {"sources": sources},
+    )
     path = options.json or path_of(options.arch)
-    write_json(path, values)
-    print("\n".join(lines(values, sources)))
+    found.write(path)
+    print("\n".join(lines(found, sources)))
     print(path)
 
 

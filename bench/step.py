@@ -11,7 +11,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +25,8 @@ from stlm_models.precision import faster_precision
 from stlm_models.trainer import PRECISIONS, Trainer, TrainOptions
 
 from .harness import environment
-from .harness.commandline import positive, result_path, write_json
+from .harness.commandline import positive
+from .harness.results import Result, add_result_options, command_line, result_path
 from .harness.timing import Ceilings, Cpu, Gpu, Timer
 
 OPTIMISER, REST, IDLE, WHOLE = "optimiser", "rest", "idle", "whole step"
@@ -207,7 +207,7 @@ def _flops(work: Callable[[], None]) -> int:
     return counter.get_total_flops()
 
 
-def table(name: str, parts: Sequence[Part]) -> str:
+def table(name: str, parts: Sequence[Part]) -> list[str]:
     """One line for each part: ms, share of the step, GFLOP, and time over floor."""
     whole = parts[-1].seconds
     lines = [f"{name}: ms, share of the step, GFLOP, times its floor"]
@@ -217,7 +217,7 @@ def table(name: str, parts: Sequence[Part]) -> str:
             f"  {part.name:<12} {part.seconds * 1e3:9.2f} {part.seconds / whole:6.1%}"
             f" {part.flops / 1e9:9.2f} {over}"
         )
-    return "\n".join(lines)
+    return lines
 
 
 def _config(name: str, context: int | None) -> ModelConfig:
@@ -237,8 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--precision", choices=sorted(PRECISIONS), help="default: bf16 where the device has it"
     )
-    parser.add_argument("--json", type=Path, help="where the result goes (default: out/bench/)")
-    parser.add_argument("--commit", help="what to record as the commit, where git is not there")
+    add_result_options(parser)
     options = parser.parse_args(arguments)
     try:
         configs = {name: _config(name, options.context) for name in options.presets}
@@ -248,7 +247,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     machine = Gpu() if torch.cuda.is_available() else Cpu()
     about, ceilings = environment.describe(machine.device, options.commit), machine.ceilings()
     print(environment.header(about, ceilings))
-    corpus, results = load_corpus(None), {}
+    corpus = load_corpus(None)
+    rows: list[dict[str, Any]] = []
+    summary: list[str] = []
     precision = options.precision or faster_precision().name
     for name in options.presets:
         # The rates never change here: a budget of many steps keeps the schedule at its peak.
@@ -257,11 +258,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         trainer = Trainer(config, corpus, settings)
         parts = budget(trainer, machine.timer(), options.rounds, ceilings)
         what = f"{name}, {options.rows} windows of {config.context}, {precision}"
-        print(table(what, parts), flush=True)
-        results[name] = [asdict(part) for part in parts]
-    values = {"machine": about, "rows": options.rows, "context": options.context}
-    values |= {"precision": precision, "steps": results}
-    write_json(path, values)
+        lines = table(what, parts)
+        print(*lines, sep="\n", flush=True)
+        rows += [{"preset": name, **asdict(part)} for part in parts]
+        summary += lines
+    command = command_line("bench.step", arguments)
+    Result(command, about, rows, summary, {"precision": precision}).write(path)
     print(path)
 
 

@@ -32,8 +32,8 @@ from stlm_kernels.inspect import inspect_op
 from stlm_kernels.registry import OPS
 
 from .harness import environment
-from .harness.commandline import write_json
 from .harness.jobs import CaseData, Job, cases_of, heads_of, our_entries, passes_of, task_of
+from .harness.results import write_json
 from .harness.timing import Gpu, timed_rounds
 from .resources import sources_sha256
 

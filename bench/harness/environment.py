@@ -18,19 +18,26 @@ from .timing import Ceilings
 
 
 def describe(device: torch.device, commit: str | None = None) -> dict[str, Any]:
-    """Device, versions, commit and date of this run."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
-    return {
-        "device": name,
+    """Return what figures of time depend on: `software`, and the state of the machine."""
+    on_gpu = device.type == "cuda"
+    about = software(device, commit)
+    return about | {
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
-        "gpu_state": (_gpu_state() or "unknown") if device.type == "cuda" else "",
+        "gpu_state": (_gpu_state() or "unknown") if on_gpu else "",
+        "tuned": on_gpu and device_file(about["device"]).exists(),
+    }
+
+
+def software(device: torch.device, commit: str | None = None) -> dict[str, Any]:
+    """Return device, versions, commit and date, all that counted figures depend on."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _triton_version(),
         "commit": commit or _commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "tuned": device.type == "cuda" and device_file(name).exists(),
     }
 
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ from helpers.models import TINY
 
 import stlm_models.config
 from bench import baselines, report
+from bench.harness.results import Result
 from stlm_models import ModelConfig, bits_per_byte
 from stlm_models.checkpoint import load_checkpoint
 from stlm_models.data import Corpus, load_corpus
@@ -198,18 +197,20 @@ def test_the_command(
     text.write_bytes(TEXT)
     out = tmp_path / "results" / "baselines.json"
     arguments = ["--minutes", "0.005", "--turn", "0.1", "--rows", "2", "--precision", "fp32"]
-    baselines.main([*arguments, "--data", str(text), "--out", str(out), "--commit", "abc"])
-    result: dict[str, Any] = json.loads(out.read_text())
-    assert result["twins"].keys() == TINIES.keys()
-    for name, found in result["twins"].items():
+    baselines.main([*arguments, "--data", str(text), "--json", str(out), "--commit", "abc"])
+    result = Result.read(out)
+    assert [row["model"] for row in result.rows] == [*TINIES]
+    for found in result.rows:
         assert found["seconds"] >= 0.3
         assert 0 < found["bits_per_byte"] < 9
         assert found["bytes_read"] == found["curve"][-1]["bytes"] > 0
         assert found["held_out_bytes"] == len(TEXT) // 10
-        assert (found["muon_lr"], found["adamw_lr"]) == baselines.RATES[name.removeprefix("demo")]
-    assert result["machine"]["commit"] == "abc"
+        assert (found["muon_lr"], found["adamw_lr"]) == baselines.RATES[
+            found["model"].removeprefix("demo")
+        ]
+    assert result.machine["commit"] == "abc"
     shown = capsys.readouterr().out
     assert "bits per byte of training: demo " in shown
-    for line in report.twin_lines(result["twins"]):
+    for line in baselines.table(result.rows):
         assert line in shown
         assert line in report.page(out.parent)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from bench import bounds, report
 from bench.bounds import ROWS, Row, case_named, measure
+from bench.harness.results import Result
 from stlm_kernels.ptx.bounds import Device
 from stlm_kernels.registry import OPS
 
 pytestmark = pytest.mark.lanes("compiled")
+OTHER = '{"command": "python -m x", "machine": {}, "rows": [], "summary": []}'
 SMALL = "T300-P50-D48-mean-ragged"
 
 
@@ -37,18 +38,19 @@ def test_the_command(
     monkeypatch.setattr(bounds, "ROWS", (Row("segment_pool", SMALL, "fwd", 3.0),))
     first, second = tmp_path / "first.json", tmp_path / "second.json"
     assert bounds.main(["--json", str(first), "--commit", "abc"]) == 0
-    values = json.loads(first.read_text())
-    assert values["bounds_on"] == "NVIDIA H200 SXM"
-    assert values["commit"] == "abc"
+    found = Result.read(first)
+    assert found.settings["bounds_on"] == "NVIDIA H200 SXM"
+    assert found.machine["commit"] == "abc"
     page = report.page(tmp_path)
-    assert "`python -m bench.bounds, lower bounds on NVIDIA H200 SXM`" in page
+    assert "lower bounds on NVIDIA H200 SXM, bf16, sm_90: counted, not timed" in page
     assert f"segment_pool {SMALL} fwd" in page
     capsys.readouterr()
     bounds.main(["--json", str(second), "--commit", "abc", "--against", str(first)])
     assert "1.00x before  segment_pool" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         bounds.main(["--device", "h2000"])
-    first.write_text("{}")
-    with pytest.raises(SystemExit):
-        bounds.main(["--against", str(first), "--json", str(second)])
-    assert "expected a table of bench.bounds" in capsys.readouterr().err
+    for text, message in (("{}", "expected a result of a command"), (OTHER, "got python -m x")):
+        first.write_text(text)
+        with pytest.raises(SystemExit):
+            bounds.main(["--against", str(first), "--json", str(second)])
+        assert message in capsys.readouterr().err

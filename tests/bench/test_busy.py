@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from bench import busy
+from bench.harness.results import Result
 
 
 def test_the_command_and_its_file(
@@ -22,9 +22,9 @@ def test_the_command_and_its_file(
     monkeypatch.setattr(busy, "measure", lambda *arguments: found)
     path = tmp_path / "busy.json"
     assert busy.main(["demo", "--json", str(path), "--commit", "abc"]) == 0
-    values = json.loads(path.read_text())
-    assert values["command"] == "python -m bench.busy demo --precision fp32"
-    assert values["shares_of_quiet"]["busy_chosen"] == 0.5
+    result = Result.read(path)
+    assert result.command == f"python -m bench.busy demo --json {path} --commit abc"
+    assert {row["spell"]: row["share_of_quiet"] for row in result.rows}["busy_chosen"] == 0.5
     assert "busy_fixed             9 bytes/s    9% of quiet" in capsys.readouterr().out
     found["busy_chosen"] = [39.0]
     assert busy.main(["demo", "--json", str(path), "--commit", "abc"]) == 1

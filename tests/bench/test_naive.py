@@ -14,7 +14,7 @@ from bench import naive_step, report
 from bench.harness import environment
 from bench.harness.baseline_ops import ops_replaced
 from bench.harness.naive_ops import NAIVE
-from bench.naive_step import Result, Settings, measure
+from bench.naive_step import Settings, Way, measure
 from stlm_models import STLM, ModelConfig
 
 TINY = ModelConfig(
@@ -124,7 +124,7 @@ def test_bad_words_are_refused_before_a_process_starts(
 def test_the_command_and_its_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    results = {"ours": Result([1.0], 200.0, 2**20, []), "naive": Result([2.0], 100.0, 2**22, [])}
+    results = {"ours": Way([1.0], 200.0, 2**20, []), "naive": Way([2.0], 100.0, 2**22, [])}
     monkeypatch.setattr(naive_step, "measure", lambda settings, steps: results)
     out = tmp_path / "naive.json"
     words = ["demo", "--precision", "fp32", "--commit", "abc", "--json", str(out)]
@@ -134,7 +134,7 @@ def test_the_command_and_its_page(
     for text in (capsys.readouterr().out, page):
         assert "2.00 times the speed, 0.25 of the peak" in text
         assert "THE MACHINE WAS BUSY (load 1.5" in text
-    assert "`python -m bench.naive_step demo`" in page
+    assert "`python -m bench.naive_step demo --precision fp32" in page
     assert "commit abc" in page
     monkeypatch.setattr(environment.os, "getloadavg", lambda: (0.1, 0.0, 0.0))
     naive_step.main(words)

@@ -122,11 +122,22 @@ def test_the_command(tmp_path: Path, capsys: Any) -> None:
     assert all(Path(name).read_bytes().startswith(b"\x89PNG") for name in shown)
 
 
-@pytest.mark.parametrize("text", ["{}", "no json", None])
-def test_another_file_is_refused(text: str | None, tmp_path: Path, capsys: Any) -> None:
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{}", "expected JSON of `pytest bench/`"),
+        ('{"benchmarks": [], "machine_info": {}}', "expected JSON of `pytest bench/`"),
+        ("[1]", "expected JSON of `pytest bench/`"),
+        ("no json", "expected JSON, got"),
+        (None, "expected JSON, got FileNotFoundError"),
+    ],
+)
+def test_another_file_is_refused(
+    text: str | None, message: str, tmp_path: Path, capsys: Any
+) -> None:
     path = tmp_path / "run.json"
     if text is not None:
         path.write_text(text)
     with pytest.raises(SystemExit, match="2"):
         plot.main([str(path)])
-    assert "expected JSON of `pytest bench/`" in capsys.readouterr().err
+    assert message in capsys.readouterr().err

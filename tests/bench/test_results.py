@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from bench import report
+from bench.harness.results import Result
 
 ROOT = Path(__file__).parents[2]
 RAW = re.compile(r"bench/results/[\w.-]+\.json")
@@ -30,19 +31,24 @@ def test_the_page_is_what_the_files_say() -> None:
     assert report.PAGE.read_text() == report.page(report.RESULTS), "run  python -m bench.report"
 
 
-def test_every_kind_of_file_has_its_lines(tmp_path: Path) -> None:
+def test_both_kinds_of_files_have_their_lines(tmp_path: Path) -> None:
     machine = {"device": "A", "date": "2026-01-02", "commit": "abc", "threads": 1}
-    part = {"name": "core", "seconds": 0.25, "flops": 3_000_000_000}
-    steps = {"machine": machine, "steps": {"demo": [part]}}
-    (tmp_path / "step.json").write_text(json.dumps(steps))
+    rows = [{"name": "core", "seconds": 0.25}]
+    Result("python -m bench.step demo", machine, rows, ["core 250.00 ms"]).write(
+        tmp_path / "step.json"
+    )
+    run = {"machine_info": {"stlm": machine | {"date": "2026-01-03"}}, "benchmarks": []}
+    (tmp_path / "bench.json").write_text(json.dumps(run))
     text = report.page(tmp_path)
-    assert "## `python -m bench.step demo`, 2026-01-02" in text
-    assert "demo core" in text
-    assert "250.00 ms" in text
+    first = text.index("## `pytest bench/ --benchmark-only`, 2026-01-03")
+    assert first < text.index("## `python -m bench.step demo`, 2026-01-02")
+    assert "core 250.00 ms" in text
+    assert "commit abc" in text
 
 
-def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "notes.json").write_text(json.dumps({"fast": True}))
+@pytest.mark.parametrize("values", [{"fast": True}, {"command": "x", "rows": []}, [1], 3])
+def test_a_foreign_file_is_refused(tmp_path: Path, values: Any) -> None:
+    (tmp_path / "notes.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match=r"notes\.json: expected a result of a command"):
         report.page(tmp_path)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +16,7 @@ from torch.autograd import DeviceType
 import stlm_models.config
 from bench import step
 from bench.harness import timing
+from bench.harness.results import Result
 from stlm_models.data import Corpus
 from stlm_models.trainer import Trainer, TrainOptions
 
@@ -116,7 +116,8 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: An
     shown = capsys.readouterr().out
     assert "demo, 1 windows of 24, fp32" in shown
     assert "whole step" in shown
-    names = {part["name"] for part in json.loads(path.read_text())["steps"]["demo"]}
+    found = Result.read(path)
+    names = {row["name"] for row in found.rows if row["preset"] == "demo"}
     assert names >= PARTS
 
 

@@ -14,7 +14,7 @@ import pytest
 
 import bench.tune
 import stlm_models.files
-from bench.harness import commandline
+from bench.harness import results
 from stlm_models.files import is_stdout, replace_file, require_writable
 from stlm_models.progress import Metrics, draw_loss_curve, read_metrics
 
@@ -114,12 +114,12 @@ class TestWriters:
     def test_the_place_of_a_result_is_tried_without_a_trace(self, tmp_path: Path) -> None:
         """It was an empty file, which stayed where the work failed."""
         parser = argparse.ArgumentParser()
-        path = commandline.result_path(tmp_path / "new" / "result.json", "name", parser)
+        path = results.result_path(tmp_path / "new" / "result.json", "name", parser)
         assert not path.exists()
-        commandline.write_json(path, {"a": 1})
+        results.write_json(path, {"a": 1})
         assert json.loads(path.read_text()) == {"a": 1}
         with pytest.raises(SystemExit):
-            commandline.result_path(tmp_path, "name", parser)
+            results.result_path(tmp_path, "name", parser)
 
 
 class TestLinks:
