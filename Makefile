@@ -96,7 +96,7 @@ full-trainers:
 	    -e '.[dev,hf]' accelerate lightning peft trl lm_eval
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)-trainers/bin/python -m pytest -q --lane cpu \
 	    tests/models/test_huggingface.py tests/models/test_huggingface_generate.py \
-	    tests/models/test_huggingface_trainers.py tests/models/test_tied_embedding.py tests/project/test_architecture.py
+	    tests/models/test_huggingface_trainers.py tests/models/test_tied_embedding.py tests/project/test_pages.py
 
 bench: $(READY)
 	$(PY) -m pytest bench --benchmark-only

@@ -1,4 +1,4 @@
-"""What is published: the page of results, and the figures of the README."""
+"""What is published: the page of results, and the figures of the pages."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_nothing_to_show_leaves_the_page_as_it_was(
     assert not out.exists()
 
 
-# Figures of the README
+# Figures of the pages
 
 
 def paragraphs(text: str) -> list[str]:
@@ -102,8 +102,9 @@ def unfounded(text: str, root: Path) -> list[str]:
     return found
 
 
-def test_every_figure_of_the_readme_is_in_a_file_that_it_names() -> None:
-    assert unfounded((ROOT / "README.md").read_text(), ROOT) == []
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_every_figure_of_a_page_is_in_a_file_that_it_names(page: str) -> None:
+    assert unfounded((ROOT / page).read_text(), ROOT) == []
 
 
 @pytest.mark.parametrize(

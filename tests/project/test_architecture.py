@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -108,27 +105,6 @@ def test_files_stay_readable(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 400
 
 
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
-PATH_IN_TEXT = re.compile(r"`((?:stlm_kernels|stlm_models|bench|tests|\.ci)/[\w./-]*)`")
-MODULE_COMMAND = re.compile(r"python3? -m (stlm_\w+(?:\.\w+)*|bench(?:\.\w+)*)")
-MAKE_TARGET = re.compile(r"\bmake ([a-z][a-z0-9-]*)")
-
-
-@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
-def test_documents_name_what_exists(document: Path) -> None:
-    text = document.read_text()
-    for path in PATH_IN_TEXT.findall(text):
-        assert (ROOT / path).exists(), f"{document.name} names {path}"
-    for module in MODULE_COMMAND.findall(text):
-        base = ROOT / module.replace(".", "/")
-        assert base.with_suffix(".py").exists() or (base / "__main__.py").exists(), module
-    makefile = (ROOT / "Makefile").read_text()
-    code = "\n".join(re.findall(r"```.*?```|`[^`\n]+`", text, flags=re.DOTALL))
-    for target in MAKE_TARGET.findall(code):
-        assert re.search(rf"^[\w -]*\b{target}\b[\w -]*:", makefile, flags=re.M), target
-    assert MODULE_COMMAND.search(text), "the scan finds no command at all"
-
-
 @pytest.mark.parametrize(("python", "there"), [("true", True), ("false", False)])
 def test_the_gpu_lane_is_spread_where_xdist_is_there(python: str, there: bool) -> None:
     """`true` imports whatever it is asked to, `false` nothing."""
@@ -139,30 +115,3 @@ def test_the_gpu_lane_is_spread_where_xdist_is_there(python: str, there: bool) -
     assert all("pytest a_test.py -q --lane gpu" in run for run in runs)
     assert [f" -n {n} " in run for n, run in zip((7, 1), runs, strict=True)] == [there, there]
     assert all(("--timeout" in run) is there for run in runs)
-
-
-SNIPPETS = [
-    code
-    for page in ("README.md", "docs/huggingface.md", "docs/ptx.md")
-    for code in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
-]
-
-
-def test_the_pages_have_snippets() -> None:
-    assert len(SNIPPETS) >= 2
-
-
-@pytest.mark.parametrize("code", SNIPPETS, ids=range(len(SNIPPETS)))
-def test_a_snippet_runs(code: str, tmp_path: Path) -> None:
-    """By itself, as somebody who copies it would run it."""
-    packages = set(re.findall(r"^(?:import|from) (\w+)", code, flags=re.M))
-    if "transformers import" in code:
-        packages.add("accelerate")  # which its Trainer needs
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"needs {package}")
-    path = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
