@@ -15,8 +15,8 @@ from bench.harness.results import Result
 
 ROOT = Path(__file__).parents[2]
 RAW = re.compile(r"bench/results/[\w.-]+\.json")
-FIGURE = re.compile(
-    r"(?<![\w.])(\d[\d,]*(?:\.\d+)?)\s*"
+FIGURE = re.compile(  # an option such as median:5% is none
+    r"(?<![\w.:])(\d[\d,]*(?:\.\d+)?)\s*"
     r"(?:x\b|%|us\b|ms\b|[MG]iB\b|GB/s|TFLOP/s|bits per byte|bytes/s|times|held-out bytes)"
 )
 DECIMAL = re.compile(

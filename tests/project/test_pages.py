@@ -170,11 +170,10 @@ def test_dotted_names_in_the_text_exist(page: Path) -> None:
         for part in rest:
             found += f".{part}"
             if not hasattr(value, part):
-                try:
+                with contextlib.suppress(ImportError):
                     importlib.import_module(found)
-                except ModuleNotFoundError as error:
-                    assert error.name == "transformers", f"{page.name} names {name}"
-                    break
+            if found == "stlm_models.huggingface" and not hasattr(value, part):
+                break  # which transformers may be missing for
             value = getattr(value, part)
 
 
