@@ -19,6 +19,7 @@ import torch
 from torch.utils._pytree import tree_flatten
 
 from ._checks import carries_tangents, require_choice
+from ._errors import named_errors
 from ._launch import is_recording
 
 Impl = Literal["auto", "triton", "torch"]
@@ -155,6 +156,7 @@ def without_kernel(op: str, impl: Impl, device: torch.device) -> None:
 NO_KERNEL = "this op has no Triton kernel yet"
 
 
+@named_errors
 def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> list[str]:
     """Why a call would not run our Triton kernels: all reasons; empty if it would.
 
@@ -207,4 +209,14 @@ def _warn_once(op: str, reasons: list[str]) -> None:
         return
     _warned.add(key)
     text = f"{op}: taking the torch path: " + "; ".join(reasons)
-    warnings.warn(text, RuntimeWarning, stacklevel=4)
+    warnings.warn(text, RuntimeWarning, stacklevel=_level_of_caller())
+
+
+def _level_of_caller() -> int:
+    """The `stacklevel` of the first frame outside this package, for a warning of our caller."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__package__", "").startswith(
+        "stlm_kernels"
+    ):
+        level, frame = level + 1, frame.f_back
+    return level

@@ -9,10 +9,12 @@ from torch import Tensor
 
 from ... import _checks, _library
 from ..._dispatch import Impl, use_triton
+from ..._errors import named_errors
 from . import torch_impl
 from .launch import Window, declined_reasons, sides, unsupported_reasons
 
 
+@named_errors
 def attention(
     q: Tensor,  # (B, T, H, K) or (T, H, K)
     k: Tensor,  # (B, T_kv, H_kv, K) or (T_kv, H_kv, K)

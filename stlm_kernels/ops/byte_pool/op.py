@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ... import _checks, _library
 from ..._dispatch import Impl, use_triton
+from ..._errors import named_errors
 from . import torch_impl
 from .launch import unsupported_reasons
 
@@ -17,6 +18,7 @@ OF_STATES = ("max", "min", "first", "last")
 """What `segment_pool` has beside them."""
 
 
+@named_errors
 def byte_pool(
     byte_ids: Tensor,  # (T,) uint8|int16|int32|int64
     weight: Tensor,  # (V, D)

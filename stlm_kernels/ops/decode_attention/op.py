@@ -9,10 +9,12 @@ from torch import Tensor
 
 from ... import _checks, _library
 from ..._dispatch import Impl, use_triton
+from ..._errors import named_errors
 from . import torch_impl
 from .launch import unsupported_reasons
 
 
+@named_errors
 def decode_attention(
     q: Tensor,  # (B, H, K)
     k_cache: Tensor,  # (B, C, H_kv, K)

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from ... import _checks, _library
 from ..._dispatch import Impl, use_triton
+from ..._errors import named_errors
 from ..unpool.op import check_read_id_values
 from . import torch_impl
 from .launch import unsupported_reasons
 
 
+@named_errors
 def ema_unpool(
     patch_states: Tensor,  # (P, D)
     gate: Tensor,  # (P,)

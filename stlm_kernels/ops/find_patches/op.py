@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ... import _checks, _library
 from ..._dispatch import Impl, use_triton
+from ..._errors import named_errors
 from . import torch_impl
 from .launch import unsupported_reasons
 
@@ -30,6 +31,7 @@ class Patches(NamedTuple):
     """(S+1,) int32 document borders in patches, at most `max_patches`."""
 
 
+@named_errors
 def find_patches(
     byte_ids: Tensor,  # (T,) uint8|int16|int32|int64
     *,

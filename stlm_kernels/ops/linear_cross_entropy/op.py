@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ... import _checks
 from ..._dispatch import Impl, use_triton
+from ..._errors import named_errors
 from ..._sharding import require_rows
 from ..linear_logprobs import chunked_op
 from ..linear_logprobs.launch import fits_on_chip
@@ -60,6 +61,7 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@named_errors
 def linear_cross_entropy(
     input: Tensor,  # (..., D)
     linear_weight: Tensor,  # (V, D)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ... import _checks
 from ..._dispatch import Impl, without_kernel
+from ..._errors import named_errors
 from ..._sharding import require_plain
 from ..linear_cross_entropy.op import REDUCTIONS, mean_of_counted
 from ..linear_cross_entropy.torch_impl import summed_loss
@@ -26,6 +27,7 @@ class DistillOptions(NamedTuple):
     valid_vocab: int
 
 
+@named_errors
 def linear_kl_div(
     input: Tensor,  # (..., D)
     linear_weight: Tensor,  # (V, D)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ... import _checks, _library
 from ..._dispatch import Impl, use_triton
+from ..._errors import named_errors
 from ..._sharding import ROW, SUM, alike, require_rows
 from . import chunked_op, torch_impl
 from .launch import fits_on_chip, unsupported_reasons
@@ -31,6 +32,7 @@ class RowOptions(NamedTuple):
     z_loss: float = 0.0
 
 
+@named_errors
 def linear_logprobs(
     input: Tensor,  # (..., D)
     linear_weight: Tensor,  # (V, D)

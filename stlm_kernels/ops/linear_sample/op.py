@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ... import _checks, _library
 from ..._dispatch import Impl, use_triton
+from ..._errors import named_errors
 from ..._sharding import require_plain
 from ..linear_logprobs.op import check_projection
 from . import torch_impl
@@ -32,6 +33,7 @@ class SampleOptions(NamedTuple):
     top_p: float
 
 
+@named_errors
 def linear_sample(
     input: Tensor,  # (..., D)
     linear_weight: Tensor,  # (V, D)

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from ... import _checks, _library
 from ..._dispatch import Impl, use_triton
+from ..._errors import named_errors
 from . import torch_impl
 from .launch import DEFAULT_MULTIPLIER, unsupported_reasons
 
 
+@named_errors
 def ngram_embedding(
     byte_ids: Tensor,  # (T,) uint8|int16|int32|int64
     tables: Sequence[Tensor],  # (M_i, D) each

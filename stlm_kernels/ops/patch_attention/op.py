@@ -9,10 +9,12 @@ from torch import Tensor
 
 from ... import _checks, _library
 from ..._dispatch import Impl, use_triton
+from ..._errors import named_errors
 from . import torch_impl
 from .launch import unsupported_reasons
 
 
+@named_errors
 def patch_attention(
     q: Tensor,  # (T, H, K)
     k: Tensor,  # (T, H_kv, K)

@@ -9,10 +9,12 @@ from torch import Tensor
 
 from ... import _checks, _library
 from ..._dispatch import Impl, use_triton
+from ..._errors import named_errors
 from . import torch_impl
 from .launch import unsupported_reasons
 
 
+@named_errors
 def qk_norm_rope(
     q: Tensor,  # (B, T, H, K) or (T, H, K)
     k: Tensor,  # (B, T, H_kv, K) or (T, H_kv, K)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ... import _checks, _library
 from ..._dispatch import Impl, use_triton
+from ..._errors import named_errors
 from . import torch_impl
 from .launch import unsupported_reasons
 
@@ -16,6 +17,7 @@ MODES = ("mean", "sum", "max", "min", "first", "last")
 EXTREMES = ("max", "min")
 
 
+@named_errors
 def segment_pool(
     x: Tensor,  # (T, D)
     cu_patchlens: Tensor,  # (P+1,) int32

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from ... import _checks, _library
 from ..._dispatch import Impl, use_triton
+from ..._errors import named_errors
 from . import torch_impl
 from .launch import unsupported_reasons
 
 
+@named_errors
 def unpool(
     patch_states: Tensor,  # (P, D)
     read_ids: Tensor,  # (T,) int32
