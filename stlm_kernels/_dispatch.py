@@ -173,7 +173,7 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> list[str
     name = op if isinstance(op, str) else op.__name__
     package = f"{__package__}.ops.{name}"
     if not name.isidentifier() or importlib.util.find_spec(package) is None:
-        raise ValueError(f"op: expected a public op of stlm_kernels, got {name!r}")
+        raise ValueError(f"op: expected a public op, got {name!r}")
     function = getattr(importlib.import_module(package), name)
     arguments = inspect.signature(function).bind(*args, **kwargs)
     arguments.apply_defaults()

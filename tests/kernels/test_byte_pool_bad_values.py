@@ -144,7 +144,7 @@ def test_refusals(change: dict[str, Any], error: type[Exception], message: str) 
         "byte_ids": int32(0, 1, 2, 3, 4, 5), "weight": TABLE, "cu_patchlens": int32(0, 3, 4),
     }  # fmt: skip
     byte_pool(**arguments)
-    with pytest.raises(error, match="^" + re.escape(message) + "$"):
+    with pytest.raises(error, match="^" + re.escape(f"byte_pool: {message}") + "$"):
         byte_pool(**{**arguments, **change})
 
 
