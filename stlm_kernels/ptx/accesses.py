@@ -253,7 +253,7 @@ def _in_turn(
             dtype
         )
         for i in chosen:
-            place_in = (addresses[i] - allocation.start) // dtype().itemsize
+            place_in = (addresses[i] - allocation.base) // dtype().itemsize
             old = words[place_in : place_in + 1]
             before[i] = old[0]
             if name == "cas":

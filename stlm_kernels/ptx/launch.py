@@ -131,9 +131,9 @@ def execute(
             strict=True,
         )
     }
-    memory = GlobalMemory(_storages(arguments), fresh)
     collector = Collector(frozenset(collect))
     total = x * y * z
+    memory = GlobalMemory(_storages(arguments), fresh, total)
     chosen = _sampled(total, sample)
     n_instructions = len(code.program.instructions) + 1
     counts = Counts(

@@ -14,16 +14,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .count import Costs
+from .touches import Touches
 
 WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 NOBODY, SEVERAL = -1, -2
+_MARKS = {1: 0x01, 2: 0x0101, 4: 0x01010101, 8: 0x0101010101010101}
+LINE = 128
+"""Storages are seen from the line they begin in: no access crosses one."""
 LAUNCH = 0
 """The one epoch of global memory: nothing orders the blocks of a launch."""
 
 Ints = NDArray[np.int64]
 Array = NDArray[Any]
 Shadow = NDArray[np.bool_]
-"""For each byte of a storage whether something has written it."""
+"""For each byte of a storage's lines whether something has written it; see `new_shadow`."""
 NO_SHADOWS: Mapping[int, Shadow] = {}
 
 
@@ -91,15 +95,48 @@ class Owners:
 
 
 class Allocation:
-    """The bytes of one tensor's storage."""
+    """The bytes of one tensor's storage.
 
-    def __init__(self, start: int, size: int, name: str, written: Shadow | None) -> None:
+    Args:
+        start, size: address and bytes.
+        name: for messages.
+        written: `new_shadow` of it; None where all of it was written before.
+        owners: how many blocks the launch has.
+    """
+
+    def __init__(
+        self, start: int, size: int, name: str, written: Shadow | None, owners: int
+    ) -> None:
         self.start, self.end, self.name = start, start + size, name
-        buffer = (ctypes.c_uint8 * size).from_address(start)
+        # From the line it begins in, so that what is aligned in memory is aligned here.
+        self.base, extent = _lines(start, size)
+        buffer = (ctypes.c_uint8 * extent).from_address(self.base)
         self.data = np.ctypeslib.as_array(buffer)
-        self.owners: Owners | None = None
-        # None: all of it was written before.
+        self.touches = Touches(extent, owners)
         self.written = written
+
+
+def _lines(start: int, size: int) -> tuple[int, int]:
+    """Beginning and bytes of the lines that hold a storage."""
+    base = start - start % LINE
+    return base, -(-(start + size - base) // LINE) * LINE
+
+
+def new_shadow(start: int, size: int) -> Shadow:
+    """Nothing of a storage is written: a flag for each byte of its lines."""
+    return np.zeros(_lines(start, size)[1], bool)
+
+
+def marked(flags: Shadow, index: Ints, size: int) -> Array:
+    """Whether all bytes of accesses are marked; each is the `index`-th of its size."""
+    word = min(size, 8)
+    rows = flags.view(WORDS[word]).reshape(-1, size // word).take(index, 0)
+    return np.asarray((rows == _MARKS[word]).all(1) if size > word else rows[:, 0] == _MARKS[word])
+
+
+def mark(flags: Shadow, index: Ints, size: int) -> None:
+    word = min(size, 8)
+    flags.view(WORDS[word]).reshape(-1, size // word)[index] = _MARKS[word]
 
 
 class GlobalMemory:
@@ -108,22 +145,33 @@ class GlobalMemory:
     Args:
         storages: (address, bytes, name) of each.
         fresh: shadows of those that began uninitialised, by address.
+        blocks: how many the launch has.
     """
 
     def __init__(
-        self, storages: Iterable[tuple[int, int, str]], fresh: Mapping[int, Shadow] = NO_SHADOWS
+        self,
+        storages: Iterable[tuple[int, int, str]],
+        fresh: Mapping[int, Shadow] = NO_SHADOWS,
+        blocks: int = 1,
     ) -> None:
         unique = {start: (size, name) for start, size, name in storages if size}
-        self.allocations = [Allocation(a, *unique[a], fresh.get(a)) for a in sorted(unique)]
+        self.allocations = [Allocation(a, *unique[a], fresh.get(a), blocks) for a in sorted(unique)]
         self.starts = np.array([a.start for a in self.allocations], np.int64)
         self.costs: Costs | None = None
 
     def _parts(
         self, addresses: Ints, size: int, report: Reporter
-    ) -> Iterable[tuple[Allocation, Array]]:
+    ) -> Iterable[tuple[Allocation, Array | slice]]:
         """Allocations and the positions of `addresses` that fall into each."""
+        if not len(addresses):
+            return
         if not len(self.starts):
             report("outside", np.ones(len(addresses), bool), "the launch has no tensors")
+            return
+        first, last = int(addresses.min()), int(addresses.max())
+        allocation = self.allocations[max(int(np.searchsorted(self.starts, first, "right")) - 1, 0)]
+        if first >= allocation.start and last + size <= allocation.end:
+            yield allocation, slice(None)
             return
         index = np.searchsorted(self.starts, addresses, "right") - 1
         for i in np.unique(index):
@@ -147,69 +195,62 @@ class GlobalMemory:
     def read(
         self, addresses: Ints, width: int, count: int, blocks: Array, report: Reporter
     ) -> list[Array]:
-        _check_alignment(addresses, width * count, report)
+        size = width * count
+        _check_alignment(addresses, size, report)
         results = [np.zeros(len(addresses), WORDS[width]) for _ in range(count)]
-        for allocation, chosen in self._parts(addresses, width * count, report):
-            offsets = addresses[chosen] - allocation.start
-            for result, words in zip(
-                results, gather(allocation.data, offsets, width, count), strict=True
-            ):
-                result[chosen] = words
-            self._check_read(allocation, chosen, offsets, width * count, blocks, report)
+        for allocation, chosen in self._parts(addresses, size, report):
+            offsets = addresses[chosen] - allocation.base
+            words = gather(allocation.data, offsets, width, count)
+            if isinstance(chosen, slice):
+                results = words
+            else:
+                for result, word in zip(results, words, strict=True):
+                    result[chosen] = word
+            index = offsets // size
+            if allocation.written is not None:
+                fresh = ~marked(allocation.written, index, size)
+                report("unwritten", _among(chosen, fresh, len(blocks)), f"of {allocation.name}")
+            races = allocation.touches.read(index, size, blocks[chosen], LAUNCH)
+            if np.count_nonzero(races):
+                detail = f"another block wrote these bytes of {allocation.name}"
+                report("race", _among(chosen, races.any(1), len(blocks)), detail)
             if self.costs is not None:
-                extent = len(allocation.data)
-                self.costs.touch(allocation.start, offsets, width * count, extent, writes=False)
+                self.costs.touch(allocation.base, offsets, size, len(allocation.data), writes=False)
         return results
 
-    def _check_read(
-        self,
-        allocation: Allocation,
-        chosen: Array,
-        offsets: Ints,
-        size: int,
-        blocks: Array,
-        report: Reporter,
-    ) -> None:
-        places = bytes_at(offsets, size)
-        if allocation.written is not None:
-            fresh = ~allocation.written[places].all(1)
-            report("unwritten", _among(chosen, fresh, len(blocks)), f"of {allocation.name}")
-        if allocation.owners is None:
-            allocation.owners = Owners(len(allocation.data))
-        owner = blocks[chosen][:, None]
-        races = allocation.owners.read(places, np.broadcast_to(owner, places.shape), LAUNCH)
-        detail = f"another block wrote these bytes of {allocation.name}"
-        report("race", _among(chosen, races.any(1), len(blocks)), detail)
-
     def write(self, addresses: Ints, values: list[Array], blocks: Array, report: Reporter) -> None:
-        size = values[0].dtype.itemsize * len(values)
+        width = values[0].dtype.itemsize
+        size = width * len(values)
         _check_alignment(addresses, size, report)
         for allocation, chosen in self._parts(addresses, size, report):
-            offsets = addresses[chosen] - allocation.start
-            places = bytes_at(offsets, size)
-            mine = [value[chosen] for value in values]
-            if allocation.owners is None:
-                allocation.owners = Owners(len(allocation.data))
-            owner = np.broadcast_to(blocks[chosen][:, None], places.shape)
-            new = _as_bytes(mine)
-            races = allocation.owners.write(places, owner, LAUNCH)
-            races &= allocation.data[places] != new
-            scatter(allocation.data, offsets, mine)
-            races |= allocation.data[places] != new  # by another thread in this instruction
-            detail = f"somebody else writes other values to these bytes of {allocation.name}"
-            report("race", _among(chosen, races.any(1), len(blocks)), detail)
+            offsets = addresses[chosen] - allocation.base
+            words = [value[chosen] for value in values]
+            index = offsets // size
+            races = allocation.touches.write(index, size, blocks[chosen], LAUNCH)
+            differ = np.zeros(len(offsets), bool)
+            if np.count_nonzero(races):
+                before = gather(allocation.data, offsets, width, len(words))
+                changes = _as_bytes(before) != _as_bytes(words)
+                differ = (races & changes.reshape(*races.shape, -1).any(2)).any(1)
+            scatter(allocation.data, offsets, words)
+            # By another thread in this instruction.
+            differ |= _any_differs(gather(allocation.data, offsets, width, len(words)), words)
+            if np.count_nonzero(differ):
+                detail = f"somebody else writes other values to these bytes of {allocation.name}"
+                report("race", _among(chosen, differ, len(blocks)), detail)
             if allocation.written is not None:
-                allocation.written[places] = True
+                mark(allocation.written, index, size)
             if self.costs is not None:
-                extent = len(allocation.data)
-                self.costs.touch(allocation.start, offsets, size, extent, writes=True)
+                self.costs.touch(allocation.base, offsets, size, len(allocation.data), writes=True)
 
     def atomic(
         self, addresses: Ints, report: Reporter, size: int
     ) -> Iterable[tuple[Allocation, Array]]:
         """Storages and positions of an atomic access, which the caller carries out in turn."""
         _check_alignment(addresses, size, report)
-        return self._parts(addresses, size, report)
+        every = np.arange(len(addresses))
+        for allocation, chosen in self._parts(addresses, size, report):
+            yield allocation, every[chosen]
 
 
 class SharedMemory:
@@ -311,7 +352,12 @@ def _as_bytes(values: list[Array]) -> NDArray[np.uint8]:
     return np.stack(values, 1).view(np.uint8)
 
 
-def _among(chosen: Array, wrong: Any, total: int) -> Array:
+def _any_differs(left: list[Array], right: list[Array]) -> Array:
+    """Whether a thread's words differ in any."""
+    return np.logical_or.reduce([a != b for a, b in zip(left, right, strict=True)])
+
+
+def _among(chosen: Array | slice, wrong: Any, total: int) -> Array:
     flags = np.zeros(total, bool)
     flags[chosen] = wrong
     return flags

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import _launch
 from ..testing import fresh_memory
 from .launch import Execution, run
-from .memory import Shadow, bytes_at
+from .memory import LINE, Shadow, bytes_at, new_shadow
 
 
 class Session:
@@ -27,7 +27,7 @@ class Session:
         """Remember a tensor whose memory nothing has written yet."""
         storage = x.untyped_storage()
         if x.device.type == "cpu" and storage.nbytes():
-            shadow = np.zeros(storage.nbytes(), bool)
+            shadow = new_shadow(storage.data_ptr(), storage.nbytes())
             # The tensor is kept, so that its address stays its own.
             self._fresh[storage.data_ptr()] = (x, x._version, shadow)
         return x
@@ -56,7 +56,8 @@ class Session:
                 x.shape,
                 x.stride(),
             )
-            written = shadow[bytes_at(places.numpy().reshape(-1) * x.itemsize, x.itemsize)].all(1)
+            first = places.numpy().reshape(-1) * x.itemsize + x.untyped_storage().data_ptr() % LINE
+            written = shadow[bytes_at(first, x.itemsize)].all(1)
             if not written.all():
                 first = np.unravel_index(int(np.flatnonzero(~written)[0]), tuple(x.shape))
                 count, where = int((~written).sum()), tuple(map(int, first))

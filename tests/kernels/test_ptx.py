@@ -264,6 +264,34 @@ def test_reading_what_nothing_wrote(kernels: Any) -> None:
             )  # fmt: skip
 
 
+@pytest.mark.parametrize("lead", [0, 1, 4, 13])
+def test_storages_that_begin_anywhere(kernels: Any, lead: int) -> None:
+    """Words are aligned in memory, not from where the storage begins."""
+    memory = bytearray(range(200, 256)) + bytearray(range(256)) * 3
+    begin = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % 128
+    x = torch.frombuffer(memory, dtype=torch.uint8, offset=begin + 16 - lead)[lead:][:512]
+    assert x.data_ptr() % 16 == 0
+    out = torch.zeros(512, dtype=torch.uint8)
+    ptx.run(kernels.add_rows, (1,), x, out.clone(), out, 512, BLOCK=512, num_warps=1)
+    assert torch.equal(out, x)
+
+
+def test_blocks_that_read_one_word_and_one_that_writes_it(kernels: Any) -> None:
+    """Reads of several blocks are remembered as such, at whatever size they came."""
+    words = torch.zeros(64, dtype=torch.int32)
+    done = ptx.run(kernels.add_rows, (2,), words, words, torch.empty_like(words), 64, BLOCK=32,
+                   num_warps=1)  # fmt: skip
+    one_place = re.sub(
+        r"mov\.u32\s+(%r\d+), %ctaid\.x;", r"mov.u32 \1, 0;", done.ptx
+    )  # both blocks read and write the first half
+    assert one_place != done.ptx
+    arguments = (words, words, words, 64)
+    ptx.execute(one_place, (2,), arguments, shared_bytes=0)  # they write what was there
+    words += 1
+    with pytest.raises(Fault, match=r"race: add_rows"):
+        ptx.execute(one_place, (2,), arguments, shared_bytes=0)
+
+
 def test_two_blocks_that_write_one_row(kernels: Any) -> None:
     done, _, _ = sums(kernels)
     with pytest.raises(Fault, match=r"race: row_sums.*somebody else writes other values"):
