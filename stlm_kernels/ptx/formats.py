@@ -95,8 +95,11 @@ def fused_multiply_add(a: Floats, b: Floats, c: Floats) -> NDArray[np.float32]:
     doubtful = (low == np.uint64(1 << 28)) | ((size < 2.0**-125) & (size > 0))
     if np.count_nonzero(doubtful):
         few = np.flatnonzero(doubtful & np.isfinite(total))
-        some = (x if len(x) == 1 else x[few] for x in np.atleast_1d(product, c))
-        total[few] = _odd_sum(*some, total[few])
+        total[few] = _odd_sum(
+            product if len(product) == 1 else product[few],
+            c if len(c) == 1 else c[few],
+            total[few],
+        )
     return total.astype(np.float32)
 
 

@@ -56,8 +56,8 @@ class Session:
                 x.shape,
                 x.stride(),
             )
-            first = places.numpy().reshape(-1) * x.itemsize + x.untyped_storage().data_ptr() % LINE
-            written = shadow[bytes_at(first, x.itemsize)].all(1)
+            begins = places.numpy().reshape(-1) * x.itemsize + x.untyped_storage().data_ptr() % LINE
+            written = shadow[bytes_at(begins, x.itemsize)].all(1)
             if not written.all():
                 first = np.unravel_index(int(np.flatnonzero(~written)[0]), tuple(x.shape))
                 count, where = int((~written).sum()), tuple(map(int, first))
