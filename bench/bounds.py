@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from stlm_kernels import terminal
-from stlm_kernels._spec import Case, OpSpec
 from stlm_kernels.ptx.__main__ import execute_case
 from stlm_kernels.ptx.bounds import Device, bounds_of, ratio
 from stlm_kernels.registry import OPS
+from stlm_kernels.spec import Case, OpSpec
 
 from .harness import environment
 from .harness.commandline import positive

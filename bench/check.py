@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 import torch
 
 from stlm_kernels import terminal
-from stlm_kernels._spec import Case, OpSpec
 from stlm_kernels.registry import OPS
+from stlm_kernels.spec import Case, OpSpec
 
 from .harness import environment
 from .harness.commandline import positive

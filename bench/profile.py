@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from stlm_kernels import _launch, terminal
-from stlm_kernels._spec import Case, OpSpec
 from stlm_kernels.inspect import LIMITS, inspect_op, merged, table
 from stlm_kernels.registry import OPS
+from stlm_kernels.spec import Case, OpSpec
 
 from .harness.jobs import CaseData, Job, Task, heads_of, our_entries, task_of
 from .harness.timing import Ceilings, Gpu

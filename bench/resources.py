@@ -39,7 +39,7 @@ def sources_sha256(package: Path = PACKAGE) -> str:
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         text = path.read_text()
-        if path.stem.endswith("launch") or "@triton.jit" in text:
+        if path.stem in ("config", "_launch") or "@triton.jit" in text:
             digest.update(f"{path.relative_to(package)}\n{text}".encode())
     return digest.hexdigest()
 

@@ -27,9 +27,9 @@ import torch
 
 from stlm_kernels import _launch, terminal
 from stlm_kernels._launch import Config
-from stlm_kernels._spec import Case, OpSpec
 from stlm_kernels.inspect import inspect_op
 from stlm_kernels.registry import OPS
+from stlm_kernels.spec import Case, OpSpec
 
 from .harness import environment
 from .harness.jobs import CaseData, Job, cases_of, heads_of, our_entries, passes_of, task_of

@@ -1,19 +1,18 @@
 """Argument checks of every public op, with one message form: name, expected, got.
 
 Shapes, dtypes, devices and scalars are checked always. *Values* of tensors are checked only where
-looking at them is free of a device synchronisation and of graph breaks: see `values_visible`.
+looking at them is free of a device synchronisation and of graph breaks: see
+`runtime.values_visible`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 ID_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 KERNEL_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -119,105 +118,6 @@ def weight_dtypes(activation: torch.dtype) -> tuple[torch.dtype, ...]:
     return (activation,)
 
 
-def activation_dtypes(activation: Tensor) -> tuple[torch.dtype, ...]:
-    """What a second activation may have: the first one's dtype; under autocast any it rounds."""
-    if _is_autocast(activation):
-        return KERNEL_FLOATS
-    return (activation.dtype,)
-
-
-def output_dtype(activation: Tensor) -> torch.dtype:
-    """The activation's dtype; under autocast the autocast dtype (fp64 is never touched)."""
-    if _is_autocast(activation):
-        return torch.get_autocast_dtype(activation.device.type)
-    return activation.dtype
-
-
-def _is_autocast(x: Tensor) -> bool:
-    if x.dtype == torch.float64 or x.is_meta:  # there is no autocast of shapes alone
-        return False
-    return torch.is_autocast_enabled(x.device.type)
-
-
-def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """A block that chooses the dtypes of its products itself."""
-    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
-        return nullcontext()  # an autocast costs as much as a small product
-    return torch.autocast(x.device.type, enabled=False)
-
-
-def inside_torch_func() -> bool:
-    """True while a torch.func transform runs (and False while compiling, whatever runs)."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def carries_tangents(*tensors: Tensor | None) -> bool:
-    """True where forward-mode AD may ask for a derivative: for tensors with a tangent, and in any
-    torch.func transform within torch.func.jvp or what is built on it.
-
-    Custom Functions have no such derivative here; a plain composition has.
-    """
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
-        return False
-    if inside_torch_func():
-        return True
-    return any(x is not None and has_tangent(x) for x in tensors)
-
-
-def has_tangent(x: Tensor) -> bool:
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
-
-
-def needs_composition(*tensors: Tensor | None) -> bool:
-    """True where only ops that torch differentiates itself will do, and none in place."""
-    return inside_torch_func() or carries_tangents(*tensors)
-
-
-def as_output(x: Tensor) -> Tensor:
-    """What a Function's forward returns where it may have been written in place.
-
-    Compiled by torch 2.11, such a tensor itself has gradients of zero; a view of it has them right.
-    """
-    return x.view_as(x) if torch.compiler.is_compiling() else x
-
-
-def values_visible(*tensors: Tensor) -> bool:
-    """True where reading values is free: plain CPU tensors, eager, outside torch.func."""
-    for x in tensors:  # a generator costs more than all the rest here
-        if not x.is_cpu:
-            return False
-    return values_readable(*tensors)
-
-
-def values_readable(*tensors: Tensor) -> bool:
-    """True where values can be read, on a GPU at the price of a synchronisation.
-
-    Shapes alone (the meta device, a FakeTensorMode), graphs and transforms have none.
-    """
-    if torch.compiler.is_compiling() or inside_torch_func() or _is_traced_by_fx():
-        return False
-    for x in tensors:
-        if type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta or _is_batched(x):
-            return False
-    return True
-
-
-def _is_traced_by_fx() -> bool:
-    """True within make_fx, and so within torch.func.linearize: a value read would be a constant."""
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
-
-
-def many_at_once(*grads: Tensor) -> bool:
-    """True for gradients taken many at a time, by `is_grads_batched` or by torch.func.vmap."""
-    return inside_torch_func() or any(map(_is_batched, grads))
-
-
-_is_batched = torch._C._functorch.is_legacy_batchedtensor
-"""Of gradients that autograd takes many at a time (`is_grads_batched`), by no torch.func."""
-
-
 def check_id_values(name: str, ids: Tensor, low: int, high: int) -> None:
     """IndexError unless low <= ids < high; reads the values, so on a GPU it synchronises."""
     if ids_within(ids, low, high):
@@ -252,19 +152,3 @@ def check_offset_values(name: str, offsets: Tensor, total: int) -> int:
     if last > total:
         raise ValueError(f"{name}: expected last entry <= {total}, got {last}")
     return last
-
-
-def positive_scale(q: Tensor, scale: float | None) -> tuple[Tensor, float]:
-    """Queries and a factor > 0 of the same scores; None is K^-0.5.
-
-    The kernels and stock attention under a mask, which they scale as well, want no other.
-    """
-    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if factor > 0:
-        return q, factor
-    return q * (-1 if factor < 0 else 0), -factor or 1.0
-
-
-def clamped_bounds(offsets: Tensor, total: int) -> Tensor:
-    """Offsets made safe without looking at them: within [0, total] and non-decreasing."""
-    return offsets.clamp(0, total).cummax(0).values

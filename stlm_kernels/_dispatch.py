@@ -18,9 +18,10 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch.utils._pytree import tree_flatten
 
-from ._checks import carries_tangents, require_choice
+from ._checks import require_choice
 from ._errors import named_errors
 from ._launch import is_recording
+from .runtime import carries_tangents
 
 Impl = Literal["auto", "triton", "torch"]
 Reasons = Callable[..., list[str]]
@@ -41,11 +42,9 @@ def kernels_interpreted() -> bool:
     """True when triton decorated our kernels for its interpreter, so that they run on CPU."""
     if not has_triton():
         return False
-    from triton.runtime.interpreter import InterpretedFunction
+    from ._triton import tiles
 
-    from . import _tiles
-
-    return isinstance(_tiles.segment_bounds, InterpretedFunction)
+    return tiles.INTERPRETED
 
 
 def interpreter_reasons() -> list[str]:
@@ -113,7 +112,7 @@ def use_triton(
         op: public name of the op, for messages.
         impl: the caller's wish.
         device: where the op's tensors live.
-        unsupported: `launch.unsupported_reasons` of the op; called with `arguments`.
+        unsupported: `config.unsupported_reasons` of the op; called with `arguments`.
         declined: the op's reasons to prefer the torch path although (or because) a library does
             the case better. "auto" then takes the torch path and nothing warns.
         arguments: the public arguments of the op.
@@ -189,13 +188,13 @@ def _reasons_against(package: str, impl: Impl, arguments: dict[str, Any]) -> lis
         reasons = ["impl='torch' was asked for", *reasons]
     if impl == "auto" and device.type == "cpu" and not reasons:
         reasons = ["impl='auto' takes the torch path on cpu tensors"]
-    if importlib.util.find_spec(f"{package}.launch") is None:
+    if importlib.util.find_spec(f"{package}.config") is None:
         return [*reasons, NO_KERNEL]
-    launch = importlib.import_module(f"{package}.launch")
-    declined = getattr(launch, "declined_reasons", None)
+    config = importlib.import_module(f"{package}.config")
+    declined = getattr(config, "declined_reasons", None)
     if declined is not None and impl == "auto":
         reasons = reasons + declined(**arguments)
-    reasons = reasons + launch.unsupported_reasons(**arguments) + transform_reasons(arguments)
+    reasons = reasons + config.unsupported_reasons(**arguments) + transform_reasons(arguments)
     return list(dict.fromkeys(reasons))
 
 

@@ -30,7 +30,7 @@ def config_for(kernel: str, bucket: str, default: Config, device: torch.device) 
 
     Args:
         kernel: kernel name without the `stlm_` prefix, e.g. "byte_pool_fwd".
-        bucket: the shape bucket, made by the op's `launch.py` from what the speed depends on.
+        bucket: the shape bucket, made by the op's `config.py` from what the speed depends on.
         default: what an untuned device takes; also names the keys.
         device: where the kernel will run.
     """

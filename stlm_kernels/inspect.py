@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from . import _launch
-from ._spec import Case, OpSpec
 from .registry import OPS
+from .spec import Case, OpSpec
 from .terminal import argument_parser, command, note
 
 ARCHS = (80, 90, 100)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ._spec import OpSpec
 from .ops.attention import cases as attention
 from .ops.attention_pool import cases as attention_pool
 from .ops.byte_pool import cases as byte_pool
@@ -18,6 +17,7 @@ from .ops.patch_attention import cases as patch_attention
 from .ops.qk_norm_rope import cases as qk_norm_rope
 from .ops.segment_pool import cases as segment_pool
 from .ops.unpool import cases as unpool
+from .spec import OpSpec
 
 OPS: dict[str, OpSpec] = {
     spec.name: spec

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
+from .runtime import check_ids as check_ids
 
 RMS_FLOOR = {torch.float32: 2e-6, torch.float64: 2e-6 * 2.0**-29}
 """Least RMS error, relative to the reference, that a result in its accumulator's dtype may have.
@@ -212,29 +213,6 @@ class GuardBand:
         for band in (self._buffer[: self._band], self._buffer[-self._band :]):
             same = (band == clean) | (band.isnan() & clean.isnan())
             assert bool(same.all()), "memory outside a tensor was written"
-
-
-values_visible = _checks.values_visible
-"""Whether these tensors are plain CPU ones, eager and outside torch.func: what may be looked at."""
-
-
-def check_ids(ids: Tensor, vocab: int, name: str = "byte_ids") -> None:
-    """Check ids on any device, on demand: the ops themselves look at CPU values only.
-
-    Args:
-        ids: integer tensor of any shape. On a GPU this call synchronises.
-        vocab: ids must lie in [0, vocab).
-        name: what the message calls them.
-
-    Raises:
-        IndexError: with the range, the first bad value and its position.
-        ValueError: the dtype is none that the ops take.
-    """
-    _checks.require(isinstance(ids, Tensor), name, "a Tensor", type(ids).__name__)
-    _checks.require(
-        ids.dtype in _checks.ID_DTYPES, name, "uint8, int16, int32 or int64 ids", ids.dtype
-    )
-    _checks.check_id_values(name, ids, 0, vocab)
 
 
 def assert_causal(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stlm_kernels import attention, decode_attention, patch_attention, qk_norm_rope
-from stlm_kernels.testing import values_visible
+from stlm_kernels.runtime import values_visible
 
 from .cache import CacheRows, KVCache
 from .config import check_heads

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from stlm_kernels import Patches
-from stlm_kernels.testing import values_visible
+from stlm_kernels.runtime import values_visible
 
 from .typed_call import typed_as
 

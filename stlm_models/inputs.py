@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from stlm_kernels import Patches
-from stlm_kernels.testing import values_visible
+from stlm_kernels.runtime import values_visible
 
 from .attention import document_starts
 from .config import IGNORED

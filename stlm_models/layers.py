@@ -6,7 +6,6 @@ All of them take packed tensors: T bytes or P patches of all documents behind ea
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +21,7 @@ from stlm_kernels import (
     linear_logprobs,
     linear_sample,
 )
-from stlm_kernels.testing import check_ids, values_visible
+from stlm_kernels.runtime import check_ids, compute_dtype, values_visible, without_autocast
 
 from .attention import Attention
 from .lookup import lookup
@@ -307,19 +306,6 @@ class UntiedEmbedding(TiedEmbedding):
 
     def _output_table(self) -> Tensor:
         return self._whole(self.output_weight)
-
-
-def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """A block that keeps x in its dtype; of shapes alone (the meta device) there is no autocast."""
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """Autocast's dtype where it rules x, else x's own."""
-    device = x.device.type
-    if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return x.dtype
-    return torch.get_autocast_dtype(device)
 
 
 def dense_cu_seqlens(byte_ids: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:

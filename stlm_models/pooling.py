@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from stlm_kernels import Patches, attention_pool, ema_unpool, segment_pool, unpool
-from stlm_kernels.testing import values_visible
+from stlm_kernels.runtime import values_visible
 
 from .typed_call import typed_as
 

@@ -33,9 +33,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stlm_kernels import Patches, segment_pool
+from stlm_kernels.runtime import without_autocast
 
 from .attention import document_starts
-from .layers import dense_cu_seqlens, without_autocast
+from .layers import dense_cu_seqlens
 from .typed_call import typed_as
 
 EPS = 1e-12

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import stlm_kernels
 from stlm_kernels import Patches
-from stlm_kernels._spec import Inputs, case
+from stlm_kernels.spec import Inputs, case
 
 from ..peers import PEERS
 from ..peers.entry import Entry

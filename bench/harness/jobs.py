@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stlm_kernels._spec import Case, Inputs, OpSpec
+from stlm_kernels.spec import Case, Inputs, OpSpec
 from stlm_kernels.testing import assert_matches
 
 from ..peers import PEERS

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from stlm_kernels._spec import Case, Inputs
 from stlm_kernels.ops.attention.reference import borders_of, seen_mask
+from stlm_kernels.spec import Case, Inputs
 
 from .attention_varlen import FLA, VARLEN
 from .entry import Entry, compiled, lengths_of

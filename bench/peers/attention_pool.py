@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stlm_kernels._spec import Inputs
+from stlm_kernels.spec import Inputs
 
 from .entry import Entry, compiled
 

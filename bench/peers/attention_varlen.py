@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stlm_kernels._spec import Case, Inputs
+from stlm_kernels.spec import Case, Inputs
 
 from .entry import Entry, lengths_of
 from .installed import function_of, on_gpu, own_keys, why_missing

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from stlm_kernels._spec import Case, Inputs
+from stlm_kernels.spec import Case, Inputs
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stlm_kernels._spec import Case, Inputs
+from stlm_kernels.spec import Case, Inputs
 
 from .entry import Entry, compiled
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from stlm_kernels._spec import Case
+from stlm_kernels.spec import Case
 
 
 @functools.cache  # called within what is timed

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stlm_kernels._spec import Case, Inputs
+from stlm_kernels.spec import Case, Inputs
 
 from .attention import flex, flex_inputs, heads_first, made_block_mask, sdpa
 from .attention_varlen import PATCH_VARLEN

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from stlm_kernels._spec import Case, Inputs
+from stlm_kernels.spec import Case, Inputs
 
 from .entry import Entry, compiled
 

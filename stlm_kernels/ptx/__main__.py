@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from .. import terminal
-from .._spec import Case, OpSpec
 from ..registry import OPS
+from ..spec import Case, OpSpec
 from .bounds import Bounds, Device, bounds_of, ratio
 from .count import NAMES
 from .faults import KINDS

@@ -13,8 +13,8 @@ from torch import Tensor
 from bench.harness.jobs import CaseData
 from bench.peers import PEERS, attention_varlen, installed
 from bench.peers import linear_cross_entropy as losses
-from stlm_kernels._spec import case
 from stlm_kernels.registry import OPS
+from stlm_kernels.spec import case
 
 CPU = torch.device("cpu")
 

@@ -19,8 +19,8 @@ from bench.harness.jobs import CaseData, Job, Task, task_of
 from bench.harness.session import Session
 from bench.harness.timing import Cpu, Gpu, Plan, timed_rounds
 from bench.peers.entry import Entry
-from stlm_kernels._spec import Case, OpSpec
 from stlm_kernels.registry import OPS
+from stlm_kernels.spec import Case, OpSpec
 
 # Wrong ones
 

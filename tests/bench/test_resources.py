@@ -48,7 +48,7 @@ def test_the_command_and_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ("name", "text", "counts"),
     [
         ("ops/a/triton_impl.py", "@triton.jit\ndef stlm_a(): ...\n", True),
-        ("ops/a/launch.py", "WARPS = 4\n", True),
+        ("ops/a/config.py", "WARPS = 4\n", True),
         ("_launch.py", "x = 1\n", True),
         ("ops/a/cases.py", "CASES = ()\n", False),
     ],

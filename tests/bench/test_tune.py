@@ -16,7 +16,7 @@ from bench.harness import environment
 from bench.harness.jobs import CaseData
 from stlm_kernels import _launch
 from stlm_kernels._launch import Config
-from stlm_kernels.ops.byte_pool import launch as byte_pool_launch
+from stlm_kernels.ops.byte_pool import config as byte_pool_config
 from stlm_kernels.registry import OPS
 
 SPEC = OPS["byte_pool"]
@@ -166,7 +166,7 @@ def test_neighbours_change_one_value_within_bounds() -> None:
 @pytest.mark.lanes("aot")
 def test_compilers_drop_what_spills_or_does_not_compile() -> None:
     case = SPEC.tagged("aot")[0]
-    default = byte_pool_launch.bwd_config(case["D"], torch.bfloat16, CPU)
+    default = byte_pool_config.bwd_config(case["D"], torch.bfloat16, CPU)
     target = tune.Target(SPEC, case, "bwd", "byte_pool_bwd", "any", default)
     large = default | {"BLOCK_V": 128, "BLOCK_P": 32, "BLOCK_D": 128, "num_warps": 1}
     odd = default | {"BLOCK_P": 24}  # no power of two
@@ -176,7 +176,7 @@ def test_compilers_drop_what_spills_or_does_not_compile() -> None:
 
 def test_tuning_learns_buckets_from_the_launcher() -> None:
     def run() -> None:
-        byte_pool_launch.fwd_config(768, torch.bfloat16, CPU)
+        byte_pool_config.fwd_config(768, torch.bfloat16, CPU)
 
     known: set[str] = set()
     (target,) = tune.targets(SPEC, "no-grad", CASE, run, known)

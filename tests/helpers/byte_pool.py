@@ -12,9 +12,9 @@ from torch import Tensor
 
 from helpers.lanes import FP64, Way
 from stlm_kernels import byte_pool
-from stlm_kernels._inputs import random_ids
-from stlm_kernels._spec import Inputs
 from stlm_kernels.ops.byte_pool.reference import yardstick
+from stlm_kernels.spec import Inputs
+from stlm_kernels.spec_inputs import random_ids
 from stlm_kernels.testing import assert_matches, poisoned_memory
 
 RESULT_LANES = pytest.mark.lanes("cpu", "interpret", "gpu")

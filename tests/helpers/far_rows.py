@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stlm_kernels._sight import sight
+from stlm_kernels._triton.sight import sight
 
 
 @triton.jit(do_not_specialize=["base", "end", "length", "side"])

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stlm_kernels._spec import Inputs, OpSpec
 from stlm_kernels.registry import OPS
+from stlm_kernels.spec import Inputs, OpSpec
 
 LOOKBACK = 32
 """Patches after which nothing is left of an average whose gates are 1/2 and more."""

@@ -12,7 +12,7 @@ from helpers.ops import (
     run,
     terms_of,
 )
-from stlm_kernels._spec import Case, OpSpec
+from stlm_kernels.spec import Case, OpSpec
 from stlm_kernels.testing import assert_matches, poisoned_memory
 
 

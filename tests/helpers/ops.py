@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from helpers.lanes import Way
-from stlm_kernels._spec import Case, Inputs, OpSpec
 from stlm_kernels.registry import OPS
+from stlm_kernels.spec import Case, Inputs, OpSpec
 
 
 def op_cases(*tags: str) -> list[Any]:

@@ -15,9 +15,9 @@ import torch
 from helpers.accepted_spills import LATER, PINNED, accepted
 
 from stlm_kernels import _launch, env
-from stlm_kernels._spec import Case, OpSpec
 from stlm_kernels.inspect import LIMITS, Report, inspect_op, merged, table
 from stlm_kernels.registry import OPS
+from stlm_kernels.spec import Case, OpSpec
 
 pytestmark = pytest.mark.lanes("aot")
 

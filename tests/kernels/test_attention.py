@@ -339,7 +339,7 @@ def test_sight_fits_int32_however_far_the_rows(way: Way, base: int) -> None:
     pytest.importorskip("triton")
     from helpers.far_rows import sight_of
 
-    from stlm_kernels._sight import FARTHEST
+    from stlm_kernels._triton.sight import FARTHEST
 
     first, last = sight_of(base, base + 14, 2**41, FARTHEST, way.device).tolist()
     assert first[:14] == [max(-base, i - FARTHEST) for i in range(14)]

@@ -12,7 +12,8 @@ from helpers.lanes import Way
 from helpers.ops import LargestTensor
 from torch import Tensor
 
-from stlm_kernels import _pieces, attention, patch_attention
+from stlm_kernels import attention, patch_attention
+from stlm_kernels._torch import attention_blocks
 from stlm_kernels.ops.attention import banded, documents, torch_impl
 from stlm_kernels.ops.attention.reference import reference
 
@@ -121,7 +122,7 @@ def test_dropout_does_not_depend_on_the_blocks(monkeypatch: pytest.MonkeyPatch) 
     before = weights_of(0.5, window=50)
     monkeypatch.setattr(torch_impl, "LEAST_BLOCK", 5)
     monkeypatch.setattr(torch_impl, "LEAST_ROWS", 5)
-    monkeypatch.setattr(_pieces, "PIECE_SCORES", 1)
+    monkeypatch.setattr(attention_blocks, "PIECE_SCORES", 1)
     torch.manual_seed(3)
     torch.testing.assert_close(before, weights_of(0.5, window=50))
 
@@ -147,7 +148,7 @@ def test_the_backward_of_dropout_drops_the_same(options: dict[str, Any]) -> None
 def test_pieces_of_any_size(
     budget: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_pieces, "PIECE_SCORES", budget)
+    monkeypatch.setattr(attention_blocks, "PIECE_SCORES", budget)
     monkeypatch.setattr(torch_impl, "LEAST_ROWS", 3)
     monkeypatch.setattr(torch_impl, "LEAST_BLOCK", 10)
     borders = ints(0, 3, 4, 4, 41, 44, 80)
@@ -160,8 +161,8 @@ def scores_formed(total: int, **options: Any) -> int:
     given = torch_impl.Options(None if window is None else window - 1, 0, 1.0, None, 0.0)
     borders, count = torch_impl.Borders(options.get("cu_seqlens"), None), 0
     for piece in torch_impl._cutter(q, q, borders, given)(False):
-        size = 8 * _pieces.length_of(piece.rows) * _pieces.length_of(piece.keys)
-        assert size <= 2 * _pieces.PIECE_SCORES
+        size = 8 * attention_blocks.length_of(piece.rows) * attention_blocks.length_of(piece.keys)
+        assert size <= 2 * attention_blocks.PIECE_SCORES
         count += size
     return count
 

@@ -25,9 +25,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stlm_kernels import _launch, byte_pool
-from stlm_kernels._inputs import text_bytes
-from stlm_kernels._spec import Inputs
 from stlm_kernels.ops.byte_pool.reference import yardstick
+from stlm_kernels.spec import Inputs
+from stlm_kernels.spec_inputs import text_bytes
 from stlm_kernels.testing import assert_matches
 
 SMALL_TILES = {

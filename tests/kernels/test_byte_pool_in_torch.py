@@ -22,8 +22,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from stlm_kernels import byte_pool
-from stlm_kernels._spec import Inputs
 from stlm_kernels.ops.byte_pool.reference import yardstick
+from stlm_kernels.spec import Inputs
 from stlm_kernels.testing import assert_matches
 
 # ---- autocast ---------------------------------------------------------------------------------

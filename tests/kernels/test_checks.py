@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from stlm_kernels import _checks
+from stlm_kernels import _checks, runtime
+from stlm_kernels._torch.segments import clamped_bounds
 
 CPU = torch.device("cpu")
 
@@ -105,16 +106,16 @@ def test_weight_dtypes() -> None:
 
 def test_dtypes_under_autocast() -> None:
     wide, double = torch.zeros(1), torch.zeros(1).double()
-    assert _checks.output_dtype(wide) == torch.float32
-    assert _checks.activation_dtypes(wide) == (torch.float32,)
+    assert runtime.compute_dtype(wide) == torch.float32
+    assert runtime.activation_dtypes(wide) == (torch.float32,)
     with torch.autocast("cpu", dtype=torch.float16):
-        assert _checks.output_dtype(wide) == torch.float16
-        assert _checks.output_dtype(wide.bfloat16()) == torch.float16
-        assert _checks.output_dtype(double) == torch.float64
-        assert set(_checks.activation_dtypes(wide)) == set(_checks.KERNEL_FLOATS)
-        assert _checks.activation_dtypes(double) == (torch.float64,)
+        assert runtime.compute_dtype(wide) == torch.float16
+        assert runtime.compute_dtype(wide.bfloat16()) == torch.float16
+        assert runtime.compute_dtype(double) == torch.float64
+        assert set(runtime.activation_dtypes(wide)) == set(_checks.KERNEL_FLOATS)
+        assert runtime.activation_dtypes(double) == (torch.float64,)
     with torch.autocast("cpu", dtype=torch.float16, enabled=False):
-        assert _checks.output_dtype(wide) == torch.float32
+        assert runtime.compute_dtype(wide) == torch.float32
 
 
 # ---- values -----------------------------------------------------------------------------------
@@ -172,7 +173,7 @@ def test_clamped_bounds() -> None:
         ([0, 5, 2, 6], [0, 5, 5, 6]),
         ([9, 2**31 - 1, -(2**31)], [7, 7, 7]),
     ):
-        got = _checks.clamped_bounds(int32(*offsets), 7)
+        got = clamped_bounds(int32(*offsets), 7)
         assert got.dtype == torch.int32
         assert got.tolist() == want
 
@@ -185,7 +186,7 @@ def seen_inside(transform: Callable[..., Any]) -> bool:
     ids = torch.tensor([1])
 
     def fn(x: Tensor) -> Tensor:
-        seen.append(_checks.values_visible(ids))
+        seen.append(runtime.values_visible(ids))
         return x.square().sum()
 
     transform(fn)(torch.ones(2, 2))
@@ -194,8 +195,8 @@ def seen_inside(transform: Callable[..., Any]) -> bool:
 
 def test_values_are_visible_on_plain_cpu_tensors() -> None:
     ids = torch.tensor([1])
-    assert _checks.values_visible(ids, torch.nn.Parameter(torch.ones(1)))
-    assert not _checks.values_visible(ids, ids.to("meta"))
+    assert runtime.values_visible(ids, torch.nn.Parameter(torch.ones(1)))
+    assert not runtime.values_visible(ids, ids.to("meta"))
     assert seen_inside(lambda fn: fn)
 
 
@@ -203,12 +204,12 @@ def test_values_are_visible_on_plain_cpu_tensors() -> None:
 def test_values_are_not_looked_at_inside_torch_func(transform: Callable[..., Any]) -> None:
     """Not even those of plain tensors: the transforms promise one program for all values."""
     assert not seen_inside(transform)
-    assert not _checks.inside_torch_func()
+    assert not runtime.inside_torch_func()
 
 
 def test_values_are_not_looked_at_while_compiling() -> None:
     def fn(ids: Tensor) -> Tensor:
-        return ids + (1 if _checks.values_visible(ids) else 2)
+        return ids + (1 if runtime.values_visible(ids) else 2)
 
     torch._dynamo.reset()
     ids = torch.tensor([10])
@@ -220,11 +221,11 @@ def test_values_of_subclasses_are_not_looked_at() -> None:
     class Wrapped(Tensor):
         pass
 
-    assert not _checks.values_visible(torch.tensor([1]).as_subclass(Wrapped))
+    assert not runtime.values_visible(torch.tensor([1]).as_subclass(Wrapped))
     with torch._subclasses.fake_tensor.FakeTensorMode():
-        assert not _checks.values_visible(torch.empty(3))
+        assert not runtime.values_visible(torch.empty(3))
 
 
 @pytest.mark.lanes("gpu")
 def test_values_on_a_gpu_are_not_looked_at() -> None:
-    assert not _checks.values_visible(torch.ones(1, device="cuda"))
+    assert not runtime.values_visible(torch.ones(1, device="cuda"))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stlm_kernels import _launch, decode_attention, explain
 from stlm_kernels.inspect import inspect_op
-from stlm_kernels.ops.decode_attention import launch
+from stlm_kernels.ops.decode_attention import config
 from stlm_kernels.ops.decode_attention.reference import reference, yardstick
 from stlm_kernels.registry import OPS
 from stlm_kernels.testing import assert_matches
@@ -225,20 +225,20 @@ def test_any_number_of_parts(way: Way, programs: int, monkeypatch: pytest.Monkey
     """Twelve steps in one part, in two or in as many; the largest scores come late."""
     if way.impl == "torch" and programs > 1:
         pytest.skip("the torch path has no parts")
-    monkeypatch.setattr(launch, "PROGRAMS", programs)
+    monkeypatch.setattr(config, "PROGRAMS", programs)
     q, k, v = example(1, 190, 2, 1, 16, way)
     k *= torch.linspace(0.5, 2, 190).to(k)[:, None, None]
     assert_close_to_oracle((q, k, v), ints(183), way)
 
 
 def test_parts_follow_from_shapes() -> None:
-    assert launch.split_count(span=2048, tiles=4, block=64) == 32  # every block its own program
-    assert launch.split_count(span=8192, tiles=4, block=64) == 64
+    assert config.split_count(span=2048, tiles=4, block=64) == 32  # every block its own program
+    assert config.split_count(span=8192, tiles=4, block=64) == 64
     assert (
-        launch.split_count(span=1 << 20, tiles=1, block=64) == 64
+        config.split_count(span=1 << 20, tiles=1, block=64) == 64
     )  # as many as are combined at once
-    assert launch.split_count(span=8192, tiles=256, block=64) == 1  # the device is full without
-    assert launch.split_count(span=0, tiles=1, block=64) == 1
+    assert config.split_count(span=8192, tiles=256, block=64) == 1  # the device is full without
+    assert config.split_count(span=0, tiles=1, block=64) == 1
 
 
 @pytest.mark.lanes("aot")

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from stlm_kernels import explain, linear_cross_entropy, segment_pool, unpool
-from stlm_kernels._spec import Case, Inputs, OpSpec
+from stlm_kernels.spec import Case, Inputs, OpSpec
 
 TORCH = Way("torch", "cpu", torch.float64)
 Outputs = Callable[..., tuple[Tensor, ...]]

@@ -28,8 +28,8 @@ from helpers.ops import (
 from helpers.synchronisation import synchronisation_is_an_error
 from torch import Tensor
 
-from stlm_kernels._spec import Case, Inputs, OpSpec, case
 from stlm_kernels.registry import OPS
+from stlm_kernels.spec import Case, Inputs, OpSpec, case
 from stlm_kernels.testing import assert_matches
 
 ON_GPU = pytest.mark.lanes("gpu")

@@ -12,9 +12,9 @@ from helpers.ops import LargestTensor, assert_same
 from torch import Tensor
 
 from stlm_kernels import _launch, linear_cross_entropy, linear_logprobs, linear_sample
-from stlm_kernels._spec import case
-from stlm_kernels.ops.linear_logprobs import launch
+from stlm_kernels.ops.linear_logprobs import config
 from stlm_kernels.registry import OPS
+from stlm_kernels.spec import case
 
 EVERY_LANE = pytest.mark.lanes("cpu", "interpret", "gpu")
 ON_KERNELS = pytest.mark.lanes("interpret", "gpu")
@@ -32,7 +32,7 @@ def example(way: Way, rows: int = 7, vocab: int = 520) -> tuple[Tensor, Tensor, 
 @pytest.fixture
 def many_chunks(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Four rows at a time, in blocks of 256 columns."""
-    monkeypatch.setattr(launch, "chunk_rows", lambda valid: 4)
+    monkeypatch.setattr(config, "chunk_rows", lambda valid: 4)
     with _launch.overriding({"linear_logprobs_chunk": {"BLOCK": 256, "num_warps": 4}}):
         yield
 
@@ -67,7 +67,7 @@ def test_the_same_as_on_one_tile(
         return [loss, *torch.autograd.grad(loss.sum(), (hidden, weight))]
 
     tile = found()
-    monkeypatch.setattr(launch, "MAX_VOCAB", 16)
+    monkeypatch.setattr(config, "MAX_VOCAB", 16)
     eps = torch.finfo(way.dtype).eps
     for a, b in zip(found(), tile, strict=True):
         scale = float(b.detach().abs().max())
@@ -198,13 +198,13 @@ def test_a_bias_that_rules_out_whole_blocks(way: Way, many_chunks: None) -> None
 
 @pytest.mark.parametrize("valid", [513, 8192, 50_257, 128_256, 1_000_000])
 def test_the_scratch_is_bounded(valid: int) -> None:
-    rows, pitch = launch.chunk_rows(valid), launch.pitch_of(valid)
+    rows, pitch = config.chunk_rows(valid), config.pitch_of(valid)
     assert pitch % 128 == 0
     assert valid <= pitch < valid + 128
     assert rows % 128 == 0
-    assert rows * pitch * 4 <= max(launch.SCRATCH_BYTES, 128 * pitch * 4)
-    assert launch.fits_on_chip(512)
-    assert not launch.fits_on_chip(valid)
+    assert rows * pitch * 4 <= max(config.SCRATCH_BYTES, 128 * pitch * 4)
+    assert config.fits_on_chip(512)
+    assert not config.fits_on_chip(valid)
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 5, "top_p": 0.9}], ids=["plain", "cut"])

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import (
 from torch.utils.flop_counter import FlopCounterMode
 
 from stlm_kernels._library import NAMESPACE
-from stlm_kernels._spec import Case, OpSpec
+from stlm_kernels.spec import Case, OpSpec
 
 pytestmark = [pytest.mark.lanes("interpret", "gpu"), pytest.mark.one_dtype]
 

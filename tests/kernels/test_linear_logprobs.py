@@ -10,7 +10,7 @@ from helpers.lanes import Way
 from torch import Tensor
 
 from stlm_kernels import linear_logprobs
-from stlm_kernels.ops.linear_logprobs.launch import vocab_blocks
+from stlm_kernels.ops.linear_logprobs.config import vocab_blocks
 
 EVERY_LANE = pytest.mark.lanes("cpu", "interpret", "gpu")
 

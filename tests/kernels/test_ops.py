@@ -26,7 +26,7 @@ from helpers.ops import (
 )
 from torch import Tensor
 
-from stlm_kernels._spec import Case, OpSpec
+from stlm_kernels.spec import Case, OpSpec
 from stlm_kernels.testing import GuardBand
 
 RESULT_LANES = pytest.mark.lanes("cpu", "interpret", "gpu")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stlm_kernels import _launch, explain, patch_attention
-from stlm_kernels._pieces import length_of
+from stlm_kernels._torch.attention_blocks import length_of
 from stlm_kernels.ops.patch_attention import folded, torch_impl
 from stlm_kernels.ops.patch_attention.reference import reference, terms, yardstick
 from stlm_kernels.testing import assert_matches

@@ -22,7 +22,7 @@ def guarded(x: Tensor, way: Way) -> Tensor:
 @pytest.mark.parametrize("splits", [0, 1, 2, 31, 32, 33, 96, 103])
 def test_sum_of_splits(splits: int, way: Way) -> None:
     """The last tiles of splits and of results are ragged; a NaN reaches its own result alone."""
-    from stlm_kernels._tiles import sum_splits
+    from stlm_kernels._triton.tiles import sum_splits
 
     partial = torch.randn(splits, 3, 43)
     with poisoned_memory():

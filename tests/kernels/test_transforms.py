@@ -36,7 +36,7 @@ from stlm_kernels import (
     patch_attention,
     segment_pool,
 )
-from stlm_kernels._spec import Case, Inputs, OpSpec
+from stlm_kernels.spec import Case, Inputs, OpSpec
 from stlm_kernels.testing import assert_matches
 from stlm_models import STLM
 from stlm_models.attention import rotary_tables

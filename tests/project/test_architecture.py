@@ -11,7 +11,7 @@ import pytest
 from helpers.sources import ROOT, SOURCES, jitted, name_of
 
 OP_FILES = ("__init__", "op", "torch_impl", "reference", "cases")
-KERNEL_FILES = ("triton_impl", "launch")
+KERNEL_FILES = ("triton_impl", "config")
 SECOND_FAMILY = ("chunked_op", "chunked_impl")
 WAYS_OF_TORCH = ("banded", "documents", "folded")
 """Registered ops and kernels of an op that large shapes take, where one file would hold two."""
@@ -52,8 +52,8 @@ def test_import_direction(path: Path) -> None:
         "triton_impl": ("torch_impl", "reference", "cases"),
         "chunked_impl": ("torch_impl", "reference", "cases"),
         "chunked_op": ("triton", "triton_impl", "chunked_impl", "reference", "cases"),
-        "reference": ("triton", "triton_impl", "torch_impl", "launch", "_checks"),
-        "launch": ("triton", "triton_impl", "torch_impl", "reference", "cases"),
+        "reference": ("triton", "triton_impl", "torch_impl", "config", "_checks"),
+        "config": ("triton", "triton_impl", "torch_impl", "reference", "cases"),
         "op": ("triton", "triton_impl", "reference", "cases"),
     }.get(stem, ())
     for target in imports:
@@ -77,7 +77,7 @@ def test_every_op_has_the_same_files(folder: Path) -> None:
         pytest.skip("not an op")
     stems = {path.stem for path in folder.glob("*.py")}
     assert stems >= set(OP_FILES)
-    assert "triton_impl" not in stems or "launch" in stems
+    assert "triton_impl" not in stems or "config" in stems
     assert stems <= {*OP_FILES, *KERNEL_FILES, *SECOND_FAMILY, *WAYS_OF_TORCH}
     assert (ROOT / f"tests/kernels/test_{folder.name}.py").exists()
 

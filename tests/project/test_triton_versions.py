@@ -20,8 +20,8 @@ from helpers.sources import SOURCES, jitted, name_of
 from torch import Tensor
 
 from stlm_kernels import inspect, unpool
-from stlm_kernels._spec import Case, OpSpec
 from stlm_kernels.registry import OPS
+from stlm_kernels.spec import Case, OpSpec
 
 Binary = Callable[[Any, Any], Any]
 

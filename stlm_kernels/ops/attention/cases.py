@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..._inputs import normal, patch_borders
-from ..._spec import Case, Inputs, OpSpec, case
+from ...spec import Case, Inputs, OpSpec, case
+from ...spec_inputs import normal, patch_borders
 from .op import attention, pairs_seen
 from .reference import reference, terms, yardstick
 

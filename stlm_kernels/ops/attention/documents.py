@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import _checks, _pieces
-from ..._pieces import Place
+from ..._torch import attention_blocks, segments
+from ..._torch.attention_blocks import Place
 
 SHORT = 64
 """Documents up to this length share a batch with others up to the same power of two."""
@@ -63,9 +63,9 @@ def plan(
     scale: float,
 ) -> Plan:
     """Reads the borders."""
-    own = _checks.clamped_bounds(cu_seqlens, rows).cpu().long()
+    own = segments.clamped_bounds(cu_seqlens, rows).cpu().long()
     same = cu_seqlens_k is cu_seqlens
-    other = own if same else _checks.clamped_bounds(cu_seqlens_k, keys).cpu().long()
+    other = own if same else segments.clamped_bounds(cu_seqlens_k, keys).cpu().long()
     ends, lengths, key_starts, key_lengths = own[1:], own.diff(), other[:-1], other.diff()
     if causal:  # the first of too many queries stand before the first key
         lengths = lengths.minimum(key_lengths)
@@ -168,7 +168,7 @@ def _blank(like: Tensor, filled: bool) -> Tensor:
 
 def _taken(x: Tensor, place: Place) -> Tensor:
     """(n, H, L, K)."""
-    return _pieces.take(x.detach(), place).transpose(1, 2)
+    return attention_blocks.take(x.detach(), place).transpose(1, 2)
 
 
 def _put(into: Tensor, place: Place, valid: Tensor | None, values: Tensor) -> None:
@@ -184,7 +184,7 @@ def _put(into: Tensor, place: Place, valid: Tensor | None, values: Tensor) -> No
 
 def _mask(part: Part, causal: bool, q: Tensor) -> Tensor | None:
     """(n or 1, 1, L, L_k): 0 where a row sees a key, -inf elsewhere."""
-    length, keys = _pieces.length_of(part.rows), _pieces.length_of(part.keys)
+    length, keys = attention_blocks.length_of(part.rows), attention_blocks.length_of(part.keys)
     if causal:  # such rows never see what fills up the end
         return None if length == keys else lower_right(length, keys, q)
     if part.valid is None:

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import _checks, _library
+from ... import _checks, _library, runtime
 from ..._dispatch import Impl, use_triton
 from ..._errors import named_errors
+from ..._torch.attention_blocks import positive_scale
 from . import torch_impl
-from .launch import Window, declined_reasons, sides, unsupported_reasons
+from .config import Window, declined_reasons, sides, unsupported_reasons
 
 
 @named_errors
@@ -99,7 +100,7 @@ def attention(
     """
     rows = ("B", "T") if isinstance(q, Tensor) and q.dim() == 4 else ("T",)
     _checks.require_tensor("q", q, (*rows, "H", "K"), _checks.FLOATS)
-    (heads, width), dtypes = q.shape[-2:], _checks.activation_dtypes(q)
+    (heads, width), dtypes = q.shape[-2:], runtime.activation_dtypes(q)
     _checks.require(heads >= 1 and width >= 1, "q", "H >= 1 and K >= 1", tuple(q.shape))
     _checks.require_tensor("k", k, (*q.shape[:-3], "T_kv", "H_kv", width), dtypes, q.device)
     kv_heads = k.shape[-2]
@@ -114,8 +115,8 @@ def attention(
         cu_seqlens_k=cu_seqlens_k, scale=scale, softcap=softcap, dropout_p=dropout_p,
     )  # fmt: skip
     q, k, v = _library.distinct(q, k, v)
-    out_dtype = _checks.output_dtype(q)
-    q, factor = _checks.positive_scale(q, scale)
+    out_dtype = runtime.compute_dtype(q)
+    q, factor = positive_scale(q, scale)
     packed = q.dim() == 3
     if packed:
         q, k, v = q[None], k[None], v[None]
@@ -159,7 +160,7 @@ def _check_documents(
         return
     _checks.require(q.dim() == 3, "cu_seqlens", "None with a dense q", "a Tensor")
     _checks.require_offsets("cu_seqlens", cu_seqlens, q.device)
-    visible = _checks.values_visible(cu_seqlens)
+    visible = runtime.values_visible(cu_seqlens)
     if visible:
         _checks.check_offset_values("cu_seqlens", cu_seqlens, rows)
     if cu_seqlens_k is None:
@@ -167,7 +168,7 @@ def _check_documents(
             _checks.require(False, "k", f"the {rows} rows of q without cu_seqlens_k", keys)
         return
     _checks.require_tensor("cu_seqlens_k", cu_seqlens_k, cu_seqlens.shape, (torch.int32,), q.device)
-    if visible and _checks.values_visible(cu_seqlens_k):
+    if visible and runtime.values_visible(cu_seqlens_k):
         _checks.check_offset_values("cu_seqlens_k", cu_seqlens_k, keys)
         _check_lengths(cu_seqlens, cu_seqlens_k)
 

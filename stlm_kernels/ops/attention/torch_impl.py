@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import _checks, _pieces, _recorded
-from ..._pieces import LEAST_ROWS, Piece, Rule
-from ..._rounding import rounded
+from ... import runtime
+from ..._torch import attention_blocks, autograd, segments
+from ..._torch.attention_blocks import LEAST_ROWS, Piece, Rule
+from ..._torch.casting import rounded
 from . import banded as bands
 from . import documents
 
@@ -69,10 +70,10 @@ def attention(
     """(B, T, H, K) in `out_dtype`."""
     borders, options = Borders(cu_seqlens, cu_seqlens_k), options.within(k.shape[1])
     dense, windowed = cu_seqlens is None, options.windowed
-    readable = cu_seqlens is None or _checks.values_readable(cu_seqlens)
+    readable = cu_seqlens is None or runtime.values_readable(cu_seqlens)
     own_keys = cu_seqlens_k is None and q.shape[1] == k.shape[1]
     bounded = options.left is not None and options.right is not None and own_keys
-    unread = _checks.needs_composition(q, k, v) or not readable
+    unread = runtime.needs_composition(q, k, v) or not readable
     plain = unread or options.softcap or options.dropout_p or q.numel() == 0
     stock = not (plain or windowed or (dense and _forms_too_much(q, k, options)))
     banded = windowed and bounded and q.is_cpu and not (plain or torch.compiler.is_compiling())
@@ -80,7 +81,7 @@ def attention(
     narrow = stock and dense and not q.is_cpu
     compute = out_dtype if narrow else torch.promote_types(out_dtype, torch.float32)
     q, k, v = (rounded(x, out_dtype, compute) for x in (q, k, v))
-    with _checks.without_autocast(q):
+    with runtime.without_autocast(q):
         if banded and not _hides_poison(options, q, k, v):
             out = _Banded.apply(q, k, v, cu_seqlens, options)
         elif not stock:
@@ -134,7 +135,7 @@ def _hides_poison(options: Options, *tensors: Tensor) -> bool:
     for one that sees nothing.
     """
     watched = tensors if options.causal else tensors[:1]
-    return _checks.values_visible(*watched) and not _pieces.all_finite(*watched)
+    return runtime.values_visible(*watched) and not attention_blocks.all_finite(*watched)
 
 
 class _Stock(torch.autograd.Function):
@@ -153,7 +154,7 @@ class _Stock(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v = ctx.saved_tensors
         derived: Sequence[Tensor | None]
-        if _recorded.is_needed(*grads) or _hides_poison(ctx.options, *grads):
+        if autograd.is_needed(*grads) or _hides_poison(ctx.options, *grads):
             derived = _gradients(grads[0], q, k, v, Borders(None, None), ctx.options, None)
         else:
             derived = torch.autograd.grad(ctx.recorded, ctx.leaves, grads, retain_graph=True)
@@ -183,7 +184,7 @@ class _Documents(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *borders = ctx.saved_tensors
         derived: Sequence[Tensor | None]
-        if _recorded.is_needed(*grads) or _hides_poison(ctx.options, *grads):
+        if autograd.is_needed(*grads) or _hides_poison(ctx.options, *grads):
             derived = _gradients(grads[0], q, k, v, Borders(*borders), ctx.options, None)
         else:
             grad = grads[0].flatten(0, 1)
@@ -212,7 +213,7 @@ class _Banded(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, cu_seqlens, out, *sight = ctx.saved_tensors
-        if _recorded.is_needed(*grads) or _hides_poison(ctx.options, *grads):
+        if autograd.is_needed(*grads) or _hides_poison(ctx.options, *grads):
             borders = Borders(cu_seqlens, None)
             derived = _gradients(grads[0], q, k, v, borders, ctx.options, None)
         else:
@@ -231,7 +232,7 @@ def _in_pieces(q: Tensor, k: Tensor, v: Tensor, borders: Borders, options: Optio
     seed = None
     if options.dropout_p:
         seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=q.device)
-    if _checks.needs_composition(q, k, v):
+    if runtime.needs_composition(q, k, v):
         pieces = _cutter(q, k, borders, options)(True)
         return _attend_plainly(q, k, v, pieces, _rule(options, seed))
     return _InPieces.apply(q, k, v, *borders, options, seed)
@@ -254,7 +255,7 @@ def _cutter(
     keys = k.shape[0] * k.shape[1]
     sides = options.left, options.right
     reach = min(keys, 1 + sum(keys if side is None else side for side in sides))
-    if len(sight.start) and _checks.values_readable(sight.start):
+    if len(sight.start) and runtime.values_readable(sight.start):
         reach = max(1, int((sight.end - sight.start).max()))
     span = partial(_span, shape=q.shape, keys=k.shape[1], borders=borders, sides=sides)
     return lambda mixed: _cut(sight, q.shape[2], reach, span, mixed)
@@ -303,8 +304,8 @@ def _documents_of(
     no key for rows of none."""
     assert borders.rows is not None
     other = borders.rows if borders.keys is None else borders.keys
-    own = _checks.clamped_bounds(borders.rows, length).long()
-    other = _checks.clamped_bounds(other, keys).long()
+    own = segments.clamped_bounds(borders.rows, length).long()
+    other = segments.clamped_bounds(other, keys).long()
     document = torch.searchsorted(own, rows, right=True)  # 0 and S + 1 are none
     inside = (document > 0) & (document < own.shape[0])
     own, other = (torch.cat([x[:1], x, x[-1:]]) for x in (own, other))
@@ -321,8 +322,8 @@ def _cut(
 ) -> Iterator[Piece]:
     """Blocks of rows; row t sees the keys from start[t] to end[t]."""
     start, end = sight
-    total, read = start.shape[0], _checks.values_readable(start)
-    step = min(max(reach, LEAST_BLOCK), _pieces.PIECE_SCORES // max(1, 2 * heads * reach))
+    total, read = start.shape[0], runtime.values_readable(start)
+    step = min(max(reach, LEAST_BLOCK), attention_blocks.PIECE_SCORES // max(1, 2 * heads * reach))
     step = max(LEAST_ROWS, step)
     for first in range(0, total, step):
         last = min(total, first + step)
@@ -350,18 +351,18 @@ def _gradients(
     options: Options,
     seed: Tensor | None,
 ) -> Sequence[Tensor | None]:
-    pieces = _cutter(q, k, borders, options)(_pieces.may_be_mixed(grad, q, k, v))
+    pieces = _cutter(q, k, borders, options)(attention_blocks.may_be_mixed(grad, q, k, v))
     rule = _rule(options, seed)
-    with _checks.without_autocast(q):
-        if _recorded.is_needed(grad):
+    with runtime.without_autocast(q):
+        if autograd.is_needed(grad):
             attend = partial(_attend_plainly, pieces=pieces, rule=rule)
-            return _recorded.gradients(attend, (q, k, v), (grad,))
-        derived = _pieces.gradients(grad.flatten(0, 1), *_flat(q, k, v), pieces, rule)
+            return autograd.gradients(attend, (q, k, v), (grad,))
+        derived = attention_blocks.gradients(grad.flatten(0, 1), *_flat(q, k, v), pieces, rule)
     return [dx.view(x.shape) for dx, x in zip(derived, (q, k, v), strict=True)]
 
 
 def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, pieces: Iterator[Piece], rule: Rule) -> Tensor:
-    return _pieces.attend_plainly(*_flat(q, k, v), pieces, rule).view(q.shape)
+    return attention_blocks.attend_plainly(*_flat(q, k, v), pieces, rule).view(q.shape)
 
 
 class _InPieces(torch.autograd.Function):
@@ -378,8 +379,8 @@ class _InPieces(torch.autograd.Function):
         seed: Tensor | None,
     ) -> Tensor:
         borders = Borders(cu_seqlens, cu_seqlens_k)
-        pieces = _cutter(q, k, borders, options)(_pieces.may_be_mixed(q, k, v))
-        return _pieces.attend(*_flat(q, k, v), pieces, _rule(options, seed)).view(q.shape)
+        pieces = _cutter(q, k, borders, options)(attention_blocks.may_be_mixed(q, k, v))
+        return attention_blocks.attend(*_flat(q, k, v), pieces, _rule(options, seed)).view(q.shape)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

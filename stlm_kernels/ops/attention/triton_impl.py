@@ -35,7 +35,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import _launch
-from ..._heads import (
+from ..._triton.heads import (
     clean,
     difference,
     inner,
@@ -46,9 +46,9 @@ from ..._heads import (
     summed,
     zeros,
 )
-from ..._sight import FARTHEST, place, range_of, sight
-from ..._tiles import LOG2_E, dot_type, row_bounds, with_rows
-from . import launch
+from ..._triton.sight import FARTHEST, place, range_of, sight
+from ..._triton.tiles import LOG2_E, dot_type, row_bounds, with_rows
+from . import config as configs
 
 
 @triton.jit
@@ -372,11 +372,11 @@ def _options(
 ) -> dict[str, Any]:
     """The constants of a launch; `dtype` is what the products' operands are rounded to."""
     (heads, width), reach = q.shape[2:], min(sum(sides) + 1, k.shape[1])
-    return launch.rows_config(kernel, width, reach, dtype, q.device) | {
+    return configs.rows_config(kernel, width, reach, dtype, q.device) | {
         "H": heads,
         "GROUP": heads // k.shape[2],
         "HAS_DOCS": has_docs,
         "DOT": dot_type(dtype),
-        "MAIN": launch.main_columns(width),
-        "REST": width - launch.main_columns(width),
+        "MAIN": configs.main_columns(width),
+        "REST": width - configs.main_columns(width),
     }

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import _checks, _library
+from ... import _checks, _library, runtime
 from ..._dispatch import Impl, use_triton
 from ..._errors import named_errors
 from . import torch_impl
-from .launch import unsupported_reasons
+from .config import unsupported_reasons
 
 
 @named_errors
@@ -63,14 +63,14 @@ def attention_pool(
     _checks.require_tensor("key", key, ("T", "H_kv", "K"), _checks.FLOATS)
     total, kv_heads, width = key.shape
     _checks.require(kv_heads >= 1 and width >= 1, "key", "H_kv >= 1 and K >= 1", tuple(key.shape))
-    dtypes = _checks.activation_dtypes(key)
+    dtypes = runtime.activation_dtypes(key)
     _checks.require_tensor("value", value, (total, kv_heads, width), dtypes, key.device)
     _checks.require_offsets("cu_patchlens", cu_patchlens, key.device)
     _check_query(query, key, cu_patchlens.shape[0] - 1)
     _checks.require_scale(scale)
-    if _checks.values_visible(cu_patchlens):
+    if runtime.values_visible(cu_patchlens):
         _checks.check_offset_values("cu_patchlens", cu_patchlens, total)
-    factor, out_dtype = width**-0.5 if scale is None else float(scale), _checks.output_dtype(key)
+    factor, out_dtype = width**-0.5 if scale is None else float(scale), runtime.compute_dtype(key)
     if use_triton(
         "attention_pool", impl, key.device, unsupported_reasons,
         query=query, key=key, value=value, cu_patchlens=cu_patchlens, scale=scale,
@@ -87,7 +87,7 @@ def _check_query(query: Tensor, key: Tensor, patches: int) -> None:
     if query.ndim not in (2, 3):
         shapes = f"(H, {width}) or ({patches}, H, {width})"
         raise ValueError(f"query: expected shape {shapes}, got {tuple(query.shape)}")
-    dtypes = _checks.activation_dtypes(key)
+    dtypes = runtime.activation_dtypes(key)
     if query.ndim == 2:
         dtypes = (*dtypes, *_checks.weight_dtypes(key.dtype)[1:])
     shape = ("H", width) if query.ndim == 2 else (patches, "H", width)

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import _checks
-from ..._rounding import rounded
+from ... import runtime
+from ..._torch import segments
+from ..._torch.casting import rounded
 
 
 def attention_pool(
@@ -29,12 +30,12 @@ def attention_pool(
     wide = torch.promote_types(out_dtype, torch.float32)
     query, key, value = (rounded(x, out_dtype, wide) for x in (query, key, value))
     total = key.shape[0]
-    with _checks.without_autocast(key):
-        if _checks.values_visible(cu_patchlens):
+    with runtime.without_autocast(key):
+        if runtime.values_visible(cu_patchlens):
             total = int(cu_patchlens[-1])
             patches = _Patches.of(cu_patchlens, total)
             return _pool(query, key[:total], value[:total], patches, scale).to(out_dtype)
-        borders = _checks.clamped_bounds(cu_patchlens, total)
+        borders = segments.clamped_bounds(cu_patchlens, total)
         # Rows of no patch get a patch of their own at each end, and zeros to read.
         rows = torch.arange(total, device=key.device)
         inside = ((rows >= borders[0]) & (rows < borders[-1]))[:, None, None]
@@ -105,9 +106,9 @@ def _spread(x: Tensor, patches: _Patches) -> Tensor:
 def _is_traced(x: Tensor) -> bool:
     """Where stock ops differentiate themselves: EmbeddingBag has no batching rule and no
     forward-mode derivative."""
-    if torch.compiler.is_compiling() or _checks.many_at_once(x):
+    if torch.compiler.is_compiling() or runtime.many_at_once(x):
         return True
-    return _checks.carries_tangents(x)
+    return runtime.carries_tangents(x)
 
 
 class _Sum(torch.autograd.Function):

@@ -28,8 +28,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import _launch
-from ..._tiles import dot_type, segment_bounds, sum_splits, with_rows
-from . import launch
+from ..._triton.tiles import dot_type, segment_bounds, sum_splits, with_rows
+from . import config as configs
 
 LOG2_E = 1.4426950408889634
 FUSES = False
@@ -276,9 +276,9 @@ def _options(
 ) -> tuple[dict[str, Any], int, int]:
     """Constants of a launch, tiles of heads, programs; `dtype` is what operands are rounded to."""
     (heads, width), (total, kv_heads, _) = query.shape[-2:], key.shape
-    config = dict(launch.pool_config(kernel, heads, kv_heads, width, key.dtype, key.device))
+    config = dict(configs.pool_config(kernel, heads, kv_heads, width, key.dtype, key.device))
     programs = config.pop("PROGRAMS", 0)
-    block_p, block_s = launch.tile_shape(config.pop("ROWS"), total, patches)
+    block_p, block_s = configs.tile_shape(config.pop("ROWS"), total, patches)
     constants = {
         "KV": kv_heads,
         "GROUP": heads // kv_heads,
@@ -286,7 +286,7 @@ def _options(
         "DOT": dot_type(dtype),
         "BLOCK_P": block_p,
         "BLOCK_S": block_s,
-        "BLOCK_G": launch.power_above(heads // kv_heads),
-        "WIDTH": launch.power_above(width),
+        "BLOCK_G": configs.power_above(heads // kv_heads),
+        "WIDTH": configs.power_above(width),
     }
     return config | constants, _launch.ceil_div(kv_heads, config["BLOCK_H"]), programs

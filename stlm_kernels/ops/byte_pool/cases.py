@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..._inputs import patch_borders, random_ids, text_bytes
-from ..._spec import Case, Inputs, OpSpec, case
+from ...spec import Case, Inputs, OpSpec, case
+from ...spec_inputs import patch_borders, random_ids, text_bytes
 from .op import byte_pool
 from .reference import reference, yardstick
 

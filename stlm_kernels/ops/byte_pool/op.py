@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import _checks, _library
+from ... import _checks, _library, runtime
 from ..._dispatch import Impl, use_triton
 from ..._errors import named_errors
 from . import torch_impl
-from .launch import unsupported_reasons
+from .config import unsupported_reasons
 
 MODES = ("mean", "sum")
 OF_STATES = ("max", "min", "first", "last")
@@ -66,7 +66,7 @@ def byte_pool(
     gradient by a patch x byte count matrix is this project's.
     """
     _check(byte_ids, weight, cu_patchlens, mode, position_weight)
-    out_dtype = _checks.output_dtype(weight)
+    out_dtype = runtime.compute_dtype(weight)
     mean = mode == "mean"
     if use_triton(
         "byte_pool",
@@ -107,7 +107,7 @@ def _check(
         _checks.require(
             position_weight.shape[0] >= 1, "position_weight", "L >= 1", position_weight.shape[0]
         )
-    if _checks.values_visible(byte_ids, cu_patchlens):
+    if runtime.values_visible(byte_ids, cu_patchlens):
         last = _checks.check_offset_values("cu_patchlens", cu_patchlens, byte_ids.shape[0])
         # Bytes beyond the last border belong to no patch, so they may hold anything.
         _checks.check_id_values("byte_ids", byte_ids[:last], 0, vocab)

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import _checks
-from ..._rounding import rounded
+from ... import runtime
+from ..._torch import autograd, segments
+from ..._torch.casting import rounded
 
 PIECE = 1024
 """Longest run of one id that a thread of a GPU sums before the runs' sums are added up."""
@@ -34,7 +35,7 @@ def byte_pool(
     wide = torch.promote_types(out_dtype, torch.float32)
     table = rounded(weight, out_dtype, wide)
     patches, lead = cu_patchlens.shape[0] - 1, 0
-    if _checks.values_visible(byte_ids, cu_patchlens):
+    if runtime.values_visible(byte_ids, cu_patchlens):
         last = int(cu_patchlens.numpy()[-1])
         ids = (byte_ids if last == byte_ids.shape[0] else byte_ids[:last]).int()
         borders, poison = cu_patchlens, None
@@ -47,8 +48,8 @@ def byte_pool(
         table = table + poison
     arguments = (ids, table.contiguous(), borders, patches, mean)
     recorded = torch.is_grad_enabled() and table.requires_grad
-    pool = _Pool.apply if recorded or _checks.inside_torch_func() else _pool
-    if _checks.carries_tangents(table):
+    pool = _Pool.apply if recorded or runtime.inside_torch_func() else _pool
+    if runtime.carries_tangents(table):
         pool = _plain_pool
     pooled = pool(*arguments)
     pooled = pooled if wide == out_dtype else pooled.to(out_dtype)
@@ -69,7 +70,7 @@ def _made_safe(
     # The last border is clamped to `total`: as a fill value it would be compiled in.
     borders = F.pad(F.pad(cu_patchlens, (0, 1), value=2**31 - 1), (1, 0))
     poison = F.pad(table.new_zeros(vocab, 1), (0, 0, 0, 1), value=float("nan"))
-    return ids, F.pad(table, (0, 0, 0, 1)), _checks.clamped_bounds(borders, total), poison
+    return ids, F.pad(table, (0, 0, 0, 1)), segments.clamped_bounds(borders, total), poison
 
 
 def _gained(
@@ -157,8 +158,8 @@ class _Pool(torch.autograd.Function):
 
     @staticmethod
     def forward(ids: Tensor, table: Tensor, borders: Tensor, patches: int, mean: bool) -> Tensor:
-        pool = _plain_pool if _checks.inside_torch_func() else _pool
-        return _checks.as_output(pool(ids, table, borders, patches, mean))
+        pool = _plain_pool if runtime.inside_torch_func() else _pool
+        return autograd.as_output(pool(ids, table, borders, patches, mean))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -23,9 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import _launch
-from ..._dispatch import kernels_interpreted
-from ..._tiles import segment_bounds, sum_splits
-from . import launch
+from ..._triton.tiles import INTERPRETED, segment_bounds, sum_splits
+from . import config as configs
 
 
 @triton.jit
@@ -211,7 +210,7 @@ def launch_fwd(
     """(P, D) in `out_dtype`."""
     (vocab, width), patches = weight.shape, cu_patchlens.shape[0] - 1
     out = torch.empty((patches, width), dtype=out_dtype, device=weight.device)
-    config = launch.fwd_config(width, out_dtype, weight.device)
+    config = configs.fwd_config(width, out_dtype, weight.device)
     chunks = _launch.ceil_div(patches, config["PATCHES"])
     gain = weight if position_weight is None else position_weight
     _launch.launch(
@@ -234,7 +233,7 @@ def launch_bwd(
 ) -> Tensor:
     """(V, D) gradient of the table."""
     patches, width = grad.shape
-    config = launch.bwd_config(width, grad.dtype, grad.device)
+    config = configs.bwd_config(width, grad.dtype, grad.device)
     programs = config.pop("PROGRAMS")
     tiles = _launch.ceil_div(vocab, config["BLOCK_V"]) * _launch.ceil_div(width, config["BLOCK_D"])
     splits, run = _launch.splits(patches, tiles, programs, config["BLOCK_P"])
@@ -244,7 +243,7 @@ def launch_bwd(
         stlm_byte_pool_bwd, splits * tiles,
         byte_ids.contiguous(), cu_patchlens.contiguous(), grad.contiguous(), partial,
         byte_ids.shape[0], patches, vocab, run,
-        D=width, MEAN=mean, DOT=dot, PIECES=pieces, COUNT_PIECE=launch.COUNT_PIECE,
+        D=width, MEAN=mean, DOT=dot, PIECES=pieces, COUNT_PIECE=configs.COUNT_PIECE,
         device=grad.device, **config,
     )  # fmt: skip
     return sum_splits(partial, weight_dtype)
@@ -263,7 +262,7 @@ def launch_bwd_gain(
     grad, byte_ids, weight, cu, gain = (
         x.contiguous() for x in (grad, byte_ids, weight, cu_patchlens, position_weight)
     )
-    config = launch.bwd_gain_config(width, grad.dtype, grad.device)
+    config = configs.bwd_gain_config(width, grad.dtype, grad.device)
     programs, block_v = config.pop("PROGRAMS"), config.pop("BLOCK_V")
     d_tiles = _launch.ceil_div(width, config["BLOCK_D"])
     sizes = (byte_ids.shape[0], patches, vocab, slots)
@@ -303,4 +302,4 @@ def _dot_plan(
         return (tl.float16 if grad == torch.float16 else tl.bfloat16), 1
     pieces = {torch.bfloat16: 1 if width >= 16 else 2, torch.float16: 2, torch.float32: 3}[result]
     # The interpreter computes bf16 wrongly; fp16 stands in, so that pieces are tested there.
-    return (tl.float16 if kernels_interpreted() else tl.bfloat16), pieces
+    return (tl.float16 if INTERPRETED else tl.bfloat16), pieces

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import _checks, _library
+from ... import _checks, _library, runtime
 from ..._dispatch import Impl, use_triton
 from ..._errors import named_errors
 from . import torch_impl
-from .launch import unsupported_reasons
+from .config import unsupported_reasons
 
 
 @named_errors
@@ -66,7 +66,7 @@ def decode_attention(
     for each sequence by its own length, combined in order, are this project's.
     """
     _checks.require_tensor("q", q, ("B", "H", "K"), _checks.FLOATS)
-    (batch, heads, width), dtypes = q.shape, _checks.activation_dtypes(q)
+    (batch, heads, width), dtypes = q.shape, runtime.activation_dtypes(q)
     _checks.require(heads >= 1 and width >= 1, "q", "H >= 1 and K >= 1", tuple(q.shape))
     _checks.require_tensor("k_cache", k_cache, (batch, "C", "H_kv", width), dtypes, q.device)
     capacity, kv_heads = k_cache.shape[1:3]
@@ -75,9 +75,9 @@ def decode_attention(
     _checks.require_tensor("v_cache", v_cache, tuple(k_cache.shape), dtypes, q.device)
     _checks.require_tensor("cache_lens", cache_lens, (batch,), (torch.int32,), q.device)
     _check_options(window, scale, softcap)
-    if _checks.values_visible(cache_lens):
+    if runtime.values_visible(cache_lens):
         _checks.check_id_values("cache_lens", cache_lens, 0, capacity + 1)
-    out_dtype = _checks.output_dtype(q)
+    out_dtype = runtime.compute_dtype(q)
     arguments = (
         q.detach(), k_cache.detach(), v_cache.detach(), cache_lens,
         capacity if window is None else min(window, capacity),

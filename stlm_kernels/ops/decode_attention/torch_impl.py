@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import _checks
+from ... import runtime
 
 
 def decode_attention(
@@ -28,8 +28,8 @@ def decode_attention(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """(B, H, K) in `out_dtype`; softcap 0 stands for none."""
-    attend = _by_length if _checks.values_visible(cache_lens) else _masked
-    with _checks.without_autocast(q):
+    attend = _by_length if runtime.values_visible(cache_lens) else _masked
+    with runtime.without_autocast(q):
         q, k_cache, v_cache = (x.to(out_dtype) for x in (q, k_cache, v_cache))
         return attend(q, k_cache, v_cache, cache_lens, window, scale, softcap)
 

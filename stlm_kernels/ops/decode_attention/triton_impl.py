@@ -23,8 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import _launch
-from ..._tiles import dot_type
-from . import launch
+from ..._triton.tiles import dot_type
+from . import config as configs
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -131,10 +131,10 @@ def launch_fwd(
     """(B, H, K) in `out_dtype`."""
     (batch, heads, width), (_, capacity, kv_heads, _) = q.shape, k_cache.shape
     k, v, lens = _with_rows(k_cache), _with_rows(v_cache), cache_lens.contiguous()
-    config = launch.fwd_config(width, k.dtype, out_dtype, q.device)
-    group, rows, block_k = heads // kv_heads, batch * heads, launch.width_block(width)
-    tiles = batch * kv_heads * _launch.ceil_div(group, launch.heads_block(group))
-    splits = launch.split_count(window, max(1, tiles), config["BLOCK"])
+    config = configs.fwd_config(width, k.dtype, out_dtype, q.device)
+    group, rows, block_k = heads // kv_heads, batch * heads, configs.width_block(width)
+    tiles = batch * kv_heads * _launch.ceil_div(group, configs.heads_block(group))
+    splits = configs.split_count(window, max(1, tiles), config["BLOCK"])
     out = torch.empty(q.shape, dtype=out_dtype, device=q.device)
     part = out if splits == 1 else out.new_empty((splits, rows, width), dtype=torch.float32)
     lse = torch.empty((splits, rows), dtype=torch.float32, device=q.device)
@@ -143,7 +143,7 @@ def launch_fwd(
         q.contiguous(), k, v, lens, part, lse, rows, splits, capacity, window,
         *k.stride()[:3], *v.stride()[:3], scale, softcap,
         H=heads, GROUP=group, K=width, IS_CAPPED=softcap > 0, DOT=dot_type(out_dtype),
-        WIDTH=block_k, HEADS=launch.heads_block(group), device=q.device, **config,
+        WIDTH=block_k, HEADS=configs.heads_block(group), device=q.device, **config,
     )  # fmt: skip
     if splits > 1:
         _launch.launch(

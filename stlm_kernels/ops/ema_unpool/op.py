@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import _checks, _library
+from ... import _checks, _library, runtime
 from ..._dispatch import Impl, use_triton
 from ..._errors import named_errors
 from ..unpool.op import check_read_id_values
 from . import torch_impl
-from .launch import unsupported_reasons
+from .config import unsupported_reasons
 
 
 @named_errors
@@ -72,7 +72,7 @@ def ema_unpool(
     and as given here.
     """
     _check_arguments(patch_states, gate, read_ids, cu_seqlens, residual)
-    out_dtype = _checks.output_dtype(patch_states)
+    out_dtype = runtime.compute_dtype(patch_states)
     if use_triton(
         "ema_unpool", impl, patch_states.device, unsupported_reasons,
         patch_states=patch_states, gate=gate, read_ids=read_ids, cu_seqlens=cu_seqlens,
@@ -92,7 +92,7 @@ def _check_arguments(
     _checks.require_tensor("patch_states", patch_states, ("P", "D"), _checks.FLOATS)
     (patches, width), device = patch_states.shape, patch_states.device
     _checks.require(width >= 1, "patch_states", "D >= 1", tuple(patch_states.shape))
-    dtypes = _checks.activation_dtypes(patch_states)
+    dtypes = runtime.activation_dtypes(patch_states)
     gate_dtypes = dtypes if torch.float32 in dtypes else (*dtypes, torch.float32)
     _checks.require_tensor("gate", gate, (patches,), gate_dtypes, device)
     _checks.require_ids("read_ids", read_ids, device)
@@ -101,17 +101,17 @@ def _check_arguments(
     if residual is not None:
         shape = (read_ids.shape[0], width)
         _checks.require_tensor("residual", residual, shape, dtypes, device)
-    if _checks.values_visible(read_ids):
+    if runtime.values_visible(read_ids):
         check_read_id_values(read_ids, patches)
-    if cu_seqlens is not None and _checks.values_visible(cu_seqlens):
+    if cu_seqlens is not None and runtime.values_visible(cu_seqlens):
         _checks.check_offset_values("cu_seqlens", cu_seqlens, patches)
-    if _checks.values_visible(gate):
+    if runtime.values_visible(gate):
         _check_gate_values(gate, cu_seqlens)
 
 
 def _check_gate_values(gate: Tensor, cu_seqlens: Tensor | None) -> None:
     gate = gate.detach()
-    if cu_seqlens is not None and _checks.values_visible(cu_seqlens):
+    if cu_seqlens is not None and runtime.values_visible(cu_seqlens):
         gate = gate[: int(cu_seqlens[-1])]
     outside = (gate < 0) | (gate > 1)
     if outside.any():

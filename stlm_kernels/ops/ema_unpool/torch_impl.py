@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import _checks
-from ..._rounding import rounded
+from ... import runtime
+from ..._torch import segments
+from ..._torch.casting import rounded
 from ..unpool.torch_impl import unpool
 
 CHUNK = 8
@@ -36,7 +37,7 @@ def ema_unpool(
     places = torch.arange(gate.shape[0], device=gate.device)
     follows = places > 0
     if cu_seqlens is not None:
-        borders = _checks.clamped_bounds(cu_seqlens, gate.shape[0]).long()
+        borders = segments.clamped_bounds(cu_seqlens, gate.shape[0]).long()
         document = torch.searchsorted(borders, places, right=True)
         inside = (document > 0) & (document < borders.shape[0])
         first_places = borders.index_select(0, (document - 1).clamp(min=0))
@@ -60,7 +61,7 @@ class _Scan(torch.autograd.Function):
         decay: Tensor,  # (P,)
         reverse: bool,
     ) -> Tensor:
-        visible = _checks.values_visible(x)
+        visible = runtime.values_visible(x)
         y = _scan(x, decay, reverse, isolate=not visible)
         if visible and bool(y.sum().isnan()):
             y = _scan(x, decay, reverse, isolate=True)
@@ -98,7 +99,7 @@ class _ScanForward(_Scan):
 
 
 def _scanned(x: Tensor, decay: Tensor, reverse: bool) -> Tensor:
-    function = _ScanForward if _checks.carries_tangents(x, decay) else _Scan
+    function = _ScanForward if runtime.carries_tangents(x, decay) else _Scan
     return function.apply(x, decay, reverse)
 
 

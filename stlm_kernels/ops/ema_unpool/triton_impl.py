@@ -20,9 +20,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import _launch
-from ..._tiles import dot_type, segment_of
+from ..._triton.tiles import dot_type, segment_of
 from ..unpool.triton_impl import launch_bwd as sums_by_patch
-from . import launch
+from . import config as configs
 
 LINK_BLOCK = 256
 FORGOTTEN = tl.constexpr(2.0**-30)
@@ -173,7 +173,7 @@ def launch_fwd(
     """(T, D) in `out_dtype`."""
     (patches, width), total = patch_states.shape, read_ids.shape[0]
     out = torch.empty((total, width), dtype=out_dtype, device=patch_states.device)
-    config = launch.fwd_config(width, out_dtype, patch_states.device)
+    config = configs.fwd_config(width, out_dtype, patch_states.device)
     programs = _launch.ceil_div(total, config["BLOCK_T"])
     states = patch_states.contiguous()
     _launch.launch(
@@ -198,7 +198,7 @@ def launch_bwd(
     patches, width = patch_states.shape
     dstates = torch.empty_like(patch_states, memory_format=torch.contiguous_format)
     dgate = torch.empty_like(gate, memory_format=torch.contiguous_format)
-    config = launch.bwd_config(width, patch_states.dtype, grad.device)
+    config = configs.bwd_config(width, patch_states.dtype, grad.device)
     _launch.launch(
         stlm_ema_unpool_bwd, _launch.ceil_div(patches, config["BLOCK_P"]),
         sums_by_patch(grad, read_ids, patches, torch.float32),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..._inputs import random_ids, text_bytes
-from ..._spec import Case, Inputs, OpSpec, case
+from ...spec import Case, Inputs, OpSpec, case
+from ...spec_inputs import random_ids, text_bytes
 from .op import find_patches
 from .reference import reference
 

@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ... import _checks, _library
+from ... import _checks, _library, runtime
 from ..._dispatch import Impl, use_triton
 from ..._errors import named_errors
 from . import torch_impl
-from .launch import unsupported_reasons
+from .config import unsupported_reasons
 
 RULES = ("space", "fixed")
 
@@ -158,7 +158,7 @@ def _check(
             _checks.require_tensor(name, mask, (total,), (torch.bool,), byte_ids.device)
     if cu_seqlens is not None:
         _checks.require_offsets("cu_seqlens", cu_seqlens, byte_ids.device)
-    if not _checks.values_visible(byte_ids):
+    if not runtime.values_visible(byte_ids):
         return
     if cu_seqlens is not None:
         _checks.check_offset_values("cu_seqlens", cu_seqlens, total)

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import _checks
+from ... import runtime
+from ..._torch import segments
 
 IDS = 257
 """256 bytes, and one id for all above, which no rule tells apart."""
@@ -66,7 +67,7 @@ def find_patches(
 
 def _documents(positions: Tensor, cu_seqlens: Tensor) -> _Documents:
     total = len(positions)
-    offsets = _checks.clamped_bounds(cu_seqlens, total)
+    offsets = segments.clamped_bounds(cu_seqlens, total)
     zero, end = offsets.new_zeros(1), offsets.new_full((1,), total)
     lengths = torch.cat([zero, offsets, end]).diff()  # before the first document, ..., after all
     ids = torch.repeat_interleave(lengths, output_size=total)
@@ -87,7 +88,7 @@ def _natural_closes(
     if patch_size is not None:
         return _is_multiple(positions - documents.starts + 1, patch_size)
     # A table of all ids that a rule tells apart costs less than comparing every byte six times.
-    seen = _checks.values_visible(byte_ids)
+    seen = runtime.values_visible(byte_ids)
     table = SPACELIKE if seen else _is_spacelike(torch.arange(IDS, device=byte_ids.device))
     known = byte_ids if byte_ids.dtype == torch.uint8 else byte_ids.clamp(0, IDS - 1)
     spacelike = table.index_select(0, known.int())

@@ -24,9 +24,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ... import _checks, _launch
-from ..._tiles import segment_of
-from . import launch
+from ... import _launch
+from ..._torch import segments
+from ..._triton.tiles import segment_of
+from . import config as configs
 
 SPACE, FIXED, STARTS, CLOSES = (tl.constexpr(i) for i in range(4))
 MODE_CODES = {"space": 0, "fixed": 1, "patch_start_mask": 2, "patch_end_mask": 3}
@@ -201,10 +202,10 @@ def launch_fwd(
     total, device = byte_ids.shape[0], byte_ids.device
     if cu_seqlens is None:
         cu_seqlens = torch.arange(2, dtype=torch.int32, device=device) * total
-    offsets = _checks.clamped_bounds(cu_seqlens, total).contiguous()
+    offsets = segments.clamped_bounds(cu_seqlens, total).contiguous()
     documents = offsets.shape[0] - 1
     steps, limit = documents.bit_length(), min(max_patch_len or NO_LIMIT, NO_LIMIT)
-    config = launch.write_config(how, total, device)
+    config = configs.write_config(how, total, device)
     blocks = _launch.ceil_div(total, config["BLOCK"])
 
     def empty(*shape: int) -> Tensor:
@@ -249,5 +250,5 @@ def _count(
     _launch.launch(
         stlm_find_patches_carry, 1,
         summary, carry, n_patches, limit, blocks,
-        BYTES=config["BLOCK"], device=carry.device, **launch.carry_config(blocks, carry.device),
+        BYTES=config["BLOCK"], device=carry.device, **configs.carry_config(blocks, carry.device),
     )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..._spec import Case, Inputs, OpSpec, case
+from ...spec import Case, Inputs, OpSpec, case
 from ..linear_logprobs import cases as rows
 from .op import linear_cross_entropy
 from .reference import reference, terms, yardstick

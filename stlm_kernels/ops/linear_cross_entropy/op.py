@@ -7,16 +7,17 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ... import _checks
+from ... import _checks, runtime
 from ..._dispatch import Impl, use_triton
 from ..._errors import named_errors
+from ..._linear.options import RowOptions, row_options
 from ..._sharding import require_rows
 from ..linear_logprobs import chunked_op
-from ..linear_logprobs.launch import fits_on_chip
-from ..linear_logprobs.op import RowOptions, check, row_losses
+from ..linear_logprobs.config import fits_on_chip
+from ..linear_logprobs.op import row_losses
 from ..linear_logprobs.torch_impl import TARGETS
 from . import torch_impl
-from .launch import unsupported_reasons
+from .config import unsupported_reasons
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -132,7 +133,7 @@ def linear_cross_entropy(
 
     Source: signature of PyTorch 2.13; z-loss from PaLM, arXiv 2204.02311.
     """
-    options = check(
+    options = row_options(
         input, linear_weight, target, linear_bias, ignore_index, softcap, logit_scale, valid_vocab
     )
     _check_class_weight(weight, input, linear_weight)
@@ -162,7 +163,7 @@ def _check_class_weight(weight: Tensor | None, input: Tensor, linear_weight: Ten
     require_rows(input, {}, {"weight": weight})
     differentiated = weight.requires_grad and torch.is_grad_enabled()
     if not torch.compiler.is_compiling():
-        differentiated = differentiated or _checks.has_tangent(weight)
+        differentiated = differentiated or runtime.has_tangent(weight)
     got = "one that is differentiated (use weight.detach())"
     _checks.require(not differentiated, "weight", "class weights that are constants", got)
 
@@ -184,7 +185,7 @@ def _losses(
         valid_vocab=options.valid_vocab,
     )
     on_chip = fits_on_chip(options.valid_vocab)
-    if reduction == "none" or (on_kernels and (on_chip or _checks.inside_torch_func())):
+    if reduction == "none" or (on_kernels and (on_chip or runtime.inside_torch_func())):
         path: Impl = "triton" if on_kernels else "torch"
         loss, lse = row_losses(
             "linear_cross_entropy", input, linear_weight, target, bias, class_weight, options, path
@@ -214,7 +215,7 @@ def _counted(target: Tensor, class_weight: Tensor | None, options: RowOptions) -
 
 def mean_of_counted(total: Tensor, count: Tensor) -> Tensor:
     """The mean of a sum of row losses; over no row NaN, with gradients of exactly 0."""
-    if _checks.values_visible(total, count) and count != 0:
+    if runtime.values_visible(total, count) and count != 0:
         return total / count
     some = count != 0
     return torch.where(some, total / torch.where(some, count, 1), float("nan"))

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import _checks, _recorded
+from ... import runtime
 from ..._sharding import ROW, SUM, from_own_part, is_dtensor, own_part
+from ..._torch import autograd
 from ..linear_logprobs.torch_impl import (
     Gradients,
     Objective,
@@ -41,8 +42,8 @@ def summed_loss(
         return from_own_part(total, SUM, rows), lse
     rows, weight, bias = widened(rows, weight, bias, options.valid_vocab)
     # The operands are rounded; autocast would round the logits as well.
-    with _checks.without_autocast(rows):
-        if _checks.needs_composition(rows, weight, bias):
+    with runtime.without_autocast(rows):
+        if runtime.needs_composition(rows, weight, bias):
             loss, lse = plain_losses(objective, options, rows, weight, bias, *given)
             return loss.sum(), lse
         recorded, leaves = torch.is_grad_enabled(), (rows, weight, bias)
@@ -82,8 +83,8 @@ class _SummedLoss(torch.autograd.Function):
         ctx.objective, ctx.options, ctx.wants = objective, options, wants
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*leaves, *given, grads.rows, grads.weight, grads.bias)
-        total = _checks.as_output(total)
-        return total if lse is None else (total, _checks.as_output(lse))
+        total = autograd.as_output(total)
+        return total if lse is None else (total, autograd.as_output(lse))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -106,7 +107,7 @@ def _again(
     rows = arguments[0]
     each = rows.new_zeros(()) if dtotal is None else dtotal
     grads = (each.expand(rows.shape[0]), *(() if dlse is None else (dlse,)))
-    with _checks.without_autocast(rows):
-        if dlse is None or _recorded.is_needed(*grads):
+    with runtime.without_autocast(rows):
+        if dlse is None or autograd.is_needed(*grads):
             return recorded_backward(ctx.objective, ctx.options, grads, *arguments)
         return chunked_backward(ctx.objective, ctx.options, ctx.wants, grads, *arguments)

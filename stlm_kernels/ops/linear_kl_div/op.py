@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from ... import _checks
 from ..._dispatch import Impl, without_kernel
 from ..._errors import named_errors
+from ..._linear.options import DistillOptions, check_projection
 from ..._sharding import require_plain
 from ..linear_cross_entropy.op import REDUCTIONS, mean_of_counted
 from ..linear_cross_entropy.torch_impl import summed_loss
-from ..linear_logprobs.op import check_projection
 from ..linear_logprobs.torch_impl import row_losses
 from .torch_impl import DIVERGENCE
-
-
-class DistillOptions(NamedTuple):
-    """How a row's divergence follows from its logits; softcap 0 stands for none."""
-
-    temperature: float
-    softcap: float
-    logit_scale: float
-    valid_vocab: int
 
 
 @named_errors

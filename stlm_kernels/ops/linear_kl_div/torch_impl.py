@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..._linear.options import DistillOptions
 from ..linear_logprobs.torch_impl import (
     Objective,
     counted_rows,
@@ -14,9 +15,6 @@ from ..linear_logprobs.torch_impl import (
     seen_to_count,
     through_cap_and_scale,
 )
-
-if TYPE_CHECKING:
-    from .op import DistillOptions
 
 
 class Chunk(NamedTuple):

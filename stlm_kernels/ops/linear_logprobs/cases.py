@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from ..._inputs import normal
-from ..._spec import Case, Inputs, OpSpec, case
+from ...spec import Case, Inputs, OpSpec, case
+from ...spec_inputs import normal
 from .op import linear_logprobs
 from .reference import reference, terms, yardstick
 

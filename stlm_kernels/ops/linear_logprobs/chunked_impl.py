@@ -23,8 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import _launch
-from ..._tiles import finished_logits
-from . import launch
+from ..._triton.tiles import finished_logits
+from . import config as configs
 from .triton_impl import (
     LEAST,
     _column_weights,
@@ -128,8 +128,8 @@ def _walk(
         torch.zeros((vocab, width) if wants[1] else 0, **fp32),
         torch.zeros(vocab if wants[2] else 0, **fp32),
     )
-    table, step = weight[:valid].to(dot_dtype).contiguous(), launch.chunk_rows(valid)
-    scratch = torch.empty(min(step, count), launch.pitch_of(valid), **fp32)
+    table, step = weight[:valid].to(dot_dtype).contiguous(), configs.chunk_rows(valid)
+    scratch = torch.empty(min(step, count), configs.pitch_of(valid), **fp32)
     factor = unit * logit_scale
     columns = column_table(bias, class_weight, valid)
     with torch.autocast(device.type, enabled=False):
@@ -181,7 +181,7 @@ def _launch_chunk(
         targets.shape[0], valid, scratch.shape[1], logit_scale, softcap, smoothing, z_loss,
         ignore_index, dloss.stride(0), dlse.stride(0),
         HAS_BIAS=columns is not None, HAS_WEIGHTS=with_weights, WITH_GRAD=with_grad,
-        device=scratch.device, **launch.chunk_config(valid, grad.dtype, scratch.device),
+        device=scratch.device, **configs.chunk_config(valid, grad.dtype, scratch.device),
     )  # fmt: skip
 
 

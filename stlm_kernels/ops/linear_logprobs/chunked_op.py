@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ... import _checks, _library
+from ... import _library, runtime
+from ..._linear.options import RowOptions
 from ..._sharding import ROW, SUM, alike
-
-if TYPE_CHECKING:
-    from .op import RowOptions
 
 
 def row_losses(
@@ -23,7 +21,7 @@ def row_losses(
     options: RowOptions,
 ) -> tuple[Tensor, Tensor]:
     """(loss, lse), each (N,) fp32; the backward forms the logits again."""
-    dot_dtype = _checks.output_dtype(rows)
+    dot_dtype = runtime.compute_dtype(rows)
     head = (rows, weight, targets, bias, class_weight)
     loss, lse = _RowLosses.apply(*head, dot_dtype, *options)
     return loss, lse
@@ -45,7 +43,7 @@ def summed_loss(
     """
     recorded = torch.is_grad_enabled()
     wants = [recorded and x is not None and x.requires_grad for x in (rows, weight, bias)]
-    dot_dtype = _checks.output_dtype(rows)
+    dot_dtype = runtime.compute_dtype(rows)
     head = (rows, weight, targets, bias, class_weight)
     total, lse, *_ = _SummedLoss.apply(with_lse, *head, dot_dtype, *options, *wants)
     return total, lse if with_lse else None

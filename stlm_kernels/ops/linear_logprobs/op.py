@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ... import _checks, _library
+from ... import _library, runtime
 from ..._dispatch import Impl, use_triton
 from ..._errors import named_errors
-from ..._sharding import ROW, SUM, alike, require_rows
+from ..._linear.options import RowOptions, row_options
+from ..._sharding import ROW, SUM, alike
 from . import chunked_op, torch_impl
-from .launch import fits_on_chip, unsupported_reasons
-
-IGNORE_NOTHING = -(2**63)
-"""Stands for ignore_index=None below the public functions: no sane target is this."""
-
-
-class RowOptions(NamedTuple):
-    """How a row's loss follows from its logits; everything a plain number.
-
-    softcap 0 stands for none, so that kernels and torch see the same types always.
-    """
-
-    ignore_index: int
-    softcap: float
-    logit_scale: float
-    valid_vocab: int
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
+from .config import fits_on_chip, unsupported_reasons
 
 
 @named_errors
@@ -83,71 +67,13 @@ def linear_logprobs(
     Source: the recomputing backward is the usual one of fused losses; the single-tile vocabulary
     and its kernels are this project's.
     """
-    options = check(
+    options = row_options(
         input, linear_weight, target, linear_bias, ignore_index, softcap, logit_scale, valid_vocab
     )
     loss, lse = row_losses(
         "linear_logprobs", input, linear_weight, target, linear_bias, None, options, impl
     )
     return -loss, lse
-
-
-def check(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    linear_bias: Tensor | None,
-    ignore_index: int | None,
-    softcap: float | None,
-    logit_scale: float,
-    valid_vocab: int | None,
-) -> RowOptions:
-    """The checks that every loss of this family shares; the options in plain numbers."""
-    valid = check_projection(input, linear_weight, linear_bias, softcap, logit_scale, valid_vocab)
-    _checks.require_tensor(
-        "target", target, tuple(input.shape[:-1]), _checks.ID_DTYPES, input.device
-    )
-    require_rows(
-        input, {"target": target}, {"linear_weight": linear_weight, "linear_bias": linear_bias}
-    )
-    if ignore_index is not None:
-        _checks.require_int("ignore_index", ignore_index)
-        ok = -(2**63) <= ignore_index < 2**63
-        _checks.require(ok, "ignore_index", "an int that int64 holds", ignore_index)
-    ignored = IGNORE_NOTHING if ignore_index is None else ignore_index
-    if _checks.values_visible(target) and not _checks.ids_within(target, 0, valid):
-        wide = target.long()
-        _checks.check_id_values("target", torch.where(wide == ignored, 0, wide), 0, valid)
-    return RowOptions(ignored, softcap or 0.0, float(logit_scale), valid)
-
-
-def check_projection(
-    input: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    valid_vocab: int | None,
-) -> int:
-    """The checks of everything that makes logits from hidden states; the columns that exist."""
-    _checks.require(isinstance(input, Tensor), "input", "a Tensor", type(input).__name__)
-    shape, device, weights = tuple(input.shape), input.device, _checks.weight_dtypes(input.dtype)
-    _checks.require(len(shape) >= 1, "input", "at least one dimension", shape)
-    _checks.require_tensor("input", input, shape, _checks.FLOATS)
-    width = shape[-1]
-    _checks.require(width >= 1, "input", "D >= 1", shape)
-    _checks.require_tensor("linear_weight", linear_weight, ("V", width), weights, device)
-    vocab = linear_weight.shape[0]
-    _checks.require(vocab >= 1, "linear_weight", "V >= 1", (vocab, width))
-    if linear_bias is not None:
-        _checks.require_tensor("linear_bias", linear_bias, (vocab,), weights, device)
-    valid = vocab if valid_vocab is None else valid_vocab
-    _checks.require_int_at_least("valid_vocab", valid, 1)
-    _checks.require(valid <= vocab, "valid_vocab", f"at most V = {vocab}", valid)
-    _checks.require_softcap(softcap)
-    ok = _checks.is_finite(logit_scale)
-    _checks.require_number(ok, "logit_scale", "a finite number", logit_scale)
-    return valid
 
 
 def row_losses(
@@ -160,7 +86,7 @@ def row_losses(
     options: RowOptions,
     impl: Impl,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, lse) of each row, shaped like `target`, for arguments that `check` has seen."""
+    """(loss, lse) of each row, shaped like `target`, for arguments that `row_options` has seen."""
     rows, targets = input.reshape(-1, input.shape[-1]), target.reshape(-1)
     if use_triton(
         op,
@@ -192,7 +118,7 @@ def _single_tile_losses(
     class_weight: Tensor | None,
     options: RowOptions,
 ) -> tuple[Tensor, Tensor]:
-    dot_dtype = _checks.output_dtype(rows)
+    dot_dtype = runtime.compute_dtype(rows)
     head = (rows, weight, targets, bias, class_weight)
     loss, lse, *_ = _RowLosses.apply(*head, dot_dtype, *options)
     return loss, lse

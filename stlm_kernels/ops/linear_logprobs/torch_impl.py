@@ -7,17 +7,16 @@ latter, so that other losses of a projection stand on the same functions.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ... import _checks, _recorded
-from ..._rounding import rounded
+from ... import runtime
+from ..._linear.options import RowOptions
 from ..._sharding import ROW, from_own_part, is_dtensor, own_part
-
-if TYPE_CHECKING:
-    from .op import RowOptions
+from ..._torch import autograd
+from ..._torch.casting import rounded
 
 THREAD_ELEMENTS = 1 << 17
 """Logits formed at a time by each thread of a CPU: half a megabyte in fp32 stays in a core's own
@@ -68,8 +67,8 @@ def row_losses(
         return from_own_part(loss, ROW, rows), from_own_part(lse, ROW, rows)
     rows, weight, bias = widened(rows, weight, bias, options.valid_vocab)
     # The operands are rounded; autocast would round the logits as well.
-    with _checks.without_autocast(rows):
-        if _checks.needs_composition(rows, weight, bias):
+    with runtime.without_autocast(rows):
+        if runtime.needs_composition(rows, weight, bias):
             return plain_losses(objective, options, rows, weight, bias, *given)
         return _RowLosses.apply(objective, options, rows, weight, bias, given)
 
@@ -81,7 +80,7 @@ def widened(
 
     The products then accumulate in fp32 and their results are never rounded to 16 bits.
     """
-    dtype = _checks.output_dtype(rows)
+    dtype = runtime.compute_dtype(rows)
     wide = torch.promote_types(dtype, torch.float32)
     if valid < weight.shape[0]:
         weight, bias = weight[:valid], None if bias is None else bias[:valid]
@@ -132,7 +131,7 @@ def through_cap_and_scale(grad: Tensor, logits: Tensor | None, options: Any) -> 
 
 def seen_to_count(kept: Tensor) -> bool:
     """True where all rows count and that is seen, so that nothing need be done about it."""
-    return _checks.values_visible(kept) and bool(kept.all())
+    return runtime.values_visible(kept) and bool(kept.all())
 
 
 def counted_rows(rows: Tensor, kept: Tensor | None) -> Tensor:
@@ -342,8 +341,8 @@ class _RowLosses(torch.autograd.Function):
         wants = tuple(ctx.needs_input_grad[2:5])
         arguments = (grads, *ctx.saved_tensors)
         # A loop may call it where autocast still rules.
-        with _checks.without_autocast(ctx.saved_tensors[0]):
-            if _recorded.is_needed(*grads):
+        with runtime.without_autocast(ctx.saved_tensors[0]):
+            if autograd.is_needed(*grads):
                 found = recorded_backward(ctx.objective, ctx.options, *arguments)
             else:
                 found = chunked_backward(ctx.objective, ctx.options, wants, *arguments)
@@ -364,7 +363,7 @@ def recorded_backward(
     def losses(*leaves: Any) -> tuple[Tensor, Tensor]:
         return plain_losses(objective, options, *leaves, *given)
 
-    return _recorded.gradients(losses, (rows, weight, bias), grads)
+    return autograd.gradients(losses, (rows, weight, bias), grads)
 
 
 def chunked_backward(

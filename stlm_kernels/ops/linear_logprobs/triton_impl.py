@@ -26,8 +26,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import _launch
-from ..._tiles import dot_type, logits_tile, sum_splits
-from . import launch
+from ..._triton.tiles import dot_type, logits_tile, sum_splits
+from . import config as configs
 
 LEAST = tl.constexpr(torch.finfo(torch.float32).min)
 
@@ -271,8 +271,8 @@ def launch_fwd(
     """(loss, lse, largest logit, lse minus that), each (N,) fp32."""
     count, width = rows.shape
     outputs = [torch.empty(count, device=rows.device, dtype=torch.float32) for _ in range(4)]
-    config = launch.fwd_config(width, valid_vocab, dot_dtype, rows.device)
-    main, tail = launch.vocab_blocks(valid_vocab)
+    config = configs.fwd_config(width, valid_vocab, dot_dtype, rows.device)
+    main, tail = configs.vocab_blocks(valid_vocab)
     rows, weight, targets = rows.contiguous(), weight.contiguous(), targets.contiguous()
     columns = column_table(bias, class_weight, valid_vocab)
     _launch.launch(
@@ -305,8 +305,8 @@ def launch_bwd_rows(
 ) -> Tensor:
     """(N, D) gradient of the rows."""
     count, width = rows.shape
-    config = launch.bwd_rows_config(width, valid, dot_dtype, rows.device)
-    main, tail = launch.vocab_blocks(valid)
+    config = configs.bwd_rows_config(width, valid, dot_dtype, rows.device)
+    main, tail = configs.vocab_blocks(valid)
     drows = torch.empty((count, width), dtype=rows.dtype, device=rows.device)
     columns = column_table(bias, class_weight, valid)
     _launch.launch(
@@ -341,9 +341,9 @@ def launch_bwd_weight(
 ) -> tuple[Tensor, Tensor]:
     """(V, D) gradient of the weight and (V,) of the bias (empty without one)."""
     (count, width), device = rows.shape, rows.device
-    config = launch.bwd_weight_config(width, valid, dot_dtype, device)
+    config = configs.bwd_weight_config(width, valid, dot_dtype, device)
     programs, block_v = config.pop("PROGRAMS"), config.pop("BLOCK_V")
-    main, tail = launch.vocab_blocks(valid)
+    main, tail = configs.vocab_blocks(valid)
     tiles = _launch.ceil_div(main, block_v) * _launch.ceil_div(width, config["BLOCK_W"])
     splits, run = _launch.splits(count, tiles, programs, config["BLOCK_N"])
     dweight = torch.empty(splits, valid, width, dtype=torch.float32, device=device)

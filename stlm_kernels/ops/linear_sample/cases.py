@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from ..._inputs import normal
-from ..._spec import Case, Inputs, OpSpec, case
+from ...spec import Case, Inputs, OpSpec, case
+from ...spec_inputs import normal
 from .op import linear_sample
 from .reference import reference, yardstick
 

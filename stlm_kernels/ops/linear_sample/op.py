@@ -2,35 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ... import _checks, _library
+from ... import _checks, _library, runtime
 from ..._dispatch import Impl, use_triton
 from ..._errors import named_errors
+from ..._linear.options import SampleOptions, check_projection
 from ..._sharding import require_plain
-from ..linear_logprobs.op import check_projection
 from . import torch_impl
-from .launch import declined_reasons, unsupported_reasons
+from .config import declined_reasons, unsupported_reasons
 
 LEAST = 1e-30
 """Positive options below this mean the same as this, which float32 can hold."""
-
-
-class SampleOptions(NamedTuple):
-    """How ids follow from a row's products; everything a plain number.
-
-    softcap 0, top_k 0 and top_p 1 stand for none; temperature 0 for the largest logit.
-    """
-
-    softcap: float
-    logit_scale: float
-    valid_vocab: int
-    temperature: float
-    top_k: int
-    top_p: float
 
 
 @named_errors
@@ -114,7 +100,7 @@ def linear_sample(
         linear_weight=linear_weight,
         valid_vocab=valid,
     ):
-        ids = _FWD(rows, weight, bias, seed, _checks.output_dtype(input), *options)
+        ids = _FWD(rows, weight, bias, seed, runtime.compute_dtype(input), *options)
     else:
         ids = torch_impl.sample(rows, weight, bias, seed, options)
     return ids.view(input.shape[:-1])

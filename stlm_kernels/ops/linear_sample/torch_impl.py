@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from ... import _checks
-from ..._noise import hashed, shifted
+from ... import runtime
+from ..._linear.options import SampleOptions
+from ..._torch.random_bits import hashed, shifted
 from ..linear_logprobs.torch_impl import form_logits, widened
-
-if TYPE_CHECKING:
-    from .op import SampleOptions
 
 CHUNK_ELEMENTS = 1 << 20
 """Logits drawn from at a time; each takes a few int64 of noise."""
@@ -36,7 +32,7 @@ def sample(
     elements = GREEDY_ELEMENTS if options.temperature == 0 else CHUNK_ELEMENTS
     step = max(LEAST_ROWS, elements // options.valid_vocab)
     # The operands are rounded; autocast would round the logits as well.
-    with _checks.without_autocast(rows):
+    with runtime.without_autocast(rows):
         if rows.shape[0] <= step:
             return _sample_chunk(rows, weight, bias, seed, 0, options)
         ids = [
@@ -68,7 +64,7 @@ def _sample_chunk(
 
 def _first_largest(scores: Tensor) -> Tensor:
     """(n,) int64 of (n, k): where each row's largest is, of equal ones the first."""
-    if _checks.values_visible(scores):  # numpy's is vectorised
+    if runtime.values_visible(scores):  # numpy's is vectorised
         return torch.from_numpy(scores.numpy().argmax(1))
     return scores.argmax(1)
 
@@ -105,7 +101,7 @@ def _ranked(
     bits = (0.0 - z).view(torch.int32)
     bits.bitwise_xor_((bits >> 31).bitwise_and_(2**31 - 1))
     keys = bits.long().bitwise_left_shift_(32).bitwise_or_(_counted(0, z.shape[1], z.device))
-    if SORTED_SHARE * count >= z.shape[1] and _checks.values_visible(keys):
+    if SORTED_SHARE * count >= z.shape[1] and runtime.values_visible(keys):
         keys.numpy().sort(axis=1)
         keys = keys[:, :count]
     else:

@@ -19,13 +19,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import _launch
-from ..._tiles import dot_type, logits_tile
-from . import launch
+from ..._triton.tiles import dot_type, logits_tile
+from . import config as configs
 
-COLUMN_STEP = tl.constexpr(launch.COLUMN_STEP)
-ROW_STEP = tl.constexpr(launch.ROW_STEP)
-MIX_FIRST = tl.constexpr(launch.MIX_FIRST)
-MIX_SECOND = tl.constexpr(launch.MIX_SECOND)
+COLUMN_STEP = tl.constexpr(configs.COLUMN_STEP)
+ROW_STEP = tl.constexpr(configs.ROW_STEP)
+MIX_FIRST = tl.constexpr(configs.MIX_FIRST)
+MIX_SECOND = tl.constexpr(configs.MIX_SECOND)
 LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 
 
@@ -122,7 +122,7 @@ def launch_fwd(
     """(N,) int64."""
     count, width = rows.shape
     out = torch.empty(count, dtype=torch.int64, device=rows.device)
-    config = launch.fwd_config(width, valid_vocab, weight.dtype, dot_dtype, rows.device)
+    config = configs.fwd_config(width, valid_vocab, weight.dtype, dot_dtype, rows.device)
     _launch.launch(
         stlm_linear_sample_fwd, _launch.ceil_div(count, config["BLOCK_N"]),
         rows.contiguous(), weight.contiguous(), weight if bias is None else bias.contiguous(),

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._inputs import patch_borders, random_ids, text_bytes
-from ..._spec import Case, Inputs, OpSpec, case
+from ...spec import Case, Inputs, OpSpec, case
+from ...spec_inputs import patch_borders, random_ids, text_bytes
 from .op import ngram_embedding
 from .reference import reference, yardstick
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import _checks, _library
+from ... import _checks, _library, runtime
 from ..._dispatch import Impl, use_triton
 from ..._errors import named_errors
 from . import torch_impl
-from .launch import DEFAULT_MULTIPLIER, unsupported_reasons
+from .config import DEFAULT_MULTIPLIER, unsupported_reasons
 
 
 @named_errors
@@ -67,7 +67,7 @@ def ngram_embedding(
     tables, ngram_sizes, multipliers = _check(
         byte_ids, tables, ngram_sizes, multipliers, cu_seqlens
     )
-    tables, out_dtype = _library.distinct(*tables), _checks.output_dtype(tables[0])
+    tables, out_dtype = _library.distinct(*tables), runtime.compute_dtype(tables[0])
     if use_triton(
         "ngram_embedding", impl, byte_ids.device, unsupported_reasons,
         byte_ids=byte_ids, tables=tables, ngram_sizes=ngram_sizes, multipliers=multipliers,
@@ -103,7 +103,7 @@ def _check(
     if cu_seqlens is not None:
         _checks.require_offsets("cu_seqlens", cu_seqlens, byte_ids.device)
         visible.append(cu_seqlens)
-    if _checks.values_visible(*visible):
+    if runtime.values_visible(*visible):
         ids = byte_ids
         if cu_seqlens is not None:
             _checks.check_offset_values("cu_seqlens", cu_seqlens, byte_ids.shape[0])

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import _checks
+from ... import runtime
+from ..._torch import autograd, segments
 
 
 def ngram_embedding(
@@ -30,7 +31,7 @@ def ngram_embedding(
     """(T, D) in `out_dtype`."""
     total = byte_ids.shape[0]
     visible = (byte_ids,) if cu_seqlens is None else (byte_ids, cu_seqlens)
-    if _checks.values_visible(*visible):
+    if runtime.values_visible(*visible):
         last = total if cu_seqlens is None else int(cu_seqlens[-1])
         ids = byte_ids[:last].long()
         begins = _begins(cu_seqlens, max(ngram_sizes))
@@ -39,7 +40,7 @@ def ngram_embedding(
         return out if last == total else F.pad(out, (0, 0, 0, total - last))
     ids, live = byte_ids.long(), torch.ones_like(byte_ids, dtype=torch.bool)
     if cu_seqlens is not None:
-        cu_seqlens = _checks.clamped_bounds(cu_seqlens, total)
+        cu_seqlens = segments.clamped_bounds(cu_seqlens, total)
         positions = torch.arange(total, device=byte_ids.device)
         live = (positions >= cu_seqlens[0]) & (positions < cu_seqlens[-1])
     begins = _begins(cu_seqlens, max(ngram_sizes))
@@ -97,9 +98,9 @@ def _floor_mod(value: Tensor, divisor: int) -> Tensor:
 
 def _look_up(rows: Tensor, tables: Sequence[Tensor], out_dtype: torch.dtype) -> Tensor:
     recorded = torch.is_grad_enabled() and any(table.requires_grad for table in tables)
-    if _checks.carries_tangents(*tables):
+    if runtime.carries_tangents(*tables):
         return _read(rows, tables, out_dtype)
-    if recorded or _checks.inside_torch_func():
+    if recorded or runtime.inside_torch_func():
         return _LookUp.apply(rows, out_dtype, *tables)
     return _read(rows, tables, out_dtype)
 
@@ -112,7 +113,7 @@ def _read(rows: Tensor, tables: Sequence[Tensor], out_dtype: torch.dtype) -> Ten
     for table, indices in zip(tables[1:], rows[1:], strict=True):
         row = table.index_select(0, indices).to(out_dtype)
         # vmap refuses to add what is batched in place
-        out = out + row if _checks.inside_torch_func() else out.add_(row)
+        out = out + row if runtime.inside_torch_func() else out.add_(row)
     return out.to(out_dtype)
 
 
@@ -123,7 +124,7 @@ class _LookUp(torch.autograd.Function):
 
     @staticmethod
     def forward(rows: Tensor, out_dtype: torch.dtype, *tables: Tensor) -> Tensor:
-        return _checks.as_output(_read(rows, tables, out_dtype))
+        return autograd.as_output(_read(rows, tables, out_dtype))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

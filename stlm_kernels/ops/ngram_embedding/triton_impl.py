@@ -30,9 +30,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import _launch
-from ..._tiles import segment_of
-from . import launch
-from .launch import CHUNK
+from ..._triton.tiles import segment_of
+from . import config as configs
+from .config import CHUNK
 
 KEY_BLOCK = 512
 
@@ -189,7 +189,7 @@ def launch_fwd(
     """(T, D) in `out_dtype`."""
     total, width = byte_ids.shape[0], tables[0].shape[1]
     out = torch.empty((total, width), dtype=out_dtype, device=byte_ids.device)
-    config = launch.fwd_config(width, out_dtype, out.device)
+    config = configs.fwd_config(width, out_dtype, out.device)
     order, first = _walks(ngram_sizes, multipliers)
     chunks = _launch.ceil_div(total, config["BLOCK_T"])
     ids = byte_ids.contiguous()
@@ -237,7 +237,7 @@ def launch_bwd(
 
     chunks = _launch.ceil_div(total, CHUNK)
     heads = torch.empty((chunks, width), dtype=torch.float32, device=device)
-    config = launch.bwd_heads_config(width, grad.dtype, device)
+    config = configs.bwd_heads_config(width, grad.dtype, device)
     _launch.launch(
         stlm_ngram_embedding_bwd_heads, chunks * _launch.ceil_div(width, config["BLOCK_D"]),
         grad, keys, order, runs, heads, rows, chunks,
@@ -245,7 +245,7 @@ def launch_bwd(
     )  # fmt: skip
 
     out = torch.empty((rows, width), dtype=dtype, device=device)
-    config = launch.bwd_config(total, rows, width, grad.dtype, device)
+    config = configs.bwd_config(total, rows, width, grad.dtype, device)
     blocks = _launch.ceil_div(rows, config["BLOCK_P"])
     _launch.launch(
         stlm_ngram_embedding_bwd, blocks * _launch.ceil_div(width, config["BLOCK_D"]),

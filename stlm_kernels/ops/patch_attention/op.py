@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import _checks, _library
+from ... import _checks, _library, runtime
 from ..._dispatch import Impl, use_triton
 from ..._errors import named_errors
+from ..._torch.attention_blocks import positive_scale
 from . import torch_impl
-from .launch import unsupported_reasons
+from .config import unsupported_reasons
 
 
 @named_errors
@@ -63,7 +64,7 @@ def patch_attention(
     Tiny Language Models (arXiv 2405.14159); tiles over the flat byte stream are this project's.
     """
     _checks.require_tensor("q", q, ("T", "H", "K"), _checks.FLOATS)
-    (total, heads, width), dtypes = q.shape, _checks.activation_dtypes(q)
+    (total, heads, width), dtypes = q.shape, runtime.activation_dtypes(q)
     _checks.require(heads >= 1 and width >= 1, "q", "H >= 1 and K >= 1", tuple(q.shape))
     _checks.require_tensor("k", k, (total, "H_kv", width), dtypes, q.device)
     divides = k.shape[1] >= 1 and heads % k.shape[1] == 0
@@ -72,11 +73,11 @@ def patch_attention(
     _checks.require_offsets("cu_patchlens", cu_patchlens, q.device)
     _checks.require(isinstance(causal, bool), "causal", "a bool", repr(causal))
     _checks.require_scale(scale)
-    if _checks.values_visible(cu_patchlens):
+    if runtime.values_visible(cu_patchlens):
         _checks.check_offset_values("cu_patchlens", cu_patchlens, total)
     q, k, v = _library.distinct(q, k, v)
-    out_dtype = _checks.output_dtype(q)
-    q, factor = _checks.positive_scale(q, scale)
+    out_dtype = runtime.compute_dtype(q)
+    q, factor = positive_scale(q, scale)
     if use_triton(
         "patch_attention", impl, q.device, unsupported_reasons,
         q=q, k=k, v=v, cu_patchlens=cu_patchlens, causal=causal, scale=scale,

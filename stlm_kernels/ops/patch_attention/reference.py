@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..._terms import attention_terms
+from ..attention.reference import attention_terms
 
 
 def reference(

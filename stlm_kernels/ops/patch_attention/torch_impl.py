@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import _checks, _pieces, _recorded
-from ..._pieces import (
+from ... import runtime
+from ..._torch import attention_blocks, autograd, segments
+from ..._torch.attention_blocks import (
     LEAST_ROWS,
     PIECE_SCORES,
     Piece,
@@ -30,7 +31,7 @@ from ..._pieces import (
     attend_plainly,
     gradients,
 )
-from ..._rounding import rounded
+from ..._torch.casting import rounded
 from . import folded
 
 
@@ -46,8 +47,8 @@ def patch_attention(
     """(T, H, K) in `out_dtype`."""
     wide = torch.promote_types(out_dtype, torch.float32)
     q, k, v = (rounded(x, out_dtype, wide) for x in (q, k, v))
-    with _checks.without_autocast(q):
-        if _checks.needs_composition(q, k, v):
+    with runtime.without_autocast(q):
+        if runtime.needs_composition(q, k, v):
             out = _attend_plainly(q, k, v, cu_patchlens, causal, scale)
         elif _folds(q, k, v, cu_patchlens, causal):
             return _Folded.apply(q, k, v, cu_patchlens, causal, scale).to(out_dtype)
@@ -58,7 +59,7 @@ def patch_attention(
 
 def _folds(q: Tensor, k: Tensor, v: Tensor, cu_patchlens: Tensor, causal: bool) -> bool:
     """Whether torch's flash attention gives what is promised, of NaN and infinities too."""
-    if not _checks.values_visible(q, k, v, cu_patchlens):
+    if not runtime.values_visible(q, k, v, cu_patchlens):
         return False
     # It takes a query of NaN for one that sees nothing; causal, it lets hidden rows through.
     return _finite(cu_patchlens, *((q, k, v) if causal else (q,)))
@@ -66,7 +67,7 @@ def _folds(q: Tensor, k: Tensor, v: Tensor, cu_patchlens: Tensor, causal: bool) 
 
 def _finite(cu_patchlens: Tensor, *tensors: Tensor) -> bool:
     covered = int(cu_patchlens[-1])
-    return _pieces.all_finite(*(x[:covered] for x in tensors))
+    return attention_blocks.all_finite(*(x[:covered] for x in tensors))
 
 
 # Cutting the work into pieces
@@ -76,10 +77,10 @@ def _pieces_of(
     cu_patchlens: Tensor, tensors: tuple[Tensor, ...], heads: int, causal: bool
 ) -> Iterator[Piece]:
     total = tensors[0].shape[0]
-    if not _checks.values_readable(cu_patchlens):
+    if not runtime.values_readable(cu_patchlens):
         return _static_pieces(cu_patchlens, total, heads, causal)
     # Only rows that other rows must not see can do harm, and only with NaN or infinity in them.
-    mixed = _pieces.may_be_mixed(*tensors)
+    mixed = attention_blocks.may_be_mixed(*tensors)
     return _ragged_pieces(cu_patchlens, total, heads, causal, mixed)
 
 
@@ -141,7 +142,7 @@ def _long_pieces(
 
 
 def _static_pieces(cu_patchlens: Tensor, total: int, heads: int, causal: bool) -> Iterator[Piece]:
-    borders = _checks.clamped_bounds(cu_patchlens, total).long()
+    borders = segments.clamped_bounds(cu_patchlens, total).long()
     rows = torch.arange(total, device=cu_patchlens.device)
     patch = torch.searchsorted(borders, rows, right=True)  # 0 and P + 1 are no patches
     alive = (patch > 0) & (patch < borders.shape[0])
@@ -174,7 +175,7 @@ class _Folded(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, cu_patchlens, out = ctx.saved_tensors
-        pieces = _recorded.is_needed(*grads) or (ctx.causal and not _finite(cu_patchlens, *grads))
+        pieces = autograd.is_needed(*grads) or (ctx.causal and not _finite(cu_patchlens, *grads))
         if pieces:
             derived = _gradients(grads[0], q, k, v, cu_patchlens, ctx.causal, ctx.scale)
         else:
@@ -216,10 +217,10 @@ def _gradients(
     scale: float,
 ) -> Sequence[Tensor | None]:
     """Of q, k and v, piece by piece."""
-    with _checks.without_autocast(q):
-        if _recorded.is_needed(grad):
+    with runtime.without_autocast(q):
+        if autograd.is_needed(grad):
             attend = partial(_attend_plainly, cu_patchlens=cu_patchlens, causal=causal, scale=scale)
-            return _recorded.gradients(attend, (q, k, v), (grad,))
+            return autograd.gradients(attend, (q, k, v), (grad,))
         pieces = _pieces_of(cu_patchlens, (q, k, v, grad), q.shape[1], causal)
         grad, q, k, v = (_padded(x) for x in (grad, q, k, v))
         return [x[:-1] for x in gradients(grad, q, k, v, pieces, Rule(scale))]

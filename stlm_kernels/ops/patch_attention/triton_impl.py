@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import _launch
-from ..._tiles import (
+from ..._triton.tiles import (
     LOG2_E,
     NO_WINDOW,
     dot_type,
@@ -43,7 +43,7 @@ from ..._tiles import (
     tile,
     with_rows,
 )
-from . import launch
+from . import config as configs
 
 
 @triton.jit
@@ -254,11 +254,11 @@ def launch_bwd(
 def _options(kernel: str, q: Tensor, k: Tensor, patches: int, dtype: torch.dtype) -> dict[str, Any]:
     """The constants of a launch; `dtype` is what the products' operands are rounded to."""
     total, heads, width = q.shape
-    short = total <= launch.SHORT * patches
-    return launch.rows_config(kernel, width, short, dtype, q.device) | {
+    short = total <= configs.SHORT * patches
+    return configs.rows_config(kernel, width, short, dtype, q.device) | {
         "H": heads,
         "GROUP": heads // k.shape[1],
         "K": width,
         "DOT": dot_type(dtype),
-        "WIDTH": launch.width_block(width),
+        "WIDTH": configs.width_block(width),
     }

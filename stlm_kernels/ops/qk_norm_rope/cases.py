@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..._inputs import normal
-from ..._spec import Case, Inputs, OpSpec, case
+from ...spec import Case, Inputs, OpSpec, case
+from ...spec_inputs import normal
 from .op import qk_norm_rope
 from .reference import reference, yardstick
 

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import _checks, _library
+from ... import _checks, _library, runtime
 from ..._dispatch import Impl, use_triton
 from ..._errors import named_errors
 from . import torch_impl
-from .launch import unsupported_reasons
+from .config import unsupported_reasons
 
 
 @named_errors
@@ -86,7 +86,7 @@ def qk_norm_rope(
         _check_positions(positions, q, n_positions)
         positions = positions.flatten()
         length = positions.shape[0]
-    out_dtype = _checks.output_dtype(q)
+    out_dtype = runtime.compute_dtype(q)
     q, k = _library.distinct(q, k)
     arguments = (
         q.flatten(0, -3), k.flatten(0, -3), cos, sin, q_weight, k_weight, positions, length,
@@ -110,7 +110,7 @@ def _check_heads(q: Tensor, k: Tensor) -> None:
     heads, width = q.shape[-2:]
     ok = heads >= 1 and width >= 2 and width % 2 == 0
     _checks.require(ok, "q", "H >= 1 and an even K >= 2", tuple(q.shape))
-    dtypes = _checks.activation_dtypes(q)
+    dtypes = runtime.activation_dtypes(q)
     _checks.require_tensor("k", k, (*q.shape[:-2], "H_kv", width), dtypes, q.device)
     _checks.require(k.shape[-2] >= 1, "k", "H_kv >= 1", tuple(k.shape))
 
@@ -128,7 +128,7 @@ def _check_positions(positions: Tensor, q: Tensor, n_positions: int) -> None:
     by_row = q.ndim == 4 and isinstance(positions, Tensor) and positions.ndim == 2
     shape = tuple(q.shape[:2]) if by_row else (q.shape[-3],)
     _checks.require_tensor("positions", positions, shape, _checks.ID_DTYPES, q.device)
-    if _checks.values_visible(positions):
+    if runtime.values_visible(positions):
         _checks.check_id_values("positions", positions, 0, n_positions)
 
 

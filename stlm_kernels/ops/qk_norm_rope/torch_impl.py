@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import _checks, _recorded
-from ..._rounding import rounded
+from ... import runtime
+from ..._torch import autograd
+from ..._torch.casting import rounded
 
 PIECE_ELEMENTS = 1 << 18
 """Turned at a time on a CPU, 1 MB in fp32: the passes over them stay in a cache."""
@@ -32,9 +33,9 @@ def qk_norm_rope(
     """Both in `out_dtype`; row n stands at positions[n % period], without positions at that."""
     wide = torch.promote_types(out_dtype, torch.float32)
     large = q.is_cpu and q.numel() > PIECE_ELEMENTS
-    traced = torch.compiler.is_compiling() or _checks.inside_torch_func()
+    traced = torch.compiler.is_compiling() or runtime.inside_torch_func()
     turn = _Turned.apply if large and not traced else _turned
-    with _checks.without_autocast(q):
+    with runtime.without_autocast(q):
         cos, sin = (_rows_of(x.to(wide), positions, period) for x in (cos, sin))
         tables = _by_column(cos, sin, interleaved)
         q, k = (x.unflatten(0, (-1, max(1, period))) for x in (q, k))
@@ -115,12 +116,12 @@ class _Turned(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, cos, sin = ctx.saved_tensors
-        if _recorded.is_needed(*grads):
+        if autograd.is_needed(*grads):
 
             def turn(x: Tensor, weight: Tensor | None) -> Tensor:
                 return _turned(x, weight, cos, sin, *ctx.options)
 
-            derived = _recorded.gradients(turn, (x, weight), grads)
+            derived = autograd.gradients(turn, (x, weight), grads)
         else:
             derived = _gradients(grads[0], x, weight, cos, sin, *ctx.options)
         return *derived, None, None, None, None, None

@@ -25,8 +25,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import _launch
-from ..._tiles import sum_splits
-from . import launch
+from ..._triton.tiles import sum_splits
+from . import config as configs
 
 
 @triton.jit
@@ -236,7 +236,7 @@ def launch_fwd(
     tokens, _, width = q.shape
     q, k = _with_rows(q), _with_rows(k)
     q_out, k_out = (torch.empty(x.shape, dtype=out_dtype, device=x.device) for x in (q, k))
-    config = launch.rows_config("fwd", width, q.dtype, q.device)
+    config = configs.rows_config("fwd", width, q.dtype, q.device)
     blocks = [_launch.ceil_div(tokens * x.shape[1], config["BLOCK"]) for x in (q, k)]
     _launch.launch(
         stlm_qk_norm_rope_fwd, sum(blocks),
@@ -266,9 +266,9 @@ def launch_bwd(
     tokens, heads, width = q.shape
     q, k = _with_rows(q), _with_rows(k)
     dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-    config = launch.rows_config("bwd", width, q.dtype, q.device)
+    config = configs.rows_config("bwd", width, q.dtype, q.device)
     rows = tokens * (heads + k.shape[1])
-    _, run = _launch.splits(rows, 1, launch.PROGRAMS, config["BLOCK"])
+    _, run = _launch.splits(rows, 1, configs.PROGRAMS, config["BLOCK"])
     programs = [_launch.ceil_div(tokens * x.shape[1], run) for x in (q, k)]
     partial = torch.empty((sum(programs), width), dtype=torch.float32, device=q.device)
     _launch.launch(
@@ -308,5 +308,5 @@ def _constants(
         "K": width,
         "IS_INTERLEAVED": interleaved,
         "HAS_POSITIONS": positions is not None,
-        "WIDTH": launch.width_block(width),
+        "WIDTH": configs.width_block(width),
     }

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import _checks, _library
+from ... import _checks, _library, runtime
 from ..._dispatch import Impl, use_triton
 from ..._errors import named_errors
 from . import torch_impl
-from .launch import unsupported_reasons
+from .config import unsupported_reasons
 
 MODES = ("mean", "sum", "max", "min", "first", "last")
 EXTREMES = ("max", "min")
@@ -60,9 +60,9 @@ def segment_pool(
     _checks.require(x.shape[1] >= 1, "x", "D >= 1", tuple(x.shape))
     _checks.require_offsets("cu_patchlens", cu_patchlens, x.device)
     _checks.require_choice("mode", mode, MODES)
-    if _checks.values_visible(cu_patchlens):
+    if runtime.values_visible(cu_patchlens):
         _checks.check_offset_values("cu_patchlens", cu_patchlens, x.shape[0])
-    out_dtype = _checks.output_dtype(x)
+    out_dtype = runtime.compute_dtype(x)
     if use_triton(
         "segment_pool", impl, x.device, unsupported_reasons,
         x=x, cu_patchlens=cu_patchlens, mode=mode,

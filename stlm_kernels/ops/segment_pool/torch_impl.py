@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import _checks
+from ... import runtime
+from ..._torch import autograd, segments
 
 EXACT_IN_FLOAT32 = 2**24
 """Whole numbers up to this one are exact in float32, whose maximum torch computes fastest."""
@@ -29,24 +30,24 @@ def segment_pool(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """(P, D) in `out_dtype`."""
-    total, borders, visible = x.shape[0], cu_patchlens, _checks.values_visible(cu_patchlens)
+    total, borders, visible = x.shape[0], cu_patchlens, runtime.values_visible(cu_patchlens)
     if not visible:
-        borders = _checks.clamped_bounds(borders, total)
+        borders = segments.clamped_bounds(borders, total)
     if mode in ("first", "last"):
         return _edge_rows(x, borders, visible, last=mode == "last").to(out_dtype)
     covered = visible and int(borders[-1]) == total
     if not covered:
         # Not F.pad: it makes a Python number of `total`, and compiled code would fix T.
         borders = torch.cat([borders.new_zeros(1), borders, borders.new_full((1,), total)])
-    recorded = _checks.inside_torch_func() or (torch.is_grad_enabled() and x.requires_grad)
+    recorded = runtime.inside_torch_func() or (torch.is_grad_enabled() and x.requires_grad)
     if mode in ("max", "min"):
         extremes = _SegmentExtreme.apply if recorded else _segment_extreme
-        if _checks.carries_tangents(x):
+        if runtime.carries_tangents(x):
             extremes = _picked
         pooled = extremes(x.to(out_dtype), borders, f"a{mode}")
     else:
         arguments = (x, borders, mode == "mean", out_dtype)
-        recorded = recorded and not _checks.carries_tangents(x)
+        recorded = recorded and not runtime.carries_tangents(x)
         pooled = _SegmentSum.apply(*arguments) if recorded else _segment_sum(*arguments)
     return pooled if covered else pooled[1:-1]
 
@@ -83,7 +84,7 @@ def _lengths(borders: Tensor) -> Tensor:
 
 def _bag_sum(x: Tensor, borders: Tensor) -> Tensor:
     """(bags, D), accumulated in float32 or better."""
-    if _checks.needs_composition(x):  # EmbeddingBag has no batching rule, nor a forward one
+    if runtime.needs_composition(x):  # EmbeddingBag has no batching rule, nor a forward one
         sums = x.new_zeros(borders.shape[0] - 1, x.shape[1], dtype=_wide(x.dtype))
         return sums.scatter_add(0, _bag_of(borders, x.shape), x.to(sums.dtype)).to(x.dtype)
     rows = torch.arange(x.shape[0], dtype=torch.int32, device=x.device)
@@ -105,7 +106,7 @@ class _SegmentSum(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, borders: Tensor, mean: bool, out_dtype: torch.dtype) -> Tensor:
-        return _checks.as_output(_segment_sum(x, borders, mean, out_dtype))
+        return autograd.as_output(_segment_sum(x, borders, mean, out_dtype))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -125,7 +126,7 @@ class _SegmentSum(torch.autograd.Function):
 def _segment_extreme(x: Tensor, borders: Tensor, reduce: str) -> Tensor:
     """By "amax" or "amin"; 0 for an empty bag."""
     zeros, bags = x.new_zeros(borders.shape[0] - 1, x.shape[1]), _bag_of(borders, x.shape)
-    if _checks.inside_torch_func():  # vmap refuses to write what is batched in place
+    if runtime.inside_torch_func():  # vmap refuses to write what is batched in place
         return zeros.scatter_reduce(0, bags, x, reduce, include_self=False)
     return zeros.scatter_reduce_(0, bags, x, reduce, include_self=False)
 
@@ -144,7 +145,7 @@ class _SegmentExtreme(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, borders: Tensor, reduce: str) -> Tensor:
-        return _checks.as_output(_segment_extreme(x, borders, reduce))
+        return autograd.as_output(_segment_extreme(x, borders, reduce))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -159,7 +160,7 @@ class _SegmentExtreme(torch.autograd.Function):
             winners = _first_rows_holding(extremes, x, borders)
         # Empty bags point at one row more, which is cut off.
         zeros = grad.new_zeros(x.shape[0] + 1, x.shape[1])
-        if _checks.inside_torch_func():  # vmap refuses to write what is batched in place
+        if runtime.inside_torch_func():  # vmap refuses to write what is batched in place
             return zeros.scatter(0, winners, grad)[:-1], None, None
         return zeros.scatter_(0, winners, grad)[:-1], None, None
 
@@ -173,7 +174,7 @@ def _first_rows_holding(extremes: Tensor, x: Tensor, borders: Tensor) -> Tensor:
     exact = torch.float32 if total <= EXACT_IN_FLOAT32 else torch.float64
     dtype, bags = torch.promote_types(x.dtype, exact), _bag_of(borders, x.shape)
     holds = extremes.to(dtype).gather(0, bags).eq_(x)
-    if not _checks.values_visible(extremes) or bool(extremes.sum().isnan()):
+    if not runtime.values_visible(extremes) or bool(extremes.sum().isnan()):
         holds.add_(x.to(dtype, copy=True).ne_(x))
     rows_to_end = torch.arange(total, 0, -1, dtype=dtype, device=x.device)
     holds.mul_(rows_to_end[:, None])

@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import _launch
-from ..._tiles import segment_bounds, segment_of, segment_sum
-from . import launch
+from ..._triton.tiles import segment_bounds, segment_of, segment_sum
+from . import config as configs
 
 MEAN, SUM, MAX, FIRST, LAST, MIN = (tl.constexpr(i) for i in range(6))
 MODE_CODES = {"mean": 0, "sum": 1, "max": 2, "first": 3, "last": 4, "min": 5}
@@ -103,7 +103,7 @@ def launch_fwd(
         starts, ends = cu_patchlens[:-1], cu_patchlens[1:]
         return segment_sum(x, starts, ends, mode == "mean", out_dtype), rows
     out = torch.empty((patches, width), dtype=out_dtype, device=x.device)
-    config = launch.pick_config(width, x.dtype, x.device)
+    config = configs.pick_config(width, x.dtype, x.device)
     chunks = _launch.ceil_div(patches, config["BLOCK_P"])
     _launch.launch(
         stlm_segment_pool_pick, chunks * _launch.ceil_div(width, config["BLOCK_D"]),
@@ -124,7 +124,7 @@ def launch_bwd(
     """(T, D) gradient of x."""
     patches, width = grad.shape
     dx = torch.empty((total, width), dtype=dtype, device=grad.device)
-    config = launch.bwd_config(width, dtype, grad.device)
+    config = configs.bwd_config(width, dtype, grad.device)
     _launch.launch(
         stlm_segment_pool_bwd, _launch.ceil_div(total, config["BLOCK_T"]),
         grad.contiguous(), cu_patchlens.contiguous(), rows, dx,

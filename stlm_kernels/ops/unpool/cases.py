@@ -7,8 +7,8 @@ import functools
 import torch
 from torch import Tensor
 
-from ..._inputs import normal, patch_borders
-from ..._spec import Case, Inputs, OpSpec, case
+from ...spec import Case, Inputs, OpSpec, case
+from ...spec_inputs import normal, patch_borders
 from .op import unpool
 from .reference import reference, yardstick
 

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ... import _checks, _library
+from ... import _checks, _library, runtime
 from ..._dispatch import Impl, use_triton
 from ..._errors import named_errors
 from . import torch_impl
-from .launch import unsupported_reasons
+from .config import unsupported_reasons
 
 
 @named_errors
@@ -68,12 +68,12 @@ def unpool(
         dtypes = _checks.weight_dtypes(patch_states.dtype)
         _checks.require_tensor("null_state", null_state, (width,), dtypes, device)
     if residual is not None:
-        dtypes = _checks.activation_dtypes(patch_states)
+        dtypes = runtime.activation_dtypes(patch_states)
         shape = (read_ids.shape[0], width)
         _checks.require_tensor("residual", residual, shape, dtypes, device)
-    if _checks.values_visible(read_ids):
+    if runtime.values_visible(read_ids):
         check_read_id_values(read_ids, patch_states.shape[0])
-    out_dtype = _checks.output_dtype(patch_states)
+    out_dtype = runtime.compute_dtype(patch_states)
     if use_triton(
         "unpool", impl, device, unsupported_reasons,
         patch_states=patch_states, read_ids=read_ids, null_state=null_state, residual=residual,

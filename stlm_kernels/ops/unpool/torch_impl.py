@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import _checks
+from ... import runtime
+from ..._torch import autograd
 
 CACHED_ELEMENTS = 1 << 22
 """Results up to this size stay in a CPU's caches, and there index_select is the faster; beyond,
@@ -30,7 +31,7 @@ def unpool(
 ) -> Tensor:
     """(T, D) in `out_dtype`."""
     rows = read_ids.to(torch.promote_types(read_ids.dtype, torch.int32)) + 1
-    if not _checks.values_visible(read_ids):
+    if not runtime.values_visible(read_ids):
         n_patches = patch_states.shape[0]
         rows = torch.where((rows >= 0) & (rows <= n_patches), rows, n_patches + 1)
     if residual is not None:
@@ -39,9 +40,9 @@ def unpool(
     recorded = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in differentiable
     )
-    if _checks.carries_tangents(*differentiable):
+    if runtime.carries_tangents(*differentiable):
         return _read(*differentiable, rows, out_dtype)
-    if recorded or _checks.inside_torch_func():
+    if recorded or runtime.inside_torch_func():
         return _Unpool.apply(*differentiable, rows, out_dtype)
     return _read(*differentiable, rows, out_dtype)
 
@@ -60,13 +61,13 @@ def _read(
     out = _rows_of(table, rows)
     if residual is None:
         return out
-    if _checks.inside_torch_func():  # vmap refuses to add what is batched in place
+    if runtime.inside_torch_func():  # vmap refuses to add what is batched in place
         return out + residual
     return out.add_(residual)
 
 
 def _rows_of(table: Tensor, rows: Tensor) -> Tensor:
-    if _checks.values_visible(rows) and rows.shape[0] * table.shape[1] <= CACHED_ELEMENTS:
+    if runtime.values_visible(rows) and rows.shape[0] * table.shape[1] <= CACHED_ELEMENTS:
         return table.index_select(0, rows)
     return table.gather(0, _whole_rows(rows, table))
 
@@ -89,7 +90,7 @@ class _Unpool(torch.autograd.Function):
         rows: Tensor,
         out_dtype: torch.dtype,
     ) -> Tensor:
-        return _checks.as_output(_read(patch_states, null_state, residual, rows, out_dtype))
+        return autograd.as_output(_read(patch_states, null_state, residual, rows, out_dtype))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -119,7 +120,7 @@ def _sums_by_row(
 ) -> Tensor:  # (n_rows, D), rounded no further than `dtype`
     wide = torch.promote_types(grad.dtype, torch.float32)
     rounds_once_in_order = grad.device.type == "cpu" and grad.dtype == wide
-    if rounds_once_in_order or torch.is_grad_enabled() or _checks.inside_torch_func():
+    if rounds_once_in_order or torch.is_grad_enabled() or runtime.inside_torch_func():
         sums = grad.new_zeros(n_rows, grad.shape[1], dtype=wide)
         return sums.scatter_add_(0, _whole_rows(rows, grad), grad.to(wide))
     ones = torch.ones_like(rows)

@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import _launch
-from ..._tiles import segment_sum, sum_splits
-from . import launch
+from ..._triton.tiles import segment_sum, sum_splits
+from . import config as configs
 
 RUN_BLOCK = 1024
 NULL_ROWS = 32
@@ -96,7 +96,7 @@ def launch_fwd(
     """(T, D) in `out_dtype`."""
     (patches, width), total = patch_states.shape, read_ids.shape[0]
     out = torch.empty((total, width), dtype=out_dtype, device=patch_states.device)
-    config = launch.fwd_config(width, out_dtype, patch_states.device)
+    config = configs.fwd_config(width, out_dtype, patch_states.device)
     states = patch_states.contiguous()
     _launch.launch(
         stlm_unpool_fwd, _launch.ceil_div(total, config["BLOCK_T"]),
@@ -127,7 +127,7 @@ def launch_bwd_null(grad: Tensor, read_ids: Tensor, dtype: torch.dtype) -> Tenso
     total, width = grad.shape
     block_d = _launch.block_of(width, 128)
     d_tiles = _launch.ceil_div(width, block_d)
-    splits, run = _launch.splits(total, d_tiles, launch.PROGRAMS, NULL_ROWS)
+    splits, run = _launch.splits(total, d_tiles, configs.PROGRAMS, NULL_ROWS)
     partial = torch.empty((splits, width), dtype=torch.float32, device=grad.device)
     _launch.launch(
         stlm_unpool_bwd_null, splits * d_tiles,

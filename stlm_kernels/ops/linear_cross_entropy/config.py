@@ -1,5 +1,5 @@
 """What the kernels beneath linear_cross_entropy take: those of linear_logprobs."""
 
-from ..linear_logprobs.launch import unsupported_reasons
+from ..linear_logprobs.config import unsupported_reasons
 
 __all__ = ["unsupported_reasons"]

@@ -6,9 +6,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
 
-from . import _launch
-from ._dispatch import kernels_interpreted
+from .. import _launch
 
 SUM_SPLITS = 32
 """Splits added at a time, at most."""
@@ -31,6 +31,10 @@ def segment_bounds(cu_ptr, segment, mask, total):
     start = tl.minimum(tl.maximum(start, 0), total)
     end = tl.minimum(tl.maximum(end, start), total)
     return start, end
+
+
+INTERPRETED = isinstance(segment_bounds, InterpretedFunction)
+"""Whether triton decorated our kernels for its interpreter, so that they run on a CPU."""
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -178,7 +182,7 @@ def finished_logits(acc, bias_ptr, columns, valid, scale, cap, HAS_BIAS: tl.cons
 
 def dot_type(dtype: torch.dtype) -> tl.dtype:
     """The products' operands; the interpreter computes 16-bit ones wrongly or not at all."""
-    if kernels_interpreted() and dtype == torch.bfloat16:
+    if INTERPRETED and dtype == torch.bfloat16:
         return tl.float32
     return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[
         dtype

@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._tiles import harmless, put, tile
+from .tiles import harmless, put, tile
 
 
 @triton.jit

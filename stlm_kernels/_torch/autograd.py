@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from . import _checks
+from .. import runtime
 
 
 def is_needed(*grads: Tensor) -> bool:
@@ -18,9 +18,9 @@ def is_needed(*grads: Tensor) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    if torch.is_grad_enabled() or _checks.many_at_once(*grads):
+    if torch.is_grad_enabled() or runtime.many_at_once(*grads):
         return True
-    return _checks.carries_tangents(*grads)
+    return runtime.carries_tangents(*grads)
 
 
 def gradients(
@@ -50,3 +50,11 @@ def gradients(
         else map(torch.zeros_like, leaves)
     )
     return [next(found) if x is not None and x.requires_grad else None for x in views]
+
+
+def as_output(x: Tensor) -> Tensor:
+    """What a Function's forward returns where it may have been written in place.
+
+    Compiled by torch 2.11, such a tensor itself has gradients of zero; a view of it has them right.
+    """
+    return x.view_as(x) if torch.compiler.is_compiling() else x

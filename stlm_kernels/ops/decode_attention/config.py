@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..._launch import Config, block_of, config_for
 from ..._launch import splits as cut
-from ..patch_attention import launch as patch_attention
+from ..patch_attention import config as patch_attention
 
 PROGRAMS = 264
 """Two for each SM of an H100: a short cache is cut until so many work on it."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _checks
+from .. import runtime
 
 COLUMN_STEP = 0x9E3779B97F4A7C15 - 2**64
 """An odd number (2^64 over the golden ratio) that spreads the bits of an id before the mixing."""
@@ -23,7 +23,7 @@ def hashed(
     columns: Tensor,  # int64
 ) -> Tensor:
     """64 random bits for each pair of a row and a column, int64."""
-    if _checks.values_visible(seed, rows, columns):
+    if runtime.values_visible(seed, rows, columns):
         # Many calls for few numbers: numpy's cost half of torch's.
         return torch.from_numpy(_hash(seed.reshape(1).numpy(), rows.numpy(), columns.numpy()))
     return _hash(seed, rows, columns)

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks
-from ._noise import hashed
+from .. import runtime
+from .random_bits import hashed
 
 PIECE_SCORES = 1 << 20
 """Scores formed at a time: 4 MB in fp32 stay in a core's cache between the passes over them."""
@@ -55,7 +55,7 @@ class Formed(NamedTuple):
 
 def may_be_mixed(*tensors: Tensor) -> bool:
     """Whether hidden rows may hold NaN; yes where looking would cost a synchronisation."""
-    return not (_checks.values_visible(*tensors) and all_finite(*tensors))
+    return not (runtime.values_visible(*tensors) and all_finite(*tensors))
 
 
 def all_finite(*tensors: Tensor) -> bool:
@@ -252,3 +252,14 @@ def _add(x: Tensor, place: Place, values: Tensor) -> None:
         x[place] += values
     else:
         x.index_copy_(0, place.flatten(), values)
+
+
+def positive_scale(q: Tensor, scale: float | None) -> tuple[Tensor, float]:
+    """Queries and a factor > 0 of the same scores; None is K^-0.5.
+
+    The kernels and stock attention under a mask, which they scale as well, want no other.
+    """
+    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if factor > 0:
+        return q, factor
+    return q * (-1 if factor < 0 else 0), -factor or 1.0

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ..._launch import Config, block_of, config_for
-from ..._noise import COLUMN_STEP, MIX_FIRST, MIX_SECOND, ROW_STEP
-from ..linear_logprobs.launch import MAX_VOCAB
-from ..linear_logprobs.launch import unsupported_reasons as reasons_of_the_rows
+from ..._torch.random_bits import COLUMN_STEP, MIX_FIRST, MIX_SECOND, ROW_STEP
+from ..linear_logprobs.config import MAX_VOCAB
+from ..linear_logprobs.config import unsupported_reasons as reasons_of_the_rows
 
 __all__ = [
     "COLUMN_STEP",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._tiles import NO_WINDOW
+from .tiles import NO_WINDOW
 
 FARTHEST = NO_WINDOW - 1024
 """The longest window: a tile on either side of it still counts in int32."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _checks
+from .. import runtime
 
 
 class _Rounded(torch.autograd.Function):
@@ -40,5 +40,5 @@ def rounded(x: Tensor, dtype: torch.dtype, wide: torch.dtype) -> Tensor:
     """x as `dtype` holds it, in `wide`; its gradient is rounded once, to x's own dtype."""
     if x.dtype == dtype:
         return x if dtype == wide else x.to(wide)
-    function = _RoundedForward if _checks.carries_tangents(x) else _Rounded
+    function = _RoundedForward if runtime.carries_tangents(x) else _Rounded
     return function.apply(x, dtype, wide)

@@ -1,0 +1,1 @@
+"""What the torch paths of several ops share."""

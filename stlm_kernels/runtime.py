@@ -1,0 +1,129 @@
+"""What can be known while an op or a module runs: whether values can be read, dtypes, transforms.
+
+Public: models built on the ops ask the same questions.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import _checks
+
+
+def values_visible(*tensors: Tensor) -> bool:
+    """True where reading values is free: plain CPU tensors, eager, outside torch.func."""
+    for x in tensors:  # a generator costs more than all the rest here
+        if not x.is_cpu:
+            return False
+    return values_readable(*tensors)
+
+
+def values_readable(*tensors: Tensor) -> bool:
+    """True where values can be read, on a GPU at the price of a synchronisation.
+
+    Shapes alone (the meta device, a FakeTensorMode), graphs and transforms have none.
+    """
+    if torch.compiler.is_compiling() or inside_torch_func() or _is_traced_by_fx():
+        return False
+    for x in tensors:
+        if type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta or _is_batched(x):
+            return False
+    return True
+
+
+def check_ids(ids: Tensor, vocab: int, name: str = "byte_ids") -> None:
+    """Check ids on any device, on demand: the ops themselves look at CPU values only.
+
+    Args:
+        ids: integer tensor of any shape. On a GPU this call synchronises.
+        vocab: ids must lie in [0, vocab).
+        name: what the message calls them.
+
+    Raises:
+        IndexError: with the range, the first bad value and its position.
+        ValueError: the dtype is none that the ops take.
+    """
+    _checks.require(isinstance(ids, Tensor), name, "a Tensor", type(ids).__name__)
+    _checks.require(
+        ids.dtype in _checks.ID_DTYPES, name, "uint8, int16, int32 or int64 ids", ids.dtype
+    )
+    _checks.check_id_values(name, ids, 0, vocab)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that products with x have: autocast's where it rules x, else x's own.
+
+    Autocast never touches fp64, nor shapes alone (the meta device).
+    """
+    if _is_autocast(x):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def activation_dtypes(activation: Tensor) -> tuple[torch.dtype, ...]:
+    """What a second activation may have: the first one's dtype; under autocast any it casts."""
+    if _is_autocast(activation):
+        return _checks.KERNEL_FLOATS
+    return (activation.dtype,)
+
+
+def _is_autocast(x: Tensor) -> bool:
+    if x.dtype == torch.float64 or x.is_meta:
+        return False
+    return torch.is_autocast_enabled(x.device.type)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """A block that chooses the dtypes of its products itself."""
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return nullcontext()  # an autocast costs as much as a small product
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def inside_torch_func() -> bool:
+    """True while a torch.func transform runs (and False while compiling, whatever runs)."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def carries_tangents(*tensors: Tensor | None) -> bool:
+    """True where forward-mode AD may ask for a derivative: for tensors with a tangent, and in any
+    torch.func transform within torch.func.jvp or what is built on it.
+
+    Custom Functions have no such derivative here; a plain composition has.
+    """
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    if inside_torch_func():
+        return True
+    return any(x is not None and has_tangent(x) for x in tensors)
+
+
+def has_tangent(x: Tensor) -> bool:
+    """True for a tensor of forward-mode AD that has one."""
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+
+
+def needs_composition(*tensors: Tensor | None) -> bool:
+    """True where only ops that torch differentiates itself will do, and none in place."""
+    return inside_torch_func() or carries_tangents(*tensors)
+
+
+def many_at_once(*grads: Tensor) -> bool:
+    """True for gradients taken many at a time, by `is_grads_batched` or by torch.func.vmap."""
+    return inside_torch_func() or any(map(_is_batched, grads))
+
+
+def _is_traced_by_fx() -> bool:
+    """True within make_fx, and so within torch.func.linearize: a value read would be a constant."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+
+
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
+"""Of gradients that autograd takes many at a time (`is_grads_batched`), by no torch.func."""
