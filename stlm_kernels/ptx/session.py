@@ -1,14 +1,16 @@
-"""Ops of the library on compiled kernels: their launches run here, over CPU tensors."""
+"""Launches that run here, over CPU tensors: those of the library's ops and those of anybody."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from triton.runtime.autotuner import Autotuner
+from triton.runtime.jit import JITFunction
 
 from .. import _launch
 from ..testing import fresh_memory
@@ -75,7 +77,9 @@ def executing(
     costs: bool = False,
     sample: int | None = None,
 ) -> Iterator[Session]:
-    """Inside, the ops' own launchers (`impl="triton"`) run here, on CPU tensors.
+    """Run launches here inside: the library's ops with `impl="triton"`, and any `kernel[grid](...)`.
+
+    An autotuned kernel takes the first of its configurations: there is no time to compare.
 
     Args:
         arch: compute capability without the dot, for which kernels are compiled.
@@ -89,12 +93,44 @@ def executing(
         # Launches of some blocks leave holes for the next to read.
         return session.shadows() if sample is None else {}
 
-    def launch(kernel: Any, programs: int, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    def launch(
+        kernel: Any, grid: Sequence[int], args: tuple[Any, ...], options: dict[str, Any]
+    ) -> None:
         done = run(
-            kernel, (programs,), *args, arch=arch, collect=kinds, fresh=shadows(),
+            kernel, grid, *args, arch=arch, collect=kinds, fresh=shadows(),
             costs=costs, sample=sample, **options,
         )  # fmt: skip
         session.executions.append(done)
 
-    with _launch.recording(launch), fresh_memory(session.note):
+    def launch_op(
+        kernel: Any, programs: int, args: tuple[Any, ...], options: dict[str, Any]
+    ) -> None:
+        launch(kernel, (programs,), args, options)
+
+    with (
+        _launch.recording(launch_op),
+        _launches_of_triton(launch),
+        fresh_memory(session.note),
+    ):
         yield session
+
+
+@contextmanager
+def _launches_of_triton(launch: Callable[..., None]) -> Iterator[None]:
+    """Pass every `kernel[grid](...)` to `launch`; compiling alone stays triton's."""
+    compile_or_run, bench = JITFunction.run, Autotuner._bench
+
+    def run_here(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        if warmup:
+            return compile_or_run(kernel, *args, grid=grid, warmup=True, **options)
+        if callable(grid):
+            names = (parameter.name for parameter in kernel.params)
+            grid = grid({**dict(zip(names, args, strict=False)), **options})
+        launch(kernel, tuple(grid), args, options)
+        return None
+
+    JITFunction.run, Autotuner._bench = run_here, lambda *args, **options: 0.0
+    try:
+        yield
+    finally:
+        JITFunction.run, Autotuner._bench = compile_or_run, bench
