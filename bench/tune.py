@@ -204,7 +204,7 @@ def _objection(
     case = next(case for case in spec.cases if case.name == case_name)
     try:
         with _launch.overriding({kernel: config}):
-            reports = inspect_op(spec, case, arch, dtype)
+            reports = inspect_op(spec, case, arch, dtype, disassemble=False)
     except Exception as error:  # whatever a compiler raises
         return _first_line(error)
     name = f"stlm_{kernel}"

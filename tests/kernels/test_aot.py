@@ -62,7 +62,8 @@ def test_shipped_configs_compile_and_fit(spec: OpSpec, full: bool) -> None:
     opcodes: dict[tuple[str, int, torch.dtype], set[str]] = {}
     chosen = dtypes(full) if takes_floats(spec) else [torch.float32]
     for arch, dtype, case in product(archs(full), chosen, aot_cases(spec, full)):
-        for report in inspect_op(spec, case, arch, dtype):
+        on_matrix_units = bool(spec.mma_kernels) and dtype != torch.float32
+        for report in inspect_op(spec, case, arch, dtype, disassemble=on_matrix_units):
             assert_fits(report)
             key = (report.kernel.removeprefix("stlm_"), arch, dtype)
             opcodes.setdefault(key, set()).update(report.mma.split("+"))
@@ -78,14 +79,14 @@ def test_autocast_compiles_and_fits(spec: OpSpec, full: bool) -> None:
     """fp32 parameters beside bf16 activations: the way models are trained."""
     for arch, case in product(archs(full), aot_cases(spec, full)):
         with torch.autocast("cpu", torch.bfloat16):
-            for report in inspect_op(spec, case, arch, torch.float32):
+            for report in inspect_op(spec, case, arch, torch.float32, disassemble=False):
                 assert_fits(report)
 
 
 @pytest.mark.parametrize("spec", WITH_KERNELS)
 def test_default_configs_fit_small_shared_memory(spec: OpSpec) -> None:
     """99 KB a block: RTX 30, 40 and 50, A10, L4."""
-    for report in inspect_op(spec, spec.tagged("aot")[0], 89):
+    for report in inspect_op(spec, spec.tagged("aot")[0], 89, disassemble=False):
         assert_fits(report)
 
 
@@ -94,7 +95,7 @@ def test_a_tile_too_large_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     large = {"BLOCK_V": 128, "BLOCK_P": 32, "BLOCK_D": 128, "PROGRAMS": 264, "num_warps": 1}
     spec = OPS["byte_pool"]
     with _launch.overriding({"byte_pool_bwd": large}):
-        reports = inspect_op(spec, spec.tagged("aot")[0], 90)
+        reports = inspect_op(spec, spec.tagged("aot")[0], 90, disassemble=False)
     backward = next(r for r in reports if r.kernel == "stlm_byte_pool_bwd")
     assert backward.spill_instructions > 0
     with pytest.raises(AssertionError, match="0 allowed"):
@@ -105,6 +106,16 @@ def test_a_tile_too_large_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SPILLS_ALLOWED, key, (spills - 1, "one less"))
     with pytest.raises(AssertionError, match=f"{spills} spills, {spills - 1} allowed"):
         assert_fits(backward)
+
+
+def test_all_but_the_opcodes_comes_without_disassembling() -> None:
+    spec = OPS["byte_pool"]
+    every, fewer = (
+        inspect_op(spec, spec.tagged("aot")[0], 90, disassemble=choice) for choice in (True, False)
+    )
+    assert {r.mma for r in every} >= {"HGMMA", "-"}
+    assert all(r.sass for r in every)
+    assert fewer == [replace(r, mma="", mma_count=0, sass="") for r in every]
 
 
 @pytest.mark.lanes("cpu", "aot")
