@@ -157,17 +157,19 @@ NO_KERNEL = "this op has no Triton kernel yet"
 
 @named_errors
 def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> list[str]:
-    """Why a call would not run our Triton kernels: all reasons; empty if it would.
+    """List the reasons why a call would not run our Triton kernels; empty if it would.
 
     Args:
         op: a public op of `stlm_kernels`, or its name.
         args, kwargs: the arguments of the call, `impl` included.
 
-    Returns:
-        One sentence for each reason.
+    Returns: one sentence for each reason.
+    Raises: ValueError for an op that does not exist; TypeError for arguments that do not fit its
+        signature.
 
-    Raises:
-        ValueError: no such op. TypeError: the arguments do not fit the op's signature.
+    >>> ids, boundaries = torch.tensor([1, 2]), torch.tensor([0, 2], dtype=torch.int32)
+    >>> explain(byte_pool, ids, torch.ones(256, 8), boundaries, impl="torch")[0]
+    "impl='torch' was asked for"
     """
     name = op if isinstance(op, str) else op.__name__
     package = f"{__package__}.ops.{name}"

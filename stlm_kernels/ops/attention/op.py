@@ -32,71 +32,34 @@ def attention(
 ) -> Tensor:
     """Softmax self-attention: causal, windowed, over packed documents, with grouped key heads.
 
-    out[t, h] = sum over s of softmax_s(scale * q[t, h] . k[s, g]) v[s, g] with g = h // (H / H_kv)
-    and s running over what t sees: the keys of its sequence or document, causal those up to its
-    own, within a window of w the w last of these. With a softcap c the scores are
-    c * tanh(scores / c); dropout then zeroes weights and divides the others by 1 - dropout_p.
-
-    Where there are more keys than queries, the queries are the last ones, as in flash-attention:
-    the last query of a sequence or document stands at its last key. So a prompt is taken in chunks,
-    and several new positions meet a cache.
-
-    From `flash_attn_varlen_func(q, k, v, cu, cu_k, n, m, causal=True, window_size=(w - 1, 0))`:
-    `attention(q, k, v, cu_seqlens=cu, cu_seqlens_k=cu_k, window=w)`, without cu_k where it is cu; a
-    window given as one number counts the row itself, and nobody needs the longest length. From
-    `F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)` with (B, H, T, K):
-    `attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)`, or leave out the
-    transposes that the model made for SDPA; its causal mask is top-left where T_kv > T.
+    out[t, h] = sum over s of softmax_s(scale * q[t, h] . k[s, g]) v[s, g] with g = h // (H / H_kv),
+    s over the keys of t's sequence or document that `causal` and `window` leave; a softcap c makes
+    scores c * tanh(scores / c). Where T_kv > T, the queries are the last positions.
 
     Args:
-        q: (B, T, H, K), or packed (T, H, K); float32, bfloat16 or float16; float64 on the torch
-            path.
-        k: as q with H_kv heads, of which H is a multiple, in q's dtype; never expanded. T_kv >= T
-            rows, the same number where only cu_seqlens is given.
-        v: as k.
-        causal: a row sees no later row.
-        window: how many keys a row sees, its own among them; at least 1, with causal only. Or
-            (left, right): how many before its own and how many behind it, at least 0, -1 or None
-            for all; causal makes right 0 whatever it is, as in flash-attention. None: all of its
-            sequence or document.
-        cu_seqlens: (S+1,) int32 document borders in rows of a packed q, from 0, non-decreasing, at
-            most T. Rows from the last border on belong to no document: they are never read, even
-            when they hold NaN; their output and gradients are zero. None: one document.
-        cu_seqlens_k: (S+1,) int32, the same of a packed k, each document with at least as many keys
-            as rows (where that is not checked, rows before the first key see nothing and are
-            zeros). None: cu_seqlens.
-        scale: of the products; a finite number. None: K ** -0.5.
-        softcap: a positive bound of the scores, or None.
-        dropout_p: probability in [0, 1] that a weight is dropped. The seed is drawn from torch's
-            generator of the device; forward and backward drop the same.
-        impl: "auto", "triton" or "torch". The kernels are causal or windowed, take K = 16, 32, 48,
-            64 and 128, and know neither softcap nor dropout. "auto" leaves other calls to the torch
-            path, and dense attention of 1024 rows or more with K >= 96 to SDPA (except under
-            torch.use_deterministic_algorithms); nothing warns, `explain` says so.
+        q: (B, T, H, K), or packed (T, H, K); float32, bfloat16, float16; float64 on the torch path.
+        k, v: (B, T_kv, H_kv, K), or packed (T_kv, H_kv, K), in q's dtype; H is a multiple of H_kv.
+        causal: whether a position sees no later one.
+        window: how many keys a position sees, its own included, >= 1 and causal only; or
+            (left, right): how many before and after its own, >= 0, -1 or None for all. None: all.
+        cu_seqlens: (S+1,) int32 document boundaries of a packed q: from 0, non-decreasing, at most
+            T. Rows from the last on are never read and give zeros. None: one document.
+        cu_seqlens_k: (S+1,) int32, those of k; keys >= queries in each. None: those of q.
+        scale: a finite number. None: K ** -0.5.
+        softcap: a finite number > 0, or None.
+        dropout_p: probability in [0, 1] of dropping a weight, by torch's generator.
+        impl: "auto", "triton" or "torch". Kernels: causal or window, K = 16, 32, 48, 64, 128, no
+            softcap, no dropout; "auto" leaves dense K >= 96, T >= 1024 to SDPA (`explain`).
 
-    Returns:
-        As q, in q's dtype, under autocast in the autocast dtype (float32 is then rounded when
-        loaded).
+    Returns: a tensor shaped as q in q's dtype, under autocast in the autocast dtype.
+    Raises: ValueError for a wrong type, dtype, shape, device or option, on CPU in eager mode also
+        for bad boundaries; NotImplementedError where impl="triton" cannot run, with all reasons.
 
-    Raises:
-        ValueError: a wrong type, dtype, shape, device, scalar or combination; on CPU in eager mode
-            also offsets that do not start at 0, decrease, or end beyond T, and documents with fewer
-            keys than rows.
-        NotImplementedError: impl="triton" cannot run this call; the message lists why.
+    >>> q, kv = torch.randn(2, 9, 8, 32), torch.randn(2, 9, 2, 32)
+    >>> attention(q, kv, kv, window=4).shape
+    torch.Size([2, 9, 8, 32])
 
-    Numerics:
-        Scores, softmax and sums in float32 (float64 for float64), each result rounded once; the
-        same inputs give the same bits (with dropout: and the same seed). A NaN or an infinity
-        reaches only rows that see it, forward and backward; what sees it may be NaN as a whole.
-        Two exceptions keep neither promise beyond documents: SDPA on a GPU, where it serves dense
-        calls, and dense calls of the torch path under compile. The kernels work in proportion to
-        T times window and can be differentiated once, the torch path any number of times. With
-        documents the torch path reads cu_seqlens (on a GPU: one synchronisation), except under
-        compile, torch.func and for shapes alone, where without a window its work grows with T
-        squared.
-
-    Source: FlashAttention-2 (arXiv 2307.08691) for the online softmax and its backward; the
-    two-kernel backward without atomics, and masks only at the edges, in this project's own form.
+    Numerics: docs/numerics.md. Source: FlashAttention-2 (arXiv 2307.08691).
     """
     rows = ("B", "T") if isinstance(q, Tensor) and q.dim() == 4 else ("T",)
     _checks.require_tensor("q", q, (*rows, "H", "K"), _checks.FLOATS)

@@ -26,39 +26,30 @@ def attention_pool(
 ) -> Tensor:
     """Pool the bytes of each patch by attention: one query per patch and head.
 
-    out[p, h] = sum over t of softmax_t(scale * query[p, h] . key[t, g]) value[t, g] with
-    g = h // (H / H_kv) and t running over the bytes of patch p.
+    out[p, h] = sum over t of softmax_t(scale * query[p, h] . key[t, g]) value[t, g] with g = h //
+    (H / H_kv) and t running over the bytes of patch p.
 
     Args:
         query: (H, K), the same for every patch, or (P, H, K). In key's dtype; the shared one may
-            be float32 beside a 16-bit key and is then rounded when loaded.
+            also be float32 beside a 16-bit key and is then cast when loaded.
         key: (T, H_kv, K) float32, bfloat16 or float16; float64 on the torch path. H is a multiple
             of H_kv.
         value: (T, H_kv, K) in key's dtype.
-        cu_patchlens: (P+1,) int32 patch borders in rows of key, from 0, non-decreasing, at most T.
-            Any number of patches of any length. Rows from the last border on belong to no patch:
-            they are never read, even when they hold NaN, and their gradients are zero.
-        scale: of the products; a finite number. None: K ** -0.5.
+        cu_patchlens: (P+1,) int32 patch boundaries in rows of key: from 0, non-decreasing, at most
+            T. Rows from the last boundary on are never read, and their gradients are zero.
+        scale: a finite number. None: K ** -0.5.
         impl: "auto", "triton" or "torch". The kernels take K from 8 to 128 in steps of 8.
 
-    Returns:
-        (P, H, K) in key's dtype, under autocast in the autocast dtype (float32 is then rounded when
-        loaded). Empty patches give zeros and take no gradient.
+    Returns: (P, H, K) in key's dtype, under autocast in the autocast dtype. Empty patches give
+        zeros and take no gradient.
+    Raises: ValueError for a wrong type, dtype, shape, device or option, on CPU in eager mode also
+        for bad boundaries; NotImplementedError where impl="triton" cannot run, with all reasons.
 
-    Raises:
-        ValueError: a wrong type, dtype, shape, device or scalar; on CPU in eager mode also offsets
-            that do not start at 0, decrease, or end beyond T.
-        NotImplementedError: impl="triton" cannot run this call; the message lists why.
+    >>> key, boundaries = torch.randn(7, 2, 8), torch.tensor([0, 3, 7], dtype=torch.int32)
+    >>> attention_pool(torch.randn(4, 8), key, key, boundaries).shape
+    torch.Size([2, 4, 8])
 
-    Numerics:
-        Scores, softmax and sums in float32 (float64 for float64), each result rounded once; the
-        same inputs give the same bits. A NaN or an infinity in key or value stays in its own patch,
-        forward and backward, where it may make the whole patch NaN. A shared query's gradient is
-        added up over all patches in a fixed order. The torch path can be differentiated any number
-        of times, the kernels once.
-
-    Source: attention pooling of a patch's bytes in BLT's encoder (arXiv 2412.09871) and of a word's
-    in HAT (arXiv 2501.10322).
+    Numerics: docs/numerics.md. Source: BLT's encoder (arXiv 2412.09871) and HAT (arXiv 2501.10322).
     """
     _checks.require_tensor("key", key, ("T", "H_kv", "K"), _checks.FLOATS)
     total, kv_heads, width = key.shape

@@ -35,35 +35,27 @@ def byte_pool(
     min(k, L-1) of `position_weight`, which makes the pool depend on the order of the bytes.
 
     Args:
-        byte_ids: (T,) uint8, int16, int32 or int64, in [0, V) as far as the last border.
+        byte_ids: (T,) uint8, int16, int32 or int64, in [0, V) before the last boundary.
         weight: (V, D) float32, bfloat16 or float16; float64 on the torch path.
-        cu_patchlens: (P+1,) int32 patch borders in bytes, from 0, non-decreasing, at most T.
-            Bytes from the last border on belong to no patch.
-        mode: "mean" or "sum". Others, of which no table's row is a linear part, would need kernels
-            and a backward of their own: `segment_pool(F.embedding(ids, weight), ...)` has them.
+        cu_patchlens: (P+1,) int32 patch boundaries in bytes: from 0, non-decreasing, at most T.
+            Bytes from the last boundary on belong to no patch.
+        mode: "mean" or "sum"; for others see `segment_pool(F.embedding(ids, weight), ...)`.
         position_weight: (L, D) with L >= 1, in the table's dtype, or float32 beside a 16-bit table
-            (rounded to the table's dtype when loaded). None: every byte counts alike.
+            (cast to its dtype when loaded). None: every byte counts alike.
         impl: "auto", "triton" or "torch".
 
-    Returns:
-        (P, D) in the table's dtype, under autocast in the autocast dtype (float32 tables are then
-        rounded when loaded). Empty patches give zeros and take no gradient.
+    Returns: (P, D) in the table's dtype, under autocast in the autocast dtype. Empty patches give
+        zeros and take no gradient.
+    Raises: ValueError for a wrong type, dtype, shape, device or option, on CPU in eager mode also
+        for bad boundaries; IndexError there for an id of a patch outside [0, V);
+        NotImplementedError where impl="triton" cannot run, with all reasons.
 
-    Raises:
-        ValueError: a wrong type, dtype, shape, device or mode; on CPU in eager mode also offsets
-            that do not start at 0, decrease, or end beyond T.
-        IndexError: on CPU in eager mode, an id of a patch outside [0, V).
-        NotImplementedError: impl="triton" cannot run this call; the message lists why.
+    >>> ids, boundaries = torch.tensor([1, 2, 3, 4]), torch.tensor([0, 3, 4], dtype=torch.int32)
+    >>> byte_pool(ids, torch.ones(256, 2), boundaries, mode="sum").tolist()
+    [[3.0, 3.0], [1.0, 1.0]]
 
-    Numerics:
-        Accumulates in float32 (float64 for float64 tables), in a fixed order: the same inputs give
-        the same bits, gradients included. Where values are not checked, an id out of range makes
-        its patch NaN and is left out of the gradients. A NaN in the upstream gradient of a
-        patch that is not empty reaches every row of the table's gradient (kernels only). The
-        kernels have no double backward; the torch path has.
-
-    Source: the sum-pooled byte patches of Super Tiny Language Models, arXiv 2405.14159; the
-    gradient by a patch x byte count matrix is this project's.
+    Numerics: docs/numerics.md. Source: the pooled byte patches of Super Tiny Language Models
+    (arXiv 2405.14159); the gradient by a patch x byte count matrix is this project's.
     """
     _check(byte_ids, weight, cu_patchlens, mode, position_weight)
     out_dtype = runtime.compute_dtype(weight)

@@ -34,36 +34,28 @@ def decode_attention(
 
     Args:
         q: (B, H, K) float32, bfloat16 or float16; float64 on the torch path.
-        k_cache: (B, C, H_kv, K) in q's dtype; H is a multiple of H_kv. Read where it lies, whatever
-            its strides, as long as the last is 1: a view of a larger buffer is not copied.
+        k_cache: (B, C, H_kv, K) in q's dtype; H is a multiple of H_kv. Any strides but the last,
+            which is 1: a view of a larger buffer is not copied.
         v_cache: (B, C, H_kv, K) in q's dtype, likewise.
-        cache_lens: (B,) int32 entries in use, the newest position included, whose key and value
-            must be written already. 0 gives zeros. Entries beyond it, and those before the window,
-            are never read, even when they hold NaN.
-        window: >= 1, the newest position included. None: all entries.
-        scale: of the products; a finite number. None: K ** -0.5.
-        softcap: > 0, or None.
+        cache_lens: (B,) int32 entries in use, the newest position included, which is written
+            already. Others are never read. 0 gives zeros.
+        window: an int >= 1, the newest position included. None: all entries.
+        scale: a finite number. None: K ** -0.5.
+        softcap: a finite number > 0, or None.
         impl: "auto", "triton" or "torch". The kernels take K from 16 to 128 in steps of 8.
 
-    Returns:
-        (B, H, K) in q's dtype, under autocast in the autocast dtype (float32 is then rounded when
-        loaded). Not differentiable: it never requires a gradient, whatever the inputs do; train
-        with `F.scaled_dot_product_attention`.
+    Returns: (B, H, K) in q's dtype, under autocast in the autocast dtype; it never requires a
+        gradient.
+    Raises: ValueError for a wrong type, dtype, shape, device or option; IndexError, on CPU in eager
+        mode, for a length outside [0, C] (clamped elsewhere); NotImplementedError where
+        impl="triton" cannot run, with all reasons.
 
-    Raises:
-        ValueError: a wrong type, dtype, shape, device or scalar.
-        IndexError: on CPU in eager mode, a length outside [0, C]. Elsewhere lengths are clamped.
-        NotImplementedError: impl="triton" cannot run this call; the message lists why.
+    >>> cache, lengths = torch.randn(2, 64, 4, 16), torch.tensor([5, 64], dtype=torch.int32)
+    >>> decode_attention(torch.randn(2, 8, 16), cache, cache, lengths).shape
+    torch.Size([2, 8, 16])
 
-    Numerics:
-        Scores, softmax and sums in float32 (float64 for float64), each result rounded once; the
-        same inputs give the same bits. A NaN that is seen makes NaN in what sees it; an infinity
-        may. Launches depend on shapes and options alone and nothing waits for the device, so a
-        captured CUDA graph can be replayed with other lengths. Where lengths may not be read (a
-        GPU, compile), the torch path passes over all C entries and copies both caches.
-
-    Source: the split over the cache is flash-decoding's (Dao et al., 2023); parts of equal length
-    for each sequence by its own length, combined in order, are this project's.
+    Numerics: docs/numerics.md. Source: the split over the cache is flash-decoding's
+    (Dao et al., 2023).
     """
     _checks.require_tensor("q", q, ("B", "H", "K"), _checks.FLOATS)
     (batch, heads, width), dtypes = q.shape, runtime.activation_dtypes(q)

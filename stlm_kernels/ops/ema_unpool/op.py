@@ -27,49 +27,32 @@ def ema_unpool(
 ) -> Tensor:
     """Smooth the patch states along each document, then give each byte the one it may read.
 
-    z[j] = gate[j] * patch_states[j] + (1 - gate[j]) * z[j - 1], z = 0 before a document;
+    z[j] = gate[j] * patch_states[j] + (1 - gate[j]) * z[j - 1], with z = 0 before a document;
     out[t] = (z[read_ids[t]] if read_ids[t] >= 0 else 0) + residual[t].
-
-    A patch with gate 0, as an empty one has, hands the state on; one with gate 1 starts afresh.
 
     Args:
         patch_states: (P, D) float32, bfloat16 or float16; float64 on the torch path.
-        gate: (P,) in [0, 1], in patch_states' dtype or float32. It is never rounded, autocast or
-            not.
-        read_ids: (T,) integers in [-1, P), each id >= 0 in one contiguous run of rows, as
-            `find_patches` makes them; -1: no patch can be read yet. Patches that were pooled from
-            nothing but their first byte may be read through `Patches.patch_ids` as well.
-        cu_seqlens: (S+1,) int32 document borders counted in patches, as `Patches.cu_seqlens`.
-            Patches from cu_seqlens[-1] on belong to no document: z is 0 there, their states and
-            gates are never read and get zero gradient. None: one document.
+        gate: (P,) in [0, 1], in patch_states' dtype or float32, never cast. 0, as of an empty
+            patch, hands the state on; 1 starts afresh.
+        read_ids: (T,) uint8, int16, int32 or int64 in [-1, P), each id >= 0 in one contiguous run,
+            as `find_patches` makes them; -1: nothing to read. Patches pooled from their first byte
+            alone may be read through `Patches.patch_ids` as well.
+        cu_seqlens: (S+1,) int32 document boundaries in patches, as `Patches.cu_seqlens`. Patches
+            from the last on are never read and take no gradient. None: one document.
         residual: (T, D) in patch_states' dtype. None: nothing is added.
         impl: "auto", "triton" or "torch".
 
-    Returns:
-        (T, D) in patch_states' dtype, under autocast in the autocast dtype (float32 states and
-        residuals are then rounded when loaded).
+    Returns: (T, D) in patch_states' dtype, under autocast in the autocast dtype.
+    Raises: ValueError for a wrong type, dtype, shape, device or option, on CPU in eager mode also
+        for a gate outside [0, 1] (NaN passes), bad boundaries or an id with two runs; IndexError
+        there for an id outside [-1, P); NotImplementedError where impl="triton" cannot run, with
+        all reasons.
 
-    Raises:
-        ValueError: a wrong type, dtype, shape or device; on CPU in eager mode also a gate outside
-            [0, 1] (NaN passes), offsets that are not prefix sums within P, or an id >= 0 with more
-            than one run.
-        IndexError: on CPU in eager mode, an id outside [-1, P).
-        NotImplementedError: impl="triton" cannot run this call; the message lists why.
+    >>> ids, gate = torch.tensor([-1, 0, 0, 1]), torch.tensor([1.0, 0.5])
+    >>> ema_unpool(torch.tensor([[4.0], [8.0]]), gate, ids).flatten().tolist()
+    [0.0, 4.0, 4.0, 6.0]
 
-    Numerics:
-        In float32 (float64 for float64), rounded once at the end; z is never stored in 16 bits.
-        The kernels look back until what lies farther weighs less than 2^-30, or to the document's
-        start: 30 patches at gate 1/2, as many as the document has where gates are tiny (then
-        correct, but slow: the work grows with the look-back). A gate of 1 forgets even NaN;
-        otherwise NaN reaches later patches of its document only, and the kernels' as far as they
-        look back. Where values are not checked, gates outside [0, 1] follow the formula, and a row
-        whose id is out of range is NaN and reaches no gradient but its residual's. Gradients are
-        sums in a fixed order. The torch path can be differentiated any number of times, the
-        kernels once; under torch.compile it is traced anew when P outgrows a power of 8.
-
-    Source: the smoothing and upsampling of H-Net's dechunking layer (arXiv 2507.07955), read
-    through `read_ids`, which is this project's; its gates are clamped to [1e-4, 1 - 1e-4] there,
-    and as given here.
+    Numerics: docs/numerics.md. Source: the dechunking layer of H-Net (arXiv 2507.07955).
     """
     _check_arguments(patch_states, gate, read_ids, cu_seqlens, residual)
     out_dtype = runtime.compute_dtype(patch_states)

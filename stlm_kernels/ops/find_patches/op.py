@@ -44,53 +44,36 @@ def find_patches(
     max_patches: int | None = None,
     impl: Impl = "auto",
 ) -> Patches:
-    """Cut bytes into patches by what is known at each byte, and say what each byte may read.
+    """Cut bytes into patches by what is known at each byte, and find the patch each byte may read.
 
     A patch begins at the first byte of a document, after a byte that closes its patch, and where
-    `patch_start_mask` says so. With p(t) the patch that holds byte t:
-    read_ids[t] = p(t) if t closes its patch, else p(t) - 1, and -1 where that patch lies before
-    the document. Everything about a patch that is read this way, its end included, is known from
-    bytes <= t, so a model that predicts byte t+1 may use it. The trailing open patch of a document
-    is a patch, but nothing reads it.
+    `patch_start_mask` says so. With p(t) the patch of byte t, read_ids[t] = p(t) if t closes it,
+    else p(t) - 1, or -1 before the document's first: everything about it is known from bytes <= t.
 
     Args:
-        byte_ids: (T,) uint8, int16, int32 or int64, not negative; read by rule "space" alone.
-        rule: "space": a byte that is neither ASCII alphanumeric nor a UTF-8 continuation byte
-            (0x80 to 0xBF; ids above 255 are neither) closes its patch, unless the byte before it
-            in the document is such a byte too. "fixed": every `patch_size`-th byte of a document
-            closes. None: `patch_start_mask` or `patch_end_mask` is given; exactly one of the three.
-        patch_start_mask: (T,) bool, this byte begins a patch, as a router decides from bytes <= t.
-            A patch is then known to end only when the next one has begun.
-        patch_end_mask: (T,) bool, this byte ends its patch, decided from bytes <= t.
-        patch_size: at least 1; for rule "fixed" alone.
-        max_patch_len: at least 1: a patch that reaches this length closes. None: no limit.
-        cu_seqlens: (S+1,) int32 document borders in bytes, from 0, non-decreasing, at most T; each
-            document begins a patch. Bytes from the last border on belong to no document.
-            None: one document.
-        max_patches: at least 1: exactly this many slots, unused ones empty at the last offset, with
-            static shapes and without a synchronisation. None: the exact number of patches, which
-            costs one synchronisation and cannot be compiled with fullgraph.
+        byte_ids: (T,) uint8, int16, int32 or int64, not negative; only rule "space" reads them.
+        rule: "space": a byte that is neither ASCII alphanumeric nor 0x80 to 0xBF (ids above 255 are
+            neither) closes its patch unless its predecessor in the document is one too. "fixed":
+            every `patch_size`-th byte of a document closes. None: a mask is given.
+        patch_start_mask, patch_end_mask: (T,) bool, or None: this byte begins, or ends, its patch,
+            decided from bytes <= t. Exactly one of rule and these is given.
+        patch_size: an int >= 1 with rule "fixed", None with others.
+        max_patch_len: an int >= 1: a patch of this length closes. None: no limit.
+        cu_seqlens: (S+1,) int32 document boundaries in bytes: from 0, non-decreasing, at most T.
+            Bytes from the last boundary on belong to no document. None: one document.
+        max_patches: an int >= 1: so many patches, unused ones empty, with no synchronisation; bytes
+            beyond read their document's last. None: the exact number, with one.
         impl: "auto", "triton" or "torch".
 
-    Returns:
-        Patches(cu_patchlens, patch_ids, read_ids, n_patches, cu_seqlens). The last offset is
-        cu_seqlens[-1] (T without documents). If there are more patches than `max_patches`, bytes
-        that fit no slot have patch_ids -1 and read the last slot of their own document (or -1), and
-        cu_patchlens[-1] is where they begin.
+    Returns: `Patches`, whose fields say what they hold.
+    Raises: ValueError for a wrong type, dtype, shape, device or option, for more or less than one
+        rule or mask, on CPU in eager mode also for bad boundaries; IndexError there for a negative
+        id; NotImplementedError where impl="triton" cannot run, with all reasons.
 
-    Raises:
-        ValueError: not exactly one of rule, patch_start_mask and patch_end_mask; a wrong type,
-            dtype, shape, device or option; on CPU in eager mode also document borders that do not
-            start at 0, decrease, or end beyond T.
-        IndexError: on CPU in eager mode, a negative id under rule "space".
-        NotImplementedError: impl="triton" cannot run this call; the message lists why.
+    >>> find_patches(torch.tensor(list(b"to be")), rule="space").cu_patchlens.tolist()
+    [0, 3, 5]
 
-    Numerics:
-        Integers only, equal on both paths. Borders of a prefix of the bytes are a prefix of the
-        borders.
-
-    Source: the space rule is SpaceByte's (arXiv 2404.14408) with the border moved behind the byte
-    that is already known; masks serve BLT (arXiv 2412.09871) and H-Net (arXiv 2507.07955).
+    Overflow: docs/numerics.md. Source: the rule of SpaceByte (arXiv 2404.14408), one byte later.
     """
     _check_rule(rule, patch_start_mask, patch_end_mask, patch_size)
     _check(byte_ids, rule, patch_start_mask, patch_end_mask, cu_seqlens)

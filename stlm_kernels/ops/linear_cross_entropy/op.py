@@ -82,56 +82,34 @@ def linear_cross_entropy(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Cross entropy of `input @ linear_weight.T + linear_bias` with `target`, without the logits.
 
-    z = logit_scale * (input @ linear_weight.T + linear_bias), then softcap * tanh(z / softcap),
-    columns from valid_vocab on removed. With log p = z - lse, lse = logsumexp(z), smoothing s over
-    V = valid_vocab columns and class weights w (1 without), a row's loss is
+    z = logit_scale * (input @ linear_weight.T + linear_bias), then softcap * tanh(z / softcap).
+    With lse = logsumexp(z), log p = z - lse, label smoothing s and class weights w a row's loss is
     -(1 - s) * w[target] * log p[target] - s / V * sum(w * log p) + z_loss * lse^2.
-    Names and order of `torch.nn.functional.linear_cross_entropy` without `options`; there
-    ignore_index=None reads as -100, here it ignores nothing.
 
     Args:
         input: (..., D) float32, bfloat16 or float16; float64 on the torch path.
-        linear_weight: (V, D) in the input's dtype, or float32 beside a 16-bit input (rounded to
-            the input's dtype when loaded).
-        target: (...) uint8, int16, int32 or int64, widened to int64 before comparing; each in
-            [0, valid_vocab) or ignore_index.
-        linear_bias: (V,) in the weight's or the input's dtype, or None.
-        weight: (V,) class weights as in `torch.nn.functional.cross_entropy`, in the input's dtype
-            or float32, or None. Constants: there is no gradient to them. They weigh no z-loss.
-        return_lse: whether to give the log-sum-exp of each row beside the loss.
-        reduction: "mean", the sum over the number of rows not ignored, or over the sum of their
-            targets' class weights; "sum"; or "none".
-        ignore_index: rows with this target give 0 and take no gradient, even where their input is
-            NaN. None ignores nothing.
-        label_smoothing: in [0, 1].
-        z_loss: weight >= 0 of the squared log-sum-exp.
-        softcap: > 0, or None.
-        logit_scale: a finite number.
+        linear_weight: (V, D) in input's dtype, or float32 beside 16 bits (cast when loaded).
+        target: (...) uint8, int16, int32 or int64, each in [0, valid_vocab) or ignore_index.
+        linear_bias: (V,) in input's dtype or float32 beside 16 bits, or None.
+        weight: (V,) constant class weights in input's dtype or float32, or None; not of z-loss.
+        return_lse: whether to return (loss, lse) with lse (...), differentiable.
+        reduction: "mean" (by class weight where there are some), "sum" or "none".
+        ignore_index: rows with this target give 0 and no gradient, even NaN ones. None: no row.
+        label_smoothing, z_loss: numbers in [0, 1] and >= 0.
+        softcap, logit_scale: a number > 0 or None, and a finite number.
         valid_vocab: columns from here on do not exist (a padded table). None: V.
         impl: "auto", "triton" or "torch".
+    Returns: a scalar, or (...) for "none", in float32 (float64 for float64); over no row a mean is
+        NaN.
+    Raises: ValueError for a wrong type, dtype, shape, device or option or differentiated class
+        weights; IndexError, on CPU in eager mode, for a target outside [0, valid_vocab);
+        NotImplementedError where impl="triton" cannot run, with all reasons.
 
-    Returns:
-        A scalar, or (...) for "none", float32 (float64 for float64 inputs). A mean over no row, or
-        over class weights that sum to 0, is NaN with gradients of exactly 0; a sum of nothing is 0.
-        With return_lse (loss, lse): lse (...) of the same dtype is differentiable as well; ignored
-        rows have 0 and no gradient.
+    >>> h, table, target = torch.randn(2, 5, 16), torch.randn(256, 16), torch.randint(256, (2, 5))
+    >>> linear_cross_entropy(h, table, target, reduction="none").shape
+    torch.Size([2, 5])
 
-    Raises:
-        ValueError: a wrong type, dtype, shape, device or scalar, or class weights that are
-            differentiated.
-        IndexError: on CPU in eager mode, a target outside [0, valid_vocab) that is not ignored.
-        NotImplementedError: impl="triton" cannot run this call; the message lists why.
-
-    Numerics:
-        As `linear_logprobs`. On the torch path, and on the kernels above 512 columns, "mean" and
-        "sum" form their gradients in the forward, chunk by chunk, and scale them by the upstream
-        gradient in the backward, out of place; a gradient of lse has the logits formed again
-        there. Beside that of the input (N, D), extra memory
-        does not grow with the number of rows: on the kernels above 512 columns 256 MB of logits,
-        and the weight in the input's dtype and its gradient in float32. The torch path holds rows
-        of 16 bits, and their gradient, in float32.
-
-    Source: signature of PyTorch 2.13; z-loss from PaLM, arXiv 2204.02311.
+    Numerics: docs/numerics.md. Source: signature of PyTorch 2.13; z-loss of arXiv 2204.02311.
     """
     options = row_options(
         input, linear_weight, target, linear_bias, ignore_index, softcap, logit_scale, valid_vocab

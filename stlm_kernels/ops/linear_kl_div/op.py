@@ -31,45 +31,36 @@ def linear_kl_div(
     valid_vocab: int | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
-    """temperature^2 x KL(teacher || student) of rows, without the student's logits.
+    """Return temperature^2 * KL(teacher || student) of rows, without the student's logits.
 
     z = logit_scale * (input @ linear_weight.T + linear_bias), then softcap * tanh(z / softcap),
-    columns from valid_vocab on removed; p = softmax(teacher_logits / temperature) and
-    q = softmax(z / temperature). A row's loss is temperature^2 * sum(p * (log p - log q)), whose
-    gradient keeps its size at every temperature.
+    without columns from valid_vocab on; p = softmax(teacher_logits / temperature), q =
+    softmax(z / temperature). A row's loss is temperature^2 * sum(p * (log p - log q)).
 
     Args:
         input: (..., D) float32, bfloat16, float16 or float64.
-        linear_weight: (V, D) in the input's dtype, or float32 beside a 16-bit input (rounded to
-            the input's dtype when loaded).
-        teacher_logits: (..., valid_vocab), taken as given: neither scaled nor capped; float32,
-            bfloat16 or float16 (float64 beside float64 inputs), not rounded under autocast. -inf
-            rules a column out. Takes no gradient.
-        linear_bias: (V,) in the weight's or the input's dtype, or None.
-        temperature: > 0.
-        mask: (...) bool, True where a row counts; None counts all. Rows that do not count give 0
-            and reach no gradient, even where input or teacher are NaN.
+        linear_weight: (V, D) in input's dtype, or float32 beside 16 bits (cast when loaded).
+        teacher_logits: (..., valid_vocab) float32, bfloat16 or float16 (float64 beside float64),
+            neither scaled, capped nor cast; no gradient. -inf excludes a column.
+        linear_bias: (V,) in input's dtype or float32 beside 16 bits, or None.
+        temperature: a finite number > 0.
+        mask: (...) bool, True where a row counts; others give 0 and no gradient, even NaN ones.
+            None: all.
         reduction: "mean" over the rows that count, "sum", or "none".
-        softcap: > 0, or None.
-        logit_scale: a finite number.
+        softcap, logit_scale: a number > 0 or None, and a finite number.
         valid_vocab: columns from here on do not exist (a padded table). None: V.
         impl: "auto" or "torch"; there is no kernel.
 
-    Returns:
-        A scalar, or (...) for "none", float32 (float64 for float64 inputs). A mean over no row is
-        NaN with gradients of exactly 0; a sum of nothing is 0.
+    Returns: a scalar, or (...) for "none"; float32 (float64 for float64 inputs). A mean over no row
+        is NaN with gradients of 0; a sum of nothing is 0.
+    Raises: ValueError for a wrong type, dtype, shape, device or option; NotImplementedError for
+        impl="triton".
 
-    Raises:
-        ValueError: a wrong type, dtype, shape, device or scalar.
-        NotImplementedError: impl="triton".
+    >>> h, table = torch.randn(3, 16), torch.randn(256, 16)
+    >>> float(linear_kl_div(h, table, h @ table.T).abs()) < 1e-4
+    True
 
-    Numerics:
-        Products, log-softmax and differences in float32. "mean" and "sum" form their gradients in
-        the forward, chunk by chunk of rows; "none" forms the student's logits again in the
-        backward. Beside the gradient of the input, and rows of 16 bits held in float32, extra
-        memory does not grow with the number of rows.
-
-    Source: distillation at a temperature, arXiv 1503.02531.
+    Numerics: docs/numerics.md. Source: distillation at a temperature (arXiv 1503.02531).
     """
     valid = check_projection(
         input, linear_weight, linear_bias, softcap, logit_scale, valid_vocab

@@ -32,40 +32,30 @@ def linear_logprobs(
     """Log-probability of each target, and the log-sum-exp of its row of logits.
 
     z = logit_scale * (input @ linear_weight.T + linear_bias), then softcap * tanh(z / softcap);
-    lse = logsumexp(z[:valid_vocab]), logprob = z[target] - lse. At a vocabulary of up to 512 the
-    kernels keep the logits on the chip; above, they exist for a chunk of rows at a time.
+    lse = logsumexp(z[:valid_vocab]), logprob = z[target] - lse. The logits of all rows never exist.
 
     Args:
         input: (..., D) float32, bfloat16 or float16; float64 on the torch path.
-        linear_weight: (V, D) in the input's dtype, or float32 beside a 16-bit input (rounded to
-            the input's dtype when loaded).
+        linear_weight: (V, D) in input's dtype, or float32 beside 16 bits (cast when loaded).
         target: (...) uint8, int16, int32 or int64, widened to int64 before comparing; each in
             [0, valid_vocab) or ignore_index.
-        linear_bias: (V,) in the weight's or the input's dtype, or None.
-        ignore_index: rows with this target give 0 and take no gradient. None ignores nothing.
-        softcap: > 0, or None.
+        linear_bias: (V,) in input's dtype or float32 beside 16 bits, or None.
+        ignore_index: target of the rows that give 0 and take no gradient. None ignores nothing.
+        softcap: a finite number > 0, or None.
         logit_scale: a finite number.
         valid_vocab: columns from here on do not exist (a padded table). None: V.
         impl: "auto", "triton" or "torch".
 
-    Returns:
-        (logprob, lse), each (...) float32 (float64 for float64 inputs), both differentiable.
+    Returns: (logprob, lse), each (...) float32 (float64 for float64 inputs), both differentiable.
+    Raises: ValueError for a wrong type, dtype, shape, device or option; IndexError, on CPU in eager
+        mode, for a target outside [0, valid_vocab) that is not ignored; NotImplementedError where
+        impl="triton" cannot run, with all reasons.
 
-    Raises:
-        ValueError: a wrong type, dtype, shape, device or scalar.
-        IndexError: on CPU in eager mode, a target outside [0, valid_vocab) that is not ignored.
-        NotImplementedError: impl="triton" cannot run this call; the message lists why.
+    >>> h, table, target = torch.randn(5, 16), torch.zeros(256, 16), torch.arange(5)
+    >>> round(float(linear_logprobs(h, table, target)[0][0]), 3)  # log(1 / 256)
+    -5.545
 
-    Numerics:
-        Logits, lse and log-probabilities come from float32 accumulators, never from rounded
-        logits. Fixed order: the same inputs give the same bits. Where values are not checked, a
-        bad target makes its log-probability, its row of the input's gradient and the weight's
-        gradient NaN. Above 512 columns torch multiplies: 16-bit operands into float32, float32
-        ones as torch's own TF32 setting says; gradients of logits are rounded to the operands'
-        dtype before the products of the backward.
-
-    Source: the recomputing backward is the usual one of fused losses; the single-tile vocabulary
-    and its kernels are this project's.
+    Numerics: docs/numerics.md. Source: the recomputing backward is the usual one of fused losses.
     """
     options = row_options(
         input, linear_weight, target, linear_bias, ignore_index, softcap, logit_scale, valid_vocab

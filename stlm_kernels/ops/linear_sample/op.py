@@ -37,43 +37,32 @@ def linear_sample(
     """Draw the next id of each row from its logits, which are never written at V <= 512.
 
     z = logit_scale * (input @ linear_weight.T + linear_bias), then softcap * tanh(z / softcap),
-    columns from valid_vocab on removed; then z / temperature, top_k, top_p, in this order; the id
-    is the argmax of z - log(E) over what is left, with E exponential noise (Gumbel-max). E is a
-    hash of (seed, row, id) alone, so that neither tiling nor other rows change a draw.
+    without columns from valid_vocab on; then z / temperature, top_k, top_p, in this order. The id
+    is the argmax of z - log(E), with E exponential noise, a hash of (seed, row, id).
 
     Args:
-        input: (..., D) float32, bfloat16 or float16; float64 on the torch path. Rows are counted
-            in order over the leading dimensions.
-        linear_weight: (V, D) in the input's dtype, or float32 beside a 16-bit input (rounded to
-            the input's dtype when loaded).
-        linear_bias: (V,) in the weight's or the input's dtype, or None.
-        temperature: >= 0; 0 takes the largest logit, ties to the lowest id.
-        top_k: keep the k largest, ties to the lowest id; more than V keeps all. None keeps all.
-        top_p: of those keep the smallest set of largest ones whose probabilities reach this, at
-            least one, ties to the lowest id; in (0, 1]. None keeps all.
-        seed: of the noise: an int that int64 holds, or a 0-d int64 tensor on the input's device,
-            which a captured graph reads anew each time. None draws one from torch's generator of
-            that device. Rows and ids of one call differ; the next call needs another seed.
-        softcap: > 0, or None.
+        input: (..., D) float32, bfloat16 or float16; float64 on the torch path.
+        linear_weight: (V, D) in input's dtype, or float32 beside 16 bits (cast when loaded).
+        linear_bias: (V,) in input's dtype or float32 beside 16 bits, or None.
+        temperature: a finite number >= 0; 0 takes the largest logit, ties to the lowest id.
+        top_k: an int >= 1, keep the k largest, ties to the lowest id. None: all.
+        top_p: in (0, 1], of those keep the fewest largest whose probabilities reach it. None: all.
+        seed: an int of int64; or a 0-d int64 tensor on input's device, read anew by a captured
+            graph. None: drawn from torch's generator. Each call needs another one.
+        softcap: a finite number > 0, or None.
         logit_scale: a finite number.
         valid_vocab: columns from here on do not exist (a padded table). None: V.
         impl: "auto", "triton" or "torch".
 
-    Returns:
-        (...) int64 ids in [0, valid_vocab). Not differentiable.
+    Returns: (...) int64 ids in [0, valid_vocab); not differentiable.
+    Raises: ValueError for a wrong type, dtype, shape, device or option; NotImplementedError where
+        impl="triton" cannot run, with all reasons.
 
-    Raises:
-        ValueError: a wrong type, dtype, shape, device or scalar.
-        NotImplementedError: impl="triton" cannot run this call; the message lists why.
+    >>> table = torch.eye(256)
+    >>> linear_sample(table[[104, 105]], table, temperature=0.0).tolist()
+    [104, 105]
 
-    Numerics:
-        Logits, probabilities and noise in float32 (float64 for float64 inputs) from float32
-        accumulators. E has 40 bits and its relative precision everywhere, so that frequencies
-        hold for large vocabularies too. The same ids for the same seed, inputs, implementation and
-        kind of device; implementations draw the same noise, but round logits of their own. A NaN
-        logit counts as -inf, a row without a logit above that gives id 0.
-
-    Source: the Gumbel-max trick (Gumbel, 1954); the hash mixes as SplitMix64 (Steele et al., 2014).
+    Numerics: docs/numerics.md. Source: the Gumbel-max trick; SplitMix64 (Steele et al., 2014).
     """
     valid = check_projection(
         input, linear_weight, linear_bias, softcap, logit_scale, valid_vocab

@@ -28,41 +28,30 @@ def ngram_embedding(
     """Embed the n-grams that end at each byte by hashing, and add up those of all tables.
 
     out[t] = sum over i of tables[i][hash_i(t)], where hash_i(t) is the floor-mod by M_i of the
-    int64-wrapped sum over j < n_i of byte_ids[t - n_i + 1 + j] * m_i^j. Ids before the document's
-    first byte count as 0. The hash is BLT's, bit for bit, but never reads across documents.
+    int64-wrapped sum over j < n_i of byte_ids[t - n_i + 1 + j] * m_i^j, ids before the document's
+    first byte counting as 0. The hash is BLT's, bit for bit, but never reads across documents.
 
     Args:
-        byte_ids: (T,) uint8, int16, int32 or int64, at least 0; there is no largest id.
-        tables: one (M_i, D) tensor for each hash, all of one width, device and dtype: float32,
-            bfloat16 or float16; float64 on the torch path.
-        ngram_sizes: the sizes n_i, ints >= 1, in the order of the tables. A size may occur more
-            than once, as in BLT, where each has several hash functions.
-        multipliers: the hashes' m_i, ints of int64, in the order of the tables; primes are usual.
-            None: 1,000,000,007 for each, BLT's first. Those of its further hash functions are in
-            docs/conventions.md.
-        cu_seqlens: (S+1,) int32 document borders in bytes, from 0, non-decreasing, at most T.
-            Bytes from the last border on belong to no document: their rows are zeros and reach no
-            gradient, and their ids may be anything. None: one document.
+        byte_ids: (T,) uint8, int16, int32 or int64, at least 0.
+        tables: one (M_i, D) tensor for each hash, of one width, device and dtype: float32, bfloat16
+            or float16; float64 on the torch path.
+        ngram_sizes: the n_i, ints >= 1, one for each table; a size may occur more than once.
+        multipliers: the m_i, ints of int64, one for each table; primes are usual. None:
+            1,000,000,007 for each, BLT's first; docs/conventions.md has its others.
+        cu_seqlens: (S+1,) int32 document boundaries in bytes: from 0, non-decreasing, at most T.
+            Bytes from the last boundary on give zeros and reach no gradient. None: one document.
         impl: "auto", "triton" or "torch".
 
-    Returns:
-        (T, D) in the tables' dtype, under autocast in the autocast dtype (float32 tables are then
-        rounded when loaded).
+    Returns: (T, D) in the tables' dtype, under autocast in the autocast dtype.
+    Raises: ValueError for a wrong type, dtype, shape, device or option, or no table, on CPU in
+        eager mode also for bad boundaries; IndexError there for a negative id in a document;
+        NotImplementedError where impl="triton" cannot run, with all reasons.
 
-    Raises:
-        ValueError: a wrong type, dtype, shape or device, or no table; on CPU in eager mode also
-            offsets that do not start at 0, decrease, or end beyond T.
-        IndexError: on CPU in eager mode, a negative id in a document.
-        NotImplementedError: impl="triton" cannot run this call; the message lists why.
+    >>> tables = [torch.randn(1000, 16) for _ in range(2)]
+    >>> ngram_embedding(torch.tensor(list(b"bytes")), tables, ngram_sizes=(3, 4)).shape
+    torch.Size([5, 16])
 
-    Numerics:
-        Accumulates in float32 (float64 for float64 tables), in a fixed order, and rounds once: the
-        same inputs give the same bits, gradients included; one table's row is copied. NaN in an
-        upstream row reaches only the table rows that were read there. Where values are not
-        checked, a negative id makes every row NaN whose longest n-gram holds it, and leaves those
-        rows out of the gradients. The kernels have no double backward; the torch path has.
-
-    Source: the hash n-gram embeddings of BLT, arXiv 2412.09871.
+    Numerics: docs/numerics.md. Source: the hash n-gram embeddings of BLT (arXiv 2412.09871).
     """
     tables, ngram_sizes, multipliers = _check(
         byte_ids, tables, ngram_sizes, multipliers, cu_seqlens

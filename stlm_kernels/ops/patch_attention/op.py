@@ -35,33 +35,23 @@ def patch_attention(
         q: (T, H, K) float32, bfloat16 or float16; float64 on the torch path.
         k: (T, H_kv, K) in q's dtype; H is a multiple of H_kv.
         v: (T, H_kv, K) in q's dtype.
-        cu_patchlens: (P+1,) int32 patch borders in rows of q, from 0, non-decreasing, at most T.
-            Any number of patches of any length. Rows from the last border on belong to no patch:
-            they are never read, even when they hold NaN; their output and gradients are zero.
-        causal: a byte sees no later byte of its patch.
-        scale: of the products; a finite number. None: K ** -0.5.
+        cu_patchlens: (P+1,) int32 patch boundaries in rows of q: from 0, non-decreasing, at most T.
+            Any number of patches of any length. Rows from the last boundary on are never read;
+            their outputs and gradients are zero.
+        causal: whether a byte sees no later byte of its patch.
+        scale: a finite number. None: K ** -0.5.
         impl: "auto", "triton" or "torch". The kernels take K from 16 to 128 in steps of 8.
 
-    Returns:
-        (T, H, K) in q's dtype, under autocast in the autocast dtype (float32 is then rounded when
-        loaded).
+    Returns: (T, H, K) in q's dtype, under autocast in the autocast dtype.
+    Raises: ValueError for a wrong type, dtype, shape, device or option, on CPU in eager mode also
+        for bad boundaries; NotImplementedError where impl="triton" cannot run, with all reasons.
 
-    Raises:
-        ValueError: a wrong type, dtype, shape, device or scalar; on CPU in eager mode also offsets
-            that do not start at 0, decrease, or end beyond T.
-        NotImplementedError: impl="triton" cannot run this call; the message lists why.
+    >>> x, boundaries = torch.randn(7, 4, 16), torch.tensor([0, 3, 7], dtype=torch.int32)
+    >>> patch_attention(x, x, x, boundaries).shape
+    torch.Size([7, 4, 16])
 
-    Numerics:
-        Scores, softmax and sums in float32 (float64 for float64), each result rounded once; the
-        same inputs give the same bits. A NaN or an infinity stays in its own patch, forward and
-        backward, and with `causal` reaches no earlier byte's output. What sees it may be NaN as a
-        whole: an infinite value gives NaN, and a NaN in one column may show in all of them. The
-        torch path can be differentiated any number of times, the kernels once. It reads
-        cu_patchlens (on a GPU: one synchronisation), except under compile, torch.func and for
-        shapes alone, where its work grows with T squared.
-
-    Source: the attention of bytes within their patch in MEGABYTE (arXiv 2305.07185) and in Super
-    Tiny Language Models (arXiv 2405.14159); tiles over the flat byte stream are this project's.
+    Numerics: docs/numerics.md. Source: MEGABYTE (arXiv 2305.07185) and Super Tiny Language Models
+    (arXiv 2405.14159); tiles over the flat byte stream are this project's.
     """
     _checks.require_tensor("q", q, ("T", "H", "K"), _checks.FLOATS)
     (total, heads, width), dtypes = q.shape, runtime.activation_dtypes(q)

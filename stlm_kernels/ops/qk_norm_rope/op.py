@@ -35,39 +35,28 @@ def qk_norm_rope(
 
     Args:
         q: (B, T, H, K) or packed (T, H, K), K even; float32, bfloat16 or float16; float64 on the
-            torch path. A slice of a packed projection is read where it lies.
+            torch path. A slice of a packed projection is not copied.
         k: (B, T, H_kv, K) or (T, H_kv, K) in q's dtype.
-        cos: (n_positions, K/2) in q's dtype or float32, which is never rounded. Column i belongs
-            to pair i. No gradient: a table that requires one is refused in grad mode.
-        sin: likewise.
-        q_weight: (K,) of the norm of q, in q's dtype, or float32 beside a 16-bit q (never rounded).
+        cos, sin: (n_positions, K/2) in q's dtype or float32, never cast; column i belongs to
+            pair i. No gradient: tables that require one are refused in grad mode.
+        q_weight, k_weight: (K,) of the norms, in q's dtype, or float32 beside 16 bits (never cast).
             None: no norm.
-        k_weight: likewise of k.
         eps: a finite number >= 0.
-        positions: (T,) or, with dense q, (B, T) integers in [0, n_positions). None: 0 to T-1, in
-            each row of a batch.
-        interleaved: pairs are (2i, 2i + 1) instead of (i, i + K/2).
+        positions: (T,) or, with dense q, (B, T) uint8, int16, int32 or int64 in [0, n_positions).
+            None: 0 to T-1.
+        interleaved: whether pairs are (2i, 2i + 1) instead of (i, i + K/2).
         impl: "auto", "triton" or "torch". The kernels take K up to 256.
 
-    Returns:
-        (q, k) in their shapes, new and contiguous, in q's dtype, under autocast in the autocast
-        dtype (a float32 q or k is then rounded when loaded).
+    Returns: (q, k) in their shapes, new and contiguous, in q's dtype, under autocast in its dtype.
+    Raises: ValueError for a wrong type, dtype, shape, device or option, or fewer positions than
+        rows; IndexError, on CPU in eager mode, for a position outside [0, n_positions);
+        NotImplementedError where impl="triton" cannot run, with all reasons.
 
-    Raises:
-        ValueError: a wrong type, dtype, shape, device or scalar, n_positions < T without positions,
-            or a table that requires a gradient.
-        IndexError: on CPU in eager mode, a position outside [0, n_positions).
-        NotImplementedError: impl="triton" cannot run this call; the message lists why.
+    >>> q, k, angles = torch.randn(9, 8, 32), torch.randn(9, 2, 32), torch.randn(9, 16)
+    >>> [x.shape for x in qk_norm_rope(q, k, angles.cos(), angles.sin())]
+    [torch.Size([9, 8, 32]), torch.Size([9, 2, 32])]
 
-    Numerics:
-        Everything in float32 (float64 for float64), rounded once. The norm is formed again in the
-        backward; the weights' gradients are summed in a fixed order: same inputs, same bits. Where
-        values are not checked, a position out of range makes its rows of q and k, their gradients
-        and the weights' gradients NaN. The torch path can be differentiated any number of times,
-        the kernels once.
-
-    Source: rotary positions of RoFormer (arXiv 2104.09864), the norm of queries and keys of Henry
-    et al. (arXiv 2010.04245) as an RMS norm; the single pass is this project's.
+    Numerics: docs/numerics.md. Source: arXiv 2104.09864 (rotary), 2010.04245 (norm).
     """
     _check_heads(q, k)
     _check_tables(q, cos, sin)

@@ -32,29 +32,23 @@ def segment_pool(
 
     Args:
         x: (T, D) float32, bfloat16 or float16; float64 on the torch path.
-        cu_patchlens: (P+1,) int32 patch borders in rows of x, from 0, non-decreasing, at most T.
-            Rows from the last border on belong to no patch: they are never read, even when they
-            hold NaN, and their gradient is zero.
+        cu_patchlens: (P+1,) int32 patch boundaries in rows of x: from 0, non-decreasing, at most T.
+            Rows from the last boundary on are never read, even where they are NaN; their gradient
+            is zero.
         mode: "mean", "sum", "max", "min", "first" or "last".
         impl: "auto", "triton" or "torch".
 
-    Returns:
-        (P, D) in x's dtype, under autocast in the autocast dtype (float32 is then rounded when
-        loaded). Empty patches give zeros and take no gradient, in every mode.
+    Returns: (P, D) in x's dtype, under autocast in the autocast dtype. Empty patches give zeros and
+        take no gradient, in every mode.
+    Raises: ValueError for a wrong type, dtype, shape, device or option, on CPU in eager mode also
+        for bad boundaries; NotImplementedError where impl="triton" cannot run, with all reasons.
 
-    Raises:
-        ValueError: a wrong type, dtype, shape, device or mode; on CPU in eager mode also offsets
-            that do not start at 0, decrease, or end beyond T.
-        NotImplementedError: impl="triton" cannot run this call; the message lists why.
+    >>> x = torch.tensor([[1.0], [2.0], [6.0], [5.0]])
+    >>> segment_pool(x, torch.tensor([0, 3, 4], dtype=torch.int32), mode="mean").tolist()
+    [[3.0], [5.0]]
 
-    Numerics:
-        Accumulates in float32 (float64 for float64) in a fixed order and rounds once; max,
-        min, first and last are exact. "max" and "min": of equal values the first takes the whole
-        gradient; NaN propagates, and the first NaN takes the gradient. NaN stays in its own patch.
-        The torch path can be differentiated any number of times, the kernels once.
-
-    Source: the pooling of bytes into patches in BLT (arXiv 2412.09871), and the selection of one
-    byte's state in H-Net (arXiv 2507.07955) and SpaceByte (arXiv 2404.14408).
+    Numerics: docs/numerics.md. Source: the pooling of bytes into patches in BLT (arXiv 2412.09871);
+    one byte's state in H-Net (arXiv 2507.07955) and SpaceByte (arXiv 2404.14408).
     """
     _checks.require_tensor("x", x, ("T", "D"), _checks.FLOATS)
     _checks.require(x.shape[1] >= 1, "x", "D >= 1", tuple(x.shape))

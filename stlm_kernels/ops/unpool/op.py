@@ -26,39 +26,29 @@ def unpool(
 ) -> Tensor:
     """Give each byte the state of the patch that it may read, plus its own residual.
 
-    out[t] = (patch_states[read_ids[t]] if read_ids[t] >= 0 else null_state) + residual[t].
-
-    With `read_ids` from `find_patches` no byte sees a later one, provided that `residual` comes
-    from a causal encoder.
+    out[t] = (patch_states[read_ids[t]] if read_ids[t] >= 0 else null_state) + residual[t]. With
+    `read_ids` from `find_patches` and a `residual` from a causal encoder no byte sees a later one.
 
     Args:
         patch_states: (P, D) float32, bfloat16 or float16; float64 on the torch path.
-        read_ids: (T,) integers in [-1, P), each id >= 0 in one contiguous run of rows, as
-            `find_patches` makes them; -1: no patch can be read yet.
-        null_state: (D,) what rows with -1 get, in patch_states' dtype, or float32 beside a 16-bit
-            one (rounded to its dtype when loaded). None: zeros.
+        read_ids: (T,) uint8, int16, int32 or int64 in [-1, P), each id >= 0 in one contiguous run,
+            as `find_patches` makes them; -1: nothing to read yet.
+        null_state: (D,) the state read where the id is -1, in patch_states' dtype, or float32
+            beside a 16-bit one (cast to its dtype when loaded). None: zeros.
         residual: (T, D) in patch_states' dtype. None: nothing is added.
         impl: "auto", "triton" or "torch".
 
-    Returns:
-        (T, D) in patch_states' dtype, under autocast in the autocast dtype (float32 is then
-        rounded when loaded).
+    Returns: (T, D) in patch_states' dtype, under autocast in the autocast dtype.
+    Raises: ValueError for a wrong type, dtype, shape, device or option, on CPU in eager mode also
+        for an id with two runs; IndexError there for an id outside [-1, P); NotImplementedError
+        where impl="triton" cannot run, with all reasons.
 
-    Raises:
-        ValueError: a wrong type, dtype, shape or device; on CPU in eager mode also an id >= 0 with
-            more than one run.
-        IndexError: on CPU in eager mode, an id outside [-1, P).
-        NotImplementedError: impl="triton" cannot run this call; the message lists why.
+    >>> ids = torch.tensor([-1, 0, 0, 1])
+    >>> unpool(torch.tensor([[4.0], [8.0]]), ids).flatten().tolist()
+    [0.0, 4.0, 4.0, 8.0]
 
-    Numerics:
-        A gather, exact without a residual. The gradients of patch_states and null_state are sums
-        of rows, accumulated in float32 (float64 for float64) in a fixed order and rounded once;
-        NaN reaches no patch but its own. Where values are not checked, a row whose id is out of
-        range is NaN and reaches no gradient but its residual's. The torch path can be
-        differentiated any number of times, the kernels once.
-
-    Source: the upsampling of H-Net (arXiv 2507.07955) and BLT (arXiv 2412.09871), read through
-    `read_ids`, which is this project's.
+    Numerics: docs/numerics.md. Source: the upsampling of H-Net (arXiv 2507.07955) and BLT
+    (arXiv 2412.09871), read through `read_ids`, which is this project's.
     """
     _checks.require_tensor("patch_states", patch_states, ("P", "D"), _checks.FLOATS)
     width, device = patch_states.shape[1], patch_states.device
