@@ -18,6 +18,7 @@ Array = NDArray[Any]
 
 SECTOR = 32
 BANKS, BANK_BYTES = 32, 4
+LANES, NOTHING = 32, -1
 LINE = 128  # bytes that shared memory and the L1 move in a cycle
 
 NAMES = {
@@ -54,17 +55,14 @@ class Costs:
             addresses: of each active thread, aligned to `size` bytes.
             warps: the warp of each.
         """
-        sectors = np.unique(_keys(warps, addresses // SECTOR))
-        places = np.unique(_keys(warps, addresses // size))
-        warp_of_place = places >> np.int64(48)
-        useful = np.bincount(warp_of_place) * size
-        requests = int((useful > 0).sum())
+        sectors = int(_distinct(_by_warp(addresses // SECTOR, warps)).sum())
+        useful = _distinct(_by_warp(addresses // size, warps)).sum(1) * size
         self.add(
             **{
-                f"global_{kind}_requests": requests,
-                f"global_{kind}_sectors": len(sectors),
+                f"global_{kind}_requests": len(useful),
+                f"global_{kind}_sectors": sectors,
                 f"global_{kind}_ideal_sectors": int((-(-useful // SECTOR)).sum()),
-                f"global_{kind}_cycles": int(np.maximum(1, -(-useful // LINE))[useful > 0].sum()),
+                f"global_{kind}_cycles": int((-(-useful // LINE)).sum()),
             },
         )
 
@@ -73,15 +71,13 @@ class Costs:
 
         Accesses of 8 bytes are served by half warps, of 16 by quarters, each in a pass of its own.
         """
-        lanes_at_once = max(1, min(32, LINE // size))
-        order = _rank_in_warp(warps) // lanes_at_once
+        at_once = min(LANES, LINE // size)
         words = (offsets[:, None] + np.arange(0, max(size, BANK_BYTES), BANK_BYTES)) // BANK_BYTES
-        group = np.broadcast_to((warps * 64 + order)[:, None], words.shape)
-        distinct = np.unique(_keys(group.reshape(-1), words.reshape(-1)))
-        bank = (distinct & np.int64((1 << 48) - 1)) % BANKS
-        groups, where = np.unique(distinct >> np.int64(48), return_inverse=True)
-        passes = np.zeros((len(groups), BANKS), np.int64)
-        np.add.at(passes, (where, bank), 1)
+        by_warp = np.stack([_by_warp(column, warps) for column in words.T], 2)
+        groups = by_warp.reshape(len(by_warp) * (LANES // at_once), -1)
+        distinct = _distinct(groups)
+        bank = groups % BANKS + BANKS * np.arange(len(groups))[:, None]
+        passes = np.bincount(bank[distinct], minlength=BANKS * len(groups)).reshape(-1, BANKS)
         total = passes.sum(1)
         self.add(
             **{
@@ -93,7 +89,9 @@ class Costs:
     def touch(self, start: int, offsets: Array, size: int, extent: int, writes: bool) -> None:
         """Note the sectors of a storage: each is moved from or to DRAM once at least."""
         table = self.written_sectors if writes else self.read_sectors
-        flags = table.setdefault(start, np.zeros(-(-extent // SECTOR), bool))
+        if start not in table:
+            table[start] = np.zeros(-(-extent // SECTOR), bool)
+        flags = table[start]
         flags[offsets // SECTOR] = True
         flags[np.minimum((offsets + size - 1) // SECTOR, len(flags) - 1)] = True
 
@@ -110,16 +108,24 @@ class Costs:
         return SECTOR * int(sum(self.counts[f"global_{kind}_sectors"] for kind in kinds))
 
 
-def _keys(warps: Array, places: Array) -> Array:
-    """One int64 of a warp (16 bits) and a place (48 bits) in it."""
-    return (warps.astype(np.int64) << np.int64(48)) | places.astype(np.int64)
+def _by_warp(values: Array, warps: Array) -> Array:
+    """Values of threads in order of their warps as (warps, 32), each followed by `NOTHING`."""
+    starts = np.flatnonzero(np.diff(warps, prepend=-1))
+    if len(values) == LANES * len(starts):
+        return values.reshape(-1, LANES)
+    counts = np.diff(starts, append=len(warps))
+    rows = np.full((len(starts), LANES), NOTHING, np.int64)
+    rows[np.arange(LANES) < counts[:, None]] = values
+    return rows
 
 
-def _rank_in_warp(warps: Array) -> Array:
-    """Position of each access among those of its warp."""
-    first = np.r_[True, warps[1:] != warps[:-1]]
-    begins = np.flatnonzero(first)
-    return np.arange(len(warps)) - np.repeat(begins, np.diff(np.r_[begins, len(warps)]))
+def _distinct(rows: Array) -> Array:
+    """Which values of sorted rows are the first of their kind; rows are sorted in passing."""
+    rows.sort(1)
+    first = np.ones(rows.shape, bool)
+    np.not_equal(rows[:, 1:], rows[:, :-1], out=first[:, 1:])
+    first &= rows != NOTHING
+    return first
 
 
 CLASSES = {

@@ -77,7 +77,7 @@ def executing(
     costs: bool = False,
     sample: int | None = None,
 ) -> Iterator[Session]:
-    """Run launches here inside: the library's ops with `impl="triton"`, and any `kernel[grid](...)`.
+    """Run launches here inside: of the library's ops (`impl="triton"`) and any `kernel[grid](...)`.
 
     An autotuned kernel takes the first of its configurations: there is no time to compare.
 

@@ -64,6 +64,35 @@ def test_sectors_of_global_memory(addresses: Any, size: int, sectors: int, ideal
     assert costs.counts["global_load_requests"] == 1
 
 
+def test_warps_count_by_themselves_whatever_lanes_they_have() -> None:
+    """Against sets of places, over random threads of several warps."""
+    draw = np.random.default_rng(0)
+    for size in (1, 2, 4, 8, 16):
+        threads = np.flatnonzero(draw.random(256) < 0.7)
+        warps, addresses = threads // 32, draw.integers(0, 200, len(threads)) * size
+        costs = Costs()
+        costs.global_access("load", addresses, size, warps)
+        costs.shared_access("load", addresses, size, warps)
+        sectors, ideal, passes = 0, 0, 0
+        for warp in np.unique(warps):
+            mine = addresses[warps == warp]
+            sectors += len({place // 32 for place in mine})
+            ideal += -(-len(set(mine.tolist())) * size // 32)
+            step = min(32, 128 // size)
+            for begin in range(0, len(mine), step):
+                words = {
+                    (place + byte) // 4
+                    for place in mine[begin : begin + step]
+                    for byte in range(0, max(size, 4), 4)
+                }
+                banks = [word % 32 for word in words]
+                passes += max(banks.count(bank) for bank in set(banks))
+        assert costs.counts["global_load_sectors"] == sectors
+        assert costs.counts["global_load_ideal_sectors"] == ideal
+        assert costs.counts["global_load_requests"] == len(np.unique(warps))
+        assert costs.counts["shared_load_wavefronts"] == passes
+
+
 def test_each_sector_goes_to_dram_once() -> None:
     costs = Costs()
     for _ in range(3):
