@@ -82,20 +82,21 @@ def test_the_table_of_ops_is_the_registry() -> None:
     assert sorted(rows) == sorted(OPS)
 
 
-def test_the_layout_names_every_top_folder() -> None:
-    tree = TEXT.split("## Layout")[1].split("```")[1]
-    tracked = {name_of(path.parent) for path in ROOT.glob("*/*") if path.suffix in (".py", ".md")}
-    shown = set(re.findall(r"^(\w+)/|(?<= )(\w+)/ ", tree, flags=re.M))
-    assert {name for pair in shown for name in pair if name} >= tracked - {"findings"}
-    parent = Path()
-    for line in tree.splitlines()[1:]:
-        depth = len(line) - len(line.lstrip())
-        for name in re.findall(
-            r"[\w.-]+(?:/|\.py)(?=\s|$)", line.split("  ")[0 if not depth else 1]
-        ):
-            path = ROOT / name if depth == 0 else parent / name
-            assert path.exists(), f"the layout names {name}"
-            parent = path if depth == 0 else parent
+def test_the_layout_is_that_of_the_checkout() -> None:
+    tree = TEXT.split("## Layout")[1].split("```text\n")[1].split("```")[0]
+    shown: set[Path] = set()
+    folder = ROOT
+    for line in tree.splitlines():
+        names, _ = re.split(r"\s{2,}", line.strip(), maxsplit=1)  # from what they hold
+        is_top = not line.startswith(" ")
+        paths = [(ROOT if is_top else folder) / name for name in names.split()]
+        shown.update(paths)
+        folder = paths[0] if is_top else folder
+    shown = {Path(str(path).replace("<op>", "byte_pool")) for path in shown}
+    assert not [path for path in shown if not path.exists()]
+    kept = {".py", ".md", ".sh"}
+    folders = {path.parent for path in ROOT.glob("[a-z]*/*") if path.suffix in kept}
+    assert shown >= folders - {ROOT / "build"}
 
 
 # Links and names
@@ -131,22 +132,32 @@ def test_a_linked_figure_is_what_its_file_says(page: Path) -> None:
         assert f"{value_at(path, pointer):.{digits}f}" == figure, f"{path.name}#{pointer}"
 
 
-def test_a_linked_figure_is_of_the_op_of_its_row() -> None:
-    rows = re.findall(r"^\| `(\w+)`.*comparisons/.*", TEXT, flags=re.M)
-    lines = [line for line in TEXT.splitlines() if "comparisons/" in line]
-    assert len(rows) == len(lines) >= 4
-    for op, line in zip(rows, lines, strict=True):
-        for _, target in LINK.findall(line):
-            path, _, pointer = target.partition("#")
-            comparison = json.loads((ROOT / path).read_text())["comparisons"][
-                int(pointer.split("/")[2])
-            ]
-            assert (comparison["op"], comparison["direction"]) == (op, "fwd+bwd")
+def test_a_linked_figure_is_of_the_row_and_column_that_it_stands_in() -> None:
+    results = TEXT.split("## Results")[1].split("##")[0]
+    linked = [line for line in results.splitlines() if LINK.search(line) and line.startswith("|")]
+    assert len(linked) >= 6
+    for line in linked:
+        op = re.match(r"\| `(\w+)`", line)
+        cells = [LINK.findall(cell)[0][1].partition("#") for cell in line.split("|")[2:-1]]
+        rows = [(path, _row(ROOT / path, pointer)) for path, _, pointer in cells]
+        if op:
+            assert {(row["op"], row["direction"]) for _, row in rows} == {(op[1], "fwd+bwd")}
+            assert ["1-thread" in path for path, _ in rows] == [True, False]
+            assert len({row["case"] for _, row in rows}) == 1
+        else:
+            assert [row["model"] for _, row in rows] == ["10m", "10m-word", "10m-flat"]
+            text = "stdlib" if "standard library" in line else "wikitext2"
+            assert all(text in path for path, _ in rows)
+
+
+def _row(path: Path, pointer: str) -> dict[str, Any]:
+    row: dict[str, Any] = json.loads(path.read_text())["rows"][int(pointer.split("/")[2])]
+    return row
 
 
 def test_the_shown_end_of_a_training_run_is_that_of_its_file() -> None:
     path = ROOT / "bench/results/train-demo-cpu-2026-11-27.json"
-    result = json.loads(path.read_text())["result"]
+    result = json.loads(path.read_text())["rows"][0]
     line = (
         f"held out, {result['held_out_bytes']:,} bytes: {result['bits_per_byte']:.4f} bits per byte"
         f" (gzip -9: {result['gzip_9_bits_per_byte']:.4f},"
