@@ -16,6 +16,7 @@ SECOND_FAMILY = ("chunked_op", "chunked_impl")
 WAYS_OF_TORCH = ("banded", "documents", "folded")
 """Registered ops and kernels of an op that large shapes take, where one file would hold two."""
 MAX_KERNEL_LINES, MAX_KERNEL_PARAMETERS, MAX_KERNEL_FLAGS = 80, 20, 3
+MAX_FILE_LINES = 400
 
 
 def imports_of(path: Path) -> set[str]:
@@ -102,7 +103,16 @@ def test_kernels_stay_small(kernel: ast.FunctionDef) -> None:
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_files_stay_readable(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 400
+    assert len(path.read_text().splitlines()) <= MAX_FILE_LINES
+
+
+def test_contributing_names_the_same_limits() -> None:
+    text = " ".join((ROOT / "CONTRIBUTING.md").read_text().split())
+    assert (
+        f"file {MAX_FILE_LINES} lines, line 100 columns, kernel {MAX_KERNEL_LINES} lines,"
+        f" {MAX_KERNEL_PARAMETERS} run-time parameters, {MAX_KERNEL_FLAGS} boolean constexprs"
+    ) in text
+    assert "line-length = 100" in (ROOT / "pyproject.toml").read_text()
 
 
 @pytest.mark.parametrize(("python", "there"), [("true", True), ("false", False)])
