@@ -18,12 +18,13 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 
 from stlm_kernels import terminal
-from stlm_models.config import ModelConfig, preset
-from stlm_models.data import Corpus, load_corpus
-from stlm_models.precision import faster_precision
-from stlm_models.train import judge
-from stlm_models.trainer import PRECISIONS, StepResult, Trainer, TrainOptions
-from stlm_models.words import WordVocabulary
+from stlm_models.config import ModelConfig
+from stlm_models.data.corpus import Corpus, load_corpus
+from stlm_models.data.words import WordVocabulary
+from stlm_models.presets import preset
+from stlm_models.training.precision import faster_precision
+from stlm_models.training.reporting import judge
+from stlm_models.training.trainer import PRECISIONS, StepResult, Trainer, TrainOptions
 
 from .harness import environment
 from .harness.commandline import positive

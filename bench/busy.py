@@ -17,10 +17,10 @@ from contextlib import contextmanager
 import torch
 
 from stlm_kernels import terminal
-from stlm_models.config import preset
-from stlm_models.data import load_corpus
-from stlm_models.threads import ThreadCount
-from stlm_models.trainer import Trainer, TrainOptions
+from stlm_models.data.corpus import load_corpus
+from stlm_models.presets import preset
+from stlm_models.training.threads import ThreadCount
+from stlm_models.training.trainer import Trainer, TrainOptions
 
 from .harness import environment
 from .harness.commandline import positive

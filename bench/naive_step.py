@@ -19,10 +19,11 @@ from multiprocessing.connection import Connection
 import torch
 
 from stlm_kernels import terminal
-from stlm_models.config import ModelConfig, preset
-from stlm_models.data import load_corpus
-from stlm_models.precision import faster_precision
-from stlm_models.trainer import PRECISIONS, Trainer, TrainOptions
+from stlm_models.config import ModelConfig
+from stlm_models.data.corpus import load_corpus
+from stlm_models.presets import preset
+from stlm_models.training.precision import faster_precision
+from stlm_models.training.trainer import PRECISIONS, Trainer, TrainOptions
 
 from .harness import environment
 from .harness.baseline_ops import ops_replaced

@@ -9,8 +9,8 @@ import torch
 
 from stlm_models import STLM, ModelConfig, bits_per_byte
 from stlm_models.data import TrainingWindows
-from stlm_models.optim import Optimizers, lr_scale
 from stlm_models.parallel import mean_loss
+from stlm_models.training.optim import Optimizers, lr_scale
 
 STEPS = 100
 SHAPE = ModelConfig(

@@ -2,13 +2,23 @@
 
 from stlm_kernels import __version__
 
-from .bits import bits_per_byte
-from .cache import KVCache
-from .config import BOS_ID, PRESETS, ModelConfig
-from .incremental import IncrementalNgrams, IncrementalPatcher, IncrementalPooling
-from .layers import Attention, BytePatcher, BytePooling, ByteUnpooling, TiedEmbedding
+from .checkpoint import load_model
+from .config import BOS_ID, ModelConfig
+from .evaluation import bits_per_byte
+from .generation import IncrementalNgrams, IncrementalPatcher, IncrementalPooling
+from .layers import (
+    Attention,
+    BytePatcher,
+    BytePooling,
+    ByteUnpooling,
+    KVCache,
+    Router,
+    RouterState,
+    Routing,
+    TiedEmbedding,
+)
 from .model import STLM
-from .router import Router, RouterState, Routing
+from .presets import PRESETS
 
 __all__ = [
     "BOS_ID",
@@ -29,4 +39,5 @@ __all__ = [
     "TiedEmbedding",
     "__version__",
     "bits_per_byte",
+    "load_model",
 ]

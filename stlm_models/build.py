@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from torch import nn
 
-from .attention import Attention, PatchAttention
 from .config import ModelConfig
-from .layers import BytePatcher, BytePooling, ByteUnpooling, GivenPatches, NgramPooling
-from .pooling import EmaUnpooling
-from .transformer import SwiGLU, build_blocks
+from .layers.attention import Attention, PatchAttention
+from .layers.ngrams import NgramPooling
+from .layers.patching import BytePatcher, GivenPatches
+from .layers.pooling import BytePooling, ByteUnpooling, EmaUnpooling
+from .layers.transformer import SwiGLU, build_blocks
 
 
 def patcher_of(config: ModelConfig, *, max_patches: int | None = None) -> BytePatcher:

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from .config import ModelConfig, config_from_dict
+from .data.words import WordVocabulary
 from .files import sync_folder
 from .model import STLM
-from .words import WordVocabulary
 
 WORDS = "words.json"
 MANIFEST = "manifest.json"

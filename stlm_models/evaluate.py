@@ -13,9 +13,9 @@ from pathlib import Path
 
 from stlm_kernels.terminal import argument_parser, command, note
 
-from .bits import bits_per_byte
 from .checkpoint import load_checkpoint, model_of, require_extra
-from .data import documents_of
+from .data.corpus import documents_of
+from .evaluation import bits_per_byte
 
 
 @command()

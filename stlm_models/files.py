@@ -184,3 +184,10 @@ def _naming(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+
+
+def new_file(path: Path) -> Path:
+    """The path, or a ValueError where something has that name that nobody asked to replace."""
+    if os.path.lexists(path):  # a link to nothing counts
+        raise ValueError(f"{path}: exists already; name the file to write with -o")
+    return path

@@ -10,21 +10,31 @@ from torch import Tensor, nn
 
 from stlm_kernels import Patches, segment_pool
 
-from . import build, decoding
-from .attention import clear_unused
-from .cache import CacheRows, KVCache
+from .build import (
+    decoder_blocks,
+    encoder_blocks,
+    initialise,
+    ngram_mode,
+    ngrams_of,
+    patcher_of,
+    pooling_of,
+    unpooling_of,
+)
 from .config import BYTES, IGNORED, ModelConfig
-from .head import ParallelHead
-from .inputs import check_inputs, check_patches, document_borders, targets_of_documents
-from .layers import BytePatcher, ByteUnpooling, TiedEmbedding, UntiedEmbedding
-from .lookup import lookup
-from .norms import rms_norm
-from .pooling import EmaUnpooling
-from .transformer import PatchCore, TransformerBlock, run_blocks
-from .typed_call import typed_as
+from .generation.sampling import GenerationMixin
+from .layers.embedding import TiedEmbedding, UntiedEmbedding, lookup
+from .layers.inputs import check_inputs, check_patches
+from .layers.kv_cache import CacheRows, KVCache
+from .layers.norms import rms_norm
+from .layers.packing import clear_unused, document_borders, targets_of_documents
+from .layers.parallel_head import ParallelHead
+from .layers.patching import BytePatcher
+from .layers.pooling import ByteUnpooling, EmaUnpooling
+from .layers.transformer import PatchCore, TransformerBlock, run_blocks
+from .layers.typed_call import typed_as
 
 
-class STLM(nn.Module):
+class STLM(GenerationMixin, nn.Module):
     """A byte-pooled language model: logits[..., t] predict the byte after position t.
 
     Args:
@@ -57,14 +67,14 @@ class STLM(nn.Module):
             logit_scale=config.logit_scale,
             softcap=config.softcap,
         )
-        self.ngrams, self.ngrams_to_bytes = build.ngrams_of(config)
+        self.ngrams, self.ngrams_to_bytes = ngrams_of(config)
         if self.is_flat and core is not None:
             raise ValueError('core: expected None with patch_rule "none", got a module')
         if not self.is_flat:
             self._add_patch_rate(PatchCore(config) if core is None else core)
-        self.decoder, self.decoder_feed_forward = build.decoder_blocks(config)
+        self.decoder, self.decoder_feed_forward = decoder_blocks(config)
         self.to_output = nn.Linear(config.byte_dim, config.byte_dim, bias=False)
-        build.initialise(self)
+        initialise(self)
         self.checkpointing = config.checkpointing
 
     @property
@@ -85,9 +95,9 @@ class STLM(nn.Module):
 
     def _add_patch_rate(self, core: nn.Module) -> None:
         config = self.config
-        self.patcher = build.patcher_of(config)
-        self.encoder, self.encoder_feed_forward = build.encoder_blocks(config)
-        self.pooling = build.pooling_of(config)
+        self.patcher = patcher_of(config)
+        self.encoder, self.encoder_feed_forward = encoder_blocks(config)
+        self.pooling = pooling_of(config)
         self.to_core = nn.Linear(config.byte_dim, config.core_dim, bias=False)
         self.core = core
         self.head: ParallelHead | None = None
@@ -96,7 +106,7 @@ class STLM(nn.Module):
             self.head = ParallelHead(config.core_dim, config.byte_dim, config.slots)
         else:
             self.from_core = nn.Linear(config.core_dim, config.byte_dim, bias=False)
-            self.unpooling = build.unpooling_of(config)
+            self.unpooling = unpooling_of(config)
 
     @property
     def is_flat(self) -> bool:
@@ -294,7 +304,7 @@ class STLM(nn.Module):
             pooled = self.pool_states(encoded, patches.cu_patchlens)
         if ngrams is None:
             return [pooled]
-        mode = build.ngram_mode(self.config)
+        mode = ngram_mode(self.config)
         return [pooled, segment_pool(ngrams, patches.cu_patchlens, mode=mode)]
 
     def pool_states(self, encoded: Tensor, cu_patchlens: Tensor) -> Tensor:
@@ -345,7 +355,3 @@ class STLM(nn.Module):
     def output_states(self, x: Tensor) -> Tensor:
         """What the output projection reads, of the decoder's stream (..., byte_dim)."""
         return self.to_output(rms_norm(x))
-
-    generate = decoding.generate
-    generate_batch = decoding.generate_batch
-    stream = decoding.stream

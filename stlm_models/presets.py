@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .options import ModelConfig
+from .config import ModelConfig
 
 BYTES_PER_WORD = 4.5
 """Of English text and of source code, roughly: words and what stands between them."""
@@ -150,3 +150,10 @@ PRESETS: dict[str, ModelConfig] = {
     "100m-word": _words("100m", 50257, 768, 10, 12, 4, 2016),
 }
 """By name; a tied table counts once towards the parameters that the name promises."""
+
+
+def preset(name: str) -> ModelConfig:
+    """The config of a preset, with a ValueError that lists them for an unknown name."""
+    if name not in PRESETS:
+        raise ValueError(f"preset: expected one of {sorted(PRESETS)}, got {name!r}")
+    return PRESETS[name]

@@ -16,11 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stlm_kernels.terminal import argument_parser, command
 
-from .config import BOS_ID, PRESETS, ModelConfig, preset
-from .data import load_corpus
+from .config import BOS_ID, ModelConfig
+from .data.corpus import load_corpus
 from .model import STLM
-from .optim import Optimizers
-from .presets import BYTES_PER_WORD
+from .presets import BYTES_PER_WORD, PRESETS, preset
+from .training.optim import Optimizers
 
 SAMPLE_BYTES = 1024
 MIB = 2**20

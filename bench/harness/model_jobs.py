@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from stlm_models import STLM
-from stlm_models.config import BYTES, preset
-from stlm_models.data import Corpus, load_corpus
-from stlm_models.loader import Batch, Loader
-from stlm_models.trainer import Trainer, TrainOptions
+from stlm_models.config import BYTES
+from stlm_models.data.corpus import Corpus, load_corpus
+from stlm_models.data.loader import Batch, Loader
+from stlm_models.presets import preset
+from stlm_models.training.trainer import Trainer, TrainOptions
 
 from .baseline_ops import STOCK, Ops, ops_replaced, with_impl
 from .jobs import Task, relative_rms

@@ -10,8 +10,7 @@ from torch import Tensor
 from transformers.generation import LogitsProcessor, StoppingCriteria
 
 from stlm_models import STLM
-from stlm_models.cached import CachedRun
-from stlm_models.decoding import lost_logits
+from stlm_models.generation.engine import CachedRun, lost_logits
 
 # transformers copies this file into saved folders: imports of stlm are absolute and public.
 

@@ -17,8 +17,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from stlm_models import BOS_ID, STLM, TiedEmbedding
 from stlm_models.checkpoint import load_tensors
 from stlm_models.config import BYTES
-from stlm_models.decoding import check_writes_bytes
-from stlm_models.transformer import TransformerBlock
+from stlm_models.generation.engine import check_writes_bytes
+from stlm_models.layers.transformer import TransformerBlock
 
 from .arguments_stlm import (
     Wanted,

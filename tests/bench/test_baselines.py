@@ -11,13 +11,13 @@ import pytest
 import torch
 from helpers.models import TINY
 
-import stlm_models.config
+import stlm_models.presets
 from bench import baselines, report
 from bench.harness.results import Result
 from stlm_models import ModelConfig, bits_per_byte
 from stlm_models.checkpoint import load_checkpoint
-from stlm_models.data import Corpus, load_corpus
-from stlm_models.trainer import StepResult, Trainer, TrainOptions
+from stlm_models.data.corpus import Corpus, load_corpus
+from stlm_models.training.trainer import StepResult, Trainer, TrainOptions
 
 TEXT = b"the cat sat on the mat, and the dog sat by the door: it was wet. " * 40
 CORPUS = Corpus("sentences", [TEXT, b"a rat ran off. "], [b"the dog sat on the cat. " * 9])
@@ -31,7 +31,7 @@ TINIES = {"demo": TINY, "demo-flat": FLAT, "demo-word": WORD}
 @pytest.fixture(autouse=True)
 def tiny_presets(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, config in TINIES.items():
-        monkeypatch.setitem(stlm_models.config.PRESETS, name, config)
+        monkeypatch.setitem(stlm_models.presets.PRESETS, name, config)
 
 
 def contender(name: str, config: ModelConfig = TINY, minutes: float = 1.0) -> baselines.Contender:

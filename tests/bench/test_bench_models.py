@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_bench import FakeBenchmark, FakeCuda
 
-import stlm_models.layers
+import stlm_models.layers.embedding
 from bench import report
 from bench.bench_models import test_model_speed as model_speed
 from bench.harness import model_jobs
@@ -20,7 +20,7 @@ from bench.harness.model_jobs import CACHED, GENERATE, OURS, RECOMPUTED, STEP, S
 from bench.harness.session import Session
 from bench.harness.timing import Cpu, Gpu
 from bench.peers import attention_varlen
-from stlm_models.data import Corpus
+from stlm_models.data.corpus import Corpus
 
 CORPUS = Corpus("words", [b"the cat sat on the mat, and the dog sat by the door. " * 20], [])
 STEP_SIZES = (("rows", 2), ("context", 32))
@@ -154,11 +154,11 @@ def test_stock_ops_replace_every_op_of_a_step(session: Session) -> None:
         return call
 
     job = ModelJob(STEP, "demo", STOCK_OPS, STEP_SIZES)
-    before = stlm_models.layers.byte_pool
+    before = stlm_models.layers.embedding.byte_pool
     with ops_replaced({name: watched(name) for name in STOCK}):
         model_jobs.loss_and_gradients(model_jobs.trainer_of(job, session.machine))
     assert called == set(STOCK)
-    assert stlm_models.layers.byte_pool is before
+    assert stlm_models.layers.embedding.byte_pool is before
 
 
 @pytest.mark.parametrize("asks", [True, False])

@@ -13,12 +13,12 @@ import torch
 from helpers.models import TINY
 from torch.autograd import DeviceType
 
-import stlm_models.config
+import stlm_models.presets
 from bench import step
 from bench.harness import timing
 from bench.harness.results import Result
-from stlm_models.data import Corpus
-from stlm_models.trainer import Trainer, TrainOptions
+from stlm_models.data.corpus import Corpus
+from stlm_models.training.trainer import Trainer, TrainOptions
 
 CORPUS = Corpus("words", [b"the cat sat on the mat, and the dog sat by the door. " * 100], [])
 CEILINGS = timing.Ceilings(copy_bytes_per_s=1e3, matmul_flops_per_s=1e9)
@@ -84,13 +84,13 @@ OTHERS = {
     "-word": {"decoder", "to_output"},
     "paper-byte": {"pooling", "to_core", "core", "head", "decoder", "to_output"},
 }
-SHOWN = [name for name in stlm_models.config.PRESETS if name not in ("50m-word", "100m-word")]
+SHOWN = [name for name in stlm_models.presets.PRESETS if name not in ("50m-word", "100m-word")]
 
 
 @pytest.mark.parametrize("name", SHOWN)  # those two differ from 10m-word by size
 def test_every_preset_has_the_parts_of_its_kind(name: str) -> None:
     """One layer of each kind, in the preset's own widths and heads."""
-    config = stlm_models.config.preset(name)
+    config = stlm_models.presets.preset(name)
     few = {x: min(1, getattr(config, x)) for x in ("core_layers", "encoder_layers")}
     config = replace(config, context=32, decoder_layers=1, **few)
     trainer = Trainer(config, CORPUS, TrainOptions(steps=1 << 30, batch_size=1))
@@ -107,7 +107,7 @@ def test_every_preset_has_the_parts_of_its_kind(name: str) -> None:
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setitem(stlm_models.config.PRESETS, "demo", TINY)
+    monkeypatch.setitem(stlm_models.presets.PRESETS, "demo", TINY)
     monkeypatch.setattr(step, "load_corpus", lambda paths: CORPUS)
     monkeypatch.setattr(timing.Cpu, "ceilings", lambda self: timing.Ceilings(1e9, 1e9))
     path = tmp_path / "step.json"

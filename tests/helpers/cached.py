@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from helpers.models import TINY, scrambled
 from stlm_models import STLM, ModelConfig
 from stlm_models.config import BOS_ID
-from stlm_models.decoding import fit_context
+from stlm_models.generation.engine import fit_context
 
 
 def varied(config: ModelConfig = TINY, core: nn.Module | None = None) -> STLM:

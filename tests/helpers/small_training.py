@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from stlm_models import ModelConfig
-from stlm_models.data import Corpus
+from stlm_models.data.corpus import Corpus
 
 SMALL = ModelConfig(
     byte_dim=32,

@@ -16,7 +16,7 @@ from stlm_models import (
     Router,
     TiedEmbedding,
 )
-from stlm_models.objectives import MultiByteHeads
+from stlm_models.training.objectives import MultiByteHeads
 
 ids = torch.zeros(2, 8, dtype=torch.int64)
 model = STLM(ModelConfig())

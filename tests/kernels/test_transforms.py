@@ -39,7 +39,7 @@ from stlm_kernels import (
 from stlm_kernels.spec import Case, Inputs, OpSpec
 from stlm_kernels.testing import assert_matches
 from stlm_models import STLM
-from stlm_models.attention import rotary_tables
+from stlm_models.layers.rotary import rotary_tables
 
 WAY = Way("torch", "cpu", torch.float32)
 RESULT_LANES = pytest.mark.lanes("cpu", "interpret", "gpu")

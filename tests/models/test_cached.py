@@ -13,9 +13,9 @@ from helpers.norms import assert_as_right, assert_same_rows
 from torch import Tensor, nn
 
 from stlm_models import STLM, Attention, KVCache
-from stlm_models.cached import CachedRun
 from stlm_models.config import BOS_ID
-from stlm_models.transformer import PatchCore
+from stlm_models.generation.engine import CachedRun
+from stlm_models.layers.transformer import PatchCore
 
 
 def prefixes(texts: Tensor, lengths: list[int]) -> dict[str, Tensor]:

@@ -10,9 +10,9 @@ import torch
 from helpers.models import TEXT, TINY, ids_of, scrambled
 
 from stlm_models import STLM, ModelConfig
-from stlm_models.data import Corpus
-from stlm_models.trainer import Trainer, TrainOptions
-from stlm_models.utilisation import flops_per_byte
+from stlm_models.data.corpus import Corpus
+from stlm_models.training.throughput import flops_per_byte
+from stlm_models.training.trainer import Trainer, TrainOptions
 
 CONFIGS: dict[str, ModelConfig] = {
     "pooled": TINY,

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from stlm_kernels.registry import OPS
 from stlm_models import BytePatcher
-from stlm_models.trainer import Trainer, TrainOptions
+from stlm_models.training.trainer import Trainer, TrainOptions
 
 
 @pytest.fixture(name="variants")

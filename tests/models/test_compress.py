@@ -24,16 +24,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from stlm_models import STLM, bits_per_byte
-from stlm_models.arithmetic import TOTAL_BITS, Decoder, Encoder, most_symbols
 from stlm_models.checkpoint import Checkpoint, load_checkpoint, load_model, save_checkpoint
-from stlm_models.compress import compress
 from stlm_models.compress import main as compress_main
-from stlm_models.compressed import FRONT, HEADER, Compressed, unpack
+from stlm_models.compression.codec import compress, decompress
+from stlm_models.compression.file_format import FRONT, HEADER, Compressed, unpack
+from stlm_models.compression.range_coder import TOTAL_BITS, Decoder, Encoder, most_symbols
+from stlm_models.compression.streams import cumulative_shares, default_lanes, lane_borders
 from stlm_models.config import BOS_ID
-from stlm_models.decoding import fit_context
-from stlm_models.decompress import decompress
 from stlm_models.decompress import main as decompress_main
-from stlm_models.lanes import cumulative_shares, default_lanes, lane_borders
+from stlm_models.generation.engine import fit_context
 
 TOTAL = 1 << TOTAL_BITS
 MINE, OTHERS = "ab" * 32, "cd" * 32
@@ -94,7 +93,7 @@ class TestArithmetic:
     @pytest.mark.parametrize("symbol", [0, 255])
     def test_what_a_code_holds_at_most(self, symbol: int, monkeypatch: pytest.MonkeyPatch) -> None:
         """With coarser shares, so that a digit does not hold hundreds of thousands."""
-        monkeypatch.setattr("stlm_models.arithmetic.TOTAL_BITS", 12)
+        monkeypatch.setattr("stlm_models.compression.range_coder.TOTAL_BITS", 12)
         shares = [*range(symbol + 1), *range(2**12 - 255 + symbol, 2**12 + 1)]
         assert shares[symbol + 1] - shares[symbol] == 2**12 - 255
         for count in range(1, 1500, 7):
@@ -196,7 +195,7 @@ class TestSize:
         lanes = [data[begin:end] for begin, end in pairwise(lane_borders(len(data), 4))]
         # Untrained, the model gives much to the ids that are no bytes, which the coder rules out.
         monkeypatch.setattr(model.embedding, "vocab_size", 256)
-        monkeypatch.setattr("stlm_models.layers._refuse_padded_ids", lambda *ids: None)
+        monkeypatch.setattr("stlm_models.layers.embedding._refuse_padded_ids", lambda *ids: None)
         bits = len(data) * bits_per_byte(model, lanes)
         got = code_bits(compress(model, data, checkpoint=MINE, lanes=4))
         assert bits - 8 * 4 < got < bits * 1.001 + 8 * 4

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from stlm_models.corpus_files import find_files, identity
-from stlm_models.data import load_corpus
+from stlm_models.data.corpus import load_corpus
+from stlm_models.data.corpus_files import find_files, identity
 
 TEXT = random.Random(0).randbytes(25_600)
 HELD_OUT = TEXT[23_040:]

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from stlm_models import data
-from stlm_models import documents as reading
 from stlm_models.config import BOS_ID
-from stlm_models.data import DocumentStream, TrainingWindows, default_corpus, load_corpus
+from stlm_models.data import corpus as data
+from stlm_models.data import documents as reading
+from stlm_models.data.corpus import default_corpus, load_corpus
+from stlm_models.data.windows import DocumentStream, TrainingWindows
 
 
 def write(root: Path, files: dict[str, bytes]) -> None:

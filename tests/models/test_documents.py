@@ -24,11 +24,12 @@ import numpy as np
 import pytest
 import torch
 
-from stlm_models import documents
-from stlm_models.containers import container_of, looks_binary
-from stlm_models.corpus_files import find_files
-from stlm_models.data import TrainingWindows, load_corpus
-from stlm_models.documents import Documents
+from stlm_models.data import documents
+from stlm_models.data.containers import container_of, looks_binary
+from stlm_models.data.corpus import load_corpus
+from stlm_models.data.corpus_files import find_files
+from stlm_models.data.documents import Documents
+from stlm_models.data.windows import TrainingWindows
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog,", "naïvely"]
 TEXT = " ".join(random.Random(0).choices(WORDS, k=2000)).encode()

@@ -12,8 +12,8 @@ from helpers.models import TINY, scrambled
 
 from stlm_models import STLM, bits_per_byte
 from stlm_models.checkpoint import Checkpoint, save_checkpoint
+from stlm_models.data.words import WordVocabulary
 from stlm_models.evaluate import main
-from stlm_models.words import WordVocabulary
 
 ROOT = Path(__file__).parents[2]
 TEXTS = {"a.txt": b"the cat sat on the mat. " * 4, "b.txt": b"Zo\xc3\xab \x00\xff 12", "c.txt": b""}

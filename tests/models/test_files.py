@@ -16,7 +16,7 @@ import bench.tune
 import stlm_models.files
 from bench.harness import results
 from stlm_models.files import is_stdout, replace_file, require_writable
-from stlm_models.progress import Metrics, draw_loss_curve, read_metrics
+from stlm_models.training.progress import Metrics, draw_loss_curve, read_metrics
 
 NOT_FOR_ROOT = pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from stlm_kernels.testing import assert_causal
 from stlm_models import PRESETS, STLM, BytePatcher, ModelConfig
-from stlm_models.cached import CachedRun
+from stlm_models.generation.engine import CachedRun
 from stlm_models.presets import BYTES_PER_WORD
 
 FLAT = dataclasses.replace(TINY, patch_rule="none", core_layers=0, decoder_window=None)

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from stlm_models import STLM
 from stlm_models.config import BOS_ID
-from stlm_models.decoding import fit_context
 from stlm_models.generate import _parser, main
-from stlm_models.layers import TiedEmbedding
+from stlm_models.generation.engine import fit_context
+from stlm_models.layers.embedding import TiedEmbedding
 
 
 @pytest.fixture(scope="module", name="model")

@@ -12,10 +12,10 @@ from helpers.models import TINY, scrambled
 from torch import Tensor, nn
 
 from stlm_models import STLM, bits_per_byte
-from stlm_models.cached import CachedRun
-from stlm_models.compress import compress
-from stlm_models.modes import eval_mode
-from stlm_models.transformer import PatchCore
+from stlm_models.compression.codec import compress
+from stlm_models.generation.engine import CachedRun
+from stlm_models.layers.modes import eval_mode
+from stlm_models.layers.transformer import PatchCore
 
 PROMPT = b"ab c, de"
 

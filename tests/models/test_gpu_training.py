@@ -17,10 +17,10 @@ from torch import Tensor
 
 from bench.harness.model_jobs import fill_zeros
 from stlm_models import BytePatcher
-from stlm_models.config import preset
-from stlm_models.data import Corpus
-from stlm_models.loader import Batch
-from stlm_models.trainer import Trainer, TrainOptions
+from stlm_models.data.corpus import Corpus
+from stlm_models.data.loader import Batch
+from stlm_models.presets import preset
+from stlm_models.training.trainer import Trainer, TrainOptions
 
 ON_GPU = pytest.mark.lanes("gpu")
 SECONDS_TO_THE_FIRST_STEP = 60

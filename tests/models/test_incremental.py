@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from stlm_kernels import Patches, byte_pool, find_patches, ngram_embedding, segment_pool
 from stlm_models import IncrementalNgrams, IncrementalPatcher, IncrementalPooling
-from stlm_models.layers import NgramPooling
+from stlm_models.layers.ngrams import NgramPooling
 
 RULES: list[dict[str, Any]] = [
     {"rule": "space"},

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from stlm_kernels import Patches, find_patches
 from stlm_models import STLM, ModelConfig, TiedEmbedding
-from stlm_models.bits import bits_per_byte
-from stlm_models.compress import compress
-from stlm_models.inputs import targets_of_documents
-from stlm_models.layers import UntiedEmbedding
+from stlm_models.compression.codec import compress
+from stlm_models.evaluation import bits_per_byte
+from stlm_models.layers.embedding import UntiedEmbedding
+from stlm_models.layers.packing import targets_of_documents
 
 GIVEN = dataclasses.replace(TINY, patch_rule="external")
 WORDS = dataclasses.replace(

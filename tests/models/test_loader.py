@@ -12,13 +12,14 @@ import pytest
 import torch
 from helpers.models import TINY, scrambled
 
-import stlm_models.config
+import stlm_models.presets
 import stlm_models.train
 from stlm_models import BytePatcher, ModelConfig
 from stlm_models.checkpoint import load_checkpoint
-from stlm_models.data import Corpus, TrainingWindows, load_corpus
-from stlm_models.loader import Batch, Loader, patcher_of
-from stlm_models.trainer import Trainer, TrainOptions
+from stlm_models.data.corpus import Corpus, load_corpus
+from stlm_models.data.loader import Batch, Loader, patcher_of
+from stlm_models.data.windows import TrainingWindows
+from stlm_models.training.trainer import Trainer, TrainOptions
 
 CPU = torch.device("cpu")
 TEXTS = [
@@ -194,8 +195,8 @@ class TestTrainer:
     def test_the_command_reports_them(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        monkeypatch.setitem(stlm_models.config.PRESETS, "demo", TINY)
-        monkeypatch.setattr("stlm_models.trainer.patcher_of", lambda config: self.patcher)
+        monkeypatch.setitem(stlm_models.presets.PRESETS, "demo", TINY)
+        monkeypatch.setattr("stlm_models.training.trainer.patcher_of", lambda config: self.patcher)
         monkeypatch.setattr(stlm_models.train, "FINAL_SAMPLE_BYTES", 4)
         text, run = tmp_path / "text.txt", tmp_path / "run"
         text.write_bytes(b"".join(TEXTS))

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from stlm_kernels import find_patches
 from stlm_models import TiedEmbedding
-from stlm_models.layers import NgramPooling, UntiedEmbedding
-from stlm_models.lookup import lookup
-from stlm_models.pooling import ByteUnpooling
+from stlm_models.layers.embedding import UntiedEmbedding, lookup
+from stlm_models.layers.ngrams import NgramPooling
+from stlm_models.layers.pooling import ByteUnpooling
 
 USES, LETTERS, WIDTH = 8192, 10, 8
 NARROW = [torch.bfloat16, torch.float16]

@@ -16,14 +16,9 @@ from helpers.norms import assert_same_rows
 from torch import Tensor, nn
 
 from stlm_kernels import find_patches
-from stlm_models import (
-    PRESETS,
-    STLM,
-    BytePatcher,
-    ModelConfig,
-    bits_per_byte,
-)
-from stlm_models.config import BOS_ID, BYTES, config_from_dict, preset
+from stlm_models import PRESETS, STLM, BytePatcher, ModelConfig, bits_per_byte
+from stlm_models.config import BOS_ID, BYTES, config_from_dict
+from stlm_models.presets import preset
 
 
 @pytest.fixture(params=RULES, name="model")

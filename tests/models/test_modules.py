@@ -12,14 +12,8 @@ from helpers.norms import assert_same_rows
 from torch import Tensor, nn
 
 from stlm_kernels import byte_pool, ngram_embedding
-from stlm_models import (
-    Attention,
-    BytePatcher,
-    BytePooling,
-    ByteUnpooling,
-    TiedEmbedding,
-)
-from stlm_models.layers import NgramPooling
+from stlm_models import Attention, BytePatcher, BytePooling, ByteUnpooling, TiedEmbedding
+from stlm_models.layers.ngrams import NgramPooling
 
 
 def naive_attention(layer: Attention, x: Tensor, documents: list[int]) -> Tensor:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from stlm_models import muon
-from stlm_models.muon import Muon, orthogonalized
+from stlm_models.training import muon
+from stlm_models.training.muon import Muon, orthogonalized
 
 SHAPES = [(24, 8), (8, 24), (8, 24), (16, 16), (8, 24)]
 MODERATE = 5

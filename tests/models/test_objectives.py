@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from stlm_models import STLM, TiedEmbedding
 from stlm_models.config import BOS_ID, BYTES, IGNORED
-from stlm_models.objectives import (
+from stlm_models.training.objectives import (
     MultiByteHeads,
     continuation_logprobs,
     distillation_loss,

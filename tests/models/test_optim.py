@@ -8,7 +8,7 @@ from helpers.models import TINY
 from torch import Tensor, nn
 
 from stlm_models import STLM, TiedEmbedding
-from stlm_models.optim import Optimizers
+from stlm_models.training.optim import Optimizers
 
 WIDTH = 16
 

@@ -20,8 +20,8 @@ from stlm_kernels import find_patches
 from stlm_kernels.testing import assert_causal
 from stlm_models import PRESETS, STLM, ModelConfig
 from stlm_models.config import config_from_dict
-from stlm_models.optim import Optimizers
 from stlm_models.parallel import apply_fsdp2
+from stlm_models.training.optim import Optimizers
 
 
 @pytest.fixture(params=CHOICES, ids=lambda c: "-".join(c.values()), name="model")

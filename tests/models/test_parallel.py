@@ -19,10 +19,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from stlm_models import STLM, BytePatcher
 from stlm_models.checkpoint import load_model
-from stlm_models.data import Corpus, TrainingWindows
-from stlm_models.optim import Optimizers
+from stlm_models.data.corpus import Corpus
+from stlm_models.data.windows import TrainingWindows
 from stlm_models.parallel import Ranks, apply_fsdp2, load_sharded, mean_loss, save_sharded
-from stlm_models.trainer import Trainer, TrainOptions
+from stlm_models.training.optim import Optimizers
+from stlm_models.training.trainer import Trainer, TrainOptions
 
 WORDS = b"the cat sat on the mat, and the dog sat by the door. " * 400
 TEXTS = (b"the cat sat on the mat, and the dog", b"sat by")

@@ -13,10 +13,10 @@ import torch
 import stlm_models.train
 from bench import baselines, naive_step, step
 from bench.harness import timing
-from stlm_models import precision
-from stlm_models.data import Corpus
+from stlm_models.data.corpus import Corpus
 from stlm_models.parallel import Ranks
-from stlm_models.precision import Precision, cpu_capabilities, faster_precision
+from stlm_models.training import precision
+from stlm_models.training.precision import Precision, cpu_capabilities, faster_precision
 
 MILAN = {"architecture": "x86_64", "avx2": True, "avx512_bf16": False, "amx_bf16": False}
 GENOA = {"architecture": "x86_64", "avx512_f": True, "avx512_bf16": True, "amx_bf16": False}

@@ -15,8 +15,8 @@ from helpers.models import TINY, ids_of, scrambled
 from torch import Tensor, nn
 
 from stlm_models import STLM, Attention, ModelConfig, bits_per_byte
-from stlm_models.cached import CachedRun
-from stlm_models.router import Router
+from stlm_models.generation.engine import CachedRun
+from stlm_models.layers.router import Router
 
 FLAT = {"patch_rule": "none", "core_layers": 0}
 CONFIGS = {

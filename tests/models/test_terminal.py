@@ -18,9 +18,9 @@ from helpers.models import TINY, scrambled
 
 import stlm_kernels.env
 import stlm_models.compress
-import stlm_models.config
 import stlm_models.decompress
 import stlm_models.generate
+import stlm_models.presets
 import stlm_models.summary
 import stlm_models.train
 from stlm_kernels.terminal import bytes_of, command, note, print_result
@@ -380,7 +380,7 @@ def redirected(descriptor: int, to: int) -> Iterator[None]:
 class TestTrain:
     @pytest.fixture(autouse=True)
     def small_demo(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(stlm_models.config.PRESETS, "demo", TINY)
+        monkeypatch.setitem(stlm_models.presets.PRESETS, "demo", TINY)
         monkeypatch.setattr(stlm_models.train, "FINAL_SAMPLE_BYTES", 9)
 
     @pytest.mark.parametrize(
@@ -430,7 +430,7 @@ def test_commands_that_only_print(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, to: str
 ) -> None:
     monkeypatch.setattr(stlm_kernels.env, "describe_ops", lambda: ["  op: torch"])
-    monkeypatch.setitem(stlm_models.config.PRESETS, "demo", TINY)
+    monkeypatch.setitem(stlm_models.presets.PRESETS, "demo", TINY)
     for main in (lambda: stlm_kernels.env.main([]), lambda: stlm_models.summary.main(["demo"])):
         with standard_output(to):
             assert main() == (0 if to == "closed" else 1)

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from stlm_models.config import ModelConfig
-from stlm_models.data import Corpus
-from stlm_models.threads import LONGEST_WAIT, ThreadCount
-from stlm_models.trainer import Trainer, TrainOptions
+from stlm_models.data.corpus import Corpus
+from stlm_models.training.threads import LONGEST_WAIT, ThreadCount
+from stlm_models.training.trainer import Trainer, TrainOptions
 
 
 def quiet(threads: int) -> float:

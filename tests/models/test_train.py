@@ -17,20 +17,15 @@ from typing import Any
 import pytest
 import torch
 
-import stlm_models.config
 import stlm_models.generate
+import stlm_models.presets
 import stlm_models.train
 from stlm_models import STLM, ModelConfig
-from stlm_models.checkpoint import (
-    Checkpoint,
-    latest_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-)
-from stlm_models.data import Corpus, load_corpus
-from stlm_models.optim import Optimizers, lr_scale
+from stlm_models.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
+from stlm_models.data.corpus import Corpus, load_corpus
 from stlm_models.train import main
-from stlm_models.trainer import StepResult, Trainer, TrainOptions
+from stlm_models.training.optim import Optimizers, lr_scale
+from stlm_models.training.trainer import StepResult, Trainer, TrainOptions
 
 SMALL = ModelConfig(
     byte_dim=16,
@@ -53,8 +48,8 @@ WORDS = b"the cat sat on the mat, and the dog sat by the door. " * 60
 
 @pytest.fixture(autouse=True)
 def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(stlm_models.config.PRESETS, "demo", SMALL)
-    monkeypatch.setattr(stlm_models.train, "SAMPLE_BYTES", 4)
+    monkeypatch.setitem(stlm_models.presets.PRESETS, "demo", SMALL)
+    monkeypatch.setattr(stlm_models.training.reporting, "SAMPLE_BYTES", 4)
     monkeypatch.setattr(stlm_models.train, "FINAL_SAMPLE_BYTES", 20)
 
 

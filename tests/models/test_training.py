@@ -13,16 +13,16 @@ from helpers.norms import half_the_digits
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import stlm_models.config
+import stlm_models.presets
 import stlm_models.train
 from stlm_kernels.testing import hold
 from stlm_models import BytePatcher
 from stlm_models.checkpoint import load_checkpoint, save_checkpoint
 from stlm_models.config import IGNORED
-from stlm_models.data import Corpus
-from stlm_models.optim import WARM_UP, Optimizers, lr_scale
-from stlm_models.trainer import Trainer, TrainOptions
-from stlm_models.utilisation import flops_per_byte, matmul_flops_per_second
+from stlm_models.data.corpus import Corpus
+from stlm_models.training.optim import WARM_UP, Optimizers, lr_scale
+from stlm_models.training.throughput import flops_per_byte, matmul_flops_per_second
+from stlm_models.training.trainer import Trainer, TrainOptions
 
 # Documents of one byte and of many: parts of a step have different numbers of targets.
 TEXTS = [b"the cat sat on the mat, and the dog sat by the door. " * 5, *([b"a", b"b"] * 40)]
@@ -139,7 +139,7 @@ class TestUtilisation:
 class TestCommand:
     @pytest.fixture(autouse=True)
     def small_demo(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(stlm_models.config.PRESETS, "demo", TINY)
+        monkeypatch.setitem(stlm_models.presets.PRESETS, "demo", TINY)
         monkeypatch.setattr(stlm_models.train, "FINAL_SAMPLE_BYTES", 4)
 
     def test_options_are_kept_and_must_stay(

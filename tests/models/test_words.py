@@ -17,10 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stlm_kernels import find_patches
-from stlm_models import BOS_ID, bits_per_byte, words
+from stlm_models import BOS_ID, bits_per_byte
 from stlm_models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from stlm_models.data import DocumentStream
-from stlm_models.words import FIRST_WORD, WordVocabulary
+from stlm_models.data import words
+from stlm_models.data.windows import DocumentStream
+from stlm_models.data.words import FIRST_WORD, WordVocabulary
 
 TEXTS = [
     b"the cat sat on the mat, and the dog sat by the door.\n",

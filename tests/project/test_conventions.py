@@ -16,7 +16,7 @@ from torch import Tensor
 
 import stlm_kernels as ops
 from stlm_kernels import linear_cross_entropy
-from stlm_models.options import HASH_MULTIPLIERS
+from stlm_models.config import HASH_MULTIPLIERS
 
 PAGE = (Path(__file__).parents[2] / "docs/conventions.md").read_text()
 TABLE = dict(re.findall(r"^\| ([^|]+?) \| ([^|]+?) \|", PAGE, flags=re.M))

@@ -47,7 +47,7 @@ def test_mypy_strict_sees_what_modules_return() -> None:
 
 def test_every_module_with_a_forward_has_a_typed_call() -> None:
     """The declaration is for checkers alone; at run time torch's own `__call__` runs."""
-    for path in sorted(Path(stlm_models.__file__).parent.glob("*.py")):
+    for path in sorted(Path(stlm_models.__file__).parent.rglob("*.py")):
         source = path.read_text()
         classes = re.split(r"^class (?=\w+\(nn\.Module\))", source, flags=re.M)[1:]
         for text in classes:
@@ -58,7 +58,7 @@ def test_every_module_with_a_forward_has_a_typed_call() -> None:
 
 
 def test_the_declaration_is_for_checkers_alone() -> None:
-    from stlm_models.typed_call import typed_as
+    from stlm_models.layers.typed_call import typed_as
 
     with pytest.raises(NotImplementedError, match="forward: only for type checkers"):
         typed_as(STLM.forward)

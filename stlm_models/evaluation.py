@@ -5,18 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from .config import BOS_ID, IGNORED
-from .modes import eval_mode
-
-if TYPE_CHECKING:
-    from .model import STLM
-    from .words import WordVocabulary
+from .data.words import WordVocabulary
+from .layers.modes import eval_mode
+from .model import STLM
 
 IDS_PER_CALL = 16_384
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .cache import CacheRows, KVCache
+from ..layers.kv_cache import CacheRows, KVCache
 
 
 class CachedCore(Protocol):

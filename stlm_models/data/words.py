@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from stlm_kernels import find_patches
 
-from .config import BOS_ID, BYTES
+from ..config import BOS_ID, BYTES
 
 FIRST_WORD = BOS_ID + 1
 MAX_SIZE = 1 << 18

@@ -42,13 +42,12 @@ from torch import Tensor, nn
 
 from stlm_kernels import segment_pool
 
-from .attention import document_starts
-from .config import BYTES, IGNORED
-from .decoding import prompt_ids
-from .inputs import targets_of_documents
-from .layers import TiedEmbedding, dense_cu_seqlens
-from .model import STLM
-from .typed_call import typed_as
+from ..config import BYTES, IGNORED
+from ..generation.engine import prompt_ids
+from ..layers.embedding import TiedEmbedding
+from ..layers.packing import dense_cu_seqlens, document_starts, targets_of_documents
+from ..layers.typed_call import typed_as
+from ..model import STLM
 
 
 class MultiByteHeads(nn.Module):

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .incremental import IncrementalPooling
-
-if TYPE_CHECKING:
-    from .model import STLM
+from .stages import ByteModel
+from .state import IncrementalPooling
 
 
 class CachedPool(Protocol):
@@ -39,7 +37,7 @@ class CachedPool(Protocol):
         """
 
 
-def pool_of(model: STLM, batch: int) -> CachedPool:
+def pool_of(model: ByteModel, batch: int) -> CachedPool:
     """Bytes are kept for attention alone: attention pooling, or an encoder inside patches."""
     config = model.config
     whole = config.pooling == "attention" or (config.encoder == "patch" and config.encoder_layers)
@@ -49,7 +47,7 @@ def pool_of(model: STLM, batch: int) -> CachedPool:
 class RunningPool:
     """One state a row."""
 
-    def __init__(self, model: STLM, batch: int) -> None:
+    def __init__(self, model: ByteModel, batch: int) -> None:
         config, device = model.config, model.embedding.weight.device
         self.plain = model.pooling is None
         self.state = IncrementalPooling(batch, config.byte_dim, config.pooling, device=device)
@@ -72,7 +70,7 @@ class RunningPool:
 class OpenPatches:
     """The states of the bytes of each row's open patch."""
 
-    def __init__(self, model: STLM, batch: int) -> None:
+    def __init__(self, model: ByteModel, batch: int) -> None:
         weight = model.embedding.weight
         self.model = model
         self.states = torch.zeros(batch, 0, weight.shape[1], device=weight.device)

@@ -6,22 +6,21 @@ The core runs once for each patch that closes, on the rows where one does.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from stlm_kernels import Patches, ema_unpool, unpool
 
-from .build import ngram_mode
-from .cached_core import cached_core, caches_at
-from .cached_pool import pool_of
-from .incremental import IncrementalNgrams, IncrementalPatcher, IncrementalPooling
-from .pooling import EmaUnpooling
-from .transformer import new_caches
-
-if TYPE_CHECKING:
-    from .model import STLM
+from ..build import ngram_mode
+from ..config import BOS_ID
+from ..layers.pooling import EmaUnpooling
+from ..layers.transformer import new_caches
+from .core_state import cached_core, caches_at
+from .pool_state import pool_of
+from .stages import ByteModel
+from .state import IncrementalNgrams, IncrementalPatcher, IncrementalPooling
 
 
 class CachedRun:
@@ -37,7 +36,7 @@ class CachedRun:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def __init__(self, model: STLM, windows: Sequence[list[int]]) -> None:
+    def __init__(self, model: ByteModel, windows: Sequence[list[int]]) -> None:
         self.model, self.device = model, model.embedding.weight.device
         batch = len(windows)
         self._rows: _Rows = FlatRows(model, batch) if model.is_flat else PatchedRows(model, batch)
@@ -78,7 +77,7 @@ class _Rows(Protocol):
 class FlatRows:
     """A model without patches: the caches of its decoder, and the last ids for n-grams."""
 
-    def __init__(self, model: STLM, batch: int) -> None:
+    def __init__(self, model: ByteModel, batch: int) -> None:
         self.model, self.caches = model, new_caches(model.decoder, batch)
         self.ngrams = _ngram_state(model, batch)
 
@@ -102,7 +101,7 @@ class FlatRows:
 class PatchedRows:
     """A model with patches: where each row stands in its patch, and what its next bytes read."""
 
-    def __init__(self, model: STLM, batch: int) -> None:
+    def __init__(self, model: ByteModel, batch: int) -> None:
         config, device = model.config, model.embedding.weight.device
         self.model = model
         self.patches = IncrementalPatcher(
@@ -204,7 +203,7 @@ class PatchedRows:
             self.reads[rows] = reads
 
 
-def _ngram_state(model: STLM, batch: int) -> IncrementalNgrams | None:
+def _ngram_state(model: ByteModel, batch: int) -> IncrementalNgrams | None:
     if model.ngrams is None:
         return None
     return IncrementalNgrams(batch, model.ngrams.sizes, device=model.embedding.weight.device)
@@ -215,3 +214,71 @@ def _packed(windows: Sequence[list[int]], device: torch.device) -> tuple[Tensor,
     ids = torch.tensor([i for window in windows for i in window], dtype=torch.int32, device=device)
     lengths = torch.tensor([0, *map(len, windows)], device=device)
     return ids, lengths.cumsum(0).int()
+
+
+def advance(
+    run: CachedRun,
+    windows: Sequence[list[int]],
+    ids: Tensor,  # (B,) integers
+    rows: Sequence[int],
+) -> None:
+    """Show each of these rows (ascending) its next id, or the window that it goes on with.
+
+    Args:
+        windows: what each row sees, its next id included. One that has outgrown the context is
+            cut by `fit_context`, in place.
+        ids: of all rows; those of rows left out are not read.
+    """
+    context = run.model.config.context
+    going = [i for i in rows if len(windows[i]) <= context]
+    outgrown = [i for i in rows if len(windows[i]) > context]
+    if going:
+        run.step(ids, going)
+    if outgrown:
+        for i in outgrown:
+            windows[i][:] = fit_context(run.model, windows[i])
+        run.restart(outgrown, [windows[i] for i in outgrown])
+
+
+def fit_context(model: ByteModel, window: list[int]) -> list[int]:
+    """The window, or where it has outgrown the context its last half context or a little less.
+
+    The cut falls on the first patch border there, so that no patch is torn; a text without a
+    border there, and a flat model's, is cut at the half itself.
+    """
+    context = model.config.context
+    if len(window) <= context:
+        return window
+    earliest = len(window) - context // 2
+    if model.is_flat:
+        return window[earliest:]
+    starts = model.patcher(torch.tensor(window, dtype=torch.int16)).cu_patchlens[:-1]
+    after = starts[starts >= earliest]
+    return window[int(after[0]) if after.numel() else earliest :]
+
+
+def check_writes_bytes(model: ByteModel) -> None:
+    """Refuse a model that cannot go on byte by byte with a ValueError."""
+    if model.config.tokens == "words":
+        raise ValueError(
+            'tokens: expected "bytes" to generate, got "words": the word model is a baseline that'
+            " is judged by bits per byte and writes no bytes"
+        )
+    if model.config.patch_rule == "external":
+        raise ValueError(
+            'patch_rule: expected a rule to generate, got "external": the patches of bytes that are'
+            " yet to be written are unknown"
+        )
+
+
+def lost_logits(peak: Tensor, place: str) -> FloatingPointError:
+    """The error of logits to draw from whose maximum, 0-d, is no number."""
+    return FloatingPointError(
+        f"logits: expected numbers to draw from, got a maximum of {float(peak)} for {place}:"
+        " check the model's parameters"
+    )
+
+
+def prompt_ids(prompt: bytes) -> list[int]:
+    """What a model is shown of a prompt: its bytes, or id 256 where it has none."""
+    return [*prompt] or [BOS_ID]

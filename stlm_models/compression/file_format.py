@@ -15,6 +15,7 @@ from itertools import accumulate, pairwise
 
 import torch
 
+SUFFIX = ".stlm"
 MAGIC = b"STLM"
 VERSION = 1
 FRONT = struct.Struct("<4sBI")

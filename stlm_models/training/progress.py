@@ -12,7 +12,7 @@ from typing import Any
 
 from stlm_kernels.terminal import note
 
-from .files import replace_file, write_png
+from ..files import replace_file, write_png
 
 SECONDS_BETWEEN_LINES = 10.0
 

@@ -8,17 +8,15 @@ from torch import Tensor
 from stlm_kernels import Patches
 from stlm_kernels.runtime import values_visible
 
-from .attention import document_starts
-from .config import IGNORED
-from .layers import dense_cu_seqlens
+from .packing import document_starts, require_type
 from .pooling import reads_ahead
 
 
 def check_inputs(byte_ids: Tensor, targets: Tensor | None) -> None:
     """Refuse ids (B, T) or (T,) and targets that are not integers of one shape."""
-    _require(byte_ids, Tensor, "byte_ids", "a tensor")
+    require_type(byte_ids, Tensor, "byte_ids", "a tensor")
     if targets is not None:
-        _require(targets, Tensor, "targets", "a tensor")
+        require_type(targets, Tensor, "targets", "a tensor")
     if byte_ids.dim() not in (1, 2):
         expected = "shape (B, T) or (T,)"
         raise ValueError(f"byte_ids: expected {expected}, got {tuple(byte_ids.shape)}")
@@ -29,38 +27,6 @@ def check_inputs(byte_ids: Tensor, targets: Tensor | None) -> None:
         raise ValueError(f"targets: expected {expected}, got {tuple(targets.shape)}")
 
 
-def _require(value: object, kind: type, name: str, expected: str) -> None:
-    if not isinstance(value, kind):
-        raise ValueError(f"{name}: expected {expected}, got {type(value).__name__}")
-
-
-def document_borders(byte_ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """cu_seqlens of the flattened byte_ids."""
-    if byte_ids.dim() == 2:
-        return dense_cu_seqlens(byte_ids, cu_seqlens)
-    if cu_seqlens is None:
-        return dense_cu_seqlens(byte_ids[None])
-    _require(cu_seqlens, Tensor, "cu_seqlens", "a tensor")
-    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-        got = f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
-        raise ValueError(f"cu_seqlens: expected int32 (S+1,), got {got}")
-    return cu_seqlens
-
-
-def targets_of_documents(
-    targets: Tensor,  # (T,) or (B, T) integers
-    cu_seqlens: Tensor | None,  # (S+1,) int32, of packed targets
-) -> Tensor:
-    """The targets, -100 from cu_seqlens[-1] on: rows there belong to no document.
-
-    Other integers than int64 are widened first, where -100 may be no value of theirs.
-    """
-    if cu_seqlens is None:
-        return targets
-    outside = torch.arange(len(targets), device=targets.device) >= cu_seqlens[-1]
-    return targets.long().masked_fill(outside, IGNORED)
-
-
 def check_patches(patches: Patches, cu_seqlens: Tensor, length: int) -> None:
     """Refuse patches that do not belong to these bytes, or that would leak (values: CPU only).
 
@@ -68,7 +34,7 @@ def check_patches(patches: Patches, cu_seqlens: Tensor, length: int) -> None:
         ValueError: naming the field, and for a leak the byte and the patch that it reads.
         IndexError: for a read_id that is no patch.
     """
-    _require(patches, Patches, "patches", "the Patches of find_patches")
+    require_type(patches, Patches, "patches", "the Patches of find_patches")
     for name in ("patch_ids", "read_ids"):
         shape = tuple(getattr(patches, name).shape)
         if shape != (length,):

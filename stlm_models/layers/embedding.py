@@ -6,8 +6,6 @@ All of them take packed tensors: T bytes or P patches of all documents behind ea
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,99 +13,12 @@ from torch import Tensor, nn
 from stlm_kernels import (
     Patches,
     byte_pool,
-    find_patches,
     linear_cross_entropy,
     linear_kl_div,
     linear_logprobs,
     linear_sample,
 )
 from stlm_kernels.runtime import check_ids, compute_dtype, values_visible, without_autocast
-
-from .attention import Attention
-from .lookup import lookup
-from .ngrams import NgramPooling
-from .pooling import BytePooling, ByteUnpooling
-from .typed_call import typed_as
-
-__all__ = [
-    "Attention",
-    "BytePatcher",
-    "BytePooling",
-    "ByteUnpooling",
-    "NgramPooling",
-    "TiedEmbedding",
-]
-
-
-class BytePatcher(nn.Module):
-    """Cut bytes into patches by a rule, as `stlm_kernels.find_patches` does.
-
-    Args:
-        rule, patch_size, max_patch_len, max_patches: see `stlm_kernels.find_patches`.
-    """
-
-    def __init__(
-        self,
-        rule: str,
-        *,
-        patch_size: int | None = None,
-        max_patch_len: int | None = None,
-        max_patches: int | None = None,
-    ) -> None:
-        super().__init__()
-        self.rule, self.patch_size = rule, patch_size
-        self.max_patch_len, self.max_patches = max_patch_len, max_patches
-
-    def forward(
-        self,
-        byte_ids: Tensor,  # (T,) or (B, T)
-        cu_seqlens: Tensor | None = None,  # (S+1,) int32
-        *,
-        max_patches: int | None = None,
-    ) -> Patches:
-        """The patches of packed byte_ids, or of the rows of dense ones, counted as if packed.
-
-        `max_patches` of this call stands in place of the patcher's own.
-
-        Raises:
-            ValueError: for dense byte_ids with cu_seqlens, and as `find_patches`.
-        """
-        if byte_ids.dim() == 2:
-            cu_seqlens = dense_cu_seqlens(byte_ids, cu_seqlens)
-            byte_ids = byte_ids.flatten()
-        return find_patches(
-            byte_ids,
-            rule=self.rule,
-            patch_size=self.patch_size,
-            max_patch_len=self.max_patch_len,
-            cu_seqlens=cu_seqlens,
-            max_patches=self.max_patches if max_patches is None else max_patches,
-        )
-
-    if TYPE_CHECKING:
-
-        @typed_as(forward)
-        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
-
-
-class GivenPatches(BytePatcher):
-    """Stands where a model has no rule: patches must be given."""
-
-    def __init__(self) -> None:
-        super().__init__("external")
-
-    def forward(
-        self,
-        byte_ids: Tensor,
-        cu_seqlens: Tensor | None = None,
-        *,
-        max_patches: int | None = None,
-    ) -> Patches:
-        """Raises a ValueError."""
-        raise ValueError(
-            'patches: expected patches of your own with patch_rule "external", got None; such a'
-            " model has no rule to cut bytes by, so it writes none"
-        )
 
 
 class TiedEmbedding(nn.Embedding):
@@ -308,15 +219,22 @@ class UntiedEmbedding(TiedEmbedding):
         return self._whole(self.output_weight)
 
 
-def dense_cu_seqlens(byte_ids: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-    """Document borders of dense (B, T) ids, whose rows are the documents."""
-    if cu_seqlens is not None:
-        raise ValueError("cu_seqlens: expected None with dense byte_ids, got a tensor")
-    rows, length = byte_ids.shape
-    return torch.arange(rows + 1, dtype=torch.int32, device=byte_ids.device) * length
-
-
 def _refuse_padded_ids(byte_ids: Tensor, vocab_size: int) -> None:
     """A lookup would find the rows behind the vocabulary, which stand for nothing."""
     if values_visible(byte_ids):
         check_ids(byte_ids, vocab_size)
+
+
+def lookup(
+    table: Tensor,  # (V, D)
+    ids: Tensor,  # (...) int32|int64
+) -> Tensor:  # (..., D)
+    """Return `F.embedding(ids, table)`; its gradient is accumulated in float32 and cast once.
+
+    Of a 16-bit table F.embedding (and indexing) adds up the gradient in 16 bits on a CPU: a bf16
+    row that is used more than 256 times stops growing.
+    """
+    is_narrow = torch.promote_types(table.dtype, torch.float32) != table.dtype
+    if is_narrow and table.requires_grad and torch.is_grad_enabled():
+        return F.embedding(ids, table.float()).to(table.dtype)
+    return F.embedding(ids, table)

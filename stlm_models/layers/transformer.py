@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..config import ModelConfig
 from .attention import Attention
-from .cache import CacheRows, KVCache
-from .config import ModelConfig
+from .kv_cache import CacheRows, KVCache
 from .norms import rms_norm
 from .typed_call import typed_as
 

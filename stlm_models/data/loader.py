@@ -11,8 +11,8 @@ from torch import Tensor
 
 from stlm_kernels import Patches
 
-from . import build
-from .config import ModelConfig
+from ..build import patcher_of as patcher_module_of
+from ..config import ModelConfig
 
 Patcher = Callable[[Tensor, Tensor], Patches]
 """The patches of packed byte_ids (T,) with document borders cu_seqlens (S+1,)."""
@@ -28,7 +28,7 @@ def patcher_of(config: ModelConfig) -> Patcher | None:
         return None
     if config.patch_rule == "external":
         raise ValueError('patcher: expected one of your own with patch_rule "external", got None')
-    return build.patcher_of(config, max_patches=config.max_patches)
+    return patcher_module_of(config, max_patches=config.max_patches)
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,7 @@ from torch import Tensor, nn
 from stlm_kernels import Patches, segment_pool
 from stlm_kernels.runtime import without_autocast
 
-from .attention import document_starts
-from .layers import dense_cu_seqlens
+from .packing import dense_cu_seqlens, document_starts
 from .typed_call import typed_as
 
 EPS = 1e-12

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from stlm_kernels import attention, decode_attention, patch_attention, qk_norm_rope
-from stlm_kernels.runtime import values_visible
 
-from .cache import CacheRows, KVCache
-from .config import check_heads
+from ..config import check_heads
+from .kv_cache import CacheRows, KVCache
+from .packing import document_starts
+from .rotary import rotary_tables
 from .typed_call import typed_as
 
 
@@ -163,49 +163,3 @@ class PatchAttention(Attention):
         if cu_seqlens is None:
             raise ValueError("cu_seqlens: expected the borders of the patches, got None")
         return patch_attention(q, k, v, cu_seqlens)
-
-
-def clear_unused(x: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """x (N, D) with zeros in the rows of no document, whatever they hold, NaN even.
-
-    Nothing reads them, but in the gradient of a linear map zero times NaN is not zero.
-    """
-    unused = torch.arange(len(x), device=x.device) >= cu_seqlens[-1]
-    return x.masked_fill(unused[:, None], 0)
-
-
-def document_starts(cu_seqlens: Tensor, length: int) -> Tensor:
-    """For each of `length` rows the first row of its document, (length,) int64."""
-    rows = torch.arange(length, device=cu_seqlens.device)
-    # right=True steps over empty documents: a row belongs to the last that starts at or before.
-    return cu_seqlens.long()[torch.searchsorted(cu_seqlens.long(), rows, right=True) - 1]
-
-
-def rotary_tables(
-    length: int, head_dim: int, base: float, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """cos and sin for at least `length` positions, (n_positions, head_dim / 2) fp32."""
-    if torch.compiler.is_compiling() or not values_visible(torch.empty(0, device="cpu")):
-        # A graph leaves the length open, and makes equal tables of its layers once; what is made
-        # inside torch.func or a FakeTensorMode must not outlive it.
-        return _rotary_tables(length, head_dim, base, device)
-    # Powers of two keep the number of tables small while texts grow byte by byte.
-    return _kept_rotary_tables(1 << (length - 1).bit_length(), head_dim, base, device)
-
-
-@functools.lru_cache(maxsize=16)
-def _kept_rotary_tables(
-    length: int, head_dim: int, base: float, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    with torch.inference_mode(False), torch.no_grad():
-        cos, sin = _rotary_tables(length, head_dim, base, torch.device("cpu"))
-        return cos.to(device), sin.to(device)
-
-
-def _rotary_tables(
-    length: int, head_dim: int, base: float, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    pairs = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device)
-    positions = torch.arange(length, dtype=torch.float64, device=device)
-    angles = positions[:, None] * base ** (-pairs / head_dim)
-    return angles.cos().float(), angles.sin().float()

@@ -10,21 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .arithmetic import TOTAL_BITS
-from .cached import CachedRun
-from .config import BOS_ID, BYTES
-from .decoding import advance, check_writes_bytes
-from .modes import eval_mode
-
-if TYPE_CHECKING:
-    from .model import STLM
+from ..config import BOS_ID, BYTES
+from ..generation.engine import CachedRun, advance, check_writes_bytes
+from ..layers.modes import eval_mode
+from ..model import STLM
+from .range_coder import TOTAL_BITS
 
 BYTES_OF_A_LANE = 4096
 MOST_LANES = 64

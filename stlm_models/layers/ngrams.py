@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from stlm_kernels import Patches, ngram_embedding, segment_pool
 
-from .options import HASH_MULTIPLIERS
+from ..config import HASH_MULTIPLIERS
 from .typed_call import typed_as
 
 

@@ -17,14 +17,15 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from .checkpoint import RUN, Checkpoint, load_tensors, save_checkpoint
-from .config import IGNORED, ModelConfig
-from .data import Corpus, Document, TrainingWindows
-from .loader import Batch, Loader, Patcher, patcher_of
-from .model import STLM
+from ..checkpoint import RUN, Checkpoint, load_tensors, save_checkpoint
+from ..config import IGNORED, ModelConfig
+from ..data.corpus import Corpus
+from ..data.loader import Batch, Loader, Patcher, patcher_of
+from ..data.windows import Document, TrainingWindows
+from ..data.words import WordVocabulary
+from ..model import STLM
+from ..parallel import Ranks, mean_loss
 from .optim import SCHEDULES, Optimizers, lr_scale
-from .parallel import Ranks, mean_loss
-from .words import WordVocabulary
 
 ALONE = Ranks()
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
