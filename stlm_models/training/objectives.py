@@ -6,7 +6,7 @@ Several bytes ahead (heads beside the model, which is used without them):
 
     heads = MultiByteHeads(config.byte_dim, 4)   # its parameters join the optimiser's
     hidden = model.hidden(ids, cu_seqlens=borders)
-    targets = targets_of_documents(targets, borders)  # of stlm_models.inputs: rows of none are -100
+    targets = targets_of_documents(targets, borders)  # of layers.packing: rows of none are -100
     loss_sum, n_valid = model.embedding.loss(hidden, targets)
     extra_sum, n_extra = heads(hidden, targets, model.embedding, cu_seqlens=borders)
     loss = loss_sum / n_valid + 0.3 * extra_sum / n_extra

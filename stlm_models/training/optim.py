@@ -24,7 +24,7 @@ class Optimizers:
     Args:
         model: whose parameters they move; those that are frozen now stay as they are.
         muon_lr, adamw_lr: peak learning rates.
-        muon_dtype: in which Muon multiplies, see `stlm_models.muon`.
+        muon_dtype: in which Muon multiplies, see `stlm_models.training.muon`.
 
     Raises:
         ValueError: for a model without a parameter that requires a gradient.

@@ -57,7 +57,7 @@ class TrainOptions:
             either way.
         grad_accum_steps: a step reads its windows in this many parts, one after the other, which
             needs less memory; each valid byte of the step counts the same.
-        schedule: of the learning rates, see `stlm_models.optim.lr_scale`.
+        schedule: of the learning rates, see `stlm_models.training.optim.lr_scale`.
         max_grad_norm: the norm of all gradients together is at most this; None is no limit.
         compile: run the model through torch.compile. On a CPU give `max_patches`: attention
             is compiled there for each number of patches anew.
