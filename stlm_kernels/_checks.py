@@ -53,13 +53,13 @@ def require_int64(name: str, value: Any) -> None:
 
 
 def require_scale(value: Any) -> None:
-    """Of attention's products: a finite number, or None for the default."""
+    """Refuse a scale of attention's products that is neither None nor a finite number."""
     ok = value is None or is_finite(value)
     require_number(ok, "scale", "None or a finite number", value)
 
 
 def require_softcap(value: Any) -> None:
-    """Of scores or logits: a bound, or None for none."""
+    """Refuse a bound of scores or logits that is neither None nor a finite number > 0."""
     ok = value is None or (is_number(value) and 0 < value < math.inf)
     require_number(ok, "softcap", "None or a finite number > 0", value)
 
@@ -69,7 +69,7 @@ def is_number(value: Any) -> bool:
 
 
 def is_finite(value: Any) -> bool:
-    """True for a finite number; a comparison, as a traced number knows no math.isfinite."""
+    """Return whether a number is finite, by comparing: a traced number has no math.isfinite."""
     return is_number(value) and -math.inf < value < math.inf
 
 

@@ -1,4 +1,4 @@
-"""Which implementation runs: `impl="auto" | "triton" | "torch"`.
+"""Choice of the implementation: `impl="auto" | "triton" | "torch"`.
 
 An explicit wish is obeyed or refused with all reasons. "auto" takes the torch path on every device
 but CUDA; on CUDA it warns once per op and set of reasons when the kernels cannot take a case.
@@ -39,7 +39,7 @@ def has_triton() -> bool:
 
 @functools.cache
 def kernels_interpreted() -> bool:
-    """True when triton decorated our kernels for its interpreter, so that they run on CPU."""
+    """Return whether triton decorated our kernels for its interpreter, so that they run on CPU."""
     if not has_triton():
         return False
     from ._triton import tiles
@@ -48,7 +48,7 @@ def kernels_interpreted() -> bool:
 
 
 def interpreter_reasons() -> list[str]:
-    """Why triton's interpreter cannot run here; what is installed next to it decides."""
+    """List the reasons why triton's interpreter cannot run with what is installed here."""
     import numpy as np
     import triton
 
@@ -77,7 +77,7 @@ def constant_while_traced(function: _Function) -> _Function:
 
 @constant_while_traced
 def machine_reasons(device_type: str, index: int | None) -> list[str]:
-    """Why no kernel of ours can run on this device, whatever the arguments."""
+    """List the reasons why no kernel of ours can run on this device, whatever the arguments."""
     if not has_triton():
         on_linux = sys.platform == "linux"
         hint = " (pip install triton)" if on_linux else ", and is released for Linux only"
@@ -138,7 +138,7 @@ def use_triton(
 
 
 def transform_reasons(arguments: dict[str, Any]) -> list[str]:
-    """Why the kernels cannot serve what differentiates this call."""
+    """List the reasons why the kernels cannot serve what differentiates this call."""
     tensors, _ = tree_flatten(arguments)
     if carries_tangents(*(x for x in tensors if isinstance(x, torch.Tensor))):
         return ["forward-mode AD asks for a derivative that only impl='torch' has"]

@@ -54,7 +54,7 @@ def _hint(op: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def _shapes_fit(op: Callable[..., Any], arguments: dict[str, Any]) -> bool:
-    """Whether an op accepts these arguments on the meta device, where there are no values."""
+    """Return whether an op accepts these arguments on the meta device, which has no values."""
     try:
         with torch.no_grad():
             op(**{name: _on_meta(x) for name, x in arguments.items()})

@@ -44,7 +44,7 @@ def config_for(kernel: str, bucket: str, default: Config, device: torch.device) 
 
 
 def device_file(device_name: str) -> Path:
-    """Where the tuned configurations of a device are kept."""
+    """Return the file that holds the tuned configurations of a device."""
     return _TUNED / (re.sub(r"[^a-z0-9]+", "_", device_name.lower()).strip("_") + ".json")
 
 
@@ -68,7 +68,7 @@ def launch(kernel: Any, programs: int, *args: Any, device: torch.device, **optio
 
 
 def is_recording() -> bool:
-    """True inside `recording`: launches reach no device, so tensors may be anywhere."""
+    """Return whether `recording` is on: launches reach no device, so tensors may be anywhere."""
     return _recorder.get() is not None
 
 
@@ -93,7 +93,7 @@ def overriding(configs: dict[str, Config]) -> Iterator[None]:
 
 
 def splits(count: int, tiles: int, programs: int, block: int) -> tuple[int, int]:
-    """Into how many runs a sum over `count` rows is cut so that the device is full.
+    """Number of runs into which a sum over `count` rows is cut so that the device is full.
 
     Args:
         count: rows that are summed over.

@@ -16,7 +16,7 @@ from . import _checks
 from ._dispatch import constant_while_traced
 
 ROW, SUM = "row", "sum"
-"""What a result holds: an entry for each row, or a sum over them."""
+"""Kinds of results: an entry for each row, or a sum over them."""
 
 WHOLE_ROWS = "a DTensor whose every placement is Shard(0) or Replicate() (see redistribute)"
 
@@ -25,7 +25,7 @@ _waiting: list[tuple[Any, Callable[..., Any]]] = []
 
 
 def is_dtensor(x: Any) -> bool:
-    """True for a DTensor; where nobody has imported its module, there is none."""
+    """Return whether x is a DTensor; there is none until its module has been imported."""
     module = getattr(torch.distributed, "tensor", None)
     return module is not None and isinstance(x, module.DTensor)
 
@@ -103,7 +103,7 @@ def own_part(
     bias: Any,  # (V,) or None
     *per_row: Any,  # (N, ...)
 ) -> tuple[Any, ...]:
-    """What this process holds of each DTensor; gradients of the whole ones are summed by rows."""
+    """Local part of each DTensor; gradients of the whole ones are summed by rows."""
     summed = _summed(rows)
     return (
         rows.to_local(),

@@ -45,7 +45,7 @@ def describe_device() -> list[str]:
 
 
 def describe_ops() -> list[str]:
-    """For each op: the path that impl="auto" takes on a small bf16 case, and why."""
+    """Return for each op the path that impl="auto" takes on a small bf16 case, and why."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lines = []
     for name, spec in OPS.items():

@@ -53,7 +53,7 @@ LIMITS = {
 
 @dataclass(frozen=True)
 class Report:
-    """What one kernel needs, compiled for one architecture with one configuration."""
+    """Resources of one kernel, compiled for one architecture with one configuration."""
 
     kernel: str
     ops: tuple[str, ...]
@@ -93,7 +93,7 @@ def target(arch: int) -> Iterator[None]:
     from triton.backends.compiler import GPUTarget
 
     class AbsentDevice:
-        """As much of a driver as compiling asks for."""
+        """Stand-in for a driver, with as much of one as compiling asks for."""
 
         def get_current_target(self) -> GPUTarget:
             return GPUTarget("cuda", arch, 32)

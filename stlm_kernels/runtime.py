@@ -1,4 +1,4 @@
-"""What can be known while an op or a module runs: whether values can be read, dtypes, transforms.
+"""State of a call while an op or a module runs: whether values can be read, dtypes, transforms.
 
 Public: models built on the ops ask the same questions.
 """
@@ -16,7 +16,7 @@ from . import _checks
 
 
 def values_visible(*tensors: Tensor) -> bool:
-    """True where reading values is free: plain CPU tensors, eager, outside torch.func."""
+    """Return whether reading values is free: plain CPU tensors, eager, outside torch.func."""
     for x in tensors:  # a generator costs more than all the rest here
         if not x.is_cpu:
             return False
@@ -24,7 +24,7 @@ def values_visible(*tensors: Tensor) -> bool:
 
 
 def values_readable(*tensors: Tensor) -> bool:
-    """True where values can be read, on a GPU at the price of a synchronisation.
+    """Return whether values can be read, on a GPU at the price of a synchronisation.
 
     Shapes alone (the meta device, a FakeTensorMode), graphs and transforms have none.
     """
@@ -66,7 +66,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def activation_dtypes(activation: Tensor) -> tuple[torch.dtype, ...]:
-    """What a second activation may have: the first one's dtype; under autocast any it casts."""
+    """Dtypes that a second activation may have: the first one's; under autocast any it casts."""
     if _is_autocast(activation):
         return _checks.KERNEL_FLOATS
     return (activation.dtype,)
@@ -86,15 +86,15 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def inside_torch_func() -> bool:
-    """True while a torch.func transform runs (and False while compiling, whatever runs)."""
+    """Return whether a torch.func transform runs (False while compiling, whatever runs)."""
     if torch.compiler.is_compiling():
         return False
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def carries_tangents(*tensors: Tensor | None) -> bool:
-    """True where forward-mode AD may ask for a derivative: for tensors with a tangent, and in any
-    torch.func transform within torch.func.jvp or what is built on it.
+    """Return whether forward-mode AD may ask for a derivative: for tensors with a tangent, and in
+    any torch.func transform within torch.func.jvp or what is built on it.
 
     Custom Functions have no such derivative here; a plain composition has.
     """
@@ -106,24 +106,24 @@ def carries_tangents(*tensors: Tensor | None) -> bool:
 
 
 def has_tangent(x: Tensor) -> bool:
-    """True for a tensor of forward-mode AD that has one."""
+    """Return whether a tensor has a tangent of forward-mode AD."""
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
 
 
 def needs_composition(*tensors: Tensor | None) -> bool:
-    """True where only ops that torch differentiates itself will do, and none in place."""
+    """Return whether only ops that torch differentiates itself will do, and none in place."""
     return inside_torch_func() or carries_tangents(*tensors)
 
 
 def many_at_once(*grads: Tensor) -> bool:
-    """True for gradients taken many at a time, by `is_grads_batched` or by torch.func.vmap."""
+    """Return whether gradients come many at a time, by `is_grads_batched` or by torch.func.vmap."""
     return inside_torch_func() or any(map(_is_batched, grads))
 
 
 def _is_traced_by_fx() -> bool:
-    """True within make_fx, and so within torch.func.linearize: a value read would be a constant."""
+    """Return whether make_fx, or torch.func.linearize, traces: a value read would be a constant."""
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
-"""Of gradients that autograd takes many at a time (`is_grads_batched`), by no torch.func."""
+"""Test for gradients that autograd takes many at a time (`is_grads_batched`), by no torch.func."""

@@ -1,4 +1,4 @@
-"""What an op tells tests, benchmarks, tuning and inspection about itself."""
+"""Description of an op for tests, benchmarks, tuning and inspection."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class OpSpec:
 
     @property
     def library_name(self) -> str:
-        """What the registered passes of this op begin with."""
+        """Prefix of the names of this op's registered passes."""
         return self.registered or self.name
 
     def tagged(self, *tags: str) -> list[Case]:

@@ -17,7 +17,7 @@ P = ParamSpec("P")
 INTERRUPTED = 130
 """The status of a command that Ctrl-C has ended."""
 RAISING = ("strict", "surrogateescape")
-"""How streams treat characters beyond their encoding where they raise: by default, and by that of
+"""Treatment of characters beyond a stream's encoding where they raise: by default, and by that of
 the C locale.
 """
 
@@ -133,7 +133,7 @@ def _flush() -> None:
 
 
 def _has_lost_its_reader() -> bool:
-    """Whether standard output is a pipe whose other end is closed."""
+    """Return whether standard output is a pipe whose other end is closed."""
     if sys.stdout is None or not hasattr(select, "poll"):
         return False
     poll = select.poll()

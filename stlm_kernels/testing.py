@@ -294,7 +294,7 @@ def _text_with_borders(length: int, vocab_size: int, rng: torch.Generator) -> Te
 def _other_tails(
     tail: Tensor, kind: int, vocab_size: int, rng: torch.Generator
 ) -> Iterator[Tensor]:
-    """The same number of ids, changed so that borders appear, vanish and move."""
+    """Yield as many ids, changed so that boundaries appear, vanish and move."""
     yield torch.cat([torch.full_like(tail[:1], kind), tail[1:]])
     yield torch.full_like(tail, 32 % vocab_size)
     yield torch.full_like(tail, 101 % vocab_size)

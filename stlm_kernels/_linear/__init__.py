@@ -1,1 +1,1 @@
-"""What the ops of a linear projection share."""
+"""Helpers that the ops of a linear projection share."""

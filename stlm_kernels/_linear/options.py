@@ -15,7 +15,7 @@ IGNORE_NOTHING = -(2**63)
 
 
 class RowOptions(NamedTuple):
-    """How a row's loss follows from its logits; everything a plain number.
+    """Options of a row's loss, as plain numbers.
 
     softcap 0 stands for none, so that kernels and torch see the same types always.
     """
@@ -29,7 +29,7 @@ class RowOptions(NamedTuple):
 
 
 class DistillOptions(NamedTuple):
-    """How a row's divergence follows from its logits; softcap 0 stands for none."""
+    """Options of a row's divergence, as plain numbers; softcap 0 stands for none."""
 
     temperature: float
     softcap: float
@@ -38,7 +38,7 @@ class DistillOptions(NamedTuple):
 
 
 class SampleOptions(NamedTuple):
-    """How ids follow from a row's products; everything a plain number.
+    """Options of sampling, as plain numbers.
 
     softcap 0, top_k 0 and top_p 1 stand for none; temperature 0 for the largest logit.
     """

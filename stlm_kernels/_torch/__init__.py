@@ -1,1 +1,1 @@
-"""What the torch paths of several ops share."""
+"""Helpers that the torch paths of several ops share."""

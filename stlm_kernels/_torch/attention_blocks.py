@@ -34,7 +34,7 @@ class Piece(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """How scores become weights."""
+    """Options by which scores become weights."""
 
     scale: float
     softcap: float | None = None
@@ -54,7 +54,7 @@ class Formed(NamedTuple):
 
 
 def may_be_mixed(*tensors: Tensor) -> bool:
-    """Whether hidden rows may hold NaN; yes where looking would cost a synchronisation."""
+    """Return whether masked rows may hold NaN; true where looking would cost a synchronisation."""
     return not (runtime.values_visible(*tensors) and all_finite(*tensors))
 
 
@@ -125,7 +125,7 @@ def _form(operands: Operands, piece: Piece, rule: Rule) -> Formed:
 
 
 def _kept(piece: Piece, weights: Tensor, rule: Rule) -> Tensor:
-    """By seed, head, row and key alone, so that the backward finds the same again."""
+    """Draw by seed, head, row and key alone, so that the backward draws the same again."""
     n, kv_heads, grouped_rows, _ = weights.shape
     rows, keys = (positions(place, weights.device) for place in (piece.rows, piece.keys))
     group = grouped_rows // max(1, length_of(piece.rows))
@@ -213,7 +213,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, pieces: Iterable[Piece], rule: Rule)
 def gradients(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, pieces: Iterable[Piece], rule: Rule
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of q, k and v; each piece owns its queries, and pieces given by ranges add to their keys."""
+    """Gradients of q, k and v; a block owns its queries, and blocks given by ranges add to keys."""
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for piece in pieces:
         formed = _form(_taken(q, k, v, piece), piece, rule)

@@ -11,8 +11,8 @@ from .. import runtime
 
 
 def is_needed(*grads: Tensor) -> bool:
-    """Whether a backward is itself recorded, or is given gradients taken many at a time or with
-    tangents.
+    """Return whether a backward is itself differentiated, or is given gradients many at a time or
+    with tangents.
 
     What a fast backward allocates could not be written with the latter two.
     """
@@ -28,7 +28,7 @@ def gradients(
     operands: Sequence[Tensor | None],
     grads: Sequence[Tensor],
 ) -> list[Tensor | None]:
-    """Of the operands of `compose`, None for those that want none; `grads` of its first results."""
+    """Gradients of `compose` for its operands, from `grads` of its results; None where not required."""
     recorded = torch.is_grad_enabled()
     with torch.enable_grad():
         # Views: a tensor given for two operands has a gradient for each.
@@ -53,7 +53,7 @@ def gradients(
 
 
 def as_output(x: Tensor) -> Tensor:
-    """What a Function's forward returns where it may have been written in place.
+    """Prepare a result that may have been written in place for return from a Function's forward.
 
     Compiled by torch 2.11, such a tensor itself has gradients of zero; a view of it has them right.
     """

@@ -11,7 +11,7 @@ from .. import runtime
 
 
 class _Rounded(torch.autograd.Function):
-    """What another dtype holds of x, widened; gradients and tangents are not rounded twice."""
+    """Cast x to another dtype and back; gradients and tangents are not cast twice."""
 
     generate_vmap_rule = True
 
@@ -29,7 +29,7 @@ class _Rounded(torch.autograd.Function):
 
 
 class _RoundedForward(_Rounded):
-    """The same with a tangent, of which Dynamo would trace neither."""
+    """Cast with a tangent, of which Dynamo would trace neither."""
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor, *_: None) -> Tensor:

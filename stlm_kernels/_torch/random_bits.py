@@ -30,7 +30,7 @@ def hashed(
 
 
 def _hash(seed: Any, rows: Any, columns: Any) -> Any:
-    """Of int64, in arrays as in tensors."""
+    """Hash of int64 numbers, in arrays as in tensors."""
     state = _mixed((_mixed(seed) ^ rows) * ROW_STEP)
     return _mixed((state ^ columns) * COLUMN_STEP)
 

@@ -1,1 +1,1 @@
-"""What the kernels of several ops share. Importing a module of it imports triton."""
+"""Helpers that the kernels of several ops share. Importing a module of it imports triton."""

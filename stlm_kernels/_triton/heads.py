@@ -59,7 +59,7 @@ def difference(x, y):
 
 @triton.jit
 def inner(x, y):
-    """Of every row of x with the same row of y."""
+    """Dot products of every row of x with the row of y of the same index."""
     s = tl.sum(x[0].to(tl.float32) * y[0], 1)
     if len(x) == 2:
         s += tl.sum(x[1].to(tl.float32) * y[1], 1)
@@ -79,7 +79,7 @@ def clean(x):
 
 @triton.jit
 def products(a, b):
-    """Of every row of a with every row of b: S, S^T, dP and dP^T are all formed here."""
+    """Products of every row of a with every row of b: S, S^T, dP and dP^T are all formed here."""
     s = tl.dot(a[0], tl.trans(b[0]), input_precision="ieee")
     if len(a) == 2:
         s = tl.dot(a[1], tl.trans(b[1]), s, input_precision="ieee")

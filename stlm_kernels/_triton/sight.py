@@ -30,7 +30,7 @@ def sight(
     bounds_ptr, base, end, there, length, other, before, behind,
     HAS_DOCS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of the other side's rows the first that each row meets, and one past the last, counted from
+    """First of the other side's rows that each row meets, and one past the last, counted from
     `there`; equal where it meets none. `FARTHEST` keeps them int32, which masks compare cheaply."""
     own = tl.arange(0, BLOCK)
     live = base + own < end
@@ -47,7 +47,7 @@ def sight(
 
 @triton.jit
 def _blocks(low, high, solid_low, solid_high, INNER: tl.constexpr):
-    """Of the blocks from low to high: how many, how many before the solid ones, how many solid."""
+    """Numbers of all blocks from low to high, of those before the solid ones, of the solid ones."""
     count = tl.maximum(high - low + INNER - 1, 0) // INNER
     lead = tl.minimum(tl.maximum(solid_low - low + INNER - 1, 0) // INNER, count)
     solid = tl.maximum(tl.minimum(solid_high, high) - low, 0) // INNER - lead
@@ -56,7 +56,7 @@ def _blocks(low, high, solid_low, solid_high, INNER: tl.constexpr):
 
 @triton.jit
 def range_of(first, last, INNER: tl.constexpr):
-    """What a tile meets: which of its rows meet anything, the range, and its blocks as `_blocks`
+    """Range that a tile meets: its rows that meet anything, the range, and its blocks as `_blocks`
     counts them."""
     live = last > first
     low = tl.min(tl.where(live, first, 2147483647), 0)

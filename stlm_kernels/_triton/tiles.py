@@ -34,7 +34,7 @@ def segment_bounds(cu_ptr, segment, mask, total):
 
 
 INTERPRETED = isinstance(segment_bounds, InterpretedFunction)
-"""Whether triton decorated our kernels for its interpreter, so that they run on a CPU."""
+"""Flag of kernels that triton decorated for its interpreter, so that they run on a CPU."""
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -194,7 +194,7 @@ def stlm_row_bounds(
     cu_ptr, other_ptr, bounds_ptr, n_segments, total, others, before, behind, steps,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of another stream's rows those of each row's segment, cut to `before` and `behind` its place;
+    """Range of another stream's rows in each row's segment, cut to `before` and `behind` its place;
     the last rows of a segment stand side by side. 0, 0 where there are none."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     segments = segment_of(cu_ptr, rows, n_segments, steps).to(tl.int64)

@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LEAST_ROWS, MOST_ROWS = 32, 256
-"""Of a block: half a window wastes a third of the products, but short products are slow."""
+"""Least and most rows of a block: half a window wastes a third of the products, but short ones
+are slow."""
 MASK_ENTRIES = 3 << 17
-"""Of the blocks of one call: 1.5 MB, which with its keys stays in a cache."""
+"""Mask entries of the blocks of one call: 1.5 MB, which with its keys stays in a cache."""
 
 
 class Bands(NamedTuple):
-    """How T rows are cut."""
+    """Partition of T rows into blocks."""
 
     total: int
     rows: int  # L of a block
@@ -91,7 +92,7 @@ def gradients(
     bands: Bands,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of q, k and v."""
+    """Gradients of q, k and v."""
     blind, group = _blind(sight), q.shape[1] // k.shape[1]
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dk, dv = (x.new_zeros(bands.blocks + bands.seen - 1, bands.rows, *x.shape[1:]) for x in (k, v))

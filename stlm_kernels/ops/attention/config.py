@@ -1,4 +1,4 @@
-"""What the attention kernels take, and the configuration each is launched with."""
+"""Limits of the attention kernels, and the configuration each is launched with."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ..._launch import Config, config_for
 
 WIDTHS = (16, 32, 48, 64, 128)
 WIDE, LONG = 96, 1024
-"""From this width and length on, dense attention is a library's: cuDNN's on Hopper."""
+"""Width and length from which dense attention is a library's: cuDNN's on Hopper."""
 
 
 Window = int | tuple[int | None, int | None] | None
 
 
 def sides(causal: bool, window: Window) -> tuple[int | None, int | None]:
-    """How many keys a row sees before its own and how many behind it; None: all."""
+    """Number of keys that a row sees before its own and of those behind it; None: all."""
     if isinstance(window, tuple | list):
         left, right = (None if side == -1 else side for side in window)
     else:
@@ -28,7 +28,7 @@ def sides(causal: bool, window: Window) -> tuple[int | None, int | None]:
 
 
 def unsupported_reasons(**arguments: Any) -> list[str]:
-    """Why the kernels cannot take this call; empty if they can."""
+    """List the reasons why the kernels cannot take this call; empty if they can."""
     dtype, reasons = arguments["q"].dtype, _without_kernel(**arguments)
     if dtype not in _checks.KERNEL_FLOATS:
         reasons.append(f"q is {dtype}; the kernels take float32, bfloat16 and float16")
@@ -36,7 +36,7 @@ def unsupported_reasons(**arguments: Any) -> list[str]:
 
 
 def declined_reasons(**arguments: Any) -> list[str]:
-    """Why the torch path is preferred, or is by design the only one; nothing warns of it."""
+    """List the reasons to prefer the torch path, or why only it can run; nothing warns of them."""
     reasons = _without_kernel(**arguments)
     q: Tensor = arguments["q"]
     left, _ = sides(arguments["causal"], arguments["window"])

@@ -21,7 +21,8 @@ SHORT = 64
 
 
 MASK_ENTRIES = 1 << 22
-"""Of the largest mask, 16 MB in fp32: longer documents with more keys than rows go elsewhere."""
+"""Entries of the largest mask, 16 MB in fp32: longer documents with more keys than rows go
+elsewhere."""
 
 
 class Part(NamedTuple):
@@ -35,7 +36,7 @@ class Part(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How packed documents are cut."""
+    """Partition of packed documents."""
 
     parts: list[Part]
     causal: bool
@@ -46,7 +47,7 @@ class Plan(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What the backward of a part needs."""
+    """Tensors that the backward of a part needs."""
 
     operands: list[Tensor]  # q (n, H, L, K), k and v (n, H_kv, L_k, K)
     mask: Tensor | None  # (n or 1, 1, L, L_k)
@@ -80,7 +81,7 @@ def plan(
 
 
 def _parts(bounds: Tensor, device: torch.device) -> list[Part]:
-    """Of starts and lengths of rows and keys, (4, S).
+    """Batches of documents from starts and lengths of rows and keys, (4, S).
 
     Documents of two lengths by both, long ones by their length, short ones by the power of two
     above it."""
@@ -99,7 +100,7 @@ def _parts(bounds: Tensor, device: torch.device) -> list[Part]:
 
 
 def _part(size: int, key_size: int, group: Tensor, device: torch.device) -> Part:
-    """Of documents given by their starts and lengths, (4, n)."""
+    """Batch of documents given by their starts and lengths, (4, n)."""
     if group.shape[1] == 1:
         start, length, key_start, key_length = group[:, 0].tolist()
         return Part(slice(start, start + length), slice(key_start, key_start + key_length), None)
@@ -148,7 +149,7 @@ def gradients(
     plan: Plan,
     kept: list[Kept],
 ) -> list[Tensor]:
-    """Of q, k and v."""
+    """Gradients of q, k and v."""
     derived = [_blank(q, plan.all_rows), _blank(k, plan.all_keys), _blank(v, plan.all_keys)]
     for part, forward in zip(plan.parts, kept, strict=True):
         up = _taken(grad, part.rows)

@@ -28,7 +28,7 @@ def reference(
     softcap: float | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """As q, fp64, row by row, so that nothing unseen is touched."""
+    """Attention in fp64, row by row, so that nothing unseen is touched."""
     assert not dropout_p, "what is dropped is random"
     if q.dim() == 4:
         rows = [
@@ -56,7 +56,7 @@ def reference(
 
 
 def sides(causal: bool, window: Window) -> tuple[int | None, int | None]:
-    """How many keys a row sees before its own and behind it; None: all."""
+    """Number of keys that a row sees before its own and behind it; None: all."""
     left, right = (window - 1, 0) if isinstance(window, int) else window or (None, None)
     left, right = (None if x == -1 else x for x in (left, right))
     return left, 0 if causal else right
@@ -86,7 +86,7 @@ def terms(
     scale: float | None = None,
     softcap: float | None = None,
 ) -> dict[str, Tensor]:
-    """Of the result, and of the gradients of q and k: zero where a row sees one key."""
+    """Absolute terms of the result and the gradients of q and k: zero where a row sees one key."""
     up, packed = upstream["out"], q.dim() == 3
     out, of_q, of_k = torch.zeros_like(q), torch.zeros_like(q), torch.zeros_like(k)
     lengths = q.shape[-3], k.shape[-3]
@@ -112,7 +112,7 @@ def yardstick(
     softcap: float | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """What a careful user writes in stock torch: SDPA, with a mask of the scores where needed.
+    """Careful composition of stock torch ops: SDPA, with a mask of the scores where needed.
 
     Long sequences go block by block, each over the keys that it can reach; its scores are formed
     again in the backward, since all of them would not fit.

@@ -45,14 +45,14 @@ class Options(NamedTuple):
         return self.left is not None or not (self.causal or self.right is None)
 
     def within(self, keys: int) -> Options:
-        """Without sides that reach to the ends of every sequence."""
+        """Drop sides that reach to the ends of every sequence."""
         left = None if self.left is None or self.left >= keys - 1 else self.left
         right = None if self.right is None or self.right >= keys - 1 > 0 else self.right
         return self._replace(left=left, right=right)
 
 
 class Borders(NamedTuple):
-    """Of packed documents."""
+    """Boundaries of packed documents."""
 
     rows: Tensor | None  # (S+1,) int32; None: one document in each sequence
     keys: Tensor | None  # (S+1,) int32; None: those of the rows
@@ -111,7 +111,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
 
 
 def _forms_too_much(q: Tensor, k: Tensor, options: Options) -> bool:
-    """Whether SDPA would need a large mask, since its causal rows are the first ones."""
+    """Return whether SDPA would need a large mask, since its causal rows are the first ones."""
     rows, keys = q.shape[1], k.shape[1]
     return options.causal and rows != keys and rows * keys > documents.MASK_ENTRIES
 
@@ -131,15 +131,15 @@ def _by_stock(q: Tensor, k: Tensor, v: Tensor, borders: Borders, options: Option
 
 
 def _hides_poison(options: Options, *tensors: Tensor) -> bool:
-    """Whether SDPA would show rows what they must not see, 0 * NaN is NaN, or take a query of NaN
-    for one that sees nothing.
+    """Return whether SDPA would show rows what they must not see, 0 * NaN is NaN, or take a query
+    of NaN for one that sees nothing.
     """
     watched = tensors if options.causal else tensors[:1]
     return runtime.values_visible(*watched) and not attention_blocks.all_finite(*watched)
 
 
 class _Stock(torch.autograd.Function):
-    """SDPA with its own backward, for as long as nobody differentiates that."""
+    """SDPA with its own backward, until that is differentiated itself."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
@@ -162,7 +162,7 @@ class _Stock(torch.autograd.Function):
 
 
 class _Documents(torch.autograd.Function):
-    """The same for packed documents."""
+    """SDPA of packed documents, with a backward of its own."""
 
     @staticmethod
     def forward(
@@ -250,7 +250,7 @@ def _flat(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _cutter(
     q: Tensor, k: Tensor, borders: Borders, options: Options
 ) -> Callable[[bool], Iterator[Piece]]:
-    """What cuts the rows of a call into pieces, told whether operands are mixed with NaN."""
+    """Function that yields the blocks of a call, told whether operands are mixed with NaN."""
     sight = _sight(q, k, borders, options)
     keys = k.shape[0] * k.shape[1]
     sides = options.left, options.right
@@ -281,7 +281,7 @@ def _span(
 
 
 def _sight(q: Tensor, k: Tensor, borders: Borders, options: Options) -> bands.Sight:
-    """Which keys each row of the flat batch sees."""
+    """Range of the keys that each row of the flat batch sees."""
     (batch, length), keys = q.shape[:2], k.shape[1]
     rows = torch.arange(batch * length, device=q.device)
     if borders.rows is None:
@@ -300,8 +300,8 @@ def _sight(q: Tensor, k: Tensor, borders: Borders, options: Options) -> bands.Si
 def _documents_of(
     rows: Tensor, borders: Borders, length: int, keys: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each row: its document's first key, the end of its keys, and how far rows are from them;
-    no key for rows of none."""
+    """First key of each row's document, the end of its keys, and the rows' distance from them; no
+    key for rows of none."""
     assert borders.rows is not None
     other = borders.rows if borders.keys is None else borders.keys
     own = segments.clamped_bounds(borders.rows, length).long()

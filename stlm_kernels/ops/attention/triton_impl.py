@@ -53,7 +53,7 @@ from . import config as configs
 
 @triton.jit
 def _within(rows, high, MASKED: tl.constexpr):
-    """Which rows of a block to read: all of a solid one."""
+    """Mask of the rows of a block to read: all of a solid one."""
     if MASKED:
         return rows < high
     else:
@@ -355,7 +355,7 @@ def _bounds(
     cu: Tensor | None, other: Tensor | None, rows: int, others: int, sides: tuple[int, int],
     device: torch.device,
 ) -> Tensor:  # fmt: skip
-    """What each row of packed documents meets of the other side's rows, (2, rows) int32."""
+    """Range of the other side's rows that each row of packed documents meets, (2, rows) int32."""
     if cu is None:
         return torch.empty((2, 0), dtype=torch.int32, device=device)
     return row_bounds(cu, rows, *sides, cu if other is None else other, others)

@@ -1,4 +1,4 @@
-"""What the attention_pool kernels take, and the configuration each is launched with."""
+"""Limits of the attention_pool kernels, and the configuration each is launched with."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MOST_QUERIES = 2048
 
 
 def unsupported_reasons(*, query: Tensor, key: Tensor, **_: Any) -> list[str]:
-    """Why the kernels cannot take this call; empty if they can."""
+    """List the reasons why the kernels cannot take this call; empty if they can."""
     reasons = []
     if key.dtype not in _checks.KERNEL_FLOATS:
         reasons.append(f"key is {key.dtype}; the kernels take float32, bfloat16 and float16")

@@ -41,7 +41,7 @@ def terms(
     *,
     scale: float | None = None,
 ) -> dict[str, Tensor]:
-    """Of the result, and of the gradients of query and key: zero in a patch of one byte."""
+    """Absolute terms of the result and of both gradients: zero in a patch of one byte."""
     of_query, of_key = torch.zeros_like(query), torch.zeros_like(key)
     out = torch.zeros_like(upstream["out"])
     for patch, (start, end) in enumerate(pairwise(cu_patchlens.tolist())):
@@ -63,7 +63,7 @@ def yardstick(
     *,
     scale: float | None = None,
 ) -> Tensor:
-    """What a careful user writes in stock torch: SDPA over patches of one length at a time."""
+    """Careful composition of stock torch ops: SDPA over patches of one length at a time."""
     wide = torch.promote_types(key.dtype, torch.float32)
     starts, lengths = cu_patchlens[:-1].long(), cu_patchlens.diff().long()
     rounded = query.to(key.dtype).to(wide)

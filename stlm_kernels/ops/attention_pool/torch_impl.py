@@ -71,7 +71,7 @@ def _pool(query: Tensor, key: Tensor, value: Tensor, patches: _Patches, scale: f
 
 
 def _softmax(scores: Tensor, patches: _Patches) -> Tensor:
-    """Of (T, ...), over the rows of each patch."""
+    """Softmax of (T, ...) over the rows of each patch."""
     with torch.no_grad():
         top = _largest(scores, patches).index_select(0, patches.of_row)
     weights = (scores - top).exp()
@@ -104,8 +104,8 @@ def _spread(x: Tensor, patches: _Patches) -> Tensor:
 
 
 def _is_traced(x: Tensor) -> bool:
-    """Where stock ops differentiate themselves: EmbeddingBag has no batching rule and no
-    forward-mode derivative."""
+    """Return whether only ops that torch differentiates will do: EmbeddingBag has no batching rule
+    and no forward-mode derivative."""
     if torch.compiler.is_compiling() or runtime.many_at_once(x):
         return True
     return runtime.carries_tangents(x)

@@ -66,7 +66,7 @@ def _patches(cu_ptr, first, last, total, BLOCK_P: tl.constexpr):
 
 @triton.jit
 def _load(x_ptr, offsets, mask, DOT: tl.constexpr):
-    """In fp32, as the compute dtype holds it; zeros where nothing may be read."""
+    """Load in fp32, cast to the compute dtype; zeros where nothing may be read."""
     return tl.load(x_ptr + offsets, mask=mask, other=0.0).to(DOT).to(tl.float32)
 
 

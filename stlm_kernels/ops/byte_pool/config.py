@@ -1,4 +1,4 @@
-"""What the byte_pool kernels take, and the configuration each is launched with. Pure Python."""
+"""Limits of the byte_pool kernels, and the configuration each is launched with. Pure Python."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def unsupported_reasons(
     mode: str = "mean",
     position_weight: Tensor | None = None,
 ) -> list[str]:
-    """Why the kernels cannot take this call; empty if they can."""
+    """List the reasons why the kernels cannot take this call; empty if they can."""
     if weight.dtype not in _checks.KERNEL_FLOATS:
         return [f"weight is {weight.dtype}; the kernels take float32, bfloat16 and float16"]
     return []

@@ -15,7 +15,7 @@ from .config import unsupported_reasons
 
 MODES = ("mean", "sum")
 OF_STATES = ("max", "min", "first", "last")
-"""What `segment_pool` has beside them."""
+"""Modes that `segment_pool` alone has."""
 
 
 @named_errors

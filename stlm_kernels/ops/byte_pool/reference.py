@@ -43,7 +43,7 @@ def yardstick(
     mode: str = "mean",
     position_weight: Tensor | None = None,
 ) -> Tensor:
-    """What a careful user writes in stock torch: float32 inside, the table's dtype outside."""
+    """Careful composition of stock torch ops: float32 inside, the table's dtype outside."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     lengths = cu_patchlens.diff().long()
     patches = torch.arange(lengths.shape[0], device=weight.device).repeat_interleave(lengths)

@@ -112,7 +112,7 @@ def _pool(ids: Tensor, table: Tensor, borders: Tensor, patches: int, mean: bool)
 
 
 def _plain_pool(ids: Tensor, table: Tensor, borders: Tensor, patches: int, mean: bool) -> Tensor:
-    """The same from ops that every torch.func transform knows."""
+    """Composition of ops that every torch.func transform knows."""
     out = table.new_zeros(borders.shape[0] - 1, table.shape[1])
     out = out.index_add(0, _patch_of(borders, ids.shape[0]), F.embedding(ids, table))
     out = out * _scales(borders, table.dtype)[:, None] if mean else out

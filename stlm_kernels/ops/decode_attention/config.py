@@ -1,4 +1,4 @@
-"""What the decode_attention kernels take, and the configuration each is launched with."""
+"""Limits of the decode_attention kernels, and the configuration each is launched with."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ MOST_SPLITS = 64
 MOST_HEADS = 64
 """Query heads of one key head that a program takes."""
 TILE_BYTES = 8 * 1024
-"""Of a cache at a time: three stages of both caches leave room for four programs on an SM."""
+"""Bytes of a cache at a time: three stages of both caches leave room for four programs on an SM."""
 
 width_block = patch_attention.width_block
 
 
 def unsupported_reasons(*, q: Tensor, k_cache: Tensor, **_: Any) -> list[str]:
-    """Why the kernels cannot take this call; empty if they can. As of patch_attention's heads."""
+    """List the reasons why the kernels cannot take this call; empty if they can."""
     return patch_attention.unsupported_reasons(q=q, k=k_cache.transpose(1, 2))
 
 
@@ -46,7 +46,7 @@ def fwd_config(width: int, stored: torch.dtype, dot: torch.dtype, device: torch.
 
 
 def split_count(span: int, tiles: int, block: int) -> int:
-    """Into how many parts a cache is cut: by shapes alone, so that a captured graph stays valid.
+    """Number of parts of a cache: by shapes alone, so that a captured graph stays valid.
 
     Args:
         span: most entries that a query may see.

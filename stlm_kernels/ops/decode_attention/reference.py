@@ -40,7 +40,7 @@ def yardstick(
     scale: float | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """What a careful user writes in stock torch, sequence by sequence: float32 inside."""
+    """Careful composition of stock torch ops, sequence by sequence: float32 inside."""
     wide = torch.promote_types(q.dtype, torch.float32)
     out = q.new_zeros(q.shape, dtype=wide)
     group = q.shape[1] // k_cache.shape[2]

@@ -41,7 +41,7 @@ def yardstick(
     cu_seqlens: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """What a careful user writes in stock torch: float32 inside, the states' dtype outside."""
+    """Careful composition of stock torch ops: float32 inside, the states' dtype outside."""
     wide = torch.promote_types(patch_states.dtype, torch.float32)
     patches = patch_states.shape[0]
     starts, end = ({0}, patches) if cu_seqlens is None else _documents(cu_seqlens)

@@ -81,7 +81,7 @@ class _Scan(torch.autograd.Function):
 
 
 class _ScanForward(_Scan):
-    """The same with tangents, of which Dynamo would trace neither."""
+    """Smooth with tangents, of which Dynamo would trace neither."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -34,7 +34,7 @@ def stlm_ema_unpool_links(
     cu_ptr, links_ptr, n_patches, n_documents, steps, HAS_DOCUMENTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Whether each patch follows another of its document, is its first, or belongs to none."""
+    """Mark each patch: it follows another of its document, is its first, or belongs to none."""
     patches = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     links = tl.where(patches == 0, FIRST, FOLLOWS)
     if HAS_DOCUMENTS:

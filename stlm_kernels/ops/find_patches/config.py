@@ -1,4 +1,4 @@
-"""What the find_patches kernels take, and the configuration each is launched with."""
+"""Limits of the find_patches kernels, and the configuration each is launched with."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SMALL = 65_536
 
 
 def unsupported_reasons(**_: Any) -> list[str]:
-    """Why the kernels cannot take this call; they take every one."""
+    """List no reason: the kernels take every call."""
     return []
 
 

@@ -17,7 +17,7 @@ RULES = ("space", "fixed")
 
 
 class Patches(NamedTuple):
-    """Where patches begin, and which patch each byte belongs to and may read."""
+    """Boundaries of patches, and the patch that each byte belongs to and may read."""
 
     cu_patchlens: Tensor
     """(P+1,) int32 patch borders in bytes; with `max_patches`, P is that."""

@@ -106,7 +106,7 @@ def _is_spacelike(byte_ids: Tensor) -> Tensor:  # (T,) bool
 
 
 SPACELIKE = _is_spacelike(torch.arange(IDS, device="cpu"))  # whatever torch's default device is
-"""Of each id; made once, where no device and no graph has one of its own."""
+"""Table of the rule for each id; made once, where no device and no graph has one of its own."""
 
 
 def _forced_closes(positions: Tensor, begins: Tensor, max_patch_len: int) -> Tensor:  # (T,)

@@ -56,7 +56,7 @@ def _spacelike(ids_ptr, positions, mask):
 
 @triton.jit
 def _closes_by_rule(source_ptr, positions, starts, mask, size, MODE: tl.constexpr):
-    """Whether bytes end their patch by the rule; `starts`: the first bytes of their documents."""
+    """Mask of bytes that end their patch by the rule; `starts`: first bytes of their documents."""
     if MODE == SPACE:
         has_predecessor = mask & (positions > starts)
         after_space = _spacelike(source_ptr, positions - 1, has_predecessor) & has_predecessor
@@ -72,7 +72,7 @@ def _closes_by_rule(source_ptr, positions, starts, mask, size, MODE: tl.constexp
 
 @triton.jit
 def _documents_of(offsets_ptr, rows, n_documents, steps):
-    """Whether bytes are in a document, and its first byte; offsets must be clamped and sorted."""
+    """Mask of bytes in a document, and its first byte; offsets must be clamped and sorted."""
     document = segment_of(offsets_ptr, rows, n_documents, steps)
     inside = (document >= 0) & (document < n_documents)
     return inside, tl.load(offsets_ptr + document, mask=inside, other=0)
@@ -80,7 +80,7 @@ def _documents_of(offsets_ptr, rows, n_documents, steps):
 
 @triton.jit
 def _natural_begins(source_ptr, positions, inside, starts, size, MODE: tl.constexpr):
-    """Which bytes begin a patch whatever its length may be."""
+    """Mask of the bytes that begin a patch whatever its length may be."""
     follows = inside & (positions > starts)
     if MODE == STARTS:
         begins = tl.load(source_ptr + positions, mask=follows, other=0) != 0

@@ -1,4 +1,4 @@
-"""What the kernels beneath linear_cross_entropy take: those of linear_logprobs."""
+"""Reasons against the kernels of linear_cross_entropy, which are those of linear_logprobs."""
 
 from ..linear_logprobs.config import unsupported_reasons
 

@@ -181,7 +181,7 @@ def _losses(
 
 
 def _counted(target: Tensor, class_weight: Tensor | None, options: RowOptions) -> Tensor:
-    """What a mean divides by: the rows that count, or the sum of their targets' weights."""
+    """Divisor of a mean: the rows that count, or the sum of their targets' weights."""
     wide = target.long().flatten()
     counted = wide != options.ignore_index
     if class_weight is None:

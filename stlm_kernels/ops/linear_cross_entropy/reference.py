@@ -78,7 +78,7 @@ def terms(
     z_loss: float = 0.0,
     **head: Any,
 ) -> dict[str, Tensor]:
-    """Of the loss and all gradients: zero for a row that is sure of its target."""
+    """Absolute terms of the loss and all gradients: zero for a row that is sure of its target."""
     found = logit_terms(input, linear_weight, linear_bias, **head)
     kept, wanted = kept_targets(target, ignore_index)
     chosen = F.one_hot(wanted, found.logits.shape[1])

@@ -65,7 +65,7 @@ def terms(
     logit_scale: float = 1.0,
     valid_vocab: int | None = None,
 ) -> dict[str, Tensor]:
-    """Of the loss and all gradients: zero where the student agrees with its teacher."""
+    """Absolute terms of the loss and all gradients: zero where student and teacher agree."""
     # A softmax at a temperature is that of smaller logits, with a smaller cap.
     head = (None if softcap is None else softcap / temperature, logit_scale / temperature)
     bias = linear_bias

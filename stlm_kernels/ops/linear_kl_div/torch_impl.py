@@ -18,7 +18,7 @@ from ..linear_logprobs.torch_impl import (
 
 
 class Chunk(NamedTuple):
-    """What a chunk of rows gives on the way to its losses."""
+    """Intermediate results of a chunk of rows on the way to its losses."""
 
     inputs: Tensor  # (n, D) rows, zero where masked: a NaN there must not spread
     logits: Tensor | None  # (n, V) of the student after scale and cap; only a cap asks for them

@@ -97,7 +97,7 @@ def _stored_logits(
 
 
 class Totals(NamedTuple):
-    """What a walk over all chunks gives; gradients nobody wants are empty."""
+    """Results of a walk over all chunks; gradients that are not required are empty."""
 
     loss: Tensor  # (N,) fp32
     lse: Tensor  # (N,) fp32

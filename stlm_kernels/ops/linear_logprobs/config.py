@@ -1,4 +1,4 @@
-"""What the linear_logprobs kernels take, and the configuration each is launched with."""
+"""Limits of the linear_logprobs kernels, and the configuration each is launched with."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_VOCAB = 512
 """Up to here a row of logits fits on the chip."""
 
 SCRATCH_BYTES = 256 << 20
-"""Of fp32 logits at a time above MAX_VOCAB; the gradient's fp32 table comes on top."""
+"""Bytes of fp32 logits at a time above MAX_VOCAB; the gradient's fp32 table comes on top."""
 
 PROGRAMS = 132
 """Runs of rows that the weight gradient is summed in: one for each SM of an H100."""
@@ -25,7 +25,7 @@ def unsupported_reasons(
     input: Tensor,
     **_: Any,
 ) -> list[str]:
-    """Why the kernels cannot take this call; empty if they can."""
+    """List the reasons why the kernels cannot take this call; empty if they can."""
     reasons = []
     if input.dtype not in _checks.KERNEL_FLOATS:
         reasons.append(f"input is {input.dtype}; the kernels take float32, bfloat16 and float16")
@@ -33,7 +33,7 @@ def unsupported_reasons(
 
 
 def fits_on_chip(valid: int) -> bool:
-    """Whether the single-tile kernels run; beyond, chunks of logits go through memory."""
+    """Return whether the single-tile kernels run; beyond, chunks of logits go through memory."""
     return valid <= MAX_VOCAB
 
 

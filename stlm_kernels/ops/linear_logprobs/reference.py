@@ -53,7 +53,7 @@ def reference_logits(
 
 
 class Terms(NamedTuple):
-    """What rows of logits are made of, in absolute values."""
+    """Sums of the absolute terms of rows of logits."""
 
     weights: Tensor  # (N, valid_vocab), the softmax
     logits: Tensor  # (N, valid_vocab), of each logit
@@ -111,7 +111,7 @@ def terms(
     ignore_index: int | None = -100,
     **head: Any,
 ) -> dict[str, Tensor]:
-    """Of all but lse: a row that is sure of its target has logprob and gradient zero."""
+    """Absolute terms of all but lse; those of a row that is sure of its target are zero."""
     found = logit_terms(input, linear_weight, linear_bias, **head)
     kept, wanted = kept_targets(target, ignore_index)
     chosen = F.one_hot(wanted, found.logits.shape[1])
@@ -126,7 +126,7 @@ def terms(
 
 
 def kept_targets(target: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor]:
-    """Which rows count, and their targets: 0 where they do not."""
+    """Mask of the rows that count, and their targets: 0 where they do not."""
     wanted = target.flatten().long()
     kept = torch.ones_like(wanted, dtype=torch.bool)
     if ignore_index is not None:

@@ -22,7 +22,7 @@ THREAD_ELEMENTS = 1 << 17
 """Logits formed at a time by each thread of a CPU: half a megabyte in fp32 stays in a core's own
 cache between the passes over them."""
 CHUNK_ELEMENTS = 1 << 20
-"""The same where each chunk costs a launch, or is compiled anew."""
+"""Elements of a chunk where each costs a launch, or is compiled anew."""
 WIDE, ALIGNED = 512, 16
 """Products of more columns than the first take longer on a CPU where their rows do not begin at
 multiples of the second."""
@@ -31,7 +31,7 @@ LEAST_ROWS = 512
 
 
 class Objective(NamedTuple):
-    """How losses follow from rows, and the gradient of the logits from those of the losses.
+    """Rule for losses from rows, and for the gradient of the logits from those of the losses.
 
     `per_row` stands for what each row is judged by, tensors with an entry for each row or None,
     and `out` for memory (n, at least V) that the logits may take, and what is made of them: with
@@ -44,7 +44,7 @@ class Objective(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """What a chunk of rows gives on the way to its losses."""
+    """Intermediate results of a chunk of rows on the way to its losses."""
 
     inputs: Tensor  # (n, D) rows, zero where ignored: a NaN there must not spread
     logits: Tensor | None  # (n, V...) after scale and cap; only a cap asks for them again
@@ -130,7 +130,7 @@ def through_cap_and_scale(grad: Tensor, logits: Tensor | None, options: Any) -> 
 
 
 def seen_to_count(kept: Tensor) -> bool:
-    """True where all rows count and that is seen, so that nothing need be done about it."""
+    """Return whether all rows count and that is visible, so that nothing need be done about it."""
     return runtime.values_visible(kept) and bool(kept.all())
 
 
@@ -245,7 +245,7 @@ TARGETS = Objective(_prepare, _form, _dlogits)
 
 
 class Gradients:
-    """Of rows, weight and bias, added up chunk by chunk; None where nobody wants one."""
+    """Gradients of rows, weight and bias, added up chunk by chunk; None where not required."""
 
     def __init__(
         self, rows: Tensor, weight: Tensor, bias: Tensor | None, wants: tuple[bool, ...]
@@ -284,7 +284,7 @@ class Gradients:
         return chunk.loss
 
     def _add(self, part: slice, inputs: Tensor, grad: Tensor, weight: Tensor) -> None:
-        """What the (n, V...) gradient of a chunk's products means for each."""
+        """Gradients of a chunk's operands from the (n, V...) gradient of its products."""
         grad = grad[:, : weight.shape[0]]
         if self.rows is not None:
             torch.mm(grad, weight, out=self.rows[part])

@@ -34,7 +34,7 @@ LEAST = tl.constexpr(torch.finfo(torch.float32).min)
 
 @triton.jit
 def _row_weights(bias_ptr, targets, picked, valid, smoothing, HAS_WEIGHTS: tl.constexpr):
-    """What multiplies the log-probability of each row's target, and those of all columns."""
+    """Factors of the log-probability of each row's target, and of those of all columns."""
     hard, total = tl.full(targets.shape, 1.0, tl.float32), valid * 1.0
     if HAS_WEIGHTS:
         hard = tl.load(bias_ptr + valid + targets, mask=picked, other=0.0)
@@ -46,7 +46,7 @@ def _row_weights(bias_ptr, targets, picked, valid, smoothing, HAS_WEIGHTS: tl.co
 
 @triton.jit
 def _column_weights(bias_ptr, columns, valid, smoothing, HAS_WEIGHTS: tl.constexpr):
-    """What multiplies the log-probabilities of columns in every row; 0 where none exists."""
+    """Factors of the log-probabilities of columns in every row; 0 where none exists."""
     weights = tl.full(columns.shape, 1.0, tl.float32)
     if HAS_WEIGHTS:
         weights = tl.load(bias_ptr + valid + columns, mask=columns < valid, other=0.0)
@@ -55,7 +55,7 @@ def _column_weights(bias_ptr, columns, valid, smoothing, HAS_WEIGHTS: tl.constex
 
 @triton.jit
 def _statistics(z, columns, targets, soft):
-    """Of each row: largest logit, sum of exponentials below it, picked logit, weighted sum."""
+    """Largest logit, sum of exponentials below it, picked logit and weighted sum of each row."""
     top = tl.maximum(tl.max(z, 0), LEAST)  # a bias of -inf may rule a whole tile out
     total = tl.sum(tl.exp(z - top[None, :]), 0)
     picked = tl.sum(tl.where(columns[:, None] == targets[None, :], z, 0.0), 0)
@@ -130,7 +130,7 @@ def _upstream(
     bias_ptr, target_ptr, top_ptr, log_total_ptr, dloss_ptr, dlse_ptr, unit, rows,
     n_rows, valid, smoothing, z_loss, ignore_index, dloss_stride, HAS_WEIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """What the gradient of a block of rows needs to know of each row."""
+    """Quantities of each row that the gradient of a block of rows needs."""
     targets, live, bad = _row_targets(target_ptr, rows, n_rows, ignore_index, valid)
     hard, mass = _row_weights(bias_ptr, targets, live & ~bad, valid, smoothing, HAS_WEIGHTS)
     # Ignored rows: no exponential, so no overflow.
@@ -372,7 +372,7 @@ def launch_bwd_weight(
 
 
 def column_table(bias: Tensor | None, class_weight: Tensor | None, valid: int) -> Tensor | None:
-    """What the kernels add to or multiply with each column: the bias, or (2 valid + 1,) fp32
+    """Operand added to or multiplied with each column: the bias, or (2 valid + 1,) fp32
     biases, class weights and the sum of the latter; None for neither."""
     if class_weight is None:
         return None if bias is None else bias.contiguous()

@@ -1,4 +1,4 @@
-"""What the linear_sample kernel takes, its configuration, and the constants of its noise."""
+"""Limits and configuration of the linear_sample kernel, and the constants of its noise."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ __all__ = [
 ]
 
 TILE_BYTES = 32 * 1024
-"""Of the table at a time: a few stages of this fit every GPU's shared memory."""
+"""Bytes of the table at a time: a few stages of this fit every GPU's shared memory."""
 
 
 def unsupported_reasons(*, input: Tensor, **arguments: Any) -> list[str]:
-    """Why the kernel cannot take this call; empty if it can."""
+    """List the reasons why the kernel cannot take this call; empty if it can."""
     reasons, valid = reasons_of_the_rows(input=input), _valid_vocab(**arguments)
     if valid > MAX_VOCAB:
         reasons.append(f"{valid} columns of logits do not fit on the chip (at most {MAX_VOCAB})")

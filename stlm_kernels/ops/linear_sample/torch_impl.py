@@ -13,7 +13,7 @@ from ..linear_logprobs.torch_impl import form_logits, widened
 CHUNK_ELEMENTS = 1 << 20
 """Logits drawn from at a time; each takes a few int64 of noise."""
 GREEDY_ELEMENTS = 4 * CHUNK_ELEMENTS
-"""The same without noise: the fewer products, the less often they read the table."""
+"""Elements of a chunk without noise: the fewer products, the less often they read the table."""
 LEAST_ROWS = 16
 """Rows below which the product would read the table for too little."""
 SORTED_SHARE = 8

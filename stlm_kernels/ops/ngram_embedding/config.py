@@ -1,4 +1,4 @@
-"""What the ngram_embedding kernels take, and the configuration each is launched with."""
+"""Limits of the ngram_embedding kernels, and the configuration each is launched with."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ... import _checks
 from ..._launch import Config, block_of, ceil_div, config_for
 
 DEFAULT_MULTIPLIER = 1_000_000_007
-"""Of the rolling hash where none is given: that of BLT's first hash function."""
+"""Multiplier of the rolling hash where none is given: that of BLT's first hash function."""
 
 CHUNK = 256
 """Sorted bytes whose leading run is summed ahead, so that no program walks a frequent n-gram."""
 
 
 def unsupported_reasons(*, tables: Sequence[Tensor], **_: Any) -> list[str]:
-    """Why the kernels cannot take this call; empty if they can."""
+    """List the reasons why the kernels cannot take this call; empty if they can."""
     reasons = []
     if tables[0].dtype not in _checks.KERNEL_FLOATS:
         reasons.append(

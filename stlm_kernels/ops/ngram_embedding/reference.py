@@ -51,7 +51,7 @@ def yardstick(
     multipliers: Sequence[int] | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """What a careful user writes in stock torch: float32 inside, the tables' dtype outside."""
+    """Careful composition of stock torch ops: float32 inside, the tables' dtype outside."""
     wide = torch.promote_types(tables[0].dtype, torch.float32)
     borders = [0, byte_ids.shape[0]] if cu_seqlens is None else cu_seqlens.tolist()
     documents = [byte_ids[start:end].long() for start, end in pairwise(borders)]

@@ -52,7 +52,7 @@ def _documents(cu_ptr, rows, n_documents, steps, total, HAS_DOCUMENTS: tl.conste
 
 @triton.jit
 def _extend(ids_ptr, rows, start, live, hashes, lowest, first, last, MULTIPLIER: tl.constexpr):
-    """From the hashes of `first` bytes to those of `last`, and the lowest id that they hold."""
+    """Extend the hashes of `first` bytes to those of `last`, and the lowest id that they hold."""
     for back in range(first, last):
         inside = live & (rows - back >= start)
         ids = tl.load(ids_ptr + rows - back, mask=inside, other=0).to(tl.int64)
@@ -258,7 +258,7 @@ def launch_bwd(
 def _keys(
     byte_ids: Tensor, cu_seqlens: Tensor | None, n: int, longest: int, multiplier: int, rows: int
 ) -> Tensor:  # (T,)
-    """What the backward sorts by, as narrow as it may be: a radix sort takes time by the bit."""
+    """Keys that the backward sorts by, as narrow as may be: a radix sort takes time by the bit."""
     ids, total = byte_ids.contiguous(), byte_ids.shape[0]
     keys = torch.empty(total, dtype=torch.int16 if rows < 2**15 else torch.int32, device=ids.device)
     cu, documents, steps = _documents_of(ids, cu_seqlens)

@@ -1,4 +1,4 @@
-"""What the patch_attention kernels take, and the configuration each is launched with."""
+"""Limits of the patch_attention kernels, and the configuration each is launched with."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHORT = 16
 
 
 def unsupported_reasons(*, q: Tensor, k: Tensor, **_: Any) -> list[str]:
-    """Why the kernels cannot take this call; empty if they can."""
+    """List the reasons why the kernels cannot take this call; empty if they can."""
     reasons = []
     if q.dtype not in _checks.KERNEL_FLOATS:
         reasons.append(f"q is {q.dtype}; the kernels take float32, bfloat16 and float16")

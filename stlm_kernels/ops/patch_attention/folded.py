@@ -71,7 +71,7 @@ def gradients(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, ...]:
-    """Of q, k and v."""
+    """Gradients of q, k and v."""
     parts = []
     operands = [_with_rows(x) for x in (grad, q, k, v, out)]
     for fold, lse in zip(folds, sums, strict=True):

@@ -50,7 +50,7 @@ def terms(
     causal: bool = False,
     scale: float | None = None,
 ) -> dict[str, Tensor]:
-    """Of the result, and of the gradients of q and k: zero in a patch of one byte."""
+    """Absolute terms of the result and the gradients of q and k: zero in a patch of one byte."""
     out, of_q, of_k = torch.zeros_like(q), torch.zeros_like(q), torch.zeros_like(k)
     for start, end in pairwise(cu_patchlens.tolist()):
         own = slice(start, end)
@@ -70,7 +70,7 @@ def yardstick(
     causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    """What a careful user writes in stock torch: patches of one length folded into a batch."""
+    """Careful composition of stock torch ops: patches of one length folded into a batch."""
     wide = torch.promote_types(q.dtype, torch.float32)
     starts, lengths = cu_patchlens[:-1].long(), cu_patchlens.diff().long()
     out = q.new_zeros(q.shape, dtype=wide)

@@ -58,7 +58,7 @@ def patch_attention(
 
 
 def _folds(q: Tensor, k: Tensor, v: Tensor, cu_patchlens: Tensor, causal: bool) -> bool:
-    """Whether torch's flash attention gives what is promised, of NaN and infinities too."""
+    """Return whether torch's flash attention gives what is promised, of NaN and infinities too."""
     if not runtime.values_visible(q, k, v, cu_patchlens):
         return False
     # It takes a query of NaN for one that sees nothing; causal, it lets hidden rows through.
@@ -216,7 +216,7 @@ def _gradients(
     causal: bool,
     scale: float,
 ) -> Sequence[Tensor | None]:
-    """Of q, k and v, piece by piece."""
+    """Gradients of q, k and v, block by block."""
     with runtime.without_autocast(q):
         if autograd.is_needed(grad):
             attend = partial(_attend_plainly, cu_patchlens=cu_patchlens, causal=causal, scale=scale)

@@ -48,7 +48,7 @@ from . import config as configs
 
 @triton.jit
 def _reach(bounds_ptr, base, total, BLOCK: tl.constexpr):
-    """Which patch each of the tile's rows belongs to, by its first row, -1 if to none; and the rows
+    """First row of the patch that each of the tile's rows belongs to, -1 if to none; and the rows
     of all these patches, counted from `base`: the first, and one past the last.
     """
     rows = base + tl.arange(0, BLOCK)
@@ -62,7 +62,7 @@ def _reach(bounds_ptr, base, total, BLOCK: tl.constexpr):
 
 @triton.jit
 def _sees(bounds_ptr, patch, rows, inside, earlier, later, IS_CAUSAL: tl.constexpr):
-    """Which of these rows lie in the patch of each row of the tile."""
+    """Mask of these rows that lie in the patch of each row of the tile."""
     seen = patch[:, None] == tl.load(bounds_ptr + rows, mask=inside, other=-2)[None, :]
     if IS_CAUSAL:
         seen = seen & (earlier <= later)

@@ -1,4 +1,4 @@
-"""What the qk_norm_rope kernels take, and the configuration each is launched with."""
+"""Limits of the qk_norm_rope kernels, and the configuration each is launched with."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ..._launch import Config, block_of, config_for
 
 MOST_WIDTH = 256
 PROGRAMS = 528
-"""Of the backward: four for each SM of an H100, each with sums of the weights' gradients."""
+"""Programs of the backward: four for each SM of an H100, each with sums of weight gradients."""
 TILE_BYTES = {"fwd": 8192, "bwd": 4096}
-"""Of q or k that a program takes at a time; the backward holds three such tiles and the sums."""
+"""Bytes of q or k that a program takes at a time; the backward holds three such tiles and sums."""
 
 
 def unsupported_reasons(*, q: Tensor, **_: Any) -> list[str]:
-    """Why the kernels cannot take this call; empty if they can."""
+    """List the reasons why the kernels cannot take this call; empty if they can."""
     reasons = []
     if q.dtype not in _checks.KERNEL_FLOATS:
         reasons.append(f"q is {q.dtype}; the kernels take float32, bfloat16 and float16")

@@ -52,7 +52,7 @@ def yardstick(
     positions: Tensor | None = None,
     interleaved: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """What a careful user writes in stock torch: float32 inside, rotation by a swapped copy."""
+    """Careful composition of stock torch ops: float32 inside, rotation by a swapped copy."""
     wide = torch.promote_types(q.dtype, torch.float32)
     where = torch.arange(q.shape[-3], device=q.device) if positions is None else positions.long()
     repeat = (lambda x: x.repeat_interleave(2, -1)) if interleaved else lambda x: x.repeat(1, 2)

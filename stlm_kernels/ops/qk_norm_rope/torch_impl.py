@@ -86,7 +86,7 @@ def _turned(
 
 
 class _Turned(torch.autograd.Function):
-    """The same piece by piece, forward and backward."""
+    """Rotate chunk by chunk, forward and backward."""
 
     @staticmethod
     def forward(
@@ -137,7 +137,7 @@ def _gradients(
     interleaved: bool,
     out_dtype: torch.dtype,
 ) -> list[Tensor | None]:
-    """Of x and the weight."""
+    """Gradients of x and the weight."""
     wide = None if weight is None else weight.to(cos.dtype)
     dx = torch.empty(x.shape, dtype=x.dtype)
     dweight = None if wide is None else torch.zeros_like(wide)

@@ -65,7 +65,7 @@ def _put_pairs(
 
 @triton.jit
 def _columns(K: tl.constexpr, IS_INTERLEAVED: tl.constexpr, WIDTH: tl.constexpr):
-    """Where the first and the second of each pair stand in a row."""
+    """Columns of the first and the second of each pair in a row."""
     d = tl.arange(0, WIDTH // 2)
     first = d * 2 if IS_INTERLEAVED else d
     return first, first + (1 if IS_INTERLEAVED else K // 2), d < K // 2

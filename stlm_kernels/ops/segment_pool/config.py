@@ -1,4 +1,4 @@
-"""What the segment_pool kernels take, and the configuration each is launched with."""
+"""Limits of the segment_pool kernels, and the configuration each is launched with."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..._launch import Config, block_of, config_for
 
 
 def unsupported_reasons(*, x: Tensor, **_: Any) -> list[str]:
-    """Why the kernels cannot take this call; empty if they can."""
+    """List the reasons why the kernels cannot take this call; empty if they can."""
     if x.dtype not in _checks.KERNEL_FLOATS:
         return [f"x is {x.dtype}; the kernels take float32, bfloat16 and float16"]
     return []
@@ -26,7 +26,7 @@ def pick_config(width: int, dtype: torch.dtype, device: torch.device) -> Config:
 
 
 def bwd_config(width: int, dtype: torch.dtype, device: torch.device) -> Config:
-    """By rows, not by patches: one long patch does not hold a program up."""
+    """Configuration by rows, not by patches: one long patch does not hold a program up."""
     default = {"BLOCK_T": 16, "BLOCK_D": block_of(width, 128), "num_warps": 4}
     return config_for("segment_pool_bwd", _bucket(width, dtype), default, device)
 

@@ -42,7 +42,7 @@ def _first_of(pick: Callable[[list[float]], float], values: list[float]) -> int:
 
 
 def yardstick(x: Tensor, cu_patchlens: Tensor, *, mode: str = "mean") -> Tensor:
-    """What a careful user writes in stock torch: float32 inside, the input's dtype outside."""
+    """Careful composition of stock torch ops: float32 inside, the input's dtype outside."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     lengths = cu_patchlens.diff().long()
     patches = torch.arange(lengths.shape[0], device=x.device).repeat_interleave(lengths)

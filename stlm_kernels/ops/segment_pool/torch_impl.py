@@ -124,7 +124,7 @@ class _SegmentSum(torch.autograd.Function):
 
 
 def _segment_extreme(x: Tensor, borders: Tensor, reduce: str) -> Tensor:
-    """By "amax" or "amin"; 0 for an empty bag."""
+    """Reduce by "amax" or "amin"; 0 for an empty bag."""
     zeros, bags = x.new_zeros(borders.shape[0] - 1, x.shape[1]), _bag_of(borders, x.shape)
     if runtime.inside_torch_func():  # vmap refuses to write what is batched in place
         return zeros.scatter_reduce(0, bags, x, reduce, include_self=False)
@@ -132,7 +132,7 @@ def _segment_extreme(x: Tensor, borders: Tensor, reduce: str) -> Tensor:
 
 
 def _picked(x: Tensor, borders: Tensor, reduce: str) -> Tensor:
-    """The same as a gather of the rows that hold them, which torch differentiates itself."""
+    """Gather the rows that hold the extremes, which torch differentiates itself."""
     values = x.detach()
     winners = _first_rows_holding(_segment_extreme(values, borders, reduce), values, borders)
     return torch.cat([x, x.new_zeros(1, x.shape[1])]).gather(0, winners)

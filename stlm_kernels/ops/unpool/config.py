@@ -1,4 +1,4 @@
-"""What the unpool kernels take, and the configuration each is launched with."""
+"""Limits of the unpool kernels, and the configuration each is launched with."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PROGRAMS = 132
 
 
 def unsupported_reasons(*, patch_states: Tensor, **_: Any) -> list[str]:
-    """Why the kernels cannot take this call; empty if they can."""
+    """List the reasons why the kernels cannot take this call; empty if they can."""
     if patch_states.dtype not in _checks.KERNEL_FLOATS:
         return [
             f"patch_states is {patch_states.dtype}; the kernels take float32, bfloat16 and float16"

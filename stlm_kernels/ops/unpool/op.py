@@ -93,7 +93,7 @@ def check_read_id_values(read_ids: Tensor, n_patches: int) -> None:
 
 
 def _only_rises(ids: np.ndarray) -> bool:  # type: ignore[type-arg]
-    """True where ids fall to -1 at most, and then go on above where they were, as documents do."""
+    """Return whether ids fall only to -1, and then go on above where they were, as documents do."""
     falls = np.flatnonzero(ids[1:] < ids[:-1]) + 1
     if len(falls) == 0:
         return True

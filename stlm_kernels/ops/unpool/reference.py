@@ -30,7 +30,7 @@ def yardstick(
     null_state: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """What a careful user writes in stock torch: float32 inside, the states' dtype outside."""
+    """Careful composition of stock torch ops: float32 inside, the states' dtype outside."""
     wide = torch.promote_types(patch_states.dtype, torch.float32)
     table = F.pad(patch_states.to(wide), (0, 0, 1, 0))
     if null_state is not None:
