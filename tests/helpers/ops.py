@@ -30,6 +30,21 @@ def first_cases() -> list[Any]:
     return [pytest.param(spec, spec.tagged("smoke")[0], id=name) for name, spec in OPS.items()]
 
 
+def shrunk_cases() -> list[Any]:
+    """The smallest case of every op with a kernel: for what no size changes."""
+    return [
+        pytest.param(spec, shrunk(spec.tagged("smoke")[0]), id=name)
+        for name, spec in OPS.items()
+        if spec.kernels
+    ]
+
+
+def shrunk(case: Case) -> Case:
+    most = {"B": 2, "T": 24, "P": 5, "N": 12, "D": 20, "C": 28}  # no two alike
+    sizes = {key: min(x, most[key]) if key in most else x for key, x in case.sizes.items()}
+    return Case(sizes, case.tags)
+
+
 def skip_unless_covered(spec: OpSpec, way: Way, *, grad: bool = False) -> None:
     if way.impl == "triton" and not spec.kernels:
         pytest.skip("this op has no kernel yet")

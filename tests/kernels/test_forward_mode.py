@@ -15,6 +15,7 @@ from helpers.ops import (
     map_tensors,
     op_cases,
     results,
+    shrunk_cases,
     skip_unless_covered,
     upstream_of,
 )
@@ -169,7 +170,7 @@ def test_rounded_operands(autocast: bool) -> None:
 @pytest.mark.lanes("interpret", "gpu")
 @pytest.mark.one_dtype
 @pytest.mark.parametrize("take", WAYS)
-@pytest.mark.parametrize(("spec", "case"), first_cases())
+@pytest.mark.parametrize(("spec", "case"), shrunk_cases())
 def test_the_kernels_refuse(spec: OpSpec, case: Case, take: Any, way: Way) -> None:
     skip_unless_covered(spec, way, grad=True)
     function, leaves = of_leaves(spec, inputs_of(spec, case, way), "triton")

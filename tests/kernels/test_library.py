@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 import torch
 from helpers.lanes import Way
-from helpers.ops import first_cases, inputs_of, map_tensors, op_cases, run, skip_unless_covered
+from helpers.ops import (
+    inputs_of,
+    map_tensors,
+    op_cases,
+    run,
+    shrunk,
+    shrunk_cases,
+    skip_unless_covered,
+)
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -48,14 +56,14 @@ def test_opcheck(spec: OpSpec, case: Case, way: Way, full: bool) -> None:
         pytest.skip("one case shows the schema: --full has the others")
     calls = Calls()
     with calls:
-        run(spec, spec.op, inputs_of(spec, case, way), impl="triton")
+        run(spec, spec.op, inputs_of(spec, shrunk(case), way), impl="triton")
     assert len(calls.seen) >= (2 if spec.grad_args else 1)
     for op, args in calls.seen:
         detached = tree_map_only(Tensor, Tensor.detach, args)
         torch.library.opcheck(op, detached)
 
 
-@pytest.mark.parametrize(("spec", "case"), first_cases())
+@pytest.mark.parametrize(("spec", "case"), shrunk_cases())
 def test_export_shows_the_op(spec: OpSpec, case: Case, way: Way) -> None:
     skip_unless_covered(spec, way)
     inputs = map_tensors(inputs_of(spec, case, way), lambda x: x.detach())
@@ -74,7 +82,7 @@ def test_export_shows_the_op(spec: OpSpec, case: Case, way: Way) -> None:
     )
 
 
-@pytest.mark.parametrize(("spec", "case"), first_cases())
+@pytest.mark.parametrize(("spec", "case"), shrunk_cases())
 def test_flops_are_counted(spec: OpSpec, case: Case, way: Way) -> None:
     skip_unless_covered(spec, way, grad=True)
     with FlopCounterMode(display=False) as counter:
@@ -84,7 +92,7 @@ def test_flops_are_counted(spec: OpSpec, case: Case, way: Way) -> None:
     assert any(f"{spec.library_name}_bwd" in name for name in counted)
 
 
-@pytest.mark.parametrize(("spec", "case"), first_cases())
+@pytest.mark.parametrize(("spec", "case"), shrunk_cases())
 def test_selective_checkpointing_can_save_the_op(spec: OpSpec, case: Case, way: Way) -> None:
     """A policy that saves the op's result runs its forward once; plain checkpointing twice."""
     skip_unless_covered(spec, way, grad=True)

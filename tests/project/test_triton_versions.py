@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.lanes import FP32, Way
-from helpers.ops import require_grads, results
+from helpers.ops import require_grads, results, shrunk_cases
 from helpers.sources import SOURCES, jitted, name_of
 from torch import Tensor
 
@@ -105,21 +105,6 @@ def test_the_scan_finds_it(line: str, found: str) -> None:
     assert found in "".join(seen)
 
 
-def small_cases() -> list[Any]:
-    """A smoke case of every op with a kernel, of at most these sizes."""
-    return [
-        pytest.param(spec, shrunk(spec.tagged("smoke")[0]), id=name)
-        for name, spec in OPS.items()
-        if spec.kernels
-    ]
-
-
-def shrunk(case: Case) -> Case:
-    most = {"B": 1, "T": 24, "P": 5, "N": 12, "D": 24, "C": 24}
-    sizes = {key: min(x, most[key]) if key in most else x for key, x in case.sizes.items()}
-    return Case(sizes, case.tags)
-
-
 def run_with_nan(spec: OpSpec, case: Case, way: Way, rows: dict[str, int]) -> dict[str, Tensor]:
     """Results and gradients of a case with one NaN in each of these arguments, at a share of it."""
     inputs = spec.make_inputs(case, way.dtype, torch.device(way.device), 0)
@@ -155,7 +140,7 @@ def give(patch: pytest.MonkeyPatch, larger: Binary, smaller: Binary) -> list[str
 
 @pytest.mark.lanes("interpret")
 @pytest.mark.one_dtype
-@pytest.mark.parametrize(("spec", "case"), small_cases())
+@pytest.mark.parametrize(("spec", "case"), shrunk_cases())
 def test_maximum_with_nan_may_be_either(
     spec: OpSpec, case: Case, way: Way, monkeypatch: pytest.MonkeyPatch
 ) -> None:
