@@ -16,6 +16,7 @@ import platform
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +34,15 @@ LANES_MAY_DIFFER = {
     ),
 }
 """Kernels of which the compiled lane accepts faults of the kind "lanes", and why."""
+FENCES_MAY_LACK = {
+    "stlm_linear_logprobs_bwd_weight": ("3.6", "3.7", "3.8"),
+    "stlm_attention_fwd": ("3.6",),
+    "stlm_attention_bwd_q": ("3.6",),
+}
+"""Kernels of which the compiled lane accepts faults of the kind "proxy", by releases of triton.
+
+The compiler takes a copy's issue for its write: the fence stands before the wait (docs/ptx.md).
+"""
 # Values, then what only a GPU shows: minutes there may be cut off.
 FIRST_ON_A_GPU = {"test_ops": 0, "test_gpu": 1}
 
@@ -181,11 +191,21 @@ def compiled_kernels_run_here(request: pytest.FixtureRequest) -> Iterator[None]:
     from stlm_kernels import ptx
 
     arch = request.config.getoption("--arch")
-    with ptx.executing(arch=arch, collect=["lanes"]) as session:
+    with ptx.executing(arch=arch, collect=["lanes", "proxy"]) as session:
         yield
     for done in session.executions:
         for fault in done.faults:
-            assert fault.kernel in LANES_MAY_DIFFER, fault
+            assert is_accepted(fault), fault
+
+
+def is_accepted(fault: Any) -> bool:
+    """Whether a fault is one that the compiler makes, and a reason for it stands above."""
+    import triton
+
+    if fault.kind == "lanes":
+        return fault.kernel in LANES_MAY_DIFFER
+    release = ".".join(triton.__version__.split(".")[:2])
+    return release in FENCES_MAY_LACK.get(fault.kernel, ())
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -85,15 +85,12 @@ def read(state: State, place: Place, threads: Array, width: int, count: int) -> 
     """Words that these threads read."""
     report = state.reporter(threads)
     addresses = place.of(state, threads)
-    block = state.block[threads]
     count_access(state, place.space, "load", addresses, width * count, threads)
     if place.space == "global":
         return state.memory.read(
             addresses, width, count, state.block_index[threads].astype(np.int32), report
         )
-    return state.shared.read(
-        addresses, width, count, block, state.warp[threads], state.epoch[block], report
-    )
+    return state.shared.read(addresses, width, count, threads, report)
 
 
 def count_access(
@@ -144,13 +141,12 @@ def write(state: State, place: Place, threads: Array, words: list[Array]) -> Non
     """Store words of these threads."""
     report = state.reporter(threads)
     addresses = place.of(state, threads)
-    block = state.block[threads]
     size = words[0].dtype.itemsize * len(words)
     count_access(state, place.space, "store", addresses, size, threads)
     if place.space == "global":
         state.memory.write(addresses, words, state.block_index[threads].astype(np.int32), report)
         return
-    state.shared.write(addresses, words, block, state.warp[threads], state.epoch[block], report)
+    state.shared.write(addresses, words, threads, report)
 
 
 def copy(decoder: Decoder, instruction: Instruction) -> Step | None:

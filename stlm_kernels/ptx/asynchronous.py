@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .memory import SharedMemory, bytes_at
+from .lanes import LANES
 from .registers import Array, Mask
+from .shared import SharedMemory
 from .threads import Threads
 
 
@@ -19,7 +19,11 @@ class _Copy:
     places: Array  # (threads, bytes) in shared memory
     data: NDArray[np.uint8]
     group: Array  # of each thread, counted from its first
-    instruction: Any
+
+    def only(self, chosen: Array) -> _Copy:
+        return _Copy(
+            self.threads[chosen], self.places[chosen], self.data[chosen], self.group[chosen]
+        )
 
 
 class Copies:
@@ -32,18 +36,10 @@ class Copies:
 
     def issue(self, threads: Array, offsets: Array, data: NDArray[np.uint8]) -> None:
         """Begin copies of the rows of data to offsets of shared memory."""
-        batch, memory = self.batch, self.shared
-        report = batch.reporter(threads)
-        size = data.shape[1]
-        first = memory.places(offsets, batch.block[threads], size, report)
-        places = bytes_at(first, size)
-        report("async", memory.pending[places].any(1), "two copies to the same bytes")
-        epochs = batch.epoch[batch.block[threads]]
-        races = memory.note_write(places, batch.warp[threads], epochs)
-        report("race", races.any(1), "another warp touches it since the last barrier")
-        memory.pending[places] = True
+        size, report = data.shape[1], self.batch.reporter(threads)
+        places = self.shared.begin_copy(offsets, size, threads, report)
         group = self.committed[threads].copy()
-        self.on_the_way.append(_Copy(threads, places, data, group, batch.current))
+        self.on_the_way.append(_Copy(threads, places, data, group))
 
     def commit(self, mask: Mask) -> None:
         self.committed[self.batch.active(mask)] += 1
@@ -55,62 +51,78 @@ class Copies:
         left = []
         for copy in self.on_the_way:
             done = waits[copy.threads] & (copy.group < self.committed[copy.threads] - newest)
-            self._land(copy, done)
+            if done.any():
+                landed = copy.only(done)
+                self.shared.end_copy(landed.places, landed.data, landed.threads)
             if not done.all():
-                left.append(
-                    _Copy(
-                        copy.threads[~done],
-                        copy.places[~done],
-                        copy.data[~done],
-                        copy.group[~done],
-                        copy.instruction,
-                    )
-                )
+                left.append(copy.only(~done))
         self.on_the_way = left
-
-    def _land(self, copy: _Copy, done: Array) -> None:
-        batch, shared = self.batch, self.shared
-        if not done.any():
-            return
-        threads, places = copy.threads[done], copy.places[done]
-        shared.data[places] = copy.data[done]
-        shared.pending[places] = False
-        # They count as written now: other warps need a barrier after this wait.
-        shared.owners.writer[places] = batch.warp[threads][:, None]
-        shared.owners.written_at[places] = batch.epoch[batch.block[threads]][:, None]
 
     def finish(self) -> None:
         """Copies that nobody waited for end with the kernel: nothing reads them."""
         self.on_the_way = []
 
 
-class Products:
-    """`wgmma`: accumulators that may not be touched before `wait_group`.
+@dataclass
+class _Product:
+    number: int
+    group: Array  # of each warp, counted from its first
+    waiting: Array  # warps that have not waited for it
 
-    Values are computed when issued; registers are marked until the group they belong to is done.
+
+class Products:
+    """`wgmma`: sums that may not be touched, and operands that may not change, before a wait.
+
+    Values are computed when issued; registers and bytes are marked until each warp of the product
+    has waited for the group it belongs to.
     """
 
-    def __init__(self, threads: Threads) -> None:
-        self.batch = threads
-        self.pending: dict[int, int] = {}  # slot -> group
-        self.group = 0
+    def __init__(self, threads: Threads, shared: SharedMemory) -> None:
+        self.batch, self.order = threads, shared.order
+        self.pending: dict[int, _Product] = {}  # slot -> the last product that sums into it
+        self.committed = np.zeros(threads.n // LANES, np.int64)
+        self.count = 0
 
-    def issue(self, slots: list[int]) -> None:
+    def issue(self, slots: list[int], operands: list[Array], mask: Mask) -> None:
+        """Begin a product that sums into registers and reads these bytes."""
+        assert self.order is not None
+        self.count += 1
+        product = _Product(self.count, self.committed.copy(), self._warps(mask))
         for slot in slots:
-            self.pending[slot] = self.group
+            self.pending[slot] = product
+        for places in operands:
+            self.order.read(places, product.number)
+        self.order.on_their_way.add(product.number)
 
-    def commit(self) -> None:
-        self.group += 1
+    def commit(self, mask: Mask) -> None:
+        self.committed += self._warps(mask)
 
-    def wait(self, newest: int) -> None:
-        self.pending = {s: g for s, g in self.pending.items() if g >= self.group - newest}
+    def wait(self, mask: Mask, newest: int) -> None:
+        """Complete all but the `newest` groups of these warps."""
+        assert self.order is not None
+        waits = self._warps(mask)
+        left = {}
+        for slot, product in self.pending.items():
+            product.waiting &= ~(waits & (product.group < self.committed - newest))
+            if product.waiting.any():
+                left[slot] = product
+        self.pending = left
+        self.order.on_their_way = {product.number for product in left.values()}
 
-    def check(self, reads: tuple[int, ...], writes: tuple[int, ...]) -> None:
+    def check(self, reads: tuple[int, ...], writes: tuple[int, ...], mask: Mask) -> None:
         """Fault where an instruction touches a register of a product that was not waited for."""
         is_product = self.batch.current.parts[0] == "wgmma"
         slots = reads if is_product else (*reads, *writes)  # products may share their sums
-        if not self.pending.keys().isdisjoint(slots):
-            self.batch.fault("async", None, "the product in its registers was not waited for")
+        for slot in slots:
+            product = self.pending.get(slot)
+            if product is not None and (product.waiting & self._warps(mask)).any():
+                self.batch.fault("async", None, "the product in its registers was not waited for")
+
+    def _warps(self, mask: Mask) -> Array:
+        """Which warps have an active lane."""
+        if mask is None:
+            return np.ones(self.batch.n // LANES, bool)
+        return np.asarray(mask.reshape(-1, LANES).any(1))
 
     def finish(self) -> None:
         self.pending = {}

@@ -106,13 +106,14 @@ def warp_barrier(decoder: Decoder, instruction: Instruction) -> Step | None:
 
 
 def fence(decoder: Decoder, instruction: Instruction) -> Step | None:
-    """fence.proxy.async shows generic writes of the block to the asynchronous proxy."""
-    if "proxy" not in instruction.parts:
+    """fence.proxy.async shows generic writes to shared memory to the asynchronous proxy."""
+    spaces = [part for part in instruction.parts if part.startswith(("shared", "global"))]
+    if instruction.parts[1:3] != ["proxy", "async"] or spaces == ["global"]:
         return lambda state, mask: None
 
     def step(state: State, mask: Mask) -> None:
-        blocks = np.unique(state.block[state.active(mask)])
-        state.shared.unfenced.reshape(state.shared.blocks, -1)[blocks] = False
+        if state.shared.order is not None:
+            state.shared.order.fence(state.active(mask))
 
     return step
 
@@ -136,11 +137,9 @@ class _Rows:
         addresses = place.of(state, self.threads)
         self.first = lanes.rows_of_matrices(addresses, count).reshape(-1)
         self.used = used = lanes.rows_of_matrices(self.threads, count).reshape(-1)
-        self.block, self.warp = state.block[used], state.warp[used]
-        self.epoch = state.epoch[self.block]
         self.report = state.reporter(used)
         self.report("misaligned", self.first % 16 != 0, "16 bytes must begin at a multiple of 16")
-        self.places = state.shared.places(self.first, self.block, 16, self.report)
+        self.places = state.shared.places(self.first, used, 16, self.report)
 
 
 def load_matrix(decoder: Decoder, instruction: Instruction) -> Step | None:
@@ -154,7 +153,7 @@ def load_matrix(decoder: Decoder, instruction: Instruction) -> Step | None:
     def step(state: State, mask: Mask) -> None:
         rows = _Rows(state, place, mask, count)
         count_access(state, "shared", "load", rows.first, 16, rows.used)
-        state.shared.check_read(bytes_at(rows.places, 16), rows.warp, rows.epoch, rows.report)
+        state.shared.check_read(bytes_at(rows.places, 16), rows.used, rows.report)
         words = np.stack(gather(state.shared.data, rows.places, 2, 8), -1)
         fragments = lanes.fragments_of(words.reshape(-1, count, 8, 8), transposed)
         for slot, fragment in zip(slots, fragments, strict=True):
@@ -178,7 +177,7 @@ def store_matrix(decoder: Decoder, instruction: Instruction) -> Step | None:
         words = lanes.matrices_of(fragments, transposed).reshape(-1, 8)
         new = np.ascontiguousarray(words).view(np.uint8)
         where = bytes_at(rows.places, 16)
-        state.shared.put(where, new, rows.warp, rows.epoch, rows.report)
+        state.shared.put(where, new, rows.used, rows.report)
 
     return step
 
@@ -219,11 +218,11 @@ def multiply_asynchronously(decoder: Decoder, instruction: Instruction) -> Step 
     if kind == "fence":
         return lambda state, mask: None
     if kind == "commit_group":
-        return lambda state, mask: state.products.commit()
+        return lambda state, mask: state.products.commit(mask)
     if kind == "wait_group":
         newest = instruction.operands[0]
         assert isinstance(newest, Constant)
-        return lambda state, mask: state.products.wait(newest.value)
+        return lambda state, mask: state.products.wait(mask, newest.value)
     return _Warpgroup(decoder, instruction).step if kind == "mma_async" else None
 
 
@@ -250,13 +249,16 @@ class _Warpgroup:
         state.require_whole_warps(mask)
         threads = state.active(mask)
         n, k = self.shape.n, self.shape.k
+        read: list[Array] = []  # places in shared memory
         if self.left is not None:
             registers = [lanes.by_warp(state.of(slot, threads)) for slot in self.left]
             left = matrix.operand_a(registers, self.shape).reshape(-1, 64, k)
         else:
             assert self.left_descriptor is not None
-            left = self._operand(state, threads, self.left_descriptor, 64, self.left_transposed)
-        right = self._operand(state, threads, self.right_descriptor, n, self.right_transposed)
+            left = self._operand(
+                state, threads, self.left_descriptor, 64, self.left_transposed, read
+            )
+        right = self._operand(state, threads, self.right_descriptor, n, self.right_transposed, read)
         sums = [lanes.by_warp(state.of(slot, threads)) for slot in self.sums]
         before = matrix.accumulator(sums, n).reshape(-1, 64, n)
         scale = state.of(self.scale, threads)[::WARPGROUP, None, None]
@@ -264,28 +266,30 @@ class _Warpgroup:
         values = matrix.registers_of(total.reshape(-1, 16, n), len(self.sums))
         for slot, value in zip(self.sums, values, strict=True):
             state.put(slot, threads, value.reshape(-1), mask)
-        state.products.issue(self.sums)
+        state.products.issue(self.sums, read, mask)
         count_flops(state, self.shape, len(threads) // WARPGROUP)
 
     def _operand(
-        self, state: State, threads: Array, slot: int, rows: int, transposed: bool
+        self,
+        state: State,
+        threads: Array,
+        slot: int,
+        rows: int,
+        transposed: bool,
+        read: list[Array],
     ) -> Array:
-        """(warpgroups, rows, k) from shared memory, as fp32."""
+        """(warpgroups, rows, k) from shared memory, as fp32; its places are added to `read`."""
         first = threads[::WARPGROUP]
         element = 4 if self.shape.kind == "tf32" else 2
         offsets = matrix.descriptor_offsets(
             state.of(slot, first), rows, self.shape.k, element, depth_major=not transposed
         )
-        units = len(offsets)
-        report = state.reporter(np.repeat(first, rows * self.shape.k))
-        block = np.repeat(state.block[first], rows * self.shape.k)
-        places = state.shared.places(offsets.reshape(-1), block, element, report)
-        every = bytes_at(places, element)
-        shared = state.shared
-        report("proxy", shared.unfenced[every].any(1), "written without fence.proxy.async after it")
-        # The four warps of a group read as one: whatever was written before the last barrier.
-        warps = np.repeat(state.warp[first], rows * self.shape.k)
-        shared.check_read(every, warps, state.epoch[block], report)
+        units, shared, report = len(offsets), state.shared, state.reporter(first)
+        each = np.repeat(first, rows * self.shape.k)
+        places = shared.places(offsets.reshape(-1), each, element, state.reporter(each))
+        every = bytes_at(places, element).reshape(units, -1)
+        shared.check_product(every, first, report)
+        read.append(every)
         words = gather(shared.data, places, element, 1)[0].reshape(units, rows, self.shape.k)
         if self.shape.kind == "tf32":
             return (words & np.uint32(0xFFFFE000)).view(np.float32)

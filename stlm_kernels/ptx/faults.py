@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from .parse import Instruction
 
@@ -46,6 +47,12 @@ class Fault(Exception):
         source = instruction.source or "no source line"
         line = f"PTX line {instruction.line} ({instruction.text})"
         super().__init__(f"{kind}: {kernel}, {source}, {line}: {where}{detail}")
+
+
+class Reporter(Protocol):
+    """Says that the threads at these positions of an access show a fault."""
+
+    def __call__(self, kind: str, wrong: Any, detail: str) -> None: ...
 
 
 class Collector:

@@ -162,7 +162,7 @@ class Machine:
             if step is None:
                 raise PtxError(_unknown(self.program, instruction))
             if state.products.pending:
-                state.products.check(self.code.reads[index], self.code.writes[index])
+                state.products.check(self.code.reads[index], self.code.writes[index], mask)
             if self.chains is not None:
                 self.chains.note(index)
             if instruction.predicate is None:

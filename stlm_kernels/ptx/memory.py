@@ -1,4 +1,4 @@
-"""Global and shared memory by byte, with the shadow state that the checks need.
+"""Bytes and their shadows, and global memory.
 
 An access is an array of addresses, one per active thread, of `count` words of `width` bytes. Global
 addresses are those of the tensors themselves: results land where torch sees them.
@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .count import Costs
+from .faults import Reporter
 from .touches import Touches
 
 WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
@@ -29,12 +30,6 @@ Array = NDArray[Any]
 Shadow = NDArray[np.bool_]
 """For each byte of a storage's lines whether something has written it; see `new_shadow`."""
 NO_SHADOWS: Mapping[int, Shadow] = {}
-
-
-class Reporter(Protocol):
-    """Says that the threads at these positions of an access show a fault."""
-
-    def __call__(self, kind: str, wrong: Any, detail: str) -> None: ...
 
 
 def gather(data: NDArray[np.uint8], offsets: Ints, width: int, count: int) -> list[Array]:
@@ -196,7 +191,7 @@ class GlobalMemory:
         self, addresses: Ints, width: int, count: int, blocks: Array, report: Reporter
     ) -> list[Array]:
         size = width * count
-        _check_alignment(addresses, size, report)
+        check_alignment(addresses, size, report)
         results = [np.zeros(len(addresses), WORDS[width]) for _ in range(count)]
         for allocation, chosen in self._parts(addresses, size, report):
             offsets = addresses[chosen] - allocation.base
@@ -221,7 +216,7 @@ class GlobalMemory:
     def write(self, addresses: Ints, values: list[Array], blocks: Array, report: Reporter) -> None:
         width = values[0].dtype.itemsize
         size = width * len(values)
-        _check_alignment(addresses, size, report)
+        check_alignment(addresses, size, report)
         for allocation, chosen in self._parts(addresses, size, report):
             offsets = addresses[chosen] - allocation.base
             words = [value[chosen] for value in values]
@@ -230,7 +225,7 @@ class GlobalMemory:
             differ = np.zeros(len(offsets), bool)
             if np.count_nonzero(races):
                 before = gather(allocation.data, offsets, width, len(words))
-                changes = _as_bytes(before) != _as_bytes(words)
+                changes = as_bytes(before) != as_bytes(words)
                 differ = (races & changes.reshape(*races.shape, -1).any(2)).any(1)
             scatter(allocation.data, offsets, words)
             # By another thread in this instruction.
@@ -247,107 +242,13 @@ class GlobalMemory:
         self, addresses: Ints, report: Reporter, size: int
     ) -> Iterable[tuple[Allocation, Array]]:
         """Storages and positions of an atomic access, which the caller carries out in turn."""
-        _check_alignment(addresses, size, report)
+        check_alignment(addresses, size, report)
         every = np.arange(len(addresses))
         for allocation, chosen in self._parts(addresses, size, report):
             yield allocation, every[chosen]
 
 
-class SharedMemory:
-    """Shared memory of a batch of blocks, one after the other.
-
-    Args:
-        blocks: how many.
-        size: bytes of each.
-    """
-
-    def __init__(self, blocks: int, size: int) -> None:
-        # Whole lines, so that what is aligned in a block is aligned here.
-        self.pitch = -(-max(size, 1) // 1024) * 1024
-        self.size, self.blocks = size, blocks
-        total = self.pitch * blocks
-        self.data = np.zeros(total, np.uint8)
-        self.written = np.zeros(total, bool)
-        self.pending = np.zeros(total, bool)  # an asynchronous copy will land there
-        self.unfenced = np.zeros(total, bool)  # the asynchronous proxy may not see it yet
-        self.owners = Owners(total)
-
-    def places(self, offsets: Ints, blocks: Array, size: int, report: Reporter) -> Ints:
-        """Positions in `data` of accesses by threads of these blocks of the batch."""
-        outside = (offsets < 0) | (offsets + size > self.size)
-        report("outside", outside, f"{size} bytes beyond the {self.size} of shared memory")
-        return np.where(outside, 0, offsets) + blocks * self.pitch
-
-    def read(
-        self,
-        offsets: Ints,
-        width: int,
-        count: int,
-        blocks: Array,
-        warps: Array,
-        epochs: Array,
-        report: Reporter,
-    ) -> list[Array]:
-        """Words per thread. `warps` and `epochs` are the reader's warp and its barriers so far."""
-        _check_alignment(offsets, width * count, report)
-        first = self.places(offsets, blocks, width * count, report)
-        self.check_read(bytes_at(first, width * count), warps, epochs, report)
-        return gather(self.data, first, width, count)
-
-    def check_read(self, places: Ints, warps: Array, epochs: Array, report: Reporter) -> None:
-        report(
-            "async", self.pending[places].any(1), "an asynchronous copy to it was not waited for"
-        )
-        report("unwritten", ~self.written[places].all(1), "of shared memory")
-        races = self.owners.read(
-            places,
-            np.broadcast_to(warps[:, None], places.shape),
-            np.broadcast_to(epochs[:, None], places.shape),
-        )
-        report("race", races.any(1), "another warp wrote it since the last barrier")
-
-    def write(
-        self,
-        offsets: Ints,
-        values: list[Array],
-        blocks: Array,
-        warps: Array,
-        epochs: Array,
-        report: Reporter,
-    ) -> None:
-        size = values[0].dtype.itemsize * len(values)
-        _check_alignment(offsets, size, report)
-        first = self.places(offsets, blocks, size, report)
-        places = bytes_at(first, size)
-        report("async", self.pending[places].any(1), "an asynchronous copy to it is on its way")
-        self.put(places, _as_bytes(values), warps, epochs, report)
-
-    def put(
-        self, places: Ints, new: NDArray[np.uint8], warps: Array, epochs: Array, report: Reporter
-    ) -> None:
-        """Write bytes of each thread."""
-        races = self.note_write(places, warps, epochs)
-        races &= self.data[places] != new
-        self.data[places] = new
-        lost = self.data[places] != new  # to another thread in this instruction
-        own = self.owners.writer[places] == warps[:, None]
-        races |= lost & ~own
-        report("race", races.any(1), "another warp touches it since the last barrier")
-        report("lanes", (lost & own).any(1), "another lane stores another value there")
-
-    def note_write(self, places: Ints, warps: Array, epochs: Array) -> Array:
-        """Which bytes another warp touched since the last barrier."""
-        races = self.owners.write(
-            places,
-            np.broadcast_to(warps[:, None], places.shape),
-            np.broadcast_to(epochs[:, None], places.shape),
-        )
-        self.written[places] = True
-        self.unfenced[places] = True
-        return races
-
-
-def _as_bytes(values: list[Array]) -> NDArray[np.uint8]:
+def as_bytes(values: list[Array]) -> NDArray[np.uint8]:
     """Words of each thread as its bytes: (threads, bytes)."""
     return np.stack(values, 1).view(np.uint8)
 
@@ -363,5 +264,5 @@ def _among(chosen: Array | slice, wrong: Any, total: int) -> Array:
     return flags
 
 
-def _check_alignment(addresses: Ints, size: int, report: Reporter) -> None:
+def check_alignment(addresses: Ints, size: int, report: Reporter) -> None:
     report("misaligned", addresses % size != 0, f"{size} bytes must begin at a multiple of {size}")

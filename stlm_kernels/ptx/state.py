@@ -9,9 +9,10 @@ from .asynchronous import Copies, Products
 from .count import Costs
 from .faults import Collector
 from .lanes import LANES
-from .memory import GlobalMemory, SharedMemory
+from .memory import GlobalMemory
 from .parse import Program
 from .registers import Array, Mask
+from .shared import SharedMemory
 from .threads import Threads
 
 
@@ -48,8 +49,9 @@ class State(Threads):
         super().__init__(program, blocks, collector)
         self.values, self.parameters = registers, parameters
         self.special = _special_registers(self, grid)
-        self.memory, self.shared = memory, SharedMemory(len(blocks), shared_bytes)
-        self.copies, self.products = Copies(self, self.shared), Products(self)
+        has_products = any(x.parts[0] == "wgmma" for x in program.instructions)
+        self.memory, self.shared = memory, SharedMemory(self, shared_bytes, has_products)
+        self.copies, self.products = Copies(self, self.shared), Products(self, self.shared)
         self.costs = costs
 
     def set(self, slot: int, value: Array, mask: Mask) -> None:

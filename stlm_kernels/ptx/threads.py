@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .faults import Collector, Fault, Place
+from .faults import Collector, Fault, Place, Reporter
 from .lanes import LANES
-from .memory import Reporter
 from .parse import Instruction, Program
 from .registers import Array, Mask
 

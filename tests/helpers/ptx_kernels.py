@@ -38,6 +38,15 @@ def multiply(a_ptr, b_ptr, out_ptr, depth, M: tl.constexpr, N: tl.constexpr, K: 
 
 
 @triton.jit
+def multiply_sums(a_ptr, out_ptr, M: tl.constexpr, K: tl.constexpr):
+    """out (M, M) = (a + a) @ a^T of a (M, K): what threads have computed is an operand."""
+    rows, inner = tl.arange(0, M), tl.arange(0, K)
+    a = tl.load(a_ptr + rows[:, None] * K + inner[None, :])
+    product = tl.dot(a, tl.trans(a + a))
+    tl.store(out_ptr + rows[None, :] * M + rows[:, None], product)
+
+
+@triton.jit
 def count_down(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
     """Programs that loop a different number of times each; lanes count as long as they may."""
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

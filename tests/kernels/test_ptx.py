@@ -5,16 +5,15 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from helpers.ptx_launches import again, products, replaced, rows, sums, without
 
 from stlm_kernels import byte_pool, ptx
-from stlm_kernels.ptx import Execution, Fault, PtxError
+from stlm_kernels.ptx import Fault, PtxError
 from stlm_kernels.ptx.faults import KINDS
 
 pytestmark = pytest.mark.lanes("compiled")
@@ -26,46 +25,6 @@ def kernels_of_the_tests() -> Any:
     from helpers import ptx_kernels
 
     return ptx_kernels
-
-
-def rows(kernels: Any, n: int = 1000) -> tuple[Execution, Tensor, Tensor]:
-    x, y = torch.randn(n), torch.randn(n)
-    out = torch.full((n,), float("nan"))
-    done = ptx.run(kernels.add_rows, (8,), x, y, out, n, BLOCK=128, num_warps=2)
-    return done, out, x + y
-
-
-def sums(kernels: Any) -> tuple[Execution, Tensor, Tensor]:
-    x, out = torch.randn(5, 200), torch.full((5,), float("nan"))
-    done = ptx.run(kernels.row_sums, (5,), x, out, 200, BLOCK=256, num_warps=4)
-    return done, out, x.sum(1)
-
-
-def products(
-    kernels: Any, arch: int, dtype: torch.dtype = torch.bfloat16, **options: int
-) -> tuple[Execution, Tensor, Tensor]:
-    a, b = torch.randn(64, 128, dtype=dtype), torch.randn(128, 64, dtype=dtype)
-    out = torch.full((64, 64), float("nan"))
-    options = {"num_warps": 4, "num_stages": 3, **options}
-    done = ptx.run(
-        kernels.multiply, (1,), a, b, out, 128, arch=arch, M=64, N=64, K=32, **options
-    )  # fmt: skip
-    return done, out, (a.double() @ b.double()).float()
-
-
-def again(done: Execution, change: Callable[[str], str], **options: Any) -> Execution:
-    """The same launch with changed PTX."""
-    text = change(done.ptx)
-    assert text != done.ptx, "the fault was not planted"
-    return ptx.execute(text, done.grid, done.arguments, shared_bytes=done.shared_bytes, **options)
-
-
-def without(pattern: str, count: int = 0) -> Callable[[str], str]:
-    return lambda text: re.sub(pattern, "", text, count=count)
-
-
-def replaced(pattern: str, new: str, count: int = 1) -> Callable[[str], str]:
-    return lambda text: re.sub(pattern, new, text, count=count)
 
 
 def test_elementwise_values(kernels: Any) -> None:
@@ -198,18 +157,6 @@ def test_copies_read_without_a_barrier(kernels: Any, arch: int) -> None:
     done, _, _ = products(kernels, arch)
     with pytest.raises(Fault, match="race"):
         again(done, without(r"bar\.sync\s+0;"))
-
-
-def test_products_read_before_their_wait(kernels: Any) -> None:
-    done, _, _ = products(kernels, 90)
-    with pytest.raises(Fault, match=r"async: multiply.*product in its registers"):
-        again(done, without(r"wgmma\.wait_group[^;]*;"))
-
-
-def test_products_of_unfenced_memory(kernels: Any) -> None:
-    done, _, _ = products(kernels, 90)
-    with pytest.raises(Fault, match="proxy: multiply"):
-        again(done, without(r"fence\.proxy\.async[^;]*;"))
 
 
 @pytest.mark.parametrize(

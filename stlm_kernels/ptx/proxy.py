@@ -1,0 +1,100 @@
+"""The order between the two ways to shared memory: that of threads and that of `wgmma`.
+
+Stores and `cp.async` go by the generic proxy, `wgmma` reads by the asynchronous one. A write is
+seen there if a `fence.proxy.async` stands on the way from it to the read: program order within a
+thread, barriers between threads (PTX ISA, memory consistency model). A `wgmma` is followed by a
+fence of its own once it was waited for.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .memory import Ints
+from .registers import Array
+from .threads import Threads
+
+WARPGROUP = 128
+NEVER = -1
+
+
+class _Fences:
+    """The latest fence of each of some threads or blocks, and the latest of an earlier epoch."""
+
+    def __init__(self, count: int) -> None:
+        self.epoch, self.number = np.full(count, NEVER), np.zeros(count, np.int64)
+        self.epoch_before, self.number_before = np.full(count, NEVER), np.zeros(count, np.int64)
+
+    def note(self, who: Array, epochs: Array, number: int) -> None:
+        older = who[self.epoch[who] < epochs]
+        self.epoch_before[older], self.number_before[older] = self.epoch[older], self.number[older]
+        self.epoch[who], self.number[who] = epochs, number
+
+    def before(self, who: Array, epochs: Array) -> tuple[Array, Array]:
+        """Epoch and number of the latest fence that a barrier has followed."""
+        earlier = self.epoch[who] < epochs
+        return (
+            np.where(earlier, self.epoch[who], self.epoch_before[who]),
+            np.where(earlier, self.number[who], self.number_before[who]),
+        )
+
+
+class ProxyOrder:
+    """Writes, fences and products of a batch of blocks, in the order in which they happened.
+
+    Args:
+        batch: the threads.
+        total: bytes of shared memory of all blocks.
+    """
+
+    def __init__(self, batch: Threads, total: int) -> None:
+        self.batch = batch
+        self.writer = np.zeros(total, np.int32)  # thread in the batch
+        self.written_at = np.full(total, NEVER, np.int32)  # epoch
+        self.fences_before = np.zeros(total, np.int32)  # of all threads, when it was written
+        self.count = 0
+        self.of_threads, self.of_blocks = _Fences(batch.n), _Fences(len(batch.epoch))
+        self.read_by = np.zeros(total, np.int32)  # number of the last product that reads it
+        self.on_their_way: set[int] = set()
+        """Numbers of products that not all their warps have waited for."""
+
+    def write(self, places: Ints, threads: Array) -> None:
+        """Note that bytes were written: by an asynchronous copy once it was waited for."""
+        self.writer[places] = threads[:, None]
+        self.written_at[places] = self.batch.epoch[self.batch.block[threads]][:, None]
+        self.fences_before[places] = self.count
+
+    def fence(self, threads: Array) -> None:
+        """Note that these threads execute fence.proxy.async."""
+        self.count += 1
+        blocks = self.batch.block[threads]
+        self.of_threads.note(threads, self.batch.epoch[blocks], self.count)
+        blocks = np.unique(blocks)
+        self.of_blocks.note(blocks, self.batch.epoch[blocks], self.count)
+
+    def unseen(self, places: Ints, first: Array) -> Array:
+        """Which bytes have no fence on their way to the warpgroups with these first threads."""
+        block = self.batch.block[first]
+        epochs = self.batch.epoch[block]
+        written_at = self.written_at[places]
+        # A fence of any thread after the barrier that follows the write, before the last barrier.
+        between = self.of_blocks.before(block, epochs)[0]
+        seen = written_at < between[:, None]
+        # A fence of the whole warpgroup since the last barrier.
+        fences = self.of_threads.epoch.reshape(-1, WARPGROUP)[first // WARPGROUP]
+        fenced = (fences == epochs[:, None]).all(1)
+        seen |= fenced[:, None] & (written_at < epochs[:, None])
+        if not seen.all():  # a fence of the writing thread, and a barrier
+            when = np.broadcast_to(epochs[:, None], places.shape)
+            epoch, number = self.of_threads.before(self.writer[places], when)
+            seen |= (epoch == written_at) & (number > self.fences_before[places])
+        return ~seen
+
+    def read(self, places: Ints, number: int) -> None:
+        """Note that a product reads bytes, from now until it was waited for."""
+        self.read_by[places] = number
+
+    def is_read_by_a_product(self, places: Ints) -> Array:
+        if not self.on_their_way:
+            return np.zeros(places.shape, bool)
+        return np.isin(self.read_by[places], list(self.on_their_way))
