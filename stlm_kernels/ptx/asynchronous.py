@@ -58,10 +58,6 @@ class Copies:
                 left.append(copy.only(~done))
         self.on_the_way = left
 
-    def finish(self) -> None:
-        """Copies that nobody waited for end with the kernel: nothing reads them."""
-        self.on_the_way = []
-
 
 @dataclass
 class _Product:
@@ -79,7 +75,8 @@ class Products:
 
     def __init__(self, threads: Threads, shared: SharedMemory) -> None:
         self.batch, self.order = threads, shared.order
-        self.pending: dict[int, _Product] = {}  # slot -> the last product that sums into it
+        self.on_their_way: list[_Product] = []
+        self.pending: dict[int, _Product] = {}  # slot -> the last of them that sums into it
         self.committed = np.zeros(threads.n // LANES, np.int64)
         self.count = 0
 
@@ -92,7 +89,8 @@ class Products:
             self.pending[slot] = product
         for places in operands:
             self.order.read(places, product.number)
-        self.order.on_their_way.add(product.number)
+        self.on_their_way.append(product)
+        self.order.on_their_way.append(product.number)
 
     def commit(self, mask: Mask) -> None:
         self.committed += self._warps(mask)
@@ -101,13 +99,11 @@ class Products:
         """Complete all but the `newest` groups of these warps."""
         assert self.order is not None
         waits = self._warps(mask)
-        left = {}
-        for slot, product in self.pending.items():
+        for product in self.on_their_way:
             product.waiting &= ~(waits & (product.group < self.committed - newest))
-            if product.waiting.any():
-                left[slot] = product
-        self.pending = left
-        self.order.on_their_way = {product.number for product in left.values()}
+        self.on_their_way = [x for x in self.on_their_way if x.waiting.any()]
+        self.pending = {slot: x for slot, x in self.pending.items() if x.waiting.any()}
+        self.order.on_their_way = [x.number for x in self.on_their_way]
 
     def check(self, reads: tuple[int, ...], writes: tuple[int, ...], mask: Mask) -> None:
         """Fault where an instruction touches a register of a product that was not waited for."""
@@ -123,6 +119,3 @@ class Products:
         if mask is None:
             return np.ones(self.batch.n // LANES, bool)
         return np.asarray(mask.reshape(-1, LANES).any(1))
-
-    def finish(self) -> None:
-        self.pending = {}

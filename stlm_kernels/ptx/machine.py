@@ -90,8 +90,6 @@ class Machine:
             pc = self._run_together(pc)
             if pc != DONE:
                 pc = self._run_apart(pc)
-        self.state.copies.finish()
-        self.state.products.finish()
         if self.chains is not None and self.counts.costs is not None:
             longest = max(self.counts.costs.longest_chain, self.chains.longest)
             self.counts.costs.longest_chain = longest

@@ -55,7 +55,7 @@ class ProxyOrder:
         self.count = 0
         self.of_threads, self.of_blocks = _Fences(batch.n), _Fences(len(batch.epoch))
         self.read_by = np.zeros(total, np.int32)  # number of the last product that reads it
-        self.on_their_way: set[int] = set()
+        self.on_their_way: list[int] = []
         """Numbers of products that not all their warps have waited for."""
 
     def write(self, places: Ints, threads: Array) -> None:
@@ -97,4 +97,4 @@ class ProxyOrder:
     def is_read_by_a_product(self, places: Ints) -> Array:
         if not self.on_their_way:
             return np.zeros(places.shape, bool)
-        return np.isin(self.read_by[places], list(self.on_their_way))
+        return np.isin(self.read_by[places], self.on_their_way)

@@ -58,7 +58,7 @@ def test_a_copy_into_what_a_product_still_reads(kernels: Any) -> None:
     done, _, _ = products(kernels, 90)
     wait = r"wgmma\.wait_group\.sync\.aligned\s+1;"
     assert re.search(wait, done.ptx)
-    assert faults(done, replaced(wait, "wgmma.wait_group.sync.aligned 3;", 9)) == {"async"}
+    assert faults(done, replaced(wait, "wgmma.wait_group.sync.aligned 2;", 9)) == {"async"}
 
 
 @pytest.mark.parametrize(
