@@ -41,6 +41,7 @@ def main() -> None:
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
+        enable_model_summary=False,
     )
     trainer.fit(module, DataLoader(rows, batch_size=4))
     print(f"loss: {module.losses[0]:.2f} nats, then {module.losses[-1]:.2f}")

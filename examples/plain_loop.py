@@ -12,7 +12,7 @@ from stlm_models.data import TrainingWindows
 from stlm_models.parallel import mean_loss
 from stlm_models.training.optim import Optimizers, lr_scale
 
-STEPS = 100
+STEPS = 80
 SHAPE = ModelConfig(
     byte_dim=64,
     ngram_sizes=(2, 3, 4),
