@@ -1,4 +1,4 @@
-"""Realistic inputs for the cases of the pooling ops: text, ids and patch borders from a seed."""
+"""Realistic inputs for the cases of the pooling ops: text, ids and patch boundaries from a seed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def normal(*shape: int, rng: torch.Generator, dtype: torch.dtype, device: torch.
 
 
 @functools.cache
-def _stock_text(kind: str) -> Tensor:
+def _base_text(kind: str) -> Tensor:
     """Text that every Python carries: its own manual's topics, or its library's sources."""
     if kind == "english":
         spec = importlib.util.find_spec("pydoc_data.topics")
@@ -49,7 +49,7 @@ def text_bytes(kind: str, total: int, rng: torch.Generator) -> Tensor:
         return torch.full((total,), 101, dtype=torch.uint8)
     if kind == "uniform":
         return torch.randint(0, 256, (total,), generator=rng, dtype=torch.uint8)
-    text = _stock_text(kind)
+    text = _base_text(kind)
     first = int(torch.randint(0, text.shape[0], (), generator=rng))
     return text.roll(-first).repeat(-(-total // text.shape[0]))[:total]
 
@@ -66,15 +66,15 @@ def _word_lengths() -> Tensor:
     """Lengths of the patches of the English text, none longer than 16."""
     from .ops.find_patches import find_patches
 
-    patches = find_patches(_stock_text("english"), rule="space", max_patch_len=16, impl="torch")
+    patches = find_patches(_base_text("english"), rule="space", max_patch_len=16, impl="torch")
     return patches.cu_patchlens.diff()
 
 
-def patch_borders(kind: str, total: int, patches: int, rng: torch.Generator) -> Tensor:
+def patch_boundaries(kind: str, total: int, patches: int, rng: torch.Generator) -> Tensor:
     """(patches + 1,) int32 on CPU.
 
-    "ragged": random borders, so that empty patches, single bytes and long ones occur; "tail": the
-    same over three quarters of the bytes; "hollow": every patch empty; "even": equal lengths;
+    "ragged": random boundaries, so that empty patches, single bytes and long ones occur; "tail":
+    the same over three quarters of the bytes; "hollow": every patch empty; "even": equal lengths;
     "words": what the space rule makes of English, as far as patches or bytes suffice.
     """
     if kind == "words":

@@ -57,7 +57,7 @@ def assert_matches(
     """
     assert actual.shape == reference.shape, f"{name}: {actual.shape} is not {reference.shape}"
     assert actual.dtype == yardstick.dtype, f"{name}: {actual.dtype} is not {yardstick.dtype}"
-    got, want, stock = (x.detach().cpu().double() for x in (actual, reference, yardstick))
+    got, want, yardstick = (x.detach().cpu().double() for x in (actual, reference, yardstick))
     if exact:
         assert torch.equal(got.nan_to_num(nan=1e300), want.nan_to_num(nan=1e300)), (
             f"{name}: expected equality, got a largest difference of {_largest(got - want):.3e}"
@@ -72,41 +72,43 @@ def assert_matches(
     summed = want if terms is None else terms.detach().cpu().double()
     assert summed.shape == want.shape, f"{name}: terms of {summed.shape} for {want.shape}"
     zeros = torch.zeros_like(want)
-    got, want, stock, summed = (torch.where(finite, x, zeros) for x in (got, want, stock, summed))
+    got, want, yardstick, summed = (
+        torch.where(finite, x, zeros) for x in (got, want, yardstick, summed)
+    )
     eps = torch.finfo(actual.dtype).eps
     floor = RMS_FLOOR.get(actual.dtype, 0.0 if terms is None else RMS_FLOOR[torch.float32])
-    _assert_within(got - want, stock - want, want, floor * summed, eps, name)
+    _assert_within(got - want, yardstick - want, want, floor * summed, eps, name)
     if rows:
         wide = actual.dtype in RMS_FLOOR
-        _assert_rows_within(got - want, stock - want, want, floor * summed, eps, name, wide)
+        _assert_rows_within(got - want, yardstick - want, want, floor * summed, eps, name, wide)
 
 
 def _assert_within(
-    error: Tensor, stock_error: Tensor, want: Tensor, floor: Tensor, eps: float, name: str
+    error: Tensor, yardstick_error: Tensor, want: Tensor, floor: Tensor, eps: float, name: str
 ) -> None:
-    allowed = 1.5 * _rms(stock_error) + eps / 4 * _rms(want)
+    allowed = 1.5 * _rms(yardstick_error) + eps / 4 * _rms(want)
     hold(f"{name}: RMS error", _rms(error), max(allowed, _rms(floor)))
-    allowed = 2 * (_largest(stock_error) + max(eps * _largest(want), _largest(floor)))
+    allowed = 2 * (_largest(yardstick_error) + max(eps * _largest(want), _largest(floor)))
     hold(f"{name}: max error", _largest(error), allowed)
 
 
 def _assert_rows_within(
     error: Tensor,
-    stock_error: Tensor,
+    yardstick_error: Tensor,
     want: Tensor,
     floor: Tensor,
     eps: float,
     name: str,
     wide: bool,
 ) -> None:
-    got_rms, stock_rms, want_rms, floor_rms = (
-        x.square().flatten(1).mean(1).sqrt() for x in (error, stock_error, want, floor)
+    got_rms, yardstick_rms, want_rms, floor_rms = (
+        x.square().flatten(1).mean(1).sqrt() for x in (error, yardstick_error, want, floor)
     )
-    allowed = 2 * stock_rms + torch.maximum(eps * want_rms, floor_rms)
+    allowed = 2 * yardstick_rms + torch.maximum(eps * want_rms, floor_rms)
     if wide:
         # Here few entries make a row's error, so one row of the yardstick may be right by luck;
         # its worst row stands for all. A row that vanished is still far beyond this.
-        allowed = 2 * stock_rms.max() + floor_rms
+        allowed = 2 * yardstick_rms.max() + floor_rms
     allowed = torch.where((want_rms > 0) | (floor_rms > 0), allowed, 0.0)
     wrong = (got_rms > allowed).nonzero().flatten().tolist()
     assert not wrong, f"{name}: rows {wrong[:10]} are beyond their own tolerance ({len(wrong)})"
@@ -222,11 +224,11 @@ def assert_causal(
     length: int = 64,
     seed: int = 0,
 ) -> None:
-    """Prove that logits at t depend on ids up to t only, patch borders included.
+    """Prove that logits at t depend on ids up to t only, patch boundaries included.
 
     Two checks, both needed: the ids after t are replaced, in ways that create, remove and shift
-    the borders of patches, by whatever kind of byte those go; and every prefix is run on its own,
-    since a boundary rule that looks ahead shows when the text ends.
+    the boundaries of patches, by whatever kind of byte those go; and every prefix is run on its
+    own, since a boundary rule that looks ahead shows when the text ends.
 
     Args:
         fn: maps ids (length,) int64 to logits (length, V), deterministically (eval mode) and in
@@ -241,7 +243,7 @@ def assert_causal(
         ValueError: fn does not return one row of logits for each id.
     """
     rng = torch.Generator().manual_seed(seed)
-    ids = _text_with_borders(length, vocab_size, rng)
+    ids = _text_with_boundaries(length, vocab_size, rng)
     with torch.no_grad():
         logits = fn(ids)
         fits = logits.ndim == 2 and len(logits) == length
@@ -282,7 +284,7 @@ def _assert_same_logits(full: Tensor, other: Tensor, t: int, tolerance: float, c
         )
 
 
-def _text_with_borders(length: int, vocab_size: int, rng: torch.Generator) -> Tensor:
+def _text_with_boundaries(length: int, vocab_size: int, rng: torch.Generator) -> Tensor:
     """Short words between spaces, with some runs of spaces and some arbitrary ids."""
     letters = torch.randint(97, 123, (length,), generator=rng)
     anything = torch.randint(0, vocab_size, (length,), generator=rng)
@@ -298,5 +300,5 @@ def _other_tails(
     yield torch.cat([torch.full_like(tail[:1], kind), tail[1:]])
     yield torch.full_like(tail, 32 % vocab_size)
     yield torch.full_like(tail, 101 % vocab_size)
-    yield _text_with_borders(len(tail), vocab_size, rng)
+    yield _text_with_boundaries(len(tail), vocab_size, rng)
     yield tail.roll(1)

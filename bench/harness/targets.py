@@ -66,7 +66,7 @@ class Aim:
 
 
 def _pooling() -> Iterator[Aim]:
-    pooled = {"T": MILLION, "P": PATCHES, "borders": "even"}
+    pooled = {"T": MILLION, "P": PATCHES, "boundaries": "even"}
     bags = Against(2, "EmbeddingBag"), Against(8, "embedding + segment_reduce")
     for width, forward_us, backward_us in ((768, 85, 160), (128, 18, 35)):
         case = pooled | {"D": width}

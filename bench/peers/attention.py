@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from stlm_kernels.ops.attention.reference import borders_of, seen_mask
+from stlm_kernels.ops.attention.reference import boundaries_of, seen_mask
 from stlm_kernels.spec import Case, Inputs
 
 from .attention_varlen import FLA, VARLEN
@@ -68,7 +68,7 @@ def _with_mask(inputs: Inputs) -> Inputs:
     borders, key_borders = inputs.get("cu_seqlens"), inputs.get("cu_seqlens_k")
     lengths = q.shape[-3], inputs["k"].shape[-3]
     rows, keys = (torch.arange(length, device=q.device) for length in lengths)
-    both = borders_of(borders, key_borders, *lengths, q.device)
+    both = boundaries_of(borders, key_borders, *lengths, q.device)
     seen = seen_mask(rows, keys, inputs.get("causal", True), inputs["window"], *both)
     return heads_first(inputs) | {"attn_mask": seen}
 

@@ -30,7 +30,7 @@ def _folded_rows(inputs: Inputs) -> Inputs:
 
 
 def _one_length(case: Case) -> str | None:
-    return None if case["borders"] == "even" and case["T"] % case["P"] == 0 else "ragged patches"
+    return None if case["boundaries"] == "even" and case["T"] % case["P"] == 0 else "ragged patches"
 
 
 def _short(case: Case) -> str | None:

@@ -1,7 +1,7 @@
-"""Attention in aten ops, piece by piece: some queries against all the keys that they can see.
+"""Attention in aten ops, block by block: some queries against all the keys that they can see.
 
-An op cuts its rows into pieces whose scores stay small; here is what is done with each. Nothing of
-the size of all scores is kept: the backward forms each piece's weights again.
+An op cuts its rows into blocks whose scores stay small; here is what is done with each. Nothing of
+the size of all scores is kept: the backward forms each block's weights again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import runtime
 from .random_bits import hashed
 
-PIECE_SCORES = 1 << 20
+BLOCK_SCORES = 1 << 20
 """Scores formed at a time: 4 MB in fp32 stay in a core's cache between the passes over them."""
 LEAST_ROWS = 16
 """Queries below which the products of a very long patch lose their efficiency."""
@@ -24,13 +24,13 @@ LEAST_ROWS = 16
 Place = Tensor | slice
 
 
-class Piece(NamedTuple):
+class Block(NamedTuple):
     """Some queries and all the keys that they can see; -> n patches side by side."""
 
     rows: Place  # (n, L_q) positions, or a range (n = 1)
     keys: Place  # (n, L_k)
-    hidden: Tensor | None  # (n or 1, L_q or 1, L_k) bool, True: not seen; None: all are seen
-    mixed: bool  # what is hidden may hold NaN, or a row sees nothing: masked scores do not suffice
+    masked: Tensor | None  # (n or 1, L_q or 1, L_k) bool, True: not seen; None: all are seen
+    mixed: bool  # what is masked may hold NaN, or a row sees nothing: masked scores do not suffice
 
 
 class Rule(NamedTuple):
@@ -43,7 +43,7 @@ class Rule(NamedTuple):
 
 
 class Formed(NamedTuple):
-    """The operands of a piece, (n, H_kv, rows, K), and its weights, (n, H_kv, G L_q, L_k)."""
+    """The operands of a block, (n, H_kv, rows, K), and its weights, (n, H_kv, G L_q, L_k)."""
 
     q: Tensor
     k: Tensor
@@ -95,17 +95,17 @@ def _harmless(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 Operands = tuple[Tensor, Tensor, Tensor]
-"""q (n, L_q, H, K), k and v (n, L_k, H_kv, K) of a piece."""
+"""q (n, L_q, H, K), k and v (n, L_k, H_kv, K) of a block."""
 
 
-def _form(operands: Operands, piece: Piece, rule: Rule) -> Formed:
+def _form(operands: Operands, block: Block, rule: Rule) -> Formed:
     """A weight of zero does not hide a NaN. Where rows of others are about, the operands go into
     the products without their non-finite rows, whose scores become NaN instead, before the mask.
     """
     kv_heads = operands[1].shape[2]
     q, k, v = (_grouped(x, kv_heads) for x in operands)
     poison = slope = kept = None
-    if _guarded(piece):
+    if _guarded(block):
         (q, q_poison), (k, k_poison), (v, v_poison) = map(_harmless, (q, k, v))
         poison = q_poison + (k_poison + v_poison).transpose(-1, -2)
     scores = (q * rule.scale) @ k.transpose(-1, -2)
@@ -114,21 +114,21 @@ def _form(operands: Operands, piece: Piece, rule: Rule) -> Formed:
         scores, slope = rule.softcap * bent, 1 - bent * bent
     if poison is not None:
         scores = scores + poison
-    if piece.hidden is not None:
-        scores = _masked(scores, piece, float("-inf"))
+    if block.masked is not None:
+        scores = _masked(scores, block, float("-inf"))
     weights = scores.softmax(-1)
-    if _guarded(piece):  # a row may see nothing, and a NaN among the seen reaches all weights
-        weights = _masked(weights, piece)
+    if _guarded(block):  # a row may see nothing, and a NaN among the seen reaches all weights
+        weights = _masked(weights, block)
     if rule.dropout_p:
-        kept = _kept(piece, weights, rule)
+        kept = _kept(block, weights, rule)
     return Formed(q, k, v, weights, slope, kept)
 
 
-def _kept(piece: Piece, weights: Tensor, rule: Rule) -> Tensor:
+def _kept(block: Block, weights: Tensor, rule: Rule) -> Tensor:
     """Draw by seed, head, row and key alone, so that the backward draws the same again."""
     n, kv_heads, grouped_rows, _ = weights.shape
-    rows, keys = (positions(place, weights.device) for place in (piece.rows, piece.keys))
-    group = grouped_rows // max(1, length_of(piece.rows))
+    rows, keys = (positions(place, weights.device) for place in (block.rows, block.keys))
+    group = grouped_rows // max(1, length_of(block.rows))
     heads = torch.arange(kv_heads * group, device=weights.device).view(kv_heads, group, 1)
     row_ids = (heads << 40) ^ rows[:, None, None, :]
     assert rule.seed is not None
@@ -144,38 +144,38 @@ def positions(place: Place, device: torch.device) -> Tensor:
     return place
 
 
-def _guarded(piece: Piece) -> bool:
-    return piece.mixed and piece.hidden is not None
+def _guarded(block: Block) -> bool:
+    return block.mixed and block.masked is not None
 
 
-def _masked(x: Tensor, piece: Piece, value: float = 0.0) -> Tensor:
-    """(n, H_kv, G L_q, L_k) with `value` where a key is hidden from a query."""
-    assert piece.hidden is not None
-    length = length_of(piece.rows)
+def _masked(x: Tensor, block: Block, value: float = 0.0) -> Tensor:
+    """(n, H_kv, G L_q, L_k) with `value` where a key is masked from a query."""
+    assert block.masked is not None
+    length = length_of(block.rows)
     n, kv_heads, rows, keys = x.shape
     by_query = x.reshape(n, kv_heads, rows // max(1, length), length, keys)
-    return by_query.masked_fill(piece.hidden[:, None, None], value).reshape(x.shape)
+    return by_query.masked_fill(block.masked[:, None, None], value).reshape(x.shape)
 
 
-def _attend(operands: Operands, piece: Piece, rule: Rule) -> Tensor:
+def _attend(operands: Operands, block: Block, rule: Rule) -> Tensor:
     """(n L_q, H, K)."""
-    formed = _form(operands, piece, rule)
+    formed = _form(operands, block, rule)
     weights = formed.weights if formed.kept is None else formed.weights * formed.kept
-    return _ungrouped(weights @ formed.v, length_of(piece.rows))
+    return _ungrouped(weights @ formed.v, length_of(block.rows))
 
 
-def _taken(q: Tensor, k: Tensor, v: Tensor, piece: Piece) -> Operands:
-    return take(q, piece.rows), take(k, piece.keys), take(v, piece.keys)
+def _taken(q: Tensor, k: Tensor, v: Tensor, block: Block) -> Operands:
+    return take(q, block.rows), take(k, block.keys), take(v, block.keys)
 
 
-def attend_plainly(q: Tensor, k: Tensor, v: Tensor, pieces: Iterable[Piece], rule: Rule) -> Tensor:
-    """(T, H, K), from ops that torch differentiates any number of times; zeros outside pieces."""
-    pieces = list(pieces)
-    if not pieces:
+def attend_plainly(q: Tensor, k: Tensor, v: Tensor, blocks: Iterable[Block], rule: Rule) -> Tensor:
+    """(T, H, K), from ops that torch differentiates any number of times; zeros outside blocks."""
+    blocks = list(blocks)
+    if not blocks:
         return torch.zeros_like(q)
-    rows, keys = [piece.rows for piece in pieces], [piece.keys for piece in pieces]
+    rows, keys = [block.rows for block in blocks], [block.keys for block in blocks]
     operands = zip(_take_all(q, rows), _take_all(k, keys), _take_all(v, keys), strict=True)
-    values = [_attend(x, piece, rule) for x, piece in zip(operands, pieces, strict=True)]
+    values = [_attend(x, block, rule) for x, block in zip(operands, blocks, strict=True)]
     places = [positions(place, q.device).flatten() for place in rows]
     return torch.zeros_like(q).index_copy(0, torch.cat(places), torch.cat(values))
 
@@ -202,25 +202,25 @@ def _take_all(x: Tensor, places: list[Place]) -> list[Tensor]:
     return [taken(place) for place in places]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, pieces: Iterable[Piece], rule: Rule) -> Tensor:
-    """(T, H, K); the result of each piece goes where it belongs at once."""
+def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Iterable[Block], rule: Rule) -> Tensor:
+    """(T, H, K); the result of each block goes where it belongs at once."""
     out = torch.zeros_like(q)
-    for piece in pieces:
-        _write(out, piece.rows, _attend(_taken(q, k, v, piece), piece, rule))
+    for block in blocks:
+        _write(out, block.rows, _attend(_taken(q, k, v, block), block, rule))
     return out
 
 
 def gradients(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, pieces: Iterable[Piece], rule: Rule
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, blocks: Iterable[Block], rule: Rule
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; a block owns its queries, and blocks given by ranges add to keys."""
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    for piece in pieces:
-        formed = _form(_taken(q, k, v, piece), piece, rule)
-        up, weights = _grouped(take(grad, piece.rows), k.shape[1]), formed.weights
-        if _guarded(piece):
+    for block in blocks:
+        formed = _form(_taken(q, k, v, block), block, rule)
+        up, weights = _grouped(take(grad, block.rows), k.shape[1]), formed.weights
+        if _guarded(block):
             up, poison = _harmless(up)
-            weights = _masked(weights + poison, piece)
+            weights = _masked(weights + poison, block)
         dweights = up @ formed.v.transpose(-1, -2)
         if formed.kept is not None:
             dweights = dweights * formed.kept
@@ -230,12 +230,12 @@ def gradients(
             dscores = dscores * formed.slope
         if formed.kept is not None:
             weights = weights * formed.kept
-        if _guarded(piece):
-            dscores = _masked(dscores, piece)
-        _write(dq, piece.rows, _ungrouped(dscores @ formed.k, length_of(piece.rows)))
-        keys = length_of(piece.keys)
-        _add(dk, piece.keys, _ungrouped(dscores.transpose(-1, -2) @ formed.q, keys))
-        _add(dv, piece.keys, _ungrouped(weights.transpose(-1, -2) @ up, keys))
+        if _guarded(block):
+            dscores = _masked(dscores, block)
+        _write(dq, block.rows, _ungrouped(dscores @ formed.k, length_of(block.rows)))
+        keys = length_of(block.keys)
+        _add(dk, block.keys, _ungrouped(dscores.transpose(-1, -2) @ formed.q, keys))
+        _add(dv, block.keys, _ungrouped(weights.transpose(-1, -2) @ up, keys))
     return dq, dk, dv
 
 
@@ -247,7 +247,7 @@ def _write(x: Tensor, place: Place, values: Tensor) -> None:
 
 
 def _add(x: Tensor, place: Place, values: Tensor) -> None:
-    """Folded patches own their keys; pieces by ranges may share them."""
+    """Folded patches own their keys; blocks by ranges may share them."""
     if isinstance(place, slice):
         x[place] += values
     else:

@@ -28,25 +28,25 @@ def gradients(
     operands: Sequence[Tensor | None],
     grads: Sequence[Tensor],
 ) -> list[Tensor | None]:
-    """Gradients of `compose` for its operands, from `grads` of its results; None where not required."""
-    recorded = torch.is_grad_enabled()
+    """Gradients of `compose` for its operands, None where not required; `grads` of its results."""
+    create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # Views: a tensor given for two operands has a gradient for each.
         views = [None if x is None else x.view_as(x) for x in operands]
         results = compose(*views)
     results = (results,) if isinstance(results, Tensor) else results
     # A result may depend on nothing, such as the attention of no document.
-    heads = [(x, grad) for x, grad in zip(results, grads, strict=False) if x.requires_grad]
+    roots = [(x, grad) for x, grad in zip(results, grads, strict=False) if x.requires_grad]
     leaves = [x for x in views if x is not None and x.requires_grad]
     found = iter(
         torch.autograd.grad(
-            [x for x, _ in heads],
+            [x for x, _ in roots],
             leaves,
-            [grad for _, grad in heads],
-            create_graph=recorded,
+            [grad for _, grad in roots],
+            create_graph=create_graph,
             materialize_grads=True,
         )
-        if heads
+        if roots
         else map(torch.zeros_like, leaves)
     )
     return [next(found) if x is not None and x.requires_grad else None for x in views]

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import runtime
 
 
-class _Rounded(torch.autograd.Function):
+class _Cast(torch.autograd.Function):
     """Cast x to another dtype and back; gradients and tangents are not cast twice."""
 
     generate_vmap_rule = True
@@ -28,7 +28,7 @@ class _Rounded(torch.autograd.Function):
         return grads[0].to(ctx.dtype), None, None
 
 
-class _RoundedForward(_Rounded):
+class _CastForward(_Cast):
     """Cast with a tangent, of which Dynamo would trace neither."""
 
     @staticmethod
@@ -36,9 +36,9 @@ class _RoundedForward(_Rounded):
         return dx.to(ctx.wide)
 
 
-def rounded(x: Tensor, dtype: torch.dtype, wide: torch.dtype) -> Tensor:
+def cast(x: Tensor, dtype: torch.dtype, wide: torch.dtype) -> Tensor:
     """x as `dtype` holds it, in `wide`; its gradient is rounded once, to x's own dtype."""
     if x.dtype == dtype:
         return x if dtype == wide else x.to(wide)
-    function = _RoundedForward if runtime.carries_tangents(x) else _Rounded
+    function = _CastForward if runtime.carries_tangents(x) else _Cast
     return function.apply(x, dtype, wide)

@@ -73,7 +73,7 @@ def test_patches_as_documents(causal: int, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(attention_varlen, "function_of", lambda module, name: varlen)
     monkeypatch.setattr(attention_varlen, "_takes", lambda module, name, argument: True)
     spec = OPS["patch_attention"]
-    sizes = {"T": 30, "P": 4, "H": 2, "KV": 1, "K": 16, "borders": "ragged", "causal": causal}
+    sizes = {"T": 30, "P": 4, "H": 2, "KV": 1, "K": 16, "boundaries": "ragged", "causal": causal}
     data = CaseData(spec, case(**sizes), torch.float32, CPU)
     entry = attention_varlen.PATCH_VARLEN
     assert data.errors_of(entry, entry.function)["out"] < 1e-5

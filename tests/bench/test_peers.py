@@ -64,7 +64,7 @@ WORDS = [
     pytest.param(name, case, id=f"{name}-{case.name}")
     for name, spec in OPS.items()
     for case in spec.tagged("bench_cpu")
-    if case.get("borders") == "words"
+    if case.get("boundaries") == "words"
 ]
 
 

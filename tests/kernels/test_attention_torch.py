@@ -122,7 +122,7 @@ def test_dropout_does_not_depend_on_the_blocks(monkeypatch: pytest.MonkeyPatch) 
     before = weights_of(0.5, window=50)
     monkeypatch.setattr(torch_impl, "LEAST_BLOCK", 5)
     monkeypatch.setattr(torch_impl, "LEAST_ROWS", 5)
-    monkeypatch.setattr(attention_blocks, "PIECE_SCORES", 1)
+    monkeypatch.setattr(attention_blocks, "BLOCK_SCORES", 1)
     torch.manual_seed(3)
     torch.testing.assert_close(before, weights_of(0.5, window=50))
 
@@ -145,10 +145,10 @@ def test_the_backward_of_dropout_drops_the_same(options: dict[str, Any]) -> None
 
 @pytest.mark.parametrize("budget", [1, 40, 3000])
 @pytest.mark.parametrize("options", [{"window": 7}, {"softcap": 5.0}, {"window": 30}], ids=str)
-def test_pieces_of_any_size(
+def test_blocks_of_any_size(
     budget: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention_blocks, "PIECE_SCORES", budget)
+    monkeypatch.setattr(attention_blocks, "BLOCK_SCORES", budget)
     monkeypatch.setattr(torch_impl, "LEAST_ROWS", 3)
     monkeypatch.setattr(torch_impl, "LEAST_BLOCK", 10)
     borders = ints(0, 3, 4, 4, 41, 44, 80)
@@ -159,16 +159,16 @@ def scores_formed(total: int, **options: Any) -> int:
     q = torch.empty(1, total, 8, 64, device="cpu")
     window = options.get("window")
     given = torch_impl.Options(None if window is None else window - 1, 0, 1.0, None, 0.0)
-    borders, count = torch_impl.Borders(options.get("cu_seqlens"), None), 0
-    for piece in torch_impl._cutter(q, q, borders, given)(False):
-        size = 8 * attention_blocks.length_of(piece.rows) * attention_blocks.length_of(piece.keys)
-        assert size <= 2 * attention_blocks.PIECE_SCORES
+    borders, count = torch_impl.Boundaries(options.get("cu_seqlens"), None), 0
+    for block in torch_impl._cutter(q, q, borders, given)(False):
+        size = 8 * attention_blocks.length_of(block.rows) * attention_blocks.length_of(block.keys)
+        assert size <= 2 * attention_blocks.BLOCK_SCORES
         count += size
     return count
 
 
 def test_the_work_of_a_window_grows_with_the_window() -> None:
-    """65,536 rows and a window of 512: no piece is large, and few scores are for nothing."""
+    """65,536 rows and a window of 512: no block is large, and few scores are for nothing."""
     assert scores_formed(65_536, window=512) <= 3 * 8 * 65_536 * 512
     assert scores_formed(65_536, window=16) <= 8 * 65_536 * (64 + 16)
     even = torch.arange(0, 65_537, 256, dtype=torch.int32)

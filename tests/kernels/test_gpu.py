@@ -170,16 +170,18 @@ def test_more_than_2_to_31_elements(spec: OpSpec, case: Case) -> None:
 
 
 REHEARSED = {
-    "byte_pool": case(T=300, P=60, V=256, D=20, mode="mean", borders="even"),
-    "segment_pool": case(T=300, P=60, D=20, mode="mean", borders="even"),
-    "attention_pool": case(T=200, P=33, H=4, KV=4, K=16, query="own", borders="even"),
-    "ngram_embedding": case(T=300, D=20, tables=((2, 512),), S=4, borders="even", text="english"),
-    "unpool": case(T=300, P=60, D=20, S=4, borders="even", plus="residual"),
-    "ema_unpool": case(T=300, P=60, D=20, S=4, borders="even", gates="router", plus="residual"),
+    "byte_pool": case(T=300, P=60, V=256, D=20, mode="mean", boundaries="even"),
+    "segment_pool": case(T=300, P=60, D=20, mode="mean", boundaries="even"),
+    "attention_pool": case(T=200, P=33, H=4, KV=4, K=16, query="own", boundaries="even"),
+    "ngram_embedding": case(
+        T=300, D=20, tables=((2, 512),), S=4, boundaries="even", text="english"
+    ),
+    "unpool": case(T=300, P=60, D=20, S=4, boundaries="even", plus="residual"),
+    "ema_unpool": case(T=300, P=60, D=20, S=4, boundaries="even", gates="router", plus="residual"),
     "linear_sample": case(N=130, D=32, V=256, t=0.0),
     "linear_logprobs": case(N=130, D=32, V=256),
     "attention": case(B=2, T=150, H=4, KV=4, K=16, W=20),
-    "patch_attention": case(T=200, P=20, H=4, KV=4, K=16, borders="even"),
+    "patch_attention": case(T=200, P=20, H=4, KV=4, K=16, boundaries="even"),
     "qk_norm_rope": case(T=120, H=2, KV=1, K=16, norm="qk", positions="packed"),
     "decode_attention": case(B=3, C=64, H=4, KV=2, K=16, lens="full", window=20),
 }

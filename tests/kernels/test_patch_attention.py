@@ -246,28 +246,28 @@ def test_ragged_patches(
 @pytest.mark.lanes("cpu", "gpu")
 @pytest.mark.parametrize("budget", [1, 40, 1000])
 @BOTH_MASKS
-def test_pieces_of_any_size(
+def test_blocks_of_any_size(
     way: Way, budget: int, causal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Long patches in blocks of queries: the torch path's way to bounded memory."""
     if way.impl != "torch":
         pytest.skip("the kernels have no pieces")
     monkeypatch.setattr(torch_impl, "_folds", lambda *_: False)
-    monkeypatch.setattr(torch_impl, "PIECE_SCORES", budget)
+    monkeypatch.setattr(torch_impl, "BLOCK_SCORES", budget)
     monkeypatch.setattr(torch_impl, "LEAST_ROWS", 3)
     operands = example(90, 2, 1, 16, way)
     assert_close_to_oracle(operands, ints(0, 3, 4, 4, 41, 44, 80), way, causal=causal)
 
 
 @BOTH_MASKS
-def test_the_pieces_of_a_long_patch_stay_small(causal: bool) -> None:
+def test_the_blocks_of_a_long_patch_stay_small(causal: bool) -> None:
     total, heads = 65_536, 2
     covered = 0
-    for piece in torch_impl._ragged_pieces(ints(0, total), total, heads, causal, False):
-        assert isinstance(piece.rows, slice)
-        rows, keys = length_of(piece.rows), length_of(piece.keys)
-        assert piece.rows.start == covered
-        assert heads * rows * keys <= 2 * torch_impl.PIECE_SCORES
+    for block in torch_impl._ragged_blocks(ints(0, total), total, heads, causal, False):
+        assert isinstance(block.rows, slice)
+        rows, keys = length_of(block.rows), length_of(block.keys)
+        assert block.rows.start == covered
+        assert heads * rows * keys <= 2 * torch_impl.BLOCK_SCORES
         covered += rows
     assert covered == total
 

@@ -145,11 +145,11 @@ def test_weights_gradients_of_several_runs(
 @pytest.mark.parametrize("elements", [1, 60, 150, 400])
 @pytest.mark.parametrize("places", [None, [4, 0, 1, 1, 3]])
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_pieces_of_a_batch_and_of_a_row(
+def test_chunks_of_a_batch_and_of_a_row(
     elements: int, places: list[int] | None, interleaved: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a CPU: a row, some rows, a document, two documents at a time; the last ones shorter."""
-    monkeypatch.setattr(torch_impl, "PIECE_ELEMENTS", elements)
+    monkeypatch.setattr(torch_impl, "CHUNK_ELEMENTS", elements)
     way = Way("torch", "cpu", torch.float32)
     call: dict[str, Any] = example(3, 5, heads=2, kv_heads=1, width=16, way=way)
     if places is not None:
@@ -160,7 +160,7 @@ def test_pieces_of_a_batch_and_of_a_row(
 def test_pieces_are_differentiated_twice_and_many_times_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(torch_impl, "PIECE_ELEMENTS", 8)
+    monkeypatch.setattr(torch_impl, "CHUNK_ELEMENTS", 8)
     call = example(2, 2, heads=2, kv_heads=1, width=4, way=Way("torch", "cpu", torch.float64))
     leaves = tuple(call[name] for name in NAMES)
 

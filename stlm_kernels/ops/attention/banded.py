@@ -4,7 +4,7 @@ flash attention for CPUs under a mask.
 A block of L rows sees the keys of its own block, of the m blocks before and of the n behind, where
 a row sees m L keys before its own at most, and n L behind it. The
 blocks of all heads go through one call for as long as their mask is small; queries that share a key
-head stand below each other, so that no key is expanded. What hidden rows hold must be finite.
+head stand below each other, so that no key is expanded. What masked rows hold must be finite.
 """
 
 from __future__ import annotations
@@ -161,8 +161,8 @@ def _mask(sight: Sight, bands: Bands, q: Tensor, k: Tensor, first: int, last: in
     )
     span = -bands.before * bands.rows, (1 + bands.after) * bands.rows
     keys = torch.arange(*span, dtype=torch.int32, device=q.device)
-    hidden = ((keys < low) | (keys >= high)).expand(-1, q.shape[1] // k.shape[1], -1, -1)
-    mask = torch.where(hidden, q.new_tensor(-torch.inf), q.new_tensor(0))
+    masked = ((keys < low) | (keys >= high)).expand(-1, q.shape[1] // k.shape[1], -1, -1)
+    mask = torch.where(masked, q.new_tensor(-torch.inf), q.new_tensor(0))
     return mask.flatten(1, 2)[:, None]
 
 

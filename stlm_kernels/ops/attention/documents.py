@@ -63,7 +63,7 @@ def plan(
     causal: bool,
     scale: float,
 ) -> Plan:
-    """Reads the borders."""
+    """Reads the boundaries."""
     own = segments.clamped_bounds(cu_seqlens, rows).cpu().long()
     same = cu_seqlens_k is cu_seqlens
     other = own if same else segments.clamped_bounds(cu_seqlens_k, keys).cpu().long()

@@ -37,12 +37,12 @@ def reference(
         ]
         return torch.stack(rows) if rows else torch.zeros_like(q)
     left, right = sides(causal, window)
-    borders = [0, q.shape[0]] if cu_seqlens is None else cu_seqlens.tolist()
-    keys = [0, k.shape[0]] if cu_seqlens is None else borders
+    boundaries = [0, q.shape[0]] if cu_seqlens is None else cu_seqlens.tolist()
+    keys = [0, k.shape[0]] if cu_seqlens is None else boundaries
     if cu_seqlens_k is not None:
         keys = cu_seqlens_k.tolist()
     rows = [q[:0]]
-    for (start, end), (low, high) in zip(pairwise(borders), pairwise(keys), strict=True):
+    for (start, end), (low, high) in zip(pairwise(boundaries), pairwise(keys), strict=True):
         for t in range(start, end):
             place = t + high - end
             first = low if left is None else max(low, place - left)
@@ -52,7 +52,7 @@ def reference(
                 rows.append(_attend(q[t], k[seen], v[seen], scale, softcap)[None])
             else:
                 rows.append(torch.zeros_like(q[t : t + 1]))
-    return torch.cat([*rows, torch.zeros_like(q[borders[-1] :])])
+    return torch.cat([*rows, torch.zeros_like(q[boundaries[-1] :])])
 
 
 def sides(causal: bool, window: Window) -> tuple[int | None, int | None]:
@@ -91,7 +91,7 @@ def terms(
     out, of_q, of_k = torch.zeros_like(q), torch.zeros_like(q), torch.zeros_like(k)
     lengths = q.shape[-3], k.shape[-3]
     rows, keys = (torch.arange(length) for length in lengths)
-    both = borders_of(cu_seqlens, cu_seqlens_k, *lengths, q.device)
+    both = boundaries_of(cu_seqlens, cu_seqlens_k, *lengths, q.device)
     seen = seen_mask(rows, keys, causal, window, *both)
     for i in [slice(None)] if packed else range(q.shape[0]):
         found = attention_terms(q[i], k[i], v[i], up[i], seen, scale, softcap)
@@ -123,14 +123,16 @@ def yardstick(
     dtype = q.dtype
     q, k, v = ((x[None] if packed else x).to(wide).transpose(1, 2) for x in (q, k, v))
     length, key_length, parts = q.shape[2], k.shape[2], []
-    borders, key_borders = borders_of(cu_seqlens, cu_seqlens_k, length, key_length, q.device)
+    boundaries, key_boundaries = boundaries_of(
+        cu_seqlens, cu_seqlens_k, length, key_length, q.device
+    )
     for first in range(0, max(1, length), BLOCK):
         last = min(length, first + BLOCK)
         low, high = 0, key_length
         if cu_seqlens_k is None and length == key_length:
             low, high = _reach(first, last, length, causal, window, cu_seqlens)
         rows, keys = (torch.arange(*x, device=q.device) for x in ((first, last), (low, high)))
-        seen = seen_mask(rows, keys, causal, window, borders, key_borders)
+        seen = seen_mask(rows, keys, causal, window, boundaries, key_boundaries)
         operands = (q[:, :, first:last], k[:, :, low:high], v[:, :, low:high], seen, scale, softcap)
         if length <= BLOCK:
             parts.append(_block(*operands))
@@ -174,14 +176,14 @@ def _softcapped(
     return scores.masked_fill(~seen, float("-inf")).softmax(-1).nan_to_num() @ v
 
 
-def borders_of(
+def boundaries_of(
     cu_seqlens: Tensor | None,
     cu_seqlens_k: Tensor | None,
     length: int,
     key_length: int,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """Borders of the documents in rows and in keys, int64; without any, of one document."""
+    """Boundaries of the documents in rows and in keys, int64; without any, of one document."""
     if cu_seqlens is None:
         ends = (torch.tensor([0, x], device=device) for x in (length, key_length))
         return next(ends), next(ends)
@@ -194,16 +196,16 @@ def seen_mask(
     keys: Tensor,
     causal: bool,
     window: Window,
-    borders: Tensor,
-    key_borders: Tensor,
+    boundaries: Tensor,
+    key_boundaries: Tensor,
 ) -> Tensor:
     """(len(rows), len(keys)) bool: True where the row sees the key."""
     left, right = sides(causal, window)
-    of_row = torch.searchsorted(borders, rows, right=True)  # 0 and S + 1: of no document
-    of_key = torch.searchsorted(key_borders, keys, right=True)
-    ends = of_row.clamp(max=len(borders) - 1)
-    ahead = (rows + key_borders[ends] - borders[ends])[:, None] - keys
-    seen = (of_row[:, None] == of_key) & (keys < key_borders[-1])
+    of_row = torch.searchsorted(boundaries, rows, right=True)  # 0 and S + 1: of no document
+    of_key = torch.searchsorted(key_boundaries, keys, right=True)
+    ends = of_row.clamp(max=len(boundaries) - 1)
+    ahead = (rows + key_boundaries[ends] - boundaries[ends])[:, None] - keys
+    seen = (of_row[:, None] == of_key) & (keys < key_boundaries[-1])
     if left is not None:
         seen = seen & (ahead <= left)
     return seen if right is None else seen & (ahead >= -right)

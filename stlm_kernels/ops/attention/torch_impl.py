@@ -3,8 +3,8 @@
 SDPA takes dense calls, and packed documents by their lengths (`documents`); windows on a CPU are
 cut into blocks for it (`banded`). Its backward cannot be differentiated, so one that is itself
 recorded, or takes many gradients at once, goes through the plain composition. Other windows,
-softcap and dropout, non-finite operands (of which SDPA lets hidden ones through), torch.func, and
-documents whose borders cannot be read (compile, shapes alone) go through pieces: a block of rows
+softcap and dropout, non-finite operands (of which SDPA lets masked ones through), torch.func, and
+documents whose boundaries cannot be read (compile, shapes alone) go through blocks: a block of rows
 meets one range of keys, so that memory stays small and the work of a window grows with T x window.
 """
 
@@ -20,13 +20,13 @@ from torch import Tensor
 
 from ... import runtime
 from ..._torch import attention_blocks, autograd, segments
-from ..._torch.attention_blocks import LEAST_ROWS, Piece, Rule
-from ..._torch.casting import rounded
+from ..._torch.attention_blocks import LEAST_ROWS, Block, Rule
+from ..._torch.casting import cast
 from . import banded as bands
 from . import documents
 
 LEAST_BLOCK = 64
-"""Rows of a block in a short window: smaller ones waste more on each op than on hidden keys."""
+"""Rows of a block in a short window: smaller ones waste more on each op than on masked keys."""
 
 
 class Options(NamedTuple):
@@ -51,7 +51,7 @@ class Options(NamedTuple):
         return self._replace(left=left, right=right)
 
 
-class Borders(NamedTuple):
+class Boundaries(NamedTuple):
     """Boundaries of packed documents."""
 
     rows: Tensor | None  # (S+1,) int32; None: one document in each sequence
@@ -68,7 +68,7 @@ def attention(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """(B, T, H, K) in `out_dtype`."""
-    borders, options = Borders(cu_seqlens, cu_seqlens_k), options.within(k.shape[1])
+    boundaries, options = Boundaries(cu_seqlens, cu_seqlens_k), options.within(k.shape[1])
     dense, windowed = cu_seqlens is None, options.windowed
     readable = cu_seqlens is None or runtime.values_readable(cu_seqlens)
     own_keys = cu_seqlens_k is None and q.shape[1] == k.shape[1]
@@ -80,18 +80,18 @@ def attention(
     # The library's kernels for 16 bits are on GPUs; on a CPU fp32 is faster and more exact.
     narrow = stock and dense and not q.is_cpu
     compute = out_dtype if narrow else torch.promote_types(out_dtype, torch.float32)
-    q, k, v = (rounded(x, out_dtype, compute) for x in (q, k, v))
+    q, k, v = (cast(x, out_dtype, compute) for x in (q, k, v))
     with runtime.without_autocast(q):
-        if banded and not _hides_poison(options, q, k, v):
+        if banded and not _shows_masked_nan(options, q, k, v):
             out = _Banded.apply(q, k, v, cu_seqlens, options)
         elif not stock:
-            out = _in_pieces(q, k, v, borders, options)
+            out = _in_blocks(q, k, v, boundaries, options)
         elif torch.compiler.is_compiling():
             out = _sdpa(q, k, v, options)
-        elif _hides_poison(options, q, k, v):
-            out = _in_pieces(q, k, v, borders, options)
+        elif _shows_masked_nan(options, q, k, v):
+            out = _in_blocks(q, k, v, boundaries, options)
         else:
-            out = _by_stock(q, k, v, borders, options)
+            out = _by_sdpa(q, k, v, boundaries, options)
     return out.to(out_dtype, copy=True)  # `out` may be a view, which nobody could change in place
 
 
@@ -116,21 +116,21 @@ def _forms_too_much(q: Tensor, k: Tensor, options: Options) -> bool:
     return options.causal and rows != keys and rows * keys > documents.MASK_ENTRIES
 
 
-def _by_stock(q: Tensor, k: Tensor, v: Tensor, borders: Borders, options: Options) -> Tensor:
-    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if borders.rows is None:
-        return _Stock.apply(q, k, v, options) if recorded else _sdpa(q, k, v, options)
-    other = borders.rows if borders.keys is None else borders.keys
+def _by_sdpa(q: Tensor, k: Tensor, v: Tensor, boundaries: Boundaries, options: Options) -> Tensor:
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if boundaries.rows is None:
+        return _SDPA.apply(q, k, v, options) if needs_grad else _sdpa(q, k, v, options)
+    other = boundaries.rows if boundaries.keys is None else boundaries.keys
     sizes = q.shape[1], k.shape[1]
-    plan = documents.plan(borders.rows, other, *sizes, options.causal, options.scale)
+    plan = documents.plan(boundaries.rows, other, *sizes, options.causal, options.scale)
     if plan.mask_entries > documents.MASK_ENTRIES:
-        return _in_pieces(q, k, v, borders, options)
-    if recorded:
-        return _Documents.apply(q, k, v, *borders, options, plan)
+        return _in_blocks(q, k, v, boundaries, options)
+    if needs_grad:
+        return _Documents.apply(q, k, v, *boundaries, options, plan)
     return documents.attend(*_flat(q, k, v), plan, keep=False)[0][None]
 
 
-def _hides_poison(options: Options, *tensors: Tensor) -> bool:
+def _shows_masked_nan(options: Options, *tensors: Tensor) -> bool:
     """Return whether SDPA would show rows what they must not see, 0 * NaN is NaN, or take a query
     of NaN for one that sees nothing.
     """
@@ -138,7 +138,7 @@ def _hides_poison(options: Options, *tensors: Tensor) -> bool:
     return runtime.values_visible(*watched) and not attention_blocks.all_finite(*watched)
 
 
-class _Stock(torch.autograd.Function):
+class _SDPA(torch.autograd.Function):
     """SDPA with its own backward, until that is differentiated itself."""
 
     @staticmethod
@@ -146,7 +146,7 @@ class _Stock(torch.autograd.Function):
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
         with torch.enable_grad():
             out = _sdpa(leaves[0], leaves[1], leaves[2], options)
-        ctx.recorded, ctx.leaves, ctx.options = out, leaves, options
+        ctx.out, ctx.leaves, ctx.options = out, leaves, options
         ctx.save_for_backward(q, k, v)
         return out.detach()
 
@@ -154,10 +154,10 @@ class _Stock(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v = ctx.saved_tensors
         derived: Sequence[Tensor | None]
-        if autograd.is_needed(*grads) or _hides_poison(ctx.options, *grads):
-            derived = _gradients(grads[0], q, k, v, Borders(None, None), ctx.options, None)
+        if autograd.is_needed(*grads) or _shows_masked_nan(ctx.options, *grads):
+            derived = _gradients(grads[0], q, k, v, Boundaries(None, None), ctx.options, None)
         else:
-            derived = torch.autograd.grad(ctx.recorded, ctx.leaves, grads, retain_graph=True)
+            derived = torch.autograd.grad(ctx.out, ctx.leaves, grads, retain_graph=True)
         return *derived, None
 
 
@@ -182,10 +182,10 @@ class _Documents(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, *borders = ctx.saved_tensors
+        q, k, v, *boundaries = ctx.saved_tensors
         derived: Sequence[Tensor | None]
-        if autograd.is_needed(*grads) or _hides_poison(ctx.options, *grads):
-            derived = _gradients(grads[0], q, k, v, Borders(*borders), ctx.options, None)
+        if autograd.is_needed(*grads) or _shows_masked_nan(ctx.options, *grads):
+            derived = _gradients(grads[0], q, k, v, Boundaries(*boundaries), ctx.options, None)
         else:
             grad = grads[0].flatten(0, 1)
             flat = documents.gradients(grad, *_flat(q, k, v), ctx.plan, ctx.kept)
@@ -204,7 +204,7 @@ class _Banded(torch.autograd.Function):
         assert options.right is not None
         group = q.shape[2] // k.shape[2]
         cut = bands.Bands.of(q.shape[0] * q.shape[1], options.left, options.right, group)
-        sight = _sight(q, k, Borders(cu_seqlens, None), options)
+        sight = _sight(q, k, Boundaries(cu_seqlens, None), options)
         out, ctx.sums = bands.attend(*_flat(q, k, v), sight, cut, options.scale)
         ctx.cut, ctx.options = cut, options
         ctx.save_for_backward(q, k, v, cu_seqlens, out, *sight)
@@ -213,9 +213,9 @@ class _Banded(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, cu_seqlens, out, *sight = ctx.saved_tensors
-        if autograd.is_needed(*grads) or _hides_poison(ctx.options, *grads):
-            borders = Borders(cu_seqlens, None)
-            derived = _gradients(grads[0], q, k, v, borders, ctx.options, None)
+        if autograd.is_needed(*grads) or _shows_masked_nan(ctx.options, *grads):
+            boundaries = Boundaries(cu_seqlens, None)
+            derived = _gradients(grads[0], q, k, v, boundaries, ctx.options, None)
         else:
             flat = bands.gradients(
                 grads[0].flatten(0, 1), *_flat(q, k, v), out, ctx.sums,
@@ -225,17 +225,17 @@ class _Banded(torch.autograd.Function):
         return *derived, None, None
 
 
-# Pieces
+# Blocks
 
 
-def _in_pieces(q: Tensor, k: Tensor, v: Tensor, borders: Borders, options: Options) -> Tensor:
+def _in_blocks(q: Tensor, k: Tensor, v: Tensor, boundaries: Boundaries, options: Options) -> Tensor:
     seed = None
     if options.dropout_p:
         seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=q.device)
     if runtime.needs_composition(q, k, v):
-        pieces = _cutter(q, k, borders, options)(True)
-        return _attend_plainly(q, k, v, pieces, _rule(options, seed))
-    return _InPieces.apply(q, k, v, *borders, options, seed)
+        blocks = _cutter(q, k, boundaries, options)(True)
+        return _attend_plainly(q, k, v, blocks, _rule(options, seed))
+    return _InBlocks.apply(q, k, v, *boundaries, options, seed)
 
 
 def _rule(options: Options, seed: Tensor | None) -> Rule:
@@ -248,16 +248,16 @@ def _flat(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _cutter(
-    q: Tensor, k: Tensor, borders: Borders, options: Options
-) -> Callable[[bool], Iterator[Piece]]:
+    q: Tensor, k: Tensor, boundaries: Boundaries, options: Options
+) -> Callable[[bool], Iterator[Block]]:
     """Function that yields the blocks of a call, told whether operands are mixed with NaN."""
-    sight = _sight(q, k, borders, options)
+    sight = _sight(q, k, boundaries, options)
     keys = k.shape[0] * k.shape[1]
     sides = options.left, options.right
     reach = min(keys, 1 + sum(keys if side is None else side for side in sides))
     if len(sight.start) and runtime.values_readable(sight.start):
         reach = max(1, int((sight.end - sight.start).max()))
-    span = partial(_span, shape=q.shape, keys=k.shape[1], borders=borders, sides=sides)
+    span = partial(_span, shape=q.shape, keys=k.shape[1], boundaries=boundaries, sides=sides)
     return lambda mixed: _cut(sight, q.shape[2], reach, span, mixed)
 
 
@@ -266,12 +266,12 @@ def _span(
     last: int,
     shape: Sequence[int],
     keys: int,
-    borders: Borders,
+    boundaries: Boundaries,
     sides: tuple[int | None, int | None],
 ) -> tuple[int, int]:
-    """No row from first to last sees a key outside these, whatever the borders hold."""
+    """No row from first to last sees a key outside these, whatever the boundaries hold."""
     batch, rows = shape[:2]
-    if borders.keys is not None:
+    if boundaries.keys is not None:
         return 0, keys
     here, there = first // rows, (last - 1) // rows  # sequences
     left, right = (batch * keys if side is None else side for side in sides)
@@ -280,15 +280,15 @@ def _span(
     return max(here * keys, low), min((there + 1) * keys, high)
 
 
-def _sight(q: Tensor, k: Tensor, borders: Borders, options: Options) -> bands.Sight:
+def _sight(q: Tensor, k: Tensor, boundaries: Boundaries, options: Options) -> bands.Sight:
     """Range of the keys that each row of the flat batch sees."""
     (batch, length), keys = q.shape[:2], k.shape[1]
     rows = torch.arange(batch * length, device=q.device)
-    if borders.rows is None:
+    if boundaries.rows is None:
         start = rows // max(1, length) * keys
         end, offset = start + keys, (rows // max(1, length) + 1) * (keys - length)
     else:
-        start, end, offset = _documents_of(rows, borders, length, keys)
+        start, end, offset = _documents_of(rows, boundaries, length, keys)
     place, first, last = rows + offset, start, end
     if options.left is not None:
         start = torch.maximum(first, place - options.left).minimum(last)
@@ -298,13 +298,13 @@ def _sight(q: Tensor, k: Tensor, borders: Borders, options: Options) -> bands.Si
 
 
 def _documents_of(
-    rows: Tensor, borders: Borders, length: int, keys: int
+    rows: Tensor, boundaries: Boundaries, length: int, keys: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """First key of each row's document, the end of its keys, and the rows' distance from them; no
     key for rows of none."""
-    assert borders.rows is not None
-    other = borders.rows if borders.keys is None else borders.keys
-    own = segments.clamped_bounds(borders.rows, length).long()
+    assert boundaries.rows is not None
+    other = boundaries.rows if boundaries.keys is None else boundaries.keys
+    own = segments.clamped_bounds(boundaries.rows, length).long()
     other = segments.clamped_bounds(other, keys).long()
     document = torch.searchsorted(own, rows, right=True)  # 0 and S + 1 are none
     inside = (document > 0) & (document < own.shape[0])
@@ -319,11 +319,11 @@ def _cut(
     reach: int,
     span: Callable[[int, int], tuple[int, int]],
     mixed: bool,
-) -> Iterator[Piece]:
+) -> Iterator[Block]:
     """Blocks of rows; row t sees the keys from start[t] to end[t]."""
     start, end = sight
     total, read = start.shape[0], runtime.values_readable(start)
-    step = min(max(reach, LEAST_BLOCK), attention_blocks.PIECE_SCORES // max(1, 2 * heads * reach))
+    step = min(max(reach, LEAST_BLOCK), attention_blocks.BLOCK_SCORES // max(1, 2 * heads * reach))
     step = max(LEAST_ROWS, step)
     for first in range(0, total, step):
         last = min(total, first + step)
@@ -338,8 +338,8 @@ def _cut(
             least, most = span(first, last)
             sighted = False
         keys = torch.arange(least, most, device=start.device)
-        hidden = (keys < low[:, None]) | (keys >= high[:, None])
-        yield Piece(slice(first, last), slice(least, most), hidden[None], mixed or not sighted)
+        masked = (keys < low[:, None]) | (keys >= high[:, None])
+        yield Block(slice(first, last), slice(least, most), masked[None], mixed or not sighted)
 
 
 def _gradients(
@@ -347,26 +347,26 @@ def _gradients(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    borders: Borders,
+    boundaries: Boundaries,
     options: Options,
     seed: Tensor | None,
 ) -> Sequence[Tensor | None]:
-    pieces = _cutter(q, k, borders, options)(attention_blocks.may_be_mixed(grad, q, k, v))
+    blocks = _cutter(q, k, boundaries, options)(attention_blocks.may_be_mixed(grad, q, k, v))
     rule = _rule(options, seed)
     with runtime.without_autocast(q):
         if autograd.is_needed(grad):
-            attend = partial(_attend_plainly, pieces=pieces, rule=rule)
+            attend = partial(_attend_plainly, blocks=blocks, rule=rule)
             return autograd.gradients(attend, (q, k, v), (grad,))
-        derived = attention_blocks.gradients(grad.flatten(0, 1), *_flat(q, k, v), pieces, rule)
+        derived = attention_blocks.gradients(grad.flatten(0, 1), *_flat(q, k, v), blocks, rule)
     return [dx.view(x.shape) for dx, x in zip(derived, (q, k, v), strict=True)]
 
 
-def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, pieces: Iterator[Piece], rule: Rule) -> Tensor:
-    return attention_blocks.attend_plainly(*_flat(q, k, v), pieces, rule).view(q.shape)
+def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, blocks: Iterator[Block], rule: Rule) -> Tensor:
+    return attention_blocks.attend_plainly(*_flat(q, k, v), blocks, rule).view(q.shape)
 
 
-class _InPieces(torch.autograd.Function):
-    """Attention whose backward forms the weights again, piece by piece."""
+class _InBlocks(torch.autograd.Function):
+    """Attention whose backward forms the weights again, block by block."""
 
     @staticmethod
     def forward(
@@ -378,9 +378,9 @@ class _InPieces(torch.autograd.Function):
         options: Options,
         seed: Tensor | None,
     ) -> Tensor:
-        borders = Borders(cu_seqlens, cu_seqlens_k)
-        pieces = _cutter(q, k, borders, options)(attention_blocks.may_be_mixed(q, k, v))
-        return attention_blocks.attend(*_flat(q, k, v), pieces, _rule(options, seed)).view(q.shape)
+        boundaries = Boundaries(cu_seqlens, cu_seqlens_k)
+        blocks = _cutter(q, k, boundaries, options)(attention_blocks.may_be_mixed(q, k, v))
+        return attention_blocks.attend(*_flat(q, k, v), blocks, _rule(options, seed)).view(q.shape)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -389,6 +389,6 @@ class _InPieces(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, seed, *borders = ctx.saved_tensors
-        derived = _gradients(grads[0], q, k, v, Borders(*borders), ctx.options, seed)
+        q, k, v, seed, *boundaries = ctx.saved_tensors
+        derived = _gradients(grads[0], q, k, v, Boundaries(*boundaries), ctx.options, seed)
         return *derived, None, None, None, None

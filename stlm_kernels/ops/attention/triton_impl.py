@@ -135,7 +135,7 @@ def _gradient(s, dp, shift, delta, seen, MASKED: tl.constexpr):
     if MASKED:
         p = tl.where(seen, p, 0.0)
     ds = p * (dp - delta)
-    if MASKED:  # what is hidden may be NaN in dp
+    if MASKED:  # what is masked may be NaN in dp
         ds = tl.where(seen, ds, 0.0)
     return p, ds
 
@@ -167,7 +167,7 @@ def stlm_attention_bwd_q(
     MAIN: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     K: tl.constexpr = MAIN + REST
-    ROUNDED: tl.constexpr = out_ptr.dtype.element_ty != tl.float32
+    NARROW: tl.constexpr = out_ptr.dtype.element_ty != tl.float32
     program = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
     head, block = program % H, program // H
     base, end, there = place(block, length, other, whole, BLOCK)
@@ -196,10 +196,10 @@ def stlm_attention_bwd_q(
             scale, lse, delta, DOT, MAIN, REST, True,
         )  # fmt: skip
         dq = summed(ds, k, dq)
-        if ROUNDED:
+        if NARROW:
             excess += tl.sum(ds, 1)
             mean = summed(p, k, mean)
-    if ROUNDED:
+    if NARROW:
         # Rows with a solid block see so many keys that the rounding of `out` averages away.
         excess = tl.where(solid == 0, excess, 0.0)
         dq = difference(dq, scaled(mean, excess))
@@ -370,7 +370,7 @@ def _tiles_of(batch: int, rows: int, others: int, has_docs: bool, block: int) ->
 def _options(
     kernel: str, q: Tensor, k: Tensor, has_docs: bool, sides: tuple[int, int], dtype: torch.dtype
 ) -> dict[str, Any]:
-    """The constants of a launch; `dtype` is what the products' operands are rounded to."""
+    """The constants of a launch; `dtype` is what the products' operands are cast to."""
     (heads, width), reach = q.shape[2:], min(sum(sides) + 1, k.shape[1])
     return configs.rows_config(kernel, width, reach, dtype, q.device) | {
         "H": heads,

@@ -66,8 +66,8 @@ def yardstick(
     """Careful composition of stock torch ops: SDPA over patches of one length at a time."""
     wide = torch.promote_types(key.dtype, torch.float32)
     starts, lengths = cu_patchlens[:-1].long(), cu_patchlens.diff().long()
-    rounded = query.to(key.dtype).to(wide)
-    queries = rounded.expand(lengths.shape[0], *query.shape[-2:])
+    cast = query.to(key.dtype).to(wide)
+    queries = cast.expand(lengths.shape[0], *query.shape[-2:])
     out = torch.zeros_like(queries)
     for length in lengths[lengths > 0].unique().tolist():
         here = (lengths == length).nonzero().flatten()

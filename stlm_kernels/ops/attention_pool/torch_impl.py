@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ... import runtime
 from ..._torch import segments
-from ..._torch.casting import rounded
+from ..._torch.casting import cast
 
 
 def attention_pool(
@@ -28,35 +28,37 @@ def attention_pool(
 ) -> Tensor:
     """(P, H, K) in `out_dtype`."""
     wide = torch.promote_types(out_dtype, torch.float32)
-    query, key, value = (rounded(x, out_dtype, wide) for x in (query, key, value))
+    query, key, value = (cast(x, out_dtype, wide) for x in (query, key, value))
     total = key.shape[0]
     with runtime.without_autocast(key):
         if runtime.values_visible(cu_patchlens):
             total = int(cu_patchlens[-1])
             patches = _Patches.of(cu_patchlens, total)
             return _pool(query, key[:total], value[:total], patches, scale).to(out_dtype)
-        borders = segments.clamped_bounds(cu_patchlens, total)
+        boundaries = segments.clamped_bounds(cu_patchlens, total)
         # Rows of no patch get a patch of their own at each end, and zeros to read.
         rows = torch.arange(total, device=key.device)
-        inside = ((rows >= borders[0]) & (rows < borders[-1]))[:, None, None]
+        inside = ((rows >= boundaries[0]) & (rows < boundaries[-1]))[:, None, None]
         key, value = torch.where(inside, key, 0), torch.where(inside, value, 0)
         if query.ndim == 3:
             query = F.pad(query, (0, 0, 0, 0, 1, 1))
         # Not F.pad: it makes a Python number of `total`, and compiled code would fix T.
-        borders = torch.cat([borders.new_zeros(1), borders, borders.new_full((1,), total)])
-        pooled = _pool(query, key, value, _Patches.of(borders, total), scale)
+        boundaries = torch.cat(
+            [boundaries.new_zeros(1), boundaries, boundaries.new_full((1,), total)]
+        )
+        pooled = _pool(query, key, value, _Patches.of(boundaries, total), scale)
         return pooled[1:-1].to(out_dtype)
 
 
 class _Patches(NamedTuple):
     """Patches that cover all rows."""
 
-    borders: Tensor  # (P+1,) int32
+    boundaries: Tensor  # (P+1,) int32
     of_row: Tensor  # (T,) int64
 
     @classmethod
-    def of(cls, borders: Tensor, total: int) -> _Patches:
-        return cls(borders, torch.repeat_interleave(borders.diff().long(), output_size=total))
+    def of(cls, boundaries: Tensor, total: int) -> _Patches:
+        return cls(boundaries, torch.repeat_interleave(boundaries.diff().long(), output_size=total))
 
 
 def _pool(query: Tensor, key: Tensor, value: Tensor, patches: _Patches, scale: float) -> Tensor:
@@ -81,16 +83,16 @@ def _softmax(scores: Tensor, patches: _Patches) -> Tensor:
 def _largest(x: Tensor, patches: _Patches) -> Tensor:
     """(T, ...) -> (P, ...)."""
     if not _is_traced(x):
-        borders = patches.borders.long()
-        return torch.segment_reduce(x, "max", offsets=borders, unsafe=True)
+        boundaries = patches.boundaries.long()
+        return torch.segment_reduce(x, "max", offsets=boundaries, unsafe=True)
     index = patches.of_row.view(-1, *[1] * (x.ndim - 1)).expand(x.shape)
-    largest = x.new_zeros(patches.borders.shape[0] - 1, *x.shape[1:])
+    largest = x.new_zeros(patches.boundaries.shape[0] - 1, *x.shape[1:])
     return largest.scatter_reduce(0, index, x, "amax", include_self=False)
 
 
 def _sum(x: Tensor, patches: _Patches) -> Tensor:
     """(T, ...) -> (P, ...), the sum of each patch's rows."""
-    count = patches.borders.shape[0] - 1
+    count = patches.boundaries.shape[0] - 1
     if _is_traced(x):
         return x.new_zeros(count, *x.shape[1:]).index_add(0, patches.of_row, x)
     return _Sum.apply(x.flatten(1), *patches).unflatten(1, x.shape[1:])
@@ -115,9 +117,9 @@ class _Sum(torch.autograd.Function):
     """EmbeddingBag over rows 0, 1, 2, ..., the fastest segment sum torch has on a CPU."""
 
     @staticmethod
-    def forward(x: Tensor, borders: Tensor, of_row: Tensor) -> Tensor:
+    def forward(x: Tensor, boundaries: Tensor, of_row: Tensor) -> Tensor:
         rows = torch.arange(x.shape[0], dtype=torch.int32, device=x.device)
-        return F.embedding_bag(rows, x, borders, mode="sum", include_last_offset=True)
+        return F.embedding_bag(rows, x, boundaries, mode="sum", include_last_offset=True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -132,7 +134,7 @@ class _Spread(torch.autograd.Function):
     """A gather by row."""
 
     @staticmethod
-    def forward(x: Tensor, borders: Tensor, of_row: Tensor) -> Tensor:
+    def forward(x: Tensor, boundaries: Tensor, of_row: Tensor) -> Tensor:
         return x.index_select(0, of_row)
 
     @staticmethod

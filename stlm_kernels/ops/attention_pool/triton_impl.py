@@ -7,7 +7,7 @@ Forward. A program owns BLOCK_P patches and takes BLOCK_S bytes of each at a tim
 carried along (base 2, fp32): patches of average length are over in a step or two, a long one loops.
 Backward. A program owns a run of patches, and with them the gradients of their bytes, which are
 written once. The weights are formed again from the saved log-sum-exp, twice: once for delta, the
-sum of weight times its gradient over a patch, and once for the gradients. Delta from a rounded
+sum of weight times its gradient over a patch, and once for the gradients. Delta from a 16-bit
 `out` would be wrong by as much as short patches' gradients are large; the second reading comes from
 cache. A shared query's gradient is added up within a run, and over runs in a fixed order.
 Rows of no patch get their zeros from all programs in equal shares.
@@ -131,7 +131,7 @@ def _zero_rows_of_no_patch(
     dk_ptr, dv_ptr, cu_ptr, n_patches, total, first, last, place, mask,
     ROW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Zeros in the gradients of rows `first` to `last`, as far as they lie outside the borders."""
+    """Store zeros in the gradients of rows `first` to `last`, where outside the boundaries."""
     low = tl.maximum(tl.load(cu_ptr).to(tl.int64), 0)
     high = tl.load(cu_ptr + n_patches).to(tl.int64)
     step = tl.arange(0, BLOCK)[None, :, None, None, None]

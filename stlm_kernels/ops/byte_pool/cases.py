@@ -5,30 +5,30 @@ from __future__ import annotations
 import torch
 
 from ...spec import Case, Inputs, OpSpec, case
-from ...spec_inputs import patch_borders, random_ids, text_bytes
+from ...spec_inputs import patch_boundaries, random_ids, text_bytes
 from .op import byte_pool
 from .reference import reference, yardstick
 
 MILLION = 1 << 20
 
 CASES = (
-    case("smoke", T=200, P=40, V=256, D=48, mode="mean", borders="ragged"),
-    case("smoke", T=130, P=24, V=257, D=96, mode="sum", borders="ragged", ids="int16"),
-    case("edge", T=120, P=24, V=320, D=100, mode="mean", borders="tail", ids="int32"),
-    case("edge", T=40, P=40, V=512, D=1, mode="mean", borders="even", ids="int64"),
-    case("edge", T=20, P=6, V=384, D=1024, mode="sum", borders="ragged", ids="int16"),
-    case("edge", T=300, P=2, V=256, D=24, mode="mean", borders="ragged"),
-    case("edge", T=270, P=1, V=130, D=16, mode="sum", borders="even"),
-    case("edge", T=50, P=20, V=256, D=32, mode="mean", borders="hollow"),
-    case("edge", T=0, P=3, V=256, D=32, mode="mean", borders="even"),
-    case("edge", T=17, P=0, V=256, D=32, mode="sum", borders="even"),
-    case("long", T=10_003, P=4, V=256, D=32, mode="mean", borders="tail"),
-    case("smoke", T=120, P=20, V=256, D=48, mode="mean", borders="ragged", L=4),
-    case("edge", T=90, P=30, V=257, D=20, mode="sum", borders="tail", L=1),
-    case("edge", T=60, P=9, V=256, D=16, mode="mean", borders="ragged", L=40),
-    case("aot", T=4096, P=680, V=256, D=768, mode="mean", borders="ragged"),
-    case("aot", T=4096, P=680, V=320, D=128, mode="mean", borders="ragged", L=16),
-    case("huge", T=MILLION * 6, P=2_900_000, V=256, D=768, mode="mean", borders="even"),
+    case("smoke", T=200, P=40, V=256, D=48, mode="mean", boundaries="ragged"),
+    case("smoke", T=130, P=24, V=257, D=96, mode="sum", boundaries="ragged", ids="int16"),
+    case("edge", T=120, P=24, V=320, D=100, mode="mean", boundaries="tail", ids="int32"),
+    case("edge", T=40, P=40, V=512, D=1, mode="mean", boundaries="even", ids="int64"),
+    case("edge", T=20, P=6, V=384, D=1024, mode="sum", boundaries="ragged", ids="int16"),
+    case("edge", T=300, P=2, V=256, D=24, mode="mean", boundaries="ragged"),
+    case("edge", T=270, P=1, V=130, D=16, mode="sum", boundaries="even"),
+    case("edge", T=50, P=20, V=256, D=32, mode="mean", boundaries="hollow"),
+    case("edge", T=0, P=3, V=256, D=32, mode="mean", boundaries="even"),
+    case("edge", T=17, P=0, V=256, D=32, mode="sum", boundaries="even"),
+    case("long", T=10_003, P=4, V=256, D=32, mode="mean", boundaries="tail"),
+    case("smoke", T=120, P=20, V=256, D=48, mode="mean", boundaries="ragged", L=4),
+    case("edge", T=90, P=30, V=257, D=20, mode="sum", boundaries="tail", L=1),
+    case("edge", T=60, P=9, V=256, D=16, mode="mean", boundaries="ragged", L=40),
+    case("aot", T=4096, P=680, V=256, D=768, mode="mean", boundaries="ragged"),
+    case("aot", T=4096, P=680, V=320, D=128, mode="mean", boundaries="ragged", L=16),
+    case("huge", T=MILLION * 6, P=2_900_000, V=256, D=768, mode="mean", boundaries="even"),
     *(
         case(
             "bench" if text in ("english", "uniform") else "bench_full",
@@ -37,7 +37,7 @@ CASES = (
             V=256,
             D=width,
             mode="mean",
-            borders="even",
+            boundaries="even",
             text=text,
         )
         for width in (768, 128)
@@ -51,14 +51,14 @@ CASES = (
             V=256,
             D=width,
             mode="mean",
-            borders="words",
+            boundaries="words",
             text=text,
         )
         for width in (768, 128)
         for text in ("english", "code")
     ),
     *(
-        case("bench_cpu", T=65_536, P=10_923, V=256, D=128, mode=mode, borders="even", text=text)
+        case("bench_cpu", T=65_536, P=10_923, V=256, D=128, mode=mode, boundaries="even", text=text)
         for mode, text in (
             ("mean", "english"),
             ("sum", "english"),
@@ -68,10 +68,10 @@ CASES = (
         )
     ),
     *(
-        case("bench_cpu", T=65_536, P=7536, V=256, D=128, mode=mode, borders="words", text=text)
+        case("bench_cpu", T=65_536, P=7536, V=256, D=128, mode=mode, boundaries="words", text=text)
         for mode, text in (("mean", "english"), ("sum", "english"), ("mean", "code"))
     ),
-    case("bench_cpu", T=8192, P=942, V=320, D=512, mode="mean", borders="words", text="english"),
+    case("bench_cpu", T=8192, P=942, V=320, D=512, mode="mean", boundaries="words", text="english"),
 )
 
 
@@ -88,7 +88,7 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int)
     inputs: Inputs = {
         "byte_ids": ids.to(device),
         "weight": torch.randn(case["V"], width, generator=rng).to(device, dtype),
-        "cu_patchlens": patch_borders(case["borders"], total, case["P"], rng).to(device),
+        "cu_patchlens": patch_boundaries(case["boundaries"], total, case["P"], rng).to(device),
         "mode": case["mode"],
     }
     if "L" in case.sizes:
@@ -98,7 +98,7 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int)
 
 
 def bytes_moved(case: Case, dtype: torch.dtype, direction: str) -> int:
-    """Each id, border and patch row once; backward also writes the fp32-sized table gradient."""
+    """Each id, boundary and patch row once; backward also writes the fp32-sized table gradient."""
     size = dtype.itemsize
     patch_rows = case["T"] + 4 * case["P"] + size * case["P"] * case["D"]
     table = case["V"] * case["D"]

@@ -8,7 +8,7 @@ from torch import Tensor
 from ... import _checks
 from ..._launch import Config, block_of, config_for
 
-COUNT_PIECE = 256
+COUNT_CHUNK = 256
 """Slots counted at a time: bfloat16 holds whole numbers exactly up to 256."""
 
 TARGET_PROGRAMS = 264

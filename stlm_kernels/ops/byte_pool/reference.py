@@ -18,9 +18,9 @@ def reference(
     position_weight: Tensor | None = None,  # (L, D) fp64
 ) -> Tensor:
     """(P, D) fp64, one patch after the other."""
-    borders = cu_patchlens.tolist()
+    boundaries = cu_patchlens.tolist()
     rows = [weight.new_zeros(0, weight.shape[1])]
-    for start, end in pairwise(borders):
+    for start, end in pairwise(boundaries):
         row = weight.new_zeros(weight.shape[1])
         for k, byte in enumerate(byte_ids[start:end].tolist()):
             gain = (

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ... import runtime
 from ..._torch import autograd, segments
-from ..._torch.casting import rounded
+from ..._torch.casting import cast
 
-PIECE = 1024
+CHUNK = 1024
 """Longest run of one id that a thread of a GPU sums before the runs' sums are added up."""
 
 
@@ -33,22 +33,22 @@ def byte_pool(
 ) -> Tensor:
     """(P, D) in `out_dtype`."""
     wide = torch.promote_types(out_dtype, torch.float32)
-    table = rounded(weight, out_dtype, wide)
+    table = cast(weight, out_dtype, wide)
     patches, lead = cu_patchlens.shape[0] - 1, 0
     if runtime.values_visible(byte_ids, cu_patchlens):
         last = int(cu_patchlens.numpy()[-1])
         ids = (byte_ids if last == byte_ids.shape[0] else byte_ids[:last]).int()
-        borders, poison = cu_patchlens, None
+        boundaries, poison = cu_patchlens, None
     else:
-        ids, table, borders, poison = _made_safe(byte_ids, table, cu_patchlens)
+        ids, table, boundaries, poison = _made_safe(byte_ids, table, cu_patchlens)
         patches, lead = patches + 1, 1
     if position_weight is not None:
-        ids, table = _gained(ids, table, borders, rounded(position_weight, out_dtype, wide), poison)
+        ids, table = _gained(ids, table, boundaries, cast(position_weight, out_dtype, wide), poison)
     elif poison is not None:
         table = table + poison
-    arguments = (ids, table.contiguous(), borders, patches, mean)
-    recorded = torch.is_grad_enabled() and table.requires_grad
-    pool = _Pool.apply if recorded or runtime.inside_torch_func() else _pool
+    arguments = (ids, table.contiguous(), boundaries, patches, mean)
+    needs_grad = torch.is_grad_enabled() and table.requires_grad
+    pool = _Pool.apply if needs_grad or runtime.inside_torch_func() else _pool
     if runtime.carries_tangents(table):
         pool = _plain_pool
     pooled = pool(*arguments)
@@ -59,7 +59,7 @@ def byte_pool(
 def _made_safe(
     byte_ids: Tensor, table: Tensor, cu_patchlens: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Values nobody has looked at: ids, table, borders, and what to add to the table's rows.
+    """Values nobody has looked at: ids, table, boundaries, and what to add to the table's rows.
 
     Bad ids find a zero row that the addition turns to NaN: multiplied by a gain, a NaN row would
     reach the gain's gradient. Bytes of no patch lie in a segment before or after the patches.
@@ -67,19 +67,19 @@ def _made_safe(
     total, vocab = byte_ids.shape[0], table.shape[0]
     ids = byte_ids.long()  # a uint8 would compare with the vocabulary modulo 256
     ids = torch.where((ids >= 0) & (ids < vocab), ids, vocab).int()
-    # The last border is clamped to `total`: as a fill value it would be compiled in.
-    borders = F.pad(F.pad(cu_patchlens, (0, 1), value=2**31 - 1), (1, 0))
+    # The last boundary is clamped to `total`: as a fill value it would be compiled in.
+    boundaries = F.pad(F.pad(cu_patchlens, (0, 1), value=2**31 - 1), (1, 0))
     poison = F.pad(table.new_zeros(vocab, 1), (0, 0, 0, 1), value=float("nan"))
-    return ids, F.pad(table, (0, 0, 0, 1)), segments.clamped_bounds(borders, total), poison
+    return ids, F.pad(table, (0, 0, 0, 1)), segments.clamped_bounds(boundaries, total), poison
 
 
 def _gained(
-    ids: Tensor, table: Tensor, borders: Tensor, gain: Tensor, poison: Tensor | None
+    ids: Tensor, table: Tensor, boundaries: Tensor, gain: Tensor, poison: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Ids and a table whose rows already carry the gain of their slot."""
     slots, vocab = gain.shape[0], table.shape[0]
     position = torch.arange(ids.shape[0], device=ids.device, dtype=torch.int32)
-    slot = (position - borders[_patch_of(borders, ids.shape[0])]).clamp(max=slots - 1)
+    slot = (position - boundaries[_patch_of(boundaries, ids.shape[0])]).clamp(max=slots - 1)
     if slots * vocab <= ids.shape[0]:
         rows = gain[:, None] * table[None]
         rows = rows if poison is None else rows + poison
@@ -89,45 +89,49 @@ def _gained(
     return position, rows if poison is None else rows + F.embedding(ids, poison)
 
 
-def _patch_of(borders: Tensor, total: int) -> Tensor:
+def _patch_of(boundaries: Tensor, total: int) -> Tensor:
     """(T,) int32: which segment each position lies in."""
-    segments = torch.arange(borders.shape[0] - 1, device=borders.device, dtype=torch.int32)
-    return torch.repeat_interleave(segments, borders.diff(), output_size=total)
+    segments = torch.arange(boundaries.shape[0] - 1, device=boundaries.device, dtype=torch.int32)
+    return torch.repeat_interleave(segments, boundaries.diff(), output_size=total)
 
 
-def _scales(borders: Tensor, dtype: torch.dtype) -> Tensor:
-    return borders.diff().clamp(min=1).to(dtype).reciprocal()
+def _scales(boundaries: Tensor, dtype: torch.dtype) -> Tensor:
+    return boundaries.diff().clamp(min=1).to(dtype).reciprocal()
 
 
-def _bag_sum(rows: Tensor, table: Tensor, borders: Tensor, weights: Tensor | None = None) -> Tensor:
+def _bag_sum(
+    rows: Tensor, table: Tensor, boundaries: Tensor, weights: Tensor | None = None
+) -> Tensor:
     # Beneath F.embedding_bag, whose checks cost as much as a small bag: mode 0 is "sum", and the
-    # last argument says that the last border is given.
-    return torch.embedding_bag(table, rows, borders, False, 0, False, weights, True)[0]
+    # last argument says that the last boundary is given.
+    return torch.embedding_bag(table, rows, boundaries, False, 0, False, weights, True)[0]
 
 
-def _pool(ids: Tensor, table: Tensor, borders: Tensor, patches: int, mean: bool) -> Tensor:
-    out = _bag_sum(ids, table, borders)
+def _pool(ids: Tensor, table: Tensor, boundaries: Tensor, patches: int, mean: bool) -> Tensor:
+    out = _bag_sum(ids, table, boundaries)
     out = out if out.shape[0] == patches else out[:patches]
-    return out.mul_(_scales(borders, table.dtype)[:patches, None]) if mean else out
+    return out.mul_(_scales(boundaries, table.dtype)[:patches, None]) if mean else out
 
 
-def _plain_pool(ids: Tensor, table: Tensor, borders: Tensor, patches: int, mean: bool) -> Tensor:
+def _plain_pool(ids: Tensor, table: Tensor, boundaries: Tensor, patches: int, mean: bool) -> Tensor:
     """Composition of ops that every torch.func transform knows."""
-    out = table.new_zeros(borders.shape[0] - 1, table.shape[1])
-    out = out.index_add(0, _patch_of(borders, ids.shape[0]), F.embedding(ids, table))
-    out = out * _scales(borders, table.dtype)[:, None] if mean else out
+    out = table.new_zeros(boundaries.shape[0] - 1, table.shape[1])
+    out = out.index_add(0, _patch_of(boundaries, ids.shape[0]), F.embedding(ids, table))
+    out = out * _scales(boundaries, table.dtype)[:, None] if mean else out
     return out[:patches]
 
 
-def _plain_backward(grad: Tensor, ids: Tensor, borders: Tensor, vocab: int, mean: bool) -> Tensor:
+def _plain_backward(
+    grad: Tensor, ids: Tensor, boundaries: Tensor, vocab: int, mean: bool
+) -> Tensor:
     """dtable from ops that torch differentiates again."""
-    scaled = grad * _scales(borders, grad.dtype)[: grad.shape[0], None] if mean else grad
-    scaled = F.pad(scaled, (0, 0, 0, borders.shape[0] - 1 - grad.shape[0]))
-    rows = F.embedding(_patch_of(borders, ids.shape[0]), scaled)
+    scaled = grad * _scales(boundaries, grad.dtype)[: grad.shape[0], None] if mean else grad
+    scaled = F.pad(scaled, (0, 0, 0, boundaries.shape[0] - 1 - grad.shape[0]))
+    rows = F.embedding(_patch_of(boundaries, ids.shape[0]), scaled)
     return grad.new_zeros(vocab, grad.shape[1]).index_add(0, ids, rows)
 
 
-def _backward(grad: Tensor, ids: Tensor, borders: Tensor, vocab: int, mean: bool) -> Tensor:
+def _backward(grad: Tensor, ids: Tensor, boundaries: Tensor, vocab: int, mean: bool) -> Tensor:
     """(V, D): for each id the sum of the scaled gradient rows of the patches that hold it."""
     total, device = ids.shape[0], ids.device
     if total == 0 or grad.shape[0] == 0:
@@ -135,20 +139,20 @@ def _backward(grad: Tensor, ids: Tensor, borders: Tensor, vocab: int, mean: bool
     # Radix sorts take time by the width of their keys.
     key_dtype = torch.uint8 if vocab <= 256 else torch.int16 if vocab <= 32_768 else ids.dtype
     key, order = torch.sort(ids.to(key_dtype), stable=True)
-    patch = _patch_of(borders, total).index_select(0, order)
-    scales = _scales(borders, grad.dtype).index_select(0, patch) if mean else None
-    missing = borders.shape[0] - 1 - grad.shape[0]
+    patch = _patch_of(boundaries, total).index_select(0, order)
+    scales = _scales(boundaries, grad.dtype).index_select(0, patch) if mean else None
+    missing = boundaries.shape[0] - 1 - grad.shape[0]
     grad = F.pad(grad, (0, 0, 0, missing)) if missing else grad.contiguous()
     every = torch.arange(vocab + 1, device=device, dtype=torch.int32)
     runs = torch.searchsorted(key.int(), every, out_int32=True)
     if not ids.is_cuda:
         return _bag_sum(patch, grad, runs, scales)
     # One thread of a GPU would add up all occurrences of the most frequent byte.
-    cuts = torch.arange(0, total, PIECE, device=device, dtype=torch.int32)
-    pieces, _ = torch.sort(torch.cat([runs, cuts]))
-    partial = _bag_sum(patch, grad, pieces, scales)
+    cuts = torch.arange(0, total, CHUNK, device=device, dtype=torch.int32)
+    chunks, _ = torch.sort(torch.cat([runs, cuts]))
+    partial = _bag_sum(patch, grad, chunks, scales)
     numbers = torch.arange(partial.shape[0], device=device, dtype=torch.int32)
-    return _bag_sum(numbers, partial, torch.searchsorted(pieces, runs, out_int32=True))
+    return _bag_sum(numbers, partial, torch.searchsorted(chunks, runs, out_int32=True))
 
 
 class _Pool(torch.autograd.Function):
@@ -157,18 +161,18 @@ class _Pool(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(ids: Tensor, table: Tensor, borders: Tensor, patches: int, mean: bool) -> Tensor:
+    def forward(ids: Tensor, table: Tensor, boundaries: Tensor, patches: int, mean: bool) -> Tensor:
         pool = _plain_pool if runtime.inside_torch_func() else _pool
-        return autograd.as_output(pool(ids, table, borders, patches, mean))
+        return autograd.as_output(pool(ids, table, boundaries, patches, mean))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ids, table, borders, _, ctx.mean = inputs
-        ctx.save_for_backward(ids, borders)
+        ids, table, boundaries, _, ctx.mean = inputs
+        ctx.save_for_backward(ids, boundaries)
         ctx.vocab = table.shape[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        ids, borders = ctx.saved_tensors
+        ids, boundaries = ctx.saved_tensors
         derive = _plain_backward if torch.is_grad_enabled() else _backward
-        return None, derive(grads[0], ids, borders, ctx.vocab, ctx.mean), None, None, None
+        return None, derive(grads[0], ids, boundaries, ctx.vocab, ctx.mean), None, None, None

@@ -54,13 +54,13 @@ def _upstream_tile(grad_ptr, patches, columns, live, scale, D: tl.constexpr):
 
 
 @triton.jit
-def _add_product(acc, left, x, DOT: tl.constexpr, PIECES: tl.constexpr):
-    """acc + left @ x; `left` is exact in DOT, x may need several pieces to keep its digits."""
+def _add_product(acc, left, x, DOT: tl.constexpr, TERMS: tl.constexpr):
+    """acc + left @ x; `left` is exact in DOT, x may need several terms to keep its digits."""
     left = left.to(DOT)
-    for _ in tl.static_range(PIECES):
-        piece = x.to(DOT)
-        acc = tl.dot(left, piece, acc, input_precision="ieee")
-        x -= piece.to(tl.float32)
+    for _ in tl.static_range(TERMS):
+        term = x.to(DOT)
+        acc = tl.dot(left, term, acc, input_precision="ieee")
+        x -= term.to(tl.float32)
     return acc
 
 
@@ -102,8 +102,8 @@ def stlm_byte_pool_fwd(
 def stlm_byte_pool_bwd(
     ids_ptr, cu_ptr, grad_ptr, partial_ptr,
     total, n_patches, vocab, run,
-    D: tl.constexpr, MEAN: tl.constexpr, DOT: tl.constexpr, PIECES: tl.constexpr,
-    COUNT_PIECE: tl.constexpr,
+    D: tl.constexpr, MEAN: tl.constexpr, DOT: tl.constexpr, TERMS: tl.constexpr,
+    COUNT_CHUNK: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
@@ -126,12 +126,12 @@ def stlm_byte_pool_bwd(
             hits |= ((offset >= 0) & (offset < BLOCK_V)).to(tl.int32)
         if tl.max(hits) > 0:
             x = _upstream_tile(grad_ptr, patches, columns, live, scale, D)
-            for piece in range(0, longest, COUNT_PIECE):
+            for chunk in range(0, longest, COUNT_CHUNK):
                 counts = tl.zeros((BLOCK_V, BLOCK_P), tl.int32)
-                for slot in range(piece, tl.minimum(piece + COUNT_PIECE, longest)):
+                for slot in range(chunk, tl.minimum(chunk + COUNT_CHUNK, longest)):
                     ids = _ids_at(ids_ptr, start, end, slot, vocab)
                     counts += (rows[:, None] == ids[None, :]).to(tl.int32)
-                acc = _add_product(acc, counts, x, DOT, PIECES)
+                acc = _add_product(acc, counts, x, DOT, TERMS)
     mask = (rows < vocab)[:, None] & (columns < D)[None, :]
     out = (split * vocab + rows)[:, None] * D + columns[None, :]
     tl.store(partial_ptr + out, acc, mask=mask)
@@ -141,7 +141,7 @@ def stlm_byte_pool_bwd(
 def stlm_byte_pool_bwd_gain_table(
     ids_ptr, cu_ptr, gain_ptr, grad_ptr, partial_ptr,
     total, n_patches, vocab, gain_slots, run,
-    D: tl.constexpr, MEAN: tl.constexpr, DOT: tl.constexpr, PIECES: tl.constexpr,
+    D: tl.constexpr, MEAN: tl.constexpr, DOT: tl.constexpr, TERMS: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
@@ -161,7 +161,7 @@ def stlm_byte_pool_bwd_gain_table(
             ids = _ids_at(ids_ptr, start, end, slot, vocab)
             gains = gain_ptr + tl.minimum(slot, gain_slots - 1).to(tl.int64) * D + columns
             gain = tl.load(gains, mask=columns < D, other=0.0).to(stored).to(tl.float32)
-            acc = _add_product(acc, rows[:, None] == ids[None, :], x * gain[None, :], DOT, PIECES)
+            acc = _add_product(acc, rows[:, None] == ids[None, :], x * gain[None, :], DOT, TERMS)
     mask = (rows < vocab)[:, None] & (columns < D)[None, :]
     out = (split * vocab + rows)[:, None] * D + columns[None, :]
     tl.store(partial_ptr + out, acc, mask=mask)
@@ -238,12 +238,12 @@ def launch_bwd(
     tiles = _launch.ceil_div(vocab, config["BLOCK_V"]) * _launch.ceil_div(width, config["BLOCK_D"])
     splits, run = _launch.splits(patches, tiles, programs, config["BLOCK_P"])
     partial = torch.empty((splits, vocab, width), dtype=torch.float32, device=grad.device)
-    dot, pieces = _dot_plan(grad.dtype, weight_dtype, width, exact=not mean)
+    dot, terms = _dot_plan(grad.dtype, weight_dtype, width, exact=not mean)
     _launch.launch(
         stlm_byte_pool_bwd, splits * tiles,
         byte_ids.contiguous(), cu_patchlens.contiguous(), grad.contiguous(), partial,
         byte_ids.shape[0], patches, vocab, run,
-        D=width, MEAN=mean, DOT=dot, PIECES=pieces, COUNT_PIECE=configs.COUNT_PIECE,
+        D=width, MEAN=mean, DOT=dot, TERMS=terms, COUNT_CHUNK=configs.COUNT_CHUNK,
         device=grad.device, **config,
     )  # fmt: skip
     return sum_splits(partial, weight_dtype)
@@ -270,11 +270,11 @@ def launch_bwd_gain(
     tiles = _launch.ceil_div(vocab, block_v) * d_tiles
     splits, run = _launch.splits(patches, tiles, programs, config["BLOCK_P"])
     table = torch.empty((splits, vocab, width), dtype=torch.float32, device=grad.device)
-    dot, pieces = _dot_plan(grad.dtype, weight.dtype, width, exact=False)
+    dot, terms = _dot_plan(grad.dtype, weight.dtype, width, exact=False)
     _launch.launch(
         stlm_byte_pool_bwd_gain_table, splits * tiles,
         byte_ids, cu, gain, grad, table, *sizes, run,
-        D=width, MEAN=mean, DOT=dot, PIECES=pieces, BLOCK_V=block_v, device=grad.device, **config,
+        D=width, MEAN=mean, DOT=dot, TERMS=terms, BLOCK_V=block_v, device=grad.device, **config,
     )  # fmt: skip
 
     splits, run = _launch.splits(patches, slots * d_tiles, programs, config["BLOCK_P"])
@@ -290,9 +290,9 @@ def launch_bwd_gain(
 def _dot_plan(
     grad: torch.dtype, result: torch.dtype, width: int, exact: bool
 ) -> tuple[tl.dtype, int]:
-    """Operand type of the product, and how many pieces keep enough digits of scale * G.
+    """Operand type of the product, and how many terms keep enough digits of scale * G.
 
-    Unscaled 16-bit gradients are exact operands. Scaled ones take one bf16 piece for a bf16 result
+    Unscaled 16-bit gradients are exact operands. Scaled ones take one bf16 term for a bf16 result
     (two for rows so narrow that their terms may cancel), two for fp16, three for fp32: a third
     in two is wrong by 4e-6, beyond fp32's tolerance.
     """
@@ -300,6 +300,6 @@ def _dot_plan(
         return tl.float32, 1
     if exact:
         return (tl.float16 if grad == torch.float16 else tl.bfloat16), 1
-    pieces = {torch.bfloat16: 1 if width >= 16 else 2, torch.float16: 2, torch.float32: 3}[result]
-    # The interpreter computes bf16 wrongly; fp16 stands in, so that pieces are tested there.
-    return (tl.float16 if INTERPRETED else tl.bfloat16), pieces
+    terms = {torch.bfloat16: 1 if width >= 16 else 2, torch.float16: 2, torch.float32: 3}[result]
+    # The interpreter computes bf16 wrongly; fp16 stands in, so that terms are tested there.
+    return (tl.float16 if INTERPRETED else tl.bfloat16), terms

@@ -2,7 +2,7 @@
 
 Where the lengths may be read, sequences that lie side by side and see the same range go through
 SDPA together, over views of the caches that end where the range ends. Where they may not (a GPU,
-compile, torch.func), every entry takes part under a mask, and what is hidden is zeroed first, so
+compile, torch.func), every entry takes part under a mask, and what is masked is zeroed first, so
 that a NaN in it does no harm.
 """
 

@@ -8,39 +8,40 @@ import torch
 from torch import Tensor
 
 from ...spec import Case, Inputs, OpSpec, case
-from ...spec_inputs import normal, patch_borders
+from ...spec_inputs import normal, patch_boundaries
 from .op import ema_unpool
 from .reference import reference, yardstick
 
 MILLION = 1 << 20
 
 CASES = (
-    case("smoke", T=120, P=40, D=20, S=3, borders="ragged", gates="router", plus="residual"),
-    case("smoke", T=60, P=50, D=36, S=1, borders="ragged", gates="any", plus="nothing"),
-    case("edge", T=90, P=60, D=100, S=4, borders="tail", gates="edges", plus="residual"),
-    case("edge", T=60, P=60, D=1, S=2, borders="even", gates="tiny", plus="nothing", ids="int16"),
-    case("edge", T=50, P=1, D=24, S=1, borders="even", gates="any", plus="nothing", ids="int64"),
-    case("edge", T=20, P=6, D=1024, S=2, borders="ragged", gates="any", plus="residual"),
-    case("edge", T=40, P=4, D=8, S=1, borders="hollow", gates="edges", plus="residual"),
-    case("edge", T=17, P=0, D=8, S=1, borders="even", gates="any", plus="residual"),
-    case("edge", T=0, P=3, D=8, S=2, borders="even", gates="any", plus="residual"),
-    case("long", T=1500, P=500, D=96, S=2, borders="ragged", gates="tiny", plus="residual"),
-    case("aot", T=4096, P=680, D=768, S=4, borders="ragged", gates="router", plus="residual"),
+    case("smoke", T=120, P=40, D=20, S=3, boundaries="ragged", gates="router", plus="residual"),
+    case("smoke", T=60, P=50, D=36, S=1, boundaries="ragged", gates="any", plus="nothing"),
+    case("edge", T=90, P=60, D=100, S=4, boundaries="tail", gates="edges", plus="residual"),
+    case("edge", T=60, P=60, D=1, S=2, boundaries="even", gates="tiny", plus="nothing",
+         ids="int16"),
+    case("edge", T=50, P=1, D=24, S=1, boundaries="even", gates="any", plus="nothing", ids="int64"),
+    case("edge", T=20, P=6, D=1024, S=2, boundaries="ragged", gates="any", plus="residual"),
+    case("edge", T=40, P=4, D=8, S=1, boundaries="hollow", gates="edges", plus="residual"),
+    case("edge", T=17, P=0, D=8, S=1, boundaries="even", gates="any", plus="residual"),
+    case("edge", T=0, P=3, D=8, S=2, boundaries="even", gates="any", plus="residual"),
+    case("long", T=1500, P=500, D=96, S=2, boundaries="ragged", gates="tiny", plus="residual"),
+    case("aot", T=4096, P=680, D=768, S=4, boundaries="ragged", gates="router", plus="residual"),
     case(
-        "huge", T=3 * MILLION, P=524_288, D=768, S=128, borders="even", gates="router",
+        "huge", T=3 * MILLION, P=524_288, D=768, S=128, boundaries="even", gates="router",
         plus="residual",
     ),
     *(
         case("bench" if (width, plus) == (128, "residual") else "bench_full",
-             T=MILLION, P=174_763, D=width, S=128, borders="even", gates="router", plus=plus)
+             T=MILLION, P=174_763, D=width, S=128, boundaries="even", gates="router", plus=plus)
         for width in (768, 128)
         for plus in ("nothing", "residual")
     ),
-    case("bench_full", T=MILLION, P=120_646, D=768, S=128, borders="words", gates="router",
+    case("bench_full", T=MILLION, P=120_646, D=768, S=128, boundaries="words", gates="router",
          plus="residual"),
-    case("bench_full", T=256, P=42, D=128, S=2, borders="even", gates="router", plus="residual"),
+    case("bench_full", T=256, P=42, D=128, S=2, boundaries="even", gates="router", plus="residual"),
     *(
-        case("bench_cpu", T=32_768, P=5461, D=128, S=8, borders="ragged", gates="router",
+        case("bench_cpu", T=32_768, P=5461, D=128, S=8, boundaries="ragged", gates="router",
              plus=plus)
         for plus in ("nothing", "residual")
     ),
@@ -51,7 +52,7 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int)
     """Arguments of ema_unpool; on the CPU first, so that every device sees the same values."""
     rng = torch.Generator().manual_seed(seed)
     total, patches, width, documents = case["T"], case["P"], case["D"], case["S"]
-    lengths = patch_borders(case["borders"], total, patches, rng).diff()
+    lengths = patch_boundaries(case["boundaries"], total, patches, rng).diff()
     ends = torch.randint(0, patches + 1, (documents,), generator=rng).sort().values
     cu_seqlens = torch.cat([ends.new_zeros(1), ends]).int()
     end = patches if documents == 1 else int(ends[-1])  # slots from there on are unused

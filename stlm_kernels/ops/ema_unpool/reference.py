@@ -19,9 +19,9 @@ def reference(
 ) -> Tensor:
     """(T, D) fp64, one patch after the other, then one row after the other."""
     nothing = patch_states.new_zeros(patch_states.shape[1])
-    borders = [0, len(gate)] if cu_seqlens is None else cu_seqlens.tolist()
+    boundaries = [0, len(gate)] if cu_seqlens is None else cu_seqlens.tolist()
     smoothed = [nothing] * len(gate)
-    for first, end in pairwise(borders):
+    for first, end in pairwise(boundaries):
         z = nothing
         for j in range(first, end):
             before = z.nan_to_num() if gate[j] == 1 else z  # which forgets even NaN
@@ -59,5 +59,5 @@ def yardstick(
 
 
 def _documents(cu_seqlens: Tensor) -> tuple[set[int], int]:
-    borders = cu_seqlens.tolist()
-    return set(borders[:-1]), borders[-1]
+    boundaries = cu_seqlens.tolist()
+    return set(boundaries[:-1]), boundaries[-1]

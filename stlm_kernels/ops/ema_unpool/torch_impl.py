@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ... import runtime
 from ..._torch import segments
-from ..._torch.casting import rounded
+from ..._torch.casting import cast
 from ..unpool.torch_impl import unpool
 
 CHUNK = 8
@@ -33,20 +33,20 @@ def ema_unpool(
 ) -> Tensor:
     """(T, D) in `out_dtype`."""
     wide = torch.promote_types(out_dtype, torch.float32)
-    states, gate = rounded(patch_states, out_dtype, wide), gate.to(wide)
+    states, gate = cast(patch_states, out_dtype, wide), gate.to(wide)
     places = torch.arange(gate.shape[0], device=gate.device)
     follows = places > 0
     if cu_seqlens is not None:
-        borders = segments.clamped_bounds(cu_seqlens, gate.shape[0]).long()
-        document = torch.searchsorted(borders, places, right=True)
-        inside = (document > 0) & (document < borders.shape[0])
-        first_places = borders.index_select(0, (document - 1).clamp(min=0))
+        boundaries = segments.clamped_bounds(cu_seqlens, gate.shape[0]).long()
+        document = torch.searchsorted(boundaries, places, right=True)
+        inside = (document > 0) & (document < boundaries.shape[0])
+        first_places = boundaries.index_select(0, (document - 1).clamp(min=0))
         follows = inside & (places > first_places)
         gate = torch.where(inside, gate, 0)
         states = torch.where(inside[:, None], states, 0)
     smoothed = _scanned(gate[:, None] * states, torch.where(follows, 1 - gate, 0), False)
     if residual is not None:
-        residual = rounded(residual, out_dtype, wide)
+        residual = cast(residual, out_dtype, wide)
     return unpool(smoothed, read_ids, None, residual, wide).to(out_dtype)
 
 

@@ -56,7 +56,7 @@ def _decay(gate_ptr, links_ptr, patches, mask):
 @triton.jit
 def _walk_tile(
     x_ptr, gate_ptr, links_ptr, ids, n_patches, columns,
-    D: tl.constexpr, ROUNDED: tl.constexpr, STEP: tl.constexpr, LOOK: tl.constexpr,
+    D: tl.constexpr, CAST: tl.constexpr, STEP: tl.constexpr, LOOK: tl.constexpr,
 ):  # fmt: skip
     """(ids, columns) of y[j] = gain[j] x[j] + decay y[j - STEP] at ids; zeros for -1.
 
@@ -83,7 +83,7 @@ def _walk_tile(
         x = tl.load(
             x_ptr + js[:, None] * D + columns[None, :],
             mask=live[:, None] & (columns < D)[None, :], other=0.0,
-        ).to(ROUNDED).to(tl.float32)  # fmt: skip
+        ).to(CAST).to(tl.float32)  # fmt: skip
         if STEP == 1:
             x *= tl.load(gate_ptr + js, mask=live, other=0.0).to(tl.float32)[:, None]
         state += tl.sum(reach[:, None] * x, 0)
@@ -99,7 +99,7 @@ def _walk_tile(
         decay = _decay(gate_ptr, links_ptr, at + SHIFT, inside & (at + SHIFT < n_patches))
         inside = inside & (tl.load(links_ptr + at, mask=inside, other=OUTSIDE) != OUTSIDE)
         x = tl.load(x_ptr + at * D + columns, mask=columns < tl.where(inside, D, 0), other=0.0)
-        x = x.to(ROUNDED).to(tl.float32)
+        x = x.to(CAST).to(tl.float32)
         if STEP == 1:
             x *= tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32)
         state = x + tl.where(decay == 0, 0.0, decay * state)
@@ -110,7 +110,7 @@ def _walk_tile(
 def stlm_ema_unpool_fwd(
     states_ptr, gate_ptr, links_ptr, ids_ptr, residual_ptr, out_ptr,
     n_patches, total,
-    D: tl.constexpr, ROUNDED: tl.constexpr, HAS_RESIDUAL: tl.constexpr, LOOK: tl.constexpr,
+    D: tl.constexpr, CAST: tl.constexpr, HAS_RESIDUAL: tl.constexpr, LOOK: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
@@ -120,13 +120,13 @@ def stlm_ema_unpool_fwd(
     bad = (ids < -1) | (ids >= n_patches)
     out = _walk_tile(
         states_ptr, gate_ptr, links_ptr, tl.where(bad, -1, ids), n_patches, columns,
-        D, ROUNDED, 1, LOOK,
+        D, CAST, 1, LOOK,
     )  # fmt: skip
     place = rows[:, None] * D + columns[None, :]
     mask = (rows < total)[:, None] & (columns < D)[None, :]
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + place, mask=mask, other=0.0)
-        out += residual.to(ROUNDED).to(tl.float32)
+        out += residual.to(CAST).to(tl.float32)
     out = tl.where(bad[:, None], float("nan"), out)
     tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -135,7 +135,7 @@ def stlm_ema_unpool_fwd(
 def stlm_ema_unpool_bwd(
     dz_ptr, states_ptr, gate_ptr, links_ptr, dstates_ptr, dgate_ptr,
     n_patches,
-    D: tl.constexpr, ROUNDED: tl.constexpr, LOOK: tl.constexpr,
+    D: tl.constexpr, CAST: tl.constexpr, LOOK: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     patches = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -151,12 +151,12 @@ def stlm_ema_unpool_bwd(
             D, tl.float32, -1, LOOK,
         )  # fmt: skip
         z = _walk_tile(
-            states_ptr, gate_ptr, links_ptr, before, n_patches, columns, D, ROUNDED, 1, LOOK
+            states_ptr, gate_ptr, links_ptr, before, n_patches, columns, D, CAST, 1, LOOK
         )
         place = patches[:, None] * D + columns[None, :]
         mask = own[:, None] & (columns < D)[None, :]
         read = mask & (link != OUTSIDE)[:, None]
-        h = tl.load(states_ptr + place, mask=read, other=0.0).to(ROUNDED).to(tl.float32)
+        h = tl.load(states_ptr + place, mask=read, other=0.0).to(CAST).to(tl.float32)
         dgate += tl.sum(s * (h - z), 1)
         tl.store(dstates_ptr + place, (gate[:, None] * s).to(dstates_ptr.dtype.element_ty), mask)
     tl.store(dgate_ptr + patches, dgate.to(dgate_ptr.dtype.element_ty), mask=own)
@@ -181,7 +181,7 @@ def launch_fwd(
         states, gate.contiguous(), _links(cu_seqlens, patches, states.device),
         read_ids.contiguous(), states if residual is None else residual.contiguous(), out,
         patches, total,
-        D=width, ROUNDED=dot_type(out_dtype), HAS_RESIDUAL=residual is not None,
+        D=width, CAST=dot_type(out_dtype), HAS_RESIDUAL=residual is not None,
         device=states.device, **config,
     )  # fmt: skip
     return out
@@ -204,7 +204,7 @@ def launch_bwd(
         sums_by_patch(grad, read_ids, patches, torch.float32),
         patch_states.contiguous(), gate.contiguous(), _links(cu_seqlens, patches, grad.device),
         dstates, dgate, patches,
-        D=width, ROUNDED=dot_type(grad.dtype), device=grad.device, **config,
+        D=width, CAST=dot_type(grad.dtype), device=grad.device, **config,
     )  # fmt: skip
     return dstates, dgate
 

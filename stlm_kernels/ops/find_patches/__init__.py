@@ -1,4 +1,4 @@
-"""find_patches: borders of patches from bytes already seen, and which patch each byte may read."""
+"""find_patches: boundaries of patches from bytes already seen, and the patch each byte may read."""
 
 from .op import Patches, find_patches
 

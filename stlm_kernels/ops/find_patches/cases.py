@@ -71,15 +71,15 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int)
     else:
         inputs["rule"] = how
     if "S" in case.sizes:
-        borders = _document_borders(case["S"], total - case.get("tail", 0), rng)
-        inputs["cu_seqlens"] = borders.to(device)
+        boundaries = _document_boundaries(case["S"], total - case.get("tail", 0), rng)
+        inputs["cu_seqlens"] = boundaries.to(device)
     for name, key in (("patch_size", "size"), ("max_patch_len", "max"), ("max_patches", "C")):
         if key in case.sizes:
             inputs[name] = case[key]
     return inputs
 
 
-def _document_borders(documents: int, end: int, rng: torch.Generator) -> Tensor:
+def _document_boundaries(documents: int, end: int, rng: torch.Generator) -> Tensor:
     """(S+1,) int32; among many documents some are empty."""
     inner = torch.randint(0, end + 1, (documents - 1,), generator=rng).sort().values
     return torch.cat([torch.zeros(1), inner, torch.full((1,), end)]).int()

@@ -26,11 +26,11 @@ def reference(
 ) -> Patches:
     """Patches as lists of (begin, end), document by document, cut to max_patches at the end."""
     ids = byte_ids.tolist()
-    borders = [0, len(ids)] if cu_seqlens is None else cu_seqlens.tolist()
+    boundaries = [0, len(ids)] if cu_seqlens is None else cu_seqlens.tolist()
     patch_ids, read_ids = [-1] * len(ids), [-1] * len(ids)
     patch_begins: list[int] = []
-    patch_borders = [0]
-    for begin, end in pairwise(borders):
+    patch_boundaries = [0]
+    for begin, end in pairwise(boundaries):
         is_open, latest_complete = False, -1
         for t in range(begin, end):
             if not is_open or (patch_start_mask is not None and bool(patch_start_mask[t])):
@@ -48,15 +48,15 @@ def reference(
             if ends or t - patch_begins[-1] + 1 == max_patch_len:
                 is_open, latest_complete = False, len(patch_begins) - 1
             patch_ids[t], read_ids[t] = len(patch_begins) - 1, latest_complete
-        patch_borders.append(len(patch_begins))
-    offsets = [*patch_begins, borders[-1]]
+        patch_boundaries.append(len(patch_begins))
+    offsets = [*patch_begins, boundaries[-1]]
     if max_patches is not None:
-        offsets = [*offsets, *[borders[-1]] * max_patches][: max_patches + 1]
-        for document, (begin, end) in enumerate(pairwise(borders)):
-            last_slot = max_patches - 1 if patch_borders[document] < max_patches else -1
+        offsets = [*offsets, *[boundaries[-1]] * max_patches][: max_patches + 1]
+        for document, (begin, end) in enumerate(pairwise(boundaries)):
+            last_slot = max_patches - 1 if patch_boundaries[document] < max_patches else -1
             for t in range(begin, end):
                 patch_ids[t] = patch_ids[t] if patch_ids[t] < max_patches else -1
                 read_ids[t] = min(read_ids[t], last_slot)
-        patch_borders = [min(border, max_patches) for border in patch_borders]
-    results = (offsets, patch_ids, read_ids, len(patch_begins), patch_borders)
+        patch_boundaries = [min(boundary, max_patches) for boundary in patch_boundaries]
+    results = (offsets, patch_ids, read_ids, len(patch_begins), patch_boundaries)
     return Patches(*(torch.tensor(result, dtype=torch.int32) for result in results))

@@ -1,7 +1,7 @@
 """find_patches in aten ops: a few scans and searches over (T,), no loop over documents or patches.
 
-Between two natural borders the forced closes of `max_patch_len` are simply every
-`max_patch_len`-th byte, because every natural border restarts the count: that makes the rule
+Between two natural boundaries the forced closes of `max_patch_len` are simply every
+`max_patch_len`-th byte, because every natural boundary restarts the count: that makes the rule
 a remainder instead of a recurrence.
 """
 
@@ -28,9 +28,9 @@ class _Documents(NamedTuple):
     starts: Tensor  # (T,) int32, first byte of the own document
     offsets: Tensor  # (S+1,) int32, clamped to [0, T]
 
-    def spread(self, by_border: Tensor) -> Tensor:
-        """(S+1,) -> (T,), to each byte what its document's first border has."""
-        return F.pad(by_border, (1, 0)).index_select(0, self.ids)
+    def spread(self, by_boundary: Tensor) -> Tensor:
+        """(S+1,) -> (T,), to each byte what its document's first boundary has."""
+        return F.pad(by_boundary, (1, 0)).index_select(0, self.ids)
 
 
 def find_patches(
@@ -138,8 +138,8 @@ def _number_patches(
     cu_patchlens = first_bytes.scatter(0, place, positions)[:-1].contiguous()
 
     patch_ids = torch.where(documents.inside & (latest < slots), latest, -1)
-    document_borders = begun_before[documents.offsets]
+    document_boundaries = begun_before[documents.offsets]
     complete = (latest - 1).add_(closed).clamp_(max=slots - 1)
-    readable = documents.inside & (complete >= documents.spread(document_borders))
+    readable = documents.inside & (complete >= documents.spread(document_boundaries))
     read_ids = torch.where(readable, complete, -1)
-    return cu_patchlens, patch_ids, read_ids, n_patches, document_borders.clamp(max=slots)
+    return cu_patchlens, patch_ids, read_ids, n_patches, document_boundaries.clamp(max=slots)

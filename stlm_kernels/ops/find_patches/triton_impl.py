@@ -10,7 +10,7 @@ closes by the rule. With L(t) the last natural begin at or before t, a byte begi
 2. carry: one program scans the blocks: the last natural begin and the count before each. Between
    two natural begins the forced ones are evenly spaced, so their count is two divisions.
 3. write: a program owns BLOCK bytes: patch_ids, read_ids, and cu_patchlens where a patch begins.
-4. finish: unused slots, document borders in patches, and the reads that an overflow takes away.
+4. finish: unused slots, document boundaries in patches, and the reads that an overflow takes away.
 
 No atomics, no waiting of one program for another, no synchronisation with the host.
 Floor: 9 T + 4 P bytes (an id or a mask read, two int32 written for each byte), 10 MB at 1M bytes;
@@ -165,7 +165,7 @@ def stlm_find_patches_write(
 
 @triton.jit(do_not_specialize=["n_documents", "steps", "slots"])
 def stlm_find_patches_finish(
-    offsets_ptr, n_patches_ptr, cu_ptr, patch_ids_ptr, read_ids_ptr, borders_ptr,
+    offsets_ptr, n_patches_ptr, cu_ptr, patch_ids_ptr, read_ids_ptr, boundaries_ptr,
     n_documents, steps, slots,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -179,8 +179,8 @@ def stlm_find_patches_finish(
     own = rows <= n_documents
     first_bytes = tl.load(offsets_ptr + rows, mask=own, other=0)
     first_patches = tl.load(patch_ids_ptr + first_bytes, mask=own & (first_bytes < end), other=-1)
-    borders = tl.where(first_patches >= 0, first_patches, tl.minimum(n_patches, slots))
-    tl.store(borders_ptr + rows, borders, mask=own)
+    boundaries = tl.where(first_patches >= 0, first_patches, tl.minimum(n_patches, slots))
+    tl.store(boundaries_ptr + rows, boundaries, mask=own)
 
     if n_patches > slots:
         overflow = tl.load(cu_ptr + slots)
@@ -212,7 +212,7 @@ def launch_fwd(
         return torch.empty(shape, dtype=torch.int32, device=device)
 
     cu_patchlens, patch_ids, read_ids = empty(max_patches + 1), empty(total), empty(total)
-    n_patches, borders, carry = empty(), empty(documents + 1), empty(2, blocks)
+    n_patches, boundaries, carry = empty(), empty(documents + 1), empty(2, blocks)
     bytes_of = ((byte_ids if mask is None else mask).contiguous(), offsets)
     sizes = (documents, steps, min(patch_size or 1, NO_LIMIT), limit, blocks)
     _count(bytes_of, sizes, MODE_CODES[how], config, carry, n_patches)
@@ -224,11 +224,11 @@ def launch_fwd(
     _launch.launch(
         stlm_find_patches_finish,
         _launch.ceil_div(max(total, documents + 1, max_patches + 1), FINISH_BLOCK),
-        offsets, n_patches, cu_patchlens, patch_ids, read_ids, borders,
+        offsets, n_patches, cu_patchlens, patch_ids, read_ids, boundaries,
         documents, steps, max_patches,
         BLOCK=FINISH_BLOCK, num_warps=4, device=device,
     )  # fmt: skip
-    return cu_patchlens, patch_ids, read_ids, n_patches, borders
+    return cu_patchlens, patch_ids, read_ids, n_patches, boundaries
 
 
 def _count(

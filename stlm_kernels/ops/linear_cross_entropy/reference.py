@@ -14,7 +14,7 @@ from ..linear_logprobs.reference import (
     logit_terms,
     product_terms,
     reference_logits,
-    stock_logits,
+    yardstick_logits,
 )
 
 LOGITS = 1 << 29
@@ -131,7 +131,7 @@ def yardstick(
     options: dict[str, Any] = {"weight": classes, "label_smoothing": label_smoothing}
 
     def losses(rows: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        z = stock_logits(rows, table, **head)
+        z = yardstick_logits(rows, table, **head)
         lse = torch.where(wanted != -100, z.logsumexp(1), 0.0)
         loss = F.cross_entropy(z, wanted, reduction="none", **options)
         return loss + z_loss * lse.square(), lse

@@ -19,8 +19,8 @@ from ..linear_logprobs.torch_impl import (
     Objective,
     chunked_backward,
     chunks_of,
+    differentiable_backward,
     plain_losses,
-    recorded_backward,
     widened,
 )
 
@@ -41,13 +41,13 @@ def summed_loss(
         lse = None if lse is None else from_own_part(lse, ROW, rows)
         return from_own_part(total, SUM, rows), lse
     rows, weight, bias = widened(rows, weight, bias, options.valid_vocab)
-    # The operands are rounded; autocast would round the logits as well.
+    # The operands are cast; autocast would cast the logits as well.
     with runtime.without_autocast(rows):
         if runtime.needs_composition(rows, weight, bias):
             loss, lse = plain_losses(objective, options, rows, weight, bias, *given)
             return loss.sum(), lse
-        recorded, leaves = torch.is_grad_enabled(), (rows, weight, bias)
-        wants = tuple(recorded and x is not None and x.requires_grad for x in leaves)
+        grad_enabled, leaves = torch.is_grad_enabled(), (rows, weight, bias)
+        wants = tuple(grad_enabled and x is not None and x.requires_grad for x in leaves)
         found = _SummedLoss.apply(objective, options, wants, with_lse, *leaves, given)
         return found if with_lse else (found, None)
 
@@ -109,5 +109,5 @@ def _again(
     grads = (each.expand(rows.shape[0]), *(() if dlse is None else (dlse,)))
     with runtime.without_autocast(rows):
         if dlse is None or autograd.is_needed(*grads):
-            return recorded_backward(ctx.objective, ctx.options, grads, *arguments)
+            return differentiable_backward(ctx.objective, ctx.options, grads, *arguments)
         return chunked_backward(ctx.objective, ctx.options, ctx.wants, grads, *arguments)

@@ -12,7 +12,7 @@ from ..linear_logprobs.reference import (
     logit_terms,
     product_terms,
     reference_logits,
-    stock_logits,
+    yardstick_logits,
 )
 
 
@@ -95,7 +95,7 @@ def yardstick(
 ) -> Tensor:
     """Stock torch: the whole logits in fp32, two log_softmax, F.kl_div."""
     head = {"linear_bias": None, "softcap": None, "logit_scale": 1.0, "valid_vocab": None} | head
-    z = stock_logits(input, linear_weight, **head)
+    z = yardstick_logits(input, linear_weight, **head)
     given = teacher_logits.reshape(z.shape).to(z.dtype)
     logq, logp = ((x / temperature).log_softmax(1) for x in (z, given))
     rows = F.kl_div(logq, logp.exp(), reduction="none").sum(1) * temperature**2

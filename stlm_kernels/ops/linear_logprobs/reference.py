@@ -70,10 +70,10 @@ def logit_terms(
     valid_vocab: int | None = None,
 ) -> Terms:
     """Absolute terms of logits and of their log-sum-exp."""
-    z = stock_logits(input, linear_weight, linear_bias, softcap, logit_scale, valid_vocab)
+    z = yardstick_logits(input, linear_weight, linear_bias, softcap, logit_scale, valid_vocab)
     bias = None if linear_bias is None else linear_bias.abs()
     operands = (input.abs(), linear_weight.abs(), bias)
-    terms = stock_logits(*operands, None, abs(logit_scale), valid_vocab)
+    terms = yardstick_logits(*operands, None, abs(logit_scale), valid_vocab)
     slope = torch.full_like(z, abs(logit_scale))
     if softcap is not None:
         slope = slope * (1 - (z / softcap).square())
@@ -134,7 +134,7 @@ def kept_targets(target: Tensor, ignore_index: int | None) -> tuple[Tensor, Tens
     return kept, torch.where(kept, wanted, 0)
 
 
-def stock_logits(
+def yardstick_logits(
     input: Tensor,
     linear_weight: Tensor,
     linear_bias: Tensor | None,
@@ -163,7 +163,7 @@ def yardstick(
     valid_vocab: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Stock torch: the whole (N, V) logits in fp32, log_softmax, gather."""
-    z = stock_logits(input, linear_weight, linear_bias, softcap, logit_scale, valid_vocab)
+    z = yardstick_logits(input, linear_weight, linear_bias, softcap, logit_scale, valid_vocab)
     wanted = target.long().flatten()
     kept = torch.ones_like(wanted, dtype=torch.bool)
     if ignore_index is not None:

@@ -16,7 +16,7 @@ from ... import runtime
 from ..._linear.options import RowOptions
 from ..._sharding import ROW, from_own_part, is_dtensor, own_part
 from ..._torch import autograd
-from ..._torch.casting import rounded
+from ..._torch.casting import cast
 
 THREAD_ELEMENTS = 1 << 17
 """Logits formed at a time by each thread of a CPU: half a megabyte in fp32 stays in a core's own
@@ -35,7 +35,7 @@ class Objective(NamedTuple):
 
     `per_row` stands for what each row is judged by, tensors with an entry for each row or None,
     and `out` for memory (n, at least V) that the logits may take, and what is made of them: with
-    it nothing is recorded, and columns from V on mean nothing.
+    it autograd records nothing, and columns from V on mean nothing.
     """
 
     prepare: Callable[..., tuple[Tensor | None, ...]]  # (options, *given) -> per_row of all rows
@@ -66,7 +66,7 @@ def row_losses(
         loss, lse = row_losses(objective, options, *own_part(rows, weight, bias, *given))
         return from_own_part(loss, ROW, rows), from_own_part(lse, ROW, rows)
     rows, weight, bias = widened(rows, weight, bias, options.valid_vocab)
-    # The operands are rounded; autocast would round the logits as well.
+    # The operands are cast; autocast would cast the logits as well.
     with runtime.without_autocast(rows):
         if runtime.needs_composition(rows, weight, bias):
             return plain_losses(objective, options, rows, weight, bias, *given)
@@ -76,16 +76,16 @@ def row_losses(
 def widened(
     rows: Tensor, weight: Tensor, bias: Tensor | None, valid: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Operands as the loss sees them: rounded to the compute dtype, held in fp32 or fp64.
+    """Operands as the loss sees them: cast to the compute dtype, held in fp32 or fp64.
 
-    The products then accumulate in fp32 and their results are never rounded to 16 bits.
+    The products then accumulate in fp32 and their results are never cast to 16 bits.
     """
     dtype = runtime.compute_dtype(rows)
     wide = torch.promote_types(dtype, torch.float32)
     if valid < weight.shape[0]:
         weight, bias = weight[:valid], None if bias is None else bias[:valid]
     bias = None if bias is None else bias.to(wide)
-    return rounded(rows, dtype, wide), rounded(weight, dtype, wide), bias
+    return cast(rows, dtype, wide), cast(weight, dtype, wide), bias
 
 
 def plain_losses(
@@ -271,15 +271,15 @@ class Gradients:
 
         A function of its own, so that nothing of a chunk outlives it into the next one.
         """
-        mine = part_of(per_row, part)
-        chunk = objective.form(rows[part], weight, bias, options, *mine, out=out)
+        own = part_of(per_row, part)
+        chunk = objective.form(rows[part], weight, bias, options, *own, out=out)
         if lse is not None:
             lse.copy_(chunk.lse)
         if self.rows is not None or self.weight is not None or self.bias is not None:
             dloss, dlse = torch.ones_like(chunk.loss), None
             if upstream is not None:
                 dloss, dlse = upstream[0][part], upstream[1][part]
-            grad = objective.dlogits(chunk, dloss, dlse, options, *mine)
+            grad = objective.dlogits(chunk, dloss, dlse, options, *own)
             self._add(part, chunk.inputs, grad, weight)
         return chunk.loss
 
@@ -326,8 +326,8 @@ class _RowLosses(torch.autograd.Function):
         per_row = objective.prepare(options, *given)
         loss, lse = rows.new_zeros(rows.shape[0]), rows.new_zeros(rows.shape[0])
         for part, out in chunks_of(rows, options.valid_vocab):
-            mine = part_of(per_row, part)
-            chunk = objective.form(rows[part], weight, bias, options, *mine, out=out)
+            own = part_of(per_row, part)
+            chunk = objective.form(rows[part], weight, bias, options, *own, out=out)
             loss[part], lse[part] = chunk.loss, chunk.lse
         return loss, lse
 
@@ -343,13 +343,13 @@ class _RowLosses(torch.autograd.Function):
         # A loop may call it where autocast still rules.
         with runtime.without_autocast(ctx.saved_tensors[0]):
             if autograd.is_needed(*grads):
-                found = recorded_backward(ctx.objective, ctx.options, *arguments)
+                found = differentiable_backward(ctx.objective, ctx.options, *arguments)
             else:
                 found = chunked_backward(ctx.objective, ctx.options, wants, *arguments)
         return None, None, *found, None
 
 
-def recorded_backward(
+def differentiable_backward(
     objective: Objective,
     options: Any,
     grads: tuple[Tensor, ...],  # of the losses, and of the lse if it was given out

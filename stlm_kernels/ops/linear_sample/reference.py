@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..linear_logprobs.reference import reference_logits, stock_logits
+from ..linear_logprobs.reference import reference_logits, yardstick_logits
 
 
 def distribution(
@@ -64,7 +64,7 @@ def yardstick(
     valid_vocab: int | None = None,
 ) -> Tensor:
     """Stock torch as generators write it: logits, sort, cut, softmax, multinomial."""
-    z = stock_logits(input, linear_weight, linear_bias, softcap, logit_scale, valid_vocab)
+    z = yardstick_logits(input, linear_weight, linear_bias, softcap, logit_scale, valid_vocab)
     if temperature == 0:
         return z.argmax(1).view(input.shape[:-1])
     ranked, order = (z / temperature).sort(dim=1, descending=True, stable=True)

@@ -31,7 +31,7 @@ def sample(
     rows, weight, bias = widened(rows, weight, bias, options.valid_vocab)
     elements = GREEDY_ELEMENTS if options.temperature == 0 else CHUNK_ELEMENTS
     step = max(LEAST_ROWS, elements // options.valid_vocab)
-    # The operands are rounded; autocast would round the logits as well.
+    # The operands are cast; autocast would cast the logits as well.
     with runtime.without_autocast(rows):
         if rows.shape[0] <= step:
             return _sample_chunk(rows, weight, bias, seed, 0, options)

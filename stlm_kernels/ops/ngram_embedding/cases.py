@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...spec import Case, Inputs, OpSpec, case
-from ...spec_inputs import patch_borders, random_ids, text_bytes
+from ...spec_inputs import patch_boundaries, random_ids, text_bytes
 from .op import ngram_embedding
 from .reference import reference, yardstick
 
@@ -22,13 +22,13 @@ LARGE = (2**63 - 25, -(2**63), 2**63 - 1, 5_915_587_277)
 NAMES = tuple(f"table{i}" for i in range(3 * len(BLT)))
 
 CASES = (
-    case("smoke", T=90, D=20, tables=((2, 64), (3, 61)), S=3, borders="tail"),
-    case("smoke", T=70, D=20, tables=((3, 61), (2, 61)), hashes=2, S=3, borders="ragged"),
+    case("smoke", T=90, D=20, tables=((2, 64), (3, 61)), S=3, boundaries="tail"),
+    case("smoke", T=70, D=20, tables=((3, 61), (2, 61)), hashes=2, S=3, boundaries="ragged"),
     case("edge", T=300, D=32, tables=((1, 7),), S=0, ids="int16"),
-    case("edge", T=40, D=100, tables=((8, 37), (4, 1), (5, 30)), S=4, borders="ragged"),
-    case("edge", T=30, D=1, tables=((2, 16),), S=30, borders="even", ids="int64"),
-    case("edge", T=9, D=1024, tables=((3, 16),), S=0, ids="int32", borders="even"),
-    case("edge", T=17, D=8, tables=((2, 16),), S=3, borders="hollow"),
+    case("edge", T=40, D=100, tables=((8, 37), (4, 1), (5, 30)), S=4, boundaries="ragged"),
+    case("edge", T=30, D=1, tables=((2, 16),), S=30, boundaries="even", ids="int64"),
+    case("edge", T=9, D=1024, tables=((3, 16),), S=0, ids="int32", boundaries="even"),
+    case("edge", T=17, D=8, tables=((2, 16),), S=3, boundaries="hollow"),
     case("edge", T=0, D=8, tables=((2, 16),), S=0),
     case(
         "edge",
@@ -37,14 +37,16 @@ CASES = (
         tables=((9, 37), (3, 64), (3, 30), (3, 37)),
         multipliers=LARGE,
         S=3,
-        borders="tail",
+        boundaries="tail",
         ids="int64",
     ),
     case("smoke", T=41, D=16, tables=((4, 61),), multipliers=LARGE[:1], S=0, ids="int16"),
-    case("long", T=5003, D=32, tables=((2, 100), (3, 20_000)), S=4, borders="tail"),
-    case("aot", T=4096, D=128, tables=((2, 4096), (3, 4096)), S=4, borders="ragged"),
-    case("aot", T=4096, D=128, tables=((2, 4096), (3, 4096)), hashes=2, S=4, borders="ragged"),
-    case("huge", T=3 * MILLION, D=768, tables=((2, 8192),), S=128, borders="even", text="english"),
+    case("long", T=5003, D=32, tables=((2, 100), (3, 20_000)), S=4, boundaries="tail"),
+    case("aot", T=4096, D=128, tables=((2, 4096), (3, 4096)), S=4, boundaries="ragged"),
+    case("aot", T=4096, D=128, tables=((2, 4096), (3, 4096)), hashes=2, S=4, boundaries="ragged"),
+    case(
+        "huge", T=3 * MILLION, D=768, tables=((2, 8192),), S=128, boundaries="even", text="english"
+    ),
     *(
         case(
             "bench" if (width, text) == (128, "english") else "bench_full",
@@ -52,7 +54,7 @@ CASES = (
             D=width,
             tables=tables,
             S=128,
-            borders="even",
+            boundaries="even",
             text=text,
         )
         for width, tables in ((32, ((2, 4096),)), (128, BLT), (512, ((3, 500_000),)))
@@ -65,7 +67,7 @@ CASES = (
         tables=BLT,
         hashes=3,
         S=128,
-        borders="even",
+        boundaries="even",
         text="english",
     ),
     case(
@@ -75,11 +77,11 @@ CASES = (
         tables=((3, 4096), (4, 4096)),
         hashes=2,
         S=8,
-        borders="even",
+        boundaries="even",
         text="english",
     ),
     *(
-        case("bench_cpu", T=total, D=width, tables=tables, S=8, borders="even", text="english")
+        case("bench_cpu", T=total, D=width, tables=tables, S=8, boundaries="even", text="english")
         for total, width, tables in (
             (65_536, 32, ((2, 4096),)),
             (8192, 64, ((3, 4096), (4, 5000), (5, 5000))),
@@ -121,7 +123,9 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int)
     for i, (_, rows) in enumerate(_tables(case)):
         inputs[f"table{i}"] = torch.randn(rows, case["D"], generator=rng).to(device, dtype)
     if case["S"]:
-        inputs["cu_seqlens"] = patch_borders(case["borders"], total, case["S"], rng).to(device)
+        inputs["cu_seqlens"] = patch_boundaries(case["boundaries"], total, case["S"], rng).to(
+            device
+        )
     return inputs
 
 

@@ -28,9 +28,9 @@ def reference(
 ) -> Tensor:
     """(T, D) fp64, one hash after the other."""
     total, width = byte_ids.shape[0], tables[0].shape[1]
-    borders = [0, total] if cu_seqlens is None else cu_seqlens.tolist()
-    documents = [byte_ids[start:end].tolist() for start, end in pairwise(borders)]
-    out = tables[0].new_zeros(borders[-1], width)
+    boundaries = [0, total] if cu_seqlens is None else cu_seqlens.tolist()
+    documents = [byte_ids[start:end].tolist() for start, end in pairwise(boundaries)]
+    out = tables[0].new_zeros(boundaries[-1], width)
     multipliers = [DEFAULT] * len(tables) if multipliers is None else multipliers
     for table, n, multiplier in zip(tables, ngram_sizes, multipliers, strict=True):
         padded = [[0] * n + document for document in documents]
@@ -40,7 +40,7 @@ def reference(
             for t in range(len(ids) - n)
         ]
         out = out + table[torch.tensor(rows, dtype=torch.long)]
-    return torch.cat([out, out.new_zeros(total - borders[-1], width)])
+    return torch.cat([out, out.new_zeros(total - boundaries[-1], width)])
 
 
 def yardstick(
@@ -53,14 +53,14 @@ def yardstick(
 ) -> Tensor:
     """Careful composition of stock torch ops: float32 inside, the tables' dtype outside."""
     wide = torch.promote_types(tables[0].dtype, torch.float32)
-    borders = [0, byte_ids.shape[0]] if cu_seqlens is None else cu_seqlens.tolist()
-    documents = [byte_ids[start:end].long() for start, end in pairwise(borders)]
+    boundaries = [0, byte_ids.shape[0]] if cu_seqlens is None else cu_seqlens.tolist()
+    documents = [byte_ids[start:end].long() for start, end in pairwise(boundaries)]
     multipliers = [DEFAULT] * len(tables) if multipliers is None else multipliers
     out = torch.zeros((), dtype=wide, device=byte_ids.device)
     for table, n, multiplier in zip(tables, ngram_sizes, multipliers, strict=True):
         rows = torch.cat([_hashes(ids, n, multiplier, len(table)) for ids in documents])
         out = out + F.embedding(rows, table.to(wide))
-    return F.pad(out, (0, 0, 0, byte_ids.shape[0] - borders[-1])).to(tables[0].dtype)
+    return F.pad(out, (0, 0, 0, byte_ids.shape[0] - boundaries[-1])).to(tables[0].dtype)
 
 
 def _hashes(ids: Tensor, n: int, multiplier: int, rows: int) -> Tensor:

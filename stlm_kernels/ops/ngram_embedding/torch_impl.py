@@ -97,10 +97,10 @@ def _floor_mod(value: Tensor, divisor: int) -> Tensor:
 
 
 def _look_up(rows: Tensor, tables: Sequence[Tensor], out_dtype: torch.dtype) -> Tensor:
-    recorded = torch.is_grad_enabled() and any(table.requires_grad for table in tables)
+    needs_grad = torch.is_grad_enabled() and any(table.requires_grad for table in tables)
     if runtime.carries_tangents(*tables):
         return _read(rows, tables, out_dtype)
-    if recorded or runtime.inside_torch_func():
+    if needs_grad or runtime.inside_torch_func():
         return _LookUp.apply(rows, out_dtype, *tables)
     return _read(rows, tables, out_dtype)
 

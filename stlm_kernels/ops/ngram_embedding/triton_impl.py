@@ -13,7 +13,7 @@ Backward, one table at a time: dE[r] = sum of dY[t] over h(t) = r. The tables ar
 count matrix, and frequent n-grams forbid a program for each row alone. So `keys` are h(t), or M for
 bytes that are left out; torch's stable sort brings the bytes of a row together, in order;
 `bwd_heads` sums of each CHUNK sorted bytes the run that lies at its start; and `bwd` owns the rows:
-it adds a row's bytes up to the first border of a chunk, then the heads of the chunks that its run
+it adds a row's bytes up to the first boundary of a chunk, then the heads of the chunks that its run
 reaches. One of the two reads each gradient row, once, and none adds more than CHUNK rows and
 T / CHUNK heads to a table row, whatever is frequent. Where rows have few bytes, a tile takes more
 rows. The order follows from the keys and sizes: deterministic, no atomics, no synchronisation.
@@ -272,7 +272,7 @@ def _keys(
 
 
 def _documents_of(ids: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, int, int]:
-    """Borders (any tensor where there are none), documents, and the steps of a bisection."""
+    """Boundaries (any tensor where there are none), documents, and the steps of a bisection."""
     if cu_seqlens is None:
         return ids, 1, 0
     documents = cu_seqlens.shape[0] - 1

@@ -5,29 +5,29 @@ from __future__ import annotations
 import torch
 
 from ...spec import Case, Inputs, OpSpec, case
-from ...spec_inputs import normal, patch_borders
+from ...spec_inputs import normal, patch_boundaries
 from .op import patch_attention
 from .reference import reference, terms, yardstick
 
 CASES = (
-    case("smoke", T=72, P=11, H=2, KV=2, K=16, borders="ragged"),
-    case("smoke", T=75, P=7, H=2, KV=1, K=32, borders="tail", causal=1),
-    case("edge", T=80, P=2, H=1, KV=1, K=24, borders="ragged", scale=0.5),
-    case("edge", T=100, P=1, H=1, KV=1, K=48, borders="even"),
-    case("edge", T=120, P=1, H=1, KV=1, K=16, borders="even", causal=1),
-    case("edge", "cancels", T=70, P=70, H=1, KV=1, K=16, borders="even"),
-    case("edge", T=40, P=90, H=3, KV=1, K=16, borders="ragged", causal=1, scale=0.7),
-    case("edge", T=36, P=3, H=4, KV=2, K=128, borders="even"),
-    case("edge", T=0, P=3, H=2, KV=1, K=16, borders="even"),
-    case("edge", T=30, P=5, H=1, KV=1, K=16, borders="hollow"),
-    case("edge", T=17, P=0, H=1, KV=1, K=16, borders="even", causal=1),
-    case("long", T=4003, P=4, H=2, KV=1, K=16, borders="tail"),
-    case("long", T=1003, P=2, H=2, KV=1, K=16, borders="tail", causal=1),
-    case("aot", T=4096, P=512, H=8, KV=8, K=16, borders="ragged"),
-    case("aot", T=4096, P=16, H=8, KV=8, K=16, borders="ragged"),
-    case("aot", T=4096, P=512, H=16, KV=4, K=48, borders="ragged", causal=1),
-    case("aot", T=4096, P=512, H=8, KV=2, K=128, borders="ragged", causal=1),
-    case("huge", T=17_000_000, P=1_416_667, H=4, KV=4, K=32, borders="even"),
+    case("smoke", T=72, P=11, H=2, KV=2, K=16, boundaries="ragged"),
+    case("smoke", T=75, P=7, H=2, KV=1, K=32, boundaries="tail", causal=1),
+    case("edge", T=80, P=2, H=1, KV=1, K=24, boundaries="ragged", scale=0.5),
+    case("edge", T=100, P=1, H=1, KV=1, K=48, boundaries="even"),
+    case("edge", T=120, P=1, H=1, KV=1, K=16, boundaries="even", causal=1),
+    case("edge", "cancels", T=70, P=70, H=1, KV=1, K=16, boundaries="even"),
+    case("edge", T=40, P=90, H=3, KV=1, K=16, boundaries="ragged", causal=1, scale=0.7),
+    case("edge", T=36, P=3, H=4, KV=2, K=128, boundaries="even"),
+    case("edge", T=0, P=3, H=2, KV=1, K=16, boundaries="even"),
+    case("edge", T=30, P=5, H=1, KV=1, K=16, boundaries="hollow"),
+    case("edge", T=17, P=0, H=1, KV=1, K=16, boundaries="even", causal=1),
+    case("long", T=4003, P=4, H=2, KV=1, K=16, boundaries="tail"),
+    case("long", T=1003, P=2, H=2, KV=1, K=16, boundaries="tail", causal=1),
+    case("aot", T=4096, P=512, H=8, KV=8, K=16, boundaries="ragged"),
+    case("aot", T=4096, P=16, H=8, KV=8, K=16, boundaries="ragged"),
+    case("aot", T=4096, P=512, H=16, KV=4, K=48, boundaries="ragged", causal=1),
+    case("aot", T=4096, P=512, H=8, KV=2, K=128, boundaries="ragged", causal=1),
+    case("huge", T=17_000_000, P=1_416_667, H=4, KV=4, K=32, boundaries="even"),
     *(
         case(
             "bench" if causal == 0 else "bench_full",
@@ -36,22 +36,22 @@ CASES = (
             H=8,
             KV=8,
             K=width,
-            borders="even",
+            boundaries="even",
             causal=causal,
         )
         for width in (16, 32)
         for causal in (0, 1)
     ),
-    case("bench_full", T=262_144, P=30_161, H=8, KV=8, K=32, borders="words"),
-    case("bench_full", T=262_144, P=43_691, H=8, KV=8, K=64, borders="ragged"),
-    case("bench_full", T=262_144, P=16_384, H=8, KV=8, K=32, borders="even"),
-    case("bench_full", T=65_536, P=8, H=8, KV=2, K=64, borders="ragged", causal=1),
+    case("bench_full", T=262_144, P=30_161, H=8, KV=8, K=32, boundaries="words"),
+    case("bench_full", T=262_144, P=43_691, H=8, KV=8, K=64, boundaries="ragged"),
+    case("bench_full", T=262_144, P=16_384, H=8, KV=8, K=32, boundaries="even"),
+    case("bench_full", T=65_536, P=8, H=8, KV=2, K=64, boundaries="ragged", causal=1),
     *(
-        case("bench_cpu", T=total, P=total // 12, H=8, KV=8, K=16, borders=borders)
-        for total, borders in ((12_288, "even"), (4096, "ragged"))  # its peers pad: slow
+        case("bench_cpu", T=total, P=total // 12, H=8, KV=8, K=16, boundaries=boundaries)
+        for total, boundaries in ((12_288, "even"), (4096, "ragged"))  # its peers pad: slow
     ),
     *(
-        case("bench_cpu", T=8192, P=942, H=8, KV=8, K=16, borders="words", causal=causal)
+        case("bench_cpu", T=8192, P=942, H=8, KV=8, K=16, boundaries="words", causal=causal)
         for causal in (0, 1)
     ),
 )
@@ -64,9 +64,9 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int)
         name: normal(case["T"], heads, case["K"], rng=rng, dtype=dtype, device=device)
         for name, heads in (("q", case["H"]), ("k", case["KV"]), ("v", case["KV"]))
     }
-    borders = patch_borders(case["borders"], case["T"], case["P"], rng)
+    boundaries = patch_boundaries(case["boundaries"], case["T"], case["P"], rng)
     return inputs | {
-        "cu_patchlens": borders.to(device),
+        "cu_patchlens": boundaries.to(device),
         "causal": bool(case.get("causal", 0)),
         "scale": case.get("scale"),
     }

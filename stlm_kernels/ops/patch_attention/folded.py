@@ -1,7 +1,7 @@
 """patch_attention on a CPU: the patches of one length are a batch of torch's own flash attention.
 
 Nothing is padded, so nothing is masked, and a NaN stays in its patch by itself (with `causal`
-hidden rows must be finite). Where patches of one length lie behind each other, nothing is copied.
+masked rows must be finite). Where patches of one length lie behind each other, nothing is copied.
 T rows hold fewer than sqrt(2 T) distinct lengths, which bounds the number of calls.
 """
 
@@ -21,10 +21,10 @@ class Fold(NamedTuple):
 
 
 def folds_of(cu_patchlens: Tensor) -> list[Fold]:
-    borders = cu_patchlens.long()
-    lengths, order = borders.diff().sort(stable=True)
+    boundaries = cu_patchlens.long()
+    lengths, order = boundaries.diff().sort(stable=True)
     sizes, counts = lengths.unique_consecutive(return_counts=True)
-    groups = borders[:-1].gather(0, order).split(counts.tolist())
+    groups = boundaries[:-1].gather(0, order).split(counts.tolist())
     return [
         _fold(starts, length)
         for starts, length in zip(groups, sizes.tolist(), strict=True)

@@ -21,15 +21,15 @@ def reference(
     scale: float | None = None,
 ) -> Tensor:
     """(T, H, K) fp64, patch by patch; causal: byte by byte, so that no later byte is touched."""
-    borders = cu_patchlens.tolist()
+    boundaries = cu_patchlens.tolist()
     rows = [q[:0]]
-    for start, end in pairwise(borders):
+    for start, end in pairwise(boundaries):
         if causal:
             for t in range(start, end):
                 rows.append(_attend(q[t : t + 1], k[start : t + 1], v[start : t + 1], scale))
         else:
             rows.append(_attend(q[start:end], k[start:end], v[start:end], scale))
-    return torch.cat([*rows, torch.zeros_like(q[borders[-1] :])])
+    return torch.cat([*rows, torch.zeros_like(q[boundaries[-1] :])])
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:

@@ -1,14 +1,15 @@
-"""patch_attention in aten ops: torch's flash attention on a CPU (`folded`), else in pieces whose
+"""patch_attention in aten ops: torch's flash attention on a CPU (`folded`), else in blocks whose
 scores stay small.
 
-Pieces serve GPUs, non-finite operands that flash attention would hide or show, and a backward that
-is itself recorded. Where the borders may be read, patches of similar length (up to a power of two)
-fold into a batch, and a patch too long for that is cut into blocks of queries: work stays near the
-sum of the squared lengths, memory near the operands. Where they cannot (compile, torch.func,
-shapes alone), a block of queries meets every row under a mask: static shapes, work T squared.
+Blocks serve GPUs, non-finite operands that flash attention would hide or show, and a backward that
+is itself differentiated. Where the boundaries may be read, patches of similar length (up to a power
+of two) fold into a batch, and a patch too long for that is cut into blocks of queries: work stays
+near the sum of the squared lengths, memory near the operands. Where they cannot (compile,
+torch.func, shapes alone), a block of queries meets every row under a mask: static shapes, work T
+squared.
 
-The backward forms each piece's weights again, so that nothing of size n squared is kept; where it
-is itself recorded, or takes many gradients at once, it goes through the plain composition.
+The backward forms each block's weights again, so that nothing of size n squared is kept; where it
+is itself differentiated, or takes many gradients at once, it goes through the plain composition.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ from torch import Tensor
 from ... import runtime
 from ..._torch import attention_blocks, autograd, segments
 from ..._torch.attention_blocks import (
+    BLOCK_SCORES,
     LEAST_ROWS,
-    PIECE_SCORES,
-    Piece,
+    Block,
     Rule,
     attend,
     attend_plainly,
     gradients,
 )
-from ..._torch.casting import rounded
+from ..._torch.casting import cast
 from . import folded
 
 
@@ -46,7 +47,7 @@ def patch_attention(
 ) -> Tensor:
     """(T, H, K) in `out_dtype`."""
     wide = torch.promote_types(out_dtype, torch.float32)
-    q, k, v = (rounded(x, out_dtype, wide) for x in (q, k, v))
+    q, k, v = (cast(x, out_dtype, wide) for x in (q, k, v))
     with runtime.without_autocast(q):
         if runtime.needs_composition(q, k, v):
             out = _attend_plainly(q, k, v, cu_patchlens, causal, scale)
@@ -61,7 +62,7 @@ def _folds(q: Tensor, k: Tensor, v: Tensor, cu_patchlens: Tensor, causal: bool) 
     """Return whether torch's flash attention gives what is promised, of NaN and infinities too."""
     if not runtime.values_visible(q, k, v, cu_patchlens):
         return False
-    # It takes a query of NaN for one that sees nothing; causal, it lets hidden rows through.
+    # It takes a query of NaN for one that sees nothing; causal, it lets masked rows through.
     return _finite(cu_patchlens, *((q, k, v) if causal else (q,)))
 
 
@@ -70,89 +71,89 @@ def _finite(cu_patchlens: Tensor, *tensors: Tensor) -> bool:
     return attention_blocks.all_finite(*(x[:covered] for x in tensors))
 
 
-# Cutting the work into pieces
+# Cutting the work into blocks
 
 
-def _pieces_of(
+def _blocks_of(
     cu_patchlens: Tensor, tensors: tuple[Tensor, ...], heads: int, causal: bool
-) -> Iterator[Piece]:
+) -> Iterator[Block]:
     total = tensors[0].shape[0]
     if not runtime.values_readable(cu_patchlens):
-        return _static_pieces(cu_patchlens, total, heads, causal)
+        return _static_blocks(cu_patchlens, total, heads, causal)
     # Only rows that other rows must not see can do harm, and only with NaN or infinity in them.
     mixed = attention_blocks.may_be_mixed(*tensors)
-    return _ragged_pieces(cu_patchlens, total, heads, causal, mixed)
+    return _ragged_blocks(cu_patchlens, total, heads, causal, mixed)
 
 
-def _ragged_pieces(
+def _ragged_blocks(
     cu_patchlens: Tensor, total: int, heads: int, causal: bool, mixed: bool
-) -> Iterator[Piece]:
+) -> Iterator[Block]:
     """Patches by the power of two above their length; row `total` fills the places left over."""
-    borders = cu_patchlens.clamp(0, total).cpu().long().cummax(0).values
-    starts, lengths = borders[:-1], borders.diff()
-    block = 1
+    boundaries = cu_patchlens.clamp(0, total).cpu().long().cummax(0).values
+    starts, lengths = boundaries[:-1], boundaries.diff()
+    size = 1
     longest = int(lengths.max()) if lengths.numel() else 0
-    while block < 2 * longest and heads * block * block <= PIECE_SCORES:
-        here = (lengths > block // 2) & (lengths <= block)
+    while size < 2 * longest and heads * size * size <= BLOCK_SCORES:
+        here = (lengths > size // 2) & (lengths <= size)
         if bool(here.any()):
-            step = PIECE_SCORES // (heads * block * block)
+            step = BLOCK_SCORES // (heads * size * size)
             parts = zip(starts[here].split(step), lengths[here].split(step), strict=True)
             for start, length in parts:
-                piece = _folded(start, length, block, total, causal, mixed)
-                yield _moved(piece, cu_patchlens.device)
-        block *= 2
-    for patch in (lengths > block // 2).nonzero().flatten().tolist():
-        start, end = int(borders[patch]), int(borders[patch + 1])
-        yield from _long_pieces(start, end, heads, causal, mixed, cu_patchlens.device)
+                block = _folded(start, length, size, total, causal, mixed)
+                yield _moved(block, cu_patchlens.device)
+        size *= 2
+    for patch in (lengths > size // 2).nonzero().flatten().tolist():
+        start, end = int(boundaries[patch]), int(boundaries[patch + 1])
+        yield from _long_blocks(start, end, heads, causal, mixed, cu_patchlens.device)
 
 
 def _folded(
-    starts: Tensor, lengths: Tensor, block: int, total: int, causal: bool, mixed: bool
-) -> Piece:
-    slots = torch.arange(block)
+    starts: Tensor, lengths: Tensor, size: int, total: int, causal: bool, mixed: bool
+) -> Block:
+    slots = torch.arange(size)
     beyond = slots >= lengths[:, None]
     rows = torch.where(beyond, total, starts[:, None] + slots)
-    hidden = beyond[:, None] if bool(beyond.any()) else None
+    masked = beyond[:, None] if bool(beyond.any()) else None
     if causal:
         later = (slots[None, :] > slots[:, None])[None]
-        hidden = later if hidden is None else hidden | later
-    return Piece(rows, rows, hidden, mixed)
+        masked = later if masked is None else masked | later
+    return Block(rows, rows, masked, mixed)
 
 
-def _moved(piece: Piece, device: torch.device) -> Piece:
+def _moved(block: Block, device: torch.device) -> Block:
     if device.type == "cpu":
-        return piece
-    rows = piece.rows.to(device) if isinstance(piece.rows, Tensor) else piece.rows
-    hidden = None if piece.hidden is None else piece.hidden.to(device)
-    return Piece(rows, rows, hidden, piece.mixed)
+        return block
+    rows = block.rows.to(device) if isinstance(block.rows, Tensor) else block.rows
+    masked = None if block.masked is None else block.masked.to(device)
+    return Block(rows, rows, masked, block.mixed)
 
 
-def _long_pieces(
+def _long_blocks(
     start: int, end: int, heads: int, causal: bool, mixed: bool, device: torch.device
-) -> Iterator[Piece]:
-    step = max(LEAST_ROWS, PIECE_SCORES // (heads * (end - start)))
+) -> Iterator[Block]:
+    step = max(LEAST_ROWS, BLOCK_SCORES // (heads * (end - start)))
     for first in range(start, end, step):
         last = min(end, first + step)
-        hidden, limit = None, end
+        masked, limit = None, end
         if causal:
             limit = last
             rows = torch.arange(first, last, device=device)
-            hidden = (torch.arange(start, limit, device=device) > rows[:, None])[None]
-        yield Piece(slice(first, last), slice(start, limit), hidden, mixed)
+            masked = (torch.arange(start, limit, device=device) > rows[:, None])[None]
+        yield Block(slice(first, last), slice(start, limit), masked, mixed)
 
 
-def _static_pieces(cu_patchlens: Tensor, total: int, heads: int, causal: bool) -> Iterator[Piece]:
-    borders = segments.clamped_bounds(cu_patchlens, total).long()
+def _static_blocks(cu_patchlens: Tensor, total: int, heads: int, causal: bool) -> Iterator[Block]:
+    boundaries = segments.clamped_bounds(cu_patchlens, total).long()
     rows = torch.arange(total, device=cu_patchlens.device)
-    patch = torch.searchsorted(borders, rows, right=True)  # 0 and P + 1 are no patches
-    alive = (patch > 0) & (patch < borders.shape[0])
-    step = max(LEAST_ROWS, PIECE_SCORES // max(1, heads * total))
+    patch = torch.searchsorted(boundaries, rows, right=True)  # 0 and P + 1 are no patches
+    alive = (patch > 0) & (patch < boundaries.shape[0])
+    step = max(LEAST_ROWS, BLOCK_SCORES // max(1, heads * total))
     for first in range(0, total, step):
         part = slice(first, min(total, first + step))
-        hidden = (patch[part, None] != patch) | ~alive
+        masked = (patch[part, None] != patch) | ~alive
         if causal:
-            hidden = hidden | (rows > rows[part, None])
-        yield Piece(part, slice(0, total), hidden[None], True)
+            masked = masked | (rows > rows[part, None])
+        yield Block(part, slice(0, total), masked[None], True)
 
 
 def _padded(x: Tensor) -> Tensor:
@@ -175,8 +176,8 @@ class _Folded(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, cu_patchlens, out = ctx.saved_tensors
-        pieces = autograd.is_needed(*grads) or (ctx.causal and not _finite(cu_patchlens, *grads))
-        if pieces:
+        blocks = autograd.is_needed(*grads) or (ctx.causal and not _finite(cu_patchlens, *grads))
+        if blocks:
             derived = _gradients(grads[0], q, k, v, cu_patchlens, ctx.causal, ctx.scale)
         else:
             derived = folded.gradients(
@@ -186,14 +187,14 @@ class _Folded(torch.autograd.Function):
 
 
 class _Attention(torch.autograd.Function):
-    """Attention whose backward forms the weights again, piece by piece."""
+    """Attention whose backward forms the weights again, block by block."""
 
     @staticmethod
     def forward(
         q: Tensor, k: Tensor, v: Tensor, cu_patchlens: Tensor, causal: bool, scale: float
     ) -> Tensor:
-        pieces = _pieces_of(cu_patchlens, (q, k, v), q.shape[1], causal)
-        return attend(_padded(q), _padded(k), _padded(v), pieces, Rule(scale))[:-1]
+        blocks = _blocks_of(cu_patchlens, (q, k, v), q.shape[1], causal)
+        return attend(_padded(q), _padded(k), _padded(v), blocks, Rule(scale))[:-1]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -221,13 +222,13 @@ def _gradients(
         if autograd.is_needed(grad):
             attend = partial(_attend_plainly, cu_patchlens=cu_patchlens, causal=causal, scale=scale)
             return autograd.gradients(attend, (q, k, v), (grad,))
-        pieces = _pieces_of(cu_patchlens, (q, k, v, grad), q.shape[1], causal)
+        blocks = _blocks_of(cu_patchlens, (q, k, v, grad), q.shape[1], causal)
         grad, q, k, v = (_padded(x) for x in (grad, q, k, v))
-        return [x[:-1] for x in gradients(grad, q, k, v, pieces, Rule(scale))]
+        return [x[:-1] for x in gradients(grad, q, k, v, blocks, Rule(scale))]
 
 
 def _attend_plainly(
     q: Tensor, k: Tensor, v: Tensor, cu_patchlens: Tensor, causal: bool, scale: float
 ) -> Tensor:
-    pieces = _pieces_of(cu_patchlens, (q, k, v), q.shape[1], causal)
-    return attend_plainly(_padded(q), _padded(k), _padded(v), pieces, Rule(scale))[:-1]
+    blocks = _blocks_of(cu_patchlens, (q, k, v), q.shape[1], causal)
+    return attend_plainly(_padded(q), _padded(k), _padded(v), blocks, Rule(scale))[:-1]

@@ -7,7 +7,7 @@ Forward. A program owns BLOCK rows of one query head. What they can see is one r
 the start of the first row's patch to the end of the last row's: short patches take one or two
 steps of INNER keys, a long one loops, with the softmax carried along (base 2, fp32).
 Backward. From the saved log-sum-exp the weights are formed again. One kernel owns BLOCK queries and
-adds up dq = dS K; it also stores delta = rowsum(dO * out). A rounded `out` makes delta wrong,
+adds up dq = dS K; it also stores delta = rowsum(dO * out). A 16-bit `out` makes delta wrong,
 which short patches show: as a row of dS adds up to zero, what it does add up to is delta's
 error, which is taken out at the end. The other owns BLOCK keys of one key head and walks the
 query heads that share it, forming S^T = K Q^T and dP^T = V dO^T directly, so that no accumulator
@@ -115,7 +115,7 @@ def stlm_patch_attention_bwd_q(
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, IS_CAUSAL: tl.constexpr,
     DOT: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    ROUNDED: tl.constexpr = out_ptr.dtype.element_ty != tl.float32
+    NARROW: tl.constexpr = out_ptr.dtype.element_ty != tl.float32
     program, total = tl.program_id(0).to(tl.int64), total.to(tl.int64)
     head, base = program % H, program // H * BLOCK
     patch, low, high = _reach(bounds_ptr, base, total, BLOCK)
@@ -142,10 +142,10 @@ def stlm_patch_attention_bwd_q(
         dp = tl.dot(grad, tl.trans(v), input_precision="ieee")
         ds = tl.where(seen, p * (dp - delta[:, None]), 0.0)
         dq = tl.dot(ds.to(DOT), k, dq, input_precision="ieee")
-        if ROUNDED:
+        if NARROW:
             excess += tl.sum(ds, 1)
             mean = tl.dot(p.to(DOT), k, mean, input_precision="ieee")
-    if ROUNDED:
+    if NARROW:
         dq -= excess[:, None] * mean
     tl.store(delta_ptr + total * head + rows, delta + excess, mask=rows < total)
     put(dq_ptr, dq * unit, rows, rows < total, H * K, head * K, K, WIDTH)
@@ -252,7 +252,7 @@ def launch_bwd(
 
 
 def _options(kernel: str, q: Tensor, k: Tensor, patches: int, dtype: torch.dtype) -> dict[str, Any]:
-    """The constants of a launch; `dtype` is what the products' operands are rounded to."""
+    """The constants of a launch; `dtype` is what the products' operands are cast to."""
     total, heads, width = q.shape
     short = total <= configs.SHORT * patches
     return configs.rows_config(kernel, width, short, dtype, q.device) | {

@@ -1,4 +1,4 @@
-"""qk_norm_rope in aten ops: whole tensors as torch differentiates them, or on a CPU by pieces."""
+"""qk_norm_rope in aten ops: whole tensors as torch differentiates them, or on a CPU by chunks."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ... import runtime
 from ..._torch import autograd
-from ..._torch.casting import rounded
+from ..._torch.casting import cast
 
-PIECE_ELEMENTS = 1 << 18
+CHUNK_ELEMENTS = 1 << 18
 """Turned at a time on a CPU, 1 MB in fp32: the passes over them stay in a cache."""
 
 
@@ -32,7 +32,7 @@ def qk_norm_rope(
 ) -> tuple[Tensor, Tensor]:
     """Both in `out_dtype`; row n stands at positions[n % period], without positions at that."""
     wide = torch.promote_types(out_dtype, torch.float32)
-    large = q.is_cpu and q.numel() > PIECE_ELEMENTS
+    large = q.is_cpu and q.numel() > CHUNK_ELEMENTS
     traced = torch.compiler.is_compiling() or runtime.inside_torch_func()
     turn = _Turned.apply if large and not traced else _turned
     with runtime.without_autocast(q):
@@ -79,7 +79,7 @@ def _turned(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """(B, period, H, K), by ops that torch differentiates any number of times."""
-    x = rounded(x, out_dtype, cos.dtype)
+    x = cast(x, out_dtype, cos.dtype)
     if weight is not None:
         x = F.rms_norm(x, x.shape[-1:], weight.to(cos.dtype), eps)
     return torch.addcmul(x * cos, _partner(x, interleaved), sin).to(out_dtype)
@@ -105,7 +105,7 @@ class _Turned(torch.autograd.Function):
             wide = weight.to(cos.dtype)
             cos, sin = cos * wide, sin * _partner(wide, interleaved)
         out = torch.empty(x.shape, dtype=out_dtype)
-        for batch, rows in _pieces(x):
+        for batch, rows in _chunks(x):
             part = x[batch, rows].to(out_dtype).to(cos.dtype)
             if weight is not None:
                 part = part * _scales(part, eps)
@@ -141,7 +141,7 @@ def _gradients(
     wide = None if weight is None else weight.to(cos.dtype)
     dx = torch.empty(x.shape, dtype=x.dtype)
     dweight = None if wide is None else torch.zeros_like(wide)
-    for batch, rows in _pieces(x):
+    for batch, rows in _chunks(x):
         up = grad[batch, rows].to(cos.dtype)
         # A pair's partner is its own partner's: the rotation turns back by the same swap.
         up = _partner(up * sin[rows], interleaved).addcmul_(up, cos[rows])
@@ -162,10 +162,10 @@ def _scales(x: Tensor, eps: float) -> Tensor:
     return x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
 
 
-def _pieces(x: Tensor) -> Iterator[tuple[slice, slice]]:
+def _chunks(x: Tensor) -> Iterator[tuple[slice, slice]]:
     """Runs of whole batches, or of rows of one, (batch, rows) of an x (B, period, H, K)."""
     batches, period = x.shape[:2]
-    most = max(1, PIECE_ELEMENTS // (x.shape[2] * x.shape[3]))
+    most = max(1, CHUNK_ELEMENTS // (x.shape[2] * x.shape[3]))
     rows, together = min(period, most), max(1, most // max(1, period))
     for first in range(0, batches, together):
         for start in range(0, period, max(1, rows)):

@@ -5,28 +5,31 @@ from __future__ import annotations
 import torch
 
 from ...spec import Case, Inputs, OpSpec, case
-from ...spec_inputs import normal, patch_borders
+from ...spec_inputs import normal, patch_boundaries
 from .op import MODES, segment_pool
 from .reference import reference, yardstick
 
 MILLION = 1 << 20
 
 CASES = (
-    *(case("smoke", T=300, P=50, D=48, mode=mode, borders="ragged") for mode in MODES),
-    *(case("edge", T=90, P=30, D=20, mode=mode, borders="tail") for mode in MODES),
-    *(case("edge", T=0, P=3, D=8, mode=mode, borders="even") for mode in MODES),
-    *(case("edge", T=30, P=5, D=8, mode=mode, borders="hollow") for mode in MODES),
-    *(case("edge", T=17, P=0, D=8, mode=mode, borders="even") for mode in ("sum", "max", "last")),
-    *(case("edge", T=700, P=2, D=20, mode=mode, borders="ragged") for mode in ("max", "min")),
-    *(case("edge", T=700, P=1, D=100, mode=mode, borders="even") for mode in ("mean", "max")),
-    case("edge", T=130, P=130, D=1, mode="mean", borders="even"),
-    *(case("edge", T=20, P=6, D=1024, mode=mode, borders="ragged") for mode in ("mean", "max")),
-    *(case("long", T=10_003, P=4, D=32, mode=mode, borders="tail") for mode in ("mean", "max")),
+    *(case("smoke", T=300, P=50, D=48, mode=mode, boundaries="ragged") for mode in MODES),
+    *(case("edge", T=90, P=30, D=20, mode=mode, boundaries="tail") for mode in MODES),
+    *(case("edge", T=0, P=3, D=8, mode=mode, boundaries="even") for mode in MODES),
+    *(case("edge", T=30, P=5, D=8, mode=mode, boundaries="hollow") for mode in MODES),
     *(
-        case("aot", T=4096, P=680, D=768, mode=mode, borders="ragged")
+        case("edge", T=17, P=0, D=8, mode=mode, boundaries="even")
+        for mode in ("sum", "max", "last")
+    ),
+    *(case("edge", T=700, P=2, D=20, mode=mode, boundaries="ragged") for mode in ("max", "min")),
+    *(case("edge", T=700, P=1, D=100, mode=mode, boundaries="even") for mode in ("mean", "max")),
+    case("edge", T=130, P=130, D=1, mode="mean", boundaries="even"),
+    *(case("edge", T=20, P=6, D=1024, mode=mode, boundaries="ragged") for mode in ("mean", "max")),
+    *(case("long", T=10_003, P=4, D=32, mode=mode, boundaries="tail") for mode in ("mean", "max")),
+    *(
+        case("aot", T=4096, P=680, D=768, mode=mode, boundaries="ragged")
         for mode in ("mean", "max", "min")
     ),
-    case("huge", T=3 * MILLION, P=524_288, D=768, mode="mean", borders="even"),
+    case("huge", T=3 * MILLION, P=524_288, D=768, mode="mean", boundaries="even"),
     *(
         case(
             "bench" if mode == "mean" else "bench_full",
@@ -34,18 +37,21 @@ CASES = (
             P=174_763,
             D=width,
             mode=mode,
-            borders="even",
+            boundaries="even",
         )
         for width in (768, 128)
         for mode in ("mean", "max")
     ),
     *(
-        case("bench_full", T=MILLION, P=120_646, D=768, mode=mode, borders="words")
+        case("bench_full", T=MILLION, P=120_646, D=768, mode=mode, boundaries="words")
         for mode in ("mean", "max")
     ),
-    *(case("bench_cpu", T=65_536, P=10_923, D=128, mode=mode, borders="ragged") for mode in MODES),
     *(
-        case("bench_cpu", T=8192, P=942, D=256, mode=mode, borders="words")
+        case("bench_cpu", T=65_536, P=10_923, D=128, mode=mode, boundaries="ragged")
+        for mode in MODES
+    ),
+    *(
+        case("bench_cpu", T=8192, P=942, D=256, mode=mode, boundaries="words")
         for mode in ("mean", "max")
     ),
 )
@@ -55,16 +61,16 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int)
     """Arguments of segment_pool; on the CPU first, so that every device sees the same values."""
     rng = torch.Generator().manual_seed(seed)
     x = normal(case["T"], case["D"], rng=rng, dtype=dtype, device=device)
-    borders = patch_borders(case["borders"], case["T"], case["P"], rng)
+    boundaries = patch_boundaries(case["boundaries"], case["T"], case["P"], rng)
     return {
         "x": x,
-        "cu_patchlens": borders.to(device),
+        "cu_patchlens": boundaries.to(device),
         "mode": case["mode"],
     }
 
 
 def bytes_moved(case: Case, dtype: torch.dtype, direction: str) -> int:
-    """Each row of x (or of its gradient) and of the result once, and the borders."""
+    """Each row of x (or of its gradient) and of the result once, and the boundaries."""
     return dtype.itemsize * (case["T"] + case["P"]) * case["D"] + 4 * case["P"]
 
 

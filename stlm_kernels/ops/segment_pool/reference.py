@@ -16,9 +16,9 @@ def reference(
     mode: str = "mean",
 ) -> Tensor:
     """(P, D) fp64, one patch after the other."""
-    borders = cu_patchlens.tolist()
+    boundaries = cu_patchlens.tolist()
     rows = [x[:0]]
-    for start, end in pairwise(borders):
+    for start, end in pairwise(boundaries):
         patch = x[start:end]
         if start == end:
             row = patch.sum(0)

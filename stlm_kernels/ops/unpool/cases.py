@@ -8,27 +8,27 @@ import torch
 from torch import Tensor
 
 from ...spec import Case, Inputs, OpSpec, case
-from ...spec_inputs import normal, patch_borders
+from ...spec_inputs import normal, patch_boundaries
 from .op import unpool
 from .reference import reference, yardstick
 
 MILLION = 1 << 20
 
 CASES = (
-    case("smoke", T=300, P=50, D=48, S=4, borders="ragged", plus="null+residual"),
-    case("smoke", T=300, P=50, D=48, S=1, borders="ragged", plus="nothing"),
-    case("edge", T=90, P=30, D=20, S=5, borders="tail", plus="null"),
-    case("edge", T=90, P=30, D=100, S=3, borders="tail", plus="residual", ids="int64"),
-    case("edge", T=130, P=130, D=1, S=2, borders="even", plus="null+residual", ids="int16"),
-    case("edge", T=50, P=1, D=24, S=1, borders="even", plus="null"),
-    case("edge", T=20, P=6, D=1024, S=2, borders="ragged", plus="null+residual"),
-    case("edge", T=40, P=4, D=8, S=1, borders="hollow", plus="null+residual"),
-    case("edge", T=17, P=0, D=8, S=1, borders="even", plus="null+residual"),
-    case("edge", T=17, P=0, D=8, S=1, borders="even", plus="nothing"),
-    case("edge", T=0, P=3, D=8, S=1, borders="even", plus="null+residual"),
-    case("long", T=10_003, P=4, D=32, S=2, borders="tail", plus="null+residual"),
-    case("aot", T=4096, P=680, D=768, S=4, borders="ragged", plus="null+residual"),
-    case("huge", T=3 * MILLION, P=524_288, D=768, S=128, borders="even", plus="residual"),
+    case("smoke", T=300, P=50, D=48, S=4, boundaries="ragged", plus="null+residual"),
+    case("smoke", T=300, P=50, D=48, S=1, boundaries="ragged", plus="nothing"),
+    case("edge", T=90, P=30, D=20, S=5, boundaries="tail", plus="null"),
+    case("edge", T=90, P=30, D=100, S=3, boundaries="tail", plus="residual", ids="int64"),
+    case("edge", T=130, P=130, D=1, S=2, boundaries="even", plus="null+residual", ids="int16"),
+    case("edge", T=50, P=1, D=24, S=1, boundaries="even", plus="null"),
+    case("edge", T=20, P=6, D=1024, S=2, boundaries="ragged", plus="null+residual"),
+    case("edge", T=40, P=4, D=8, S=1, boundaries="hollow", plus="null+residual"),
+    case("edge", T=17, P=0, D=8, S=1, boundaries="even", plus="null+residual"),
+    case("edge", T=17, P=0, D=8, S=1, boundaries="even", plus="nothing"),
+    case("edge", T=0, P=3, D=8, S=1, boundaries="even", plus="null+residual"),
+    case("long", T=10_003, P=4, D=32, S=2, boundaries="tail", plus="null+residual"),
+    case("aot", T=4096, P=680, D=768, S=4, boundaries="ragged", plus="null+residual"),
+    case("huge", T=3 * MILLION, P=524_288, D=768, S=128, boundaries="even", plus="residual"),
     *(
         case(
             "bench_full" if plus == "nothing" else "bench",
@@ -36,18 +36,20 @@ CASES = (
             P=174_763,
             D=width,
             S=128,
-            borders="even",
+            boundaries="even",
             plus=plus,
         )
         for width in (768, 128)
         for plus in ("nothing", "null+residual")
     ),
-    case("bench_full", T=MILLION, P=120_646, D=768, S=128, borders="words", plus="null+residual"),
+    case(
+        "bench_full", T=MILLION, P=120_646, D=768, S=128, boundaries="words", plus="null+residual"
+    ),
     *(
-        case("bench_cpu", T=65_536, P=10_923, D=128, S=8, borders="ragged", plus=plus)
+        case("bench_cpu", T=65_536, P=10_923, D=128, S=8, boundaries="ragged", plus=plus)
         for plus in ("nothing", "null+residual")
     ),
-    case("bench_cpu", T=8192, P=942, D=256, S=8, borders="words", plus="null+residual"),
+    case("bench_cpu", T=8192, P=942, D=256, S=8, boundaries="words", plus="null+residual"),
 )
 
 
@@ -55,8 +57,8 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int)
     """Arguments of unpool; on the CPU first, so that every device sees the same values."""
     rng = torch.Generator().manual_seed(seed)
     total, patches, width = case["T"], case["P"], case["D"]
-    borders = patch_borders(case["borders"], total, patches, rng)
-    read_ids = _read_ids(borders, total, case["S"], rng)
+    boundaries = patch_boundaries(case["boundaries"], total, patches, rng)
+    read_ids = _read_ids(boundaries, total, case["S"], rng)
     draw = functools.partial(normal, rng=rng, dtype=dtype, device=device)
     inputs: Inputs = {
         "patch_states": draw(patches, width),
@@ -69,13 +71,13 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int)
     return inputs
 
 
-def _read_ids(borders: Tensor, total: int, documents: int, rng: torch.Generator) -> Tensor:
+def _read_ids(boundaries: Tensor, total: int, documents: int, rng: torch.Generator) -> Tensor:
     """(T,) int32: each byte reads the patch before its own, if that is in the same document."""
-    patches = len(borders) - 1
+    patches = len(boundaries) - 1
     first_patches = torch.randint(0, patches + 1, (documents,), generator=rng)
     before = torch.arange(-1, patches - 1)
     before = torch.where(torch.isin(before + 1, first_patches), -1, before)
-    reads = before.repeat_interleave(borders.diff())
+    reads = before.repeat_interleave(boundaries.diff())
     return torch.cat([reads, reads.new_full((total - len(reads),), -1)]).int()
 
 

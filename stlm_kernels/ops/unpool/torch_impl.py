@@ -37,12 +37,12 @@ def unpool(
     if residual is not None:
         residual = residual.to(out_dtype)
     differentiable = (patch_states, null_state, residual)
-    recorded = torch.is_grad_enabled() and any(
+    needs_grad = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in differentiable
     )
     if runtime.carries_tangents(*differentiable):
         return _read(*differentiable, rows, out_dtype)
-    if recorded or runtime.inside_torch_func():
+    if needs_grad or runtime.inside_torch_func():
         return _Unpool.apply(*differentiable, rows, out_dtype)
     return _read(*differentiable, rows, out_dtype)
 
@@ -119,12 +119,12 @@ def _sums_by_row(
     dtype: torch.dtype,
 ) -> Tensor:  # (n_rows, D), rounded no further than `dtype`
     wide = torch.promote_types(grad.dtype, torch.float32)
-    rounds_once_in_order = grad.device.type == "cpu" and grad.dtype == wide
-    if rounds_once_in_order or torch.is_grad_enabled() or runtime.inside_torch_func():
+    casts_once_in_order = grad.device.type == "cpu" and grad.dtype == wide
+    if casts_once_in_order or torch.is_grad_enabled() or runtime.inside_torch_func():
         sums = grad.new_zeros(n_rows, grad.shape[1], dtype=wide)
         return sums.scatter_add_(0, _whole_rows(rows, grad), grad.to(wide))
     ones = torch.ones_like(rows)
     counts = ones.new_zeros(n_rows).scatter_add_(0, rows.long(), ones)
-    borders = F.pad(counts.cumsum(0), (1, 0))
+    boundaries = F.pad(counts.cumsum(0), (1, 0))
     order = torch.sort(rows, stable=True).indices
-    return F.embedding_bag(order, grad.to(dtype), borders, mode="sum", include_last_offset=True)
+    return F.embedding_bag(order, grad.to(dtype), boundaries, mode="sum", include_last_offset=True)
