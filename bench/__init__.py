@@ -1,1 +1,1 @@
-"""Speed and memory of every op beside stock PyTorch: `pytest bench/ --benchmark-only`."""
+"""Speed and memory of every op beside plain PyTorch: `pytest bench/ --benchmark-only`."""

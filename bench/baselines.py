@@ -1,9 +1,10 @@
-"""`python -m bench.twins demo --minutes 10`: a pooled model beside its twins, at equal minutes.
+"""Train a pooled model and its two baselines for equal minutes: `python -m bench.baselines demo`.
 
-The flat twin reads the same bytes one by one, the word twin words of the same text; what makes the
-comparison fair stands in `stlm_models/presets.py`. The three train in one process by turns of some
-seconds, so that whatever else the machine does slows them alike. Each is charged the time of its
-own steps; making its data and judging it are free. Rows hold the same number of bytes.
+The flat baseline reads the same bytes one by one, the word baseline words of the same text; what
+makes the comparison fair stands in `stlm_models/presets.py`. The three train in one process by
+turns of some seconds, so that whatever else the machine does slows them alike. Each is charged the
+time of its own steps; making its data and evaluating it are free. Windows hold the same number of
+bytes.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ from .harness.results import Record, Result, add_result_options, command_line, r
 KINDS = ("", "-flat", "-word")
 RATES = {"": (0.04, 0.008), "-flat": (0.04, 0.008), "-word": (0.04, 0.008)}
 """Peak learning rates (Muon's, AdamW's) of each kind: the best of these, half and a quarter of them
-for each of the three demo models, in a minute each (rows 2, about 100 steps); try others by
-`--rates`."""
+for each of the three demo models, in a minute each (2 windows a step, about 100 steps); try others
+by `--rates`."""
 TURN_SECONDS = 5.0
 
 
 class Contender:
-    """A model in training that others take turns with.
+    """Model in training that takes turns with others.
 
     Args:
         name: what tables call it.
@@ -50,10 +51,10 @@ class Contender:
         self.name, self.trainer = name, trainer
         self.n_bytes = 0
         self.curve: list[dict[str, float]] = []
-        """For each turn where it ended: step, seconds, bytes read; bits per byte of the turn."""
+        """At the end of each turn: step, seconds, bytes read; bits per byte of the turn."""
 
     def turn(self, seconds: float) -> None:
-        """Step for so many seconds, once at least, or to the end of the budget."""
+        """Train for so many seconds, one step at least, or to the end of the budget."""
         trainer = self.trainer
         ends = time.monotonic() + seconds
         results: list[StepResult] = []
@@ -80,7 +81,7 @@ class Contender:
 
 
 def compete(contenders: Sequence[Contender], turn_seconds: float) -> None:
-    """Turn by turn until the budget of each is used, with a line for each round."""
+    """Train in turns until the budget of each is used, with a line for each round."""
     while any(each.trainer.progress < 1 for each in contenders):
         for each in contenders:
             if each.trainer.progress < 1:
@@ -97,19 +98,19 @@ def progress_line(contenders: Iterable[Contender]) -> str:
     return f"{seconds:6.0f} s  bits per byte of training: {', '.join(cells)}"
 
 
-def config_of(name: str, corpus: Corpus, row_bytes: int) -> ModelConfig:
-    """The preset's config; windows of words hold `row_bytes` of this corpus on average."""
+def config_of(name: str, corpus: Corpus, window_bytes: int) -> ModelConfig:
+    """Return the preset's config; windows of words hold `window_bytes` bytes on average."""
     config = preset(name)
     if config.tokens == "bytes":
         return config
     words = WordVocabulary.of(corpus.train, config.vocab_size)
     n_ids = sum(len(words.encode(document)) for document in corpus.train)
     ids_per_byte = n_ids / sum(map(len, corpus.train))
-    return dataclasses.replace(config, context=max(2, round(row_bytes * ids_per_byte)))
+    return dataclasses.replace(config, context=max(2, round(window_bytes * ids_per_byte)))
 
 
 def result_of(each: Contender) -> Record:
-    """What the model became, and how."""
+    """Return what the model reached, and its settings."""
     trainer = each.trainer
     return {
         "model": each.name,
@@ -138,7 +139,7 @@ def table(rows: Sequence[Record]) -> Iterator[str]:
 
 
 def first_bytes(documents: Iterable[bytes], n_bytes: int) -> list[bytes]:
-    """The first documents that together have so many bytes, the last one cut."""
+    """Return the first documents that together have so many bytes, the last one cut."""
     found = []
     for document in documents:
         found.append(document[:n_bytes])
@@ -147,7 +148,7 @@ def first_bytes(documents: Iterable[bytes], n_bytes: int) -> list[bytes]:
 
 
 def contenders_of(arguments: argparse.Namespace) -> tuple[Corpus, list[Contender]]:
-    """The models, untrained, and what they train on and are judged by.
+    """Return the corpus and the untrained models.
 
     Raises:
         ValueError: for an unknown preset, an option out of range, or a corpus that is too small.
@@ -167,7 +168,7 @@ def contenders_of(arguments: argparse.Namespace) -> tuple[Corpus, list[Contender
         for muon_lr, adamw_lr in arguments.rates or [RATES[kind]]:
             options = TrainOptions(
                 minutes=arguments.minutes,
-                batch_size=arguments.rows,
+                batch_size=arguments.batch_size,
                 seed=arguments.seed,
                 precision=precision,
                 muon_lr=muon_lr,
@@ -191,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         corpus, contenders = contenders_of(parsed)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    path = result_path(parsed.json, f"twins-{parsed.preset}", parser)
+    path = result_path(parsed.json, f"baselines-{parsed.preset}", parser)
     described = [corpus.name, *corpus.describe()]
     print("corpus:", *described, sep="\n", flush=True)
     compete(contenders, parsed.turn)
@@ -216,7 +217,7 @@ def _rates(text: str) -> tuple[float, float]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = terminal.argument_parser("bench.twins", __doc__)
+    parser = terminal.argument_parser("bench.baselines", __doc__)
     add = parser.add_argument
     add("preset", nargs="?", default="demo", help="the pooled model (default: demo)")
     add("--minutes", type=float, default=10.0, help="of training, for each of the three")
@@ -229,7 +230,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--text-key", metavar="KEY", help="field of each line of .jsonl files that is a document")
     add("--raw", action="store_true", help="take the bytes of every file as they are")
-    add("--rows", type=positive, default=8, help="windows in a step")
+    add("--batch-size", type=positive, default=8, help="windows in a step")
     add("--seed", type=int, default=0)
     add("--precision", choices=sorted(PRECISIONS), help="default: bf16 where the device has it")
     add("--rates", nargs="+", type=_rates, metavar="MUON/ADAMW", help="each model at each of these")

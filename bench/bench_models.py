@@ -1,4 +1,4 @@
-"""Whole training steps of the presets, and generation: equal first, then fast."""
+"""Benchmarks of whole training steps and of generation: checked to be equal, then timed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def jobs_of(session: Session) -> list[ModelJob]:
 
 def test_model_speed(job: ModelJob, session: Session, timer: Any, benchmark: Any) -> None:
     def measure() -> None:
-        with session.models.judged(job) as work:
+        with session.models.checked(job) as work:
             plan = session.machine.plan(work.task, timer)
             benchmark.extra_info |= session.models.describe(job, work) | plan.info
             benchmark.pedantic(plan.target, setup=plan.setup, rounds=plan.rounds)

@@ -1,4 +1,4 @@
-"""Every op of the registry: right first, then fast. One test is one line of the results."""
+"""Benchmarks of every op: checked, then timed. One test is one line of the results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def jobs_of(session: Session) -> list[Job]:
 
 def test_speed(job: Job, session: Session, timer: Any, benchmark: Any) -> None:
     def measure() -> None:
-        task, errors = session.judged_task(job)
+        task, errors = session.checked_task(job)
         plan = session.machine.plan(task, timer)
         benchmark.extra_info |= session.facts(job, task) | plan.info | {"rms_errors": errors}
         benchmark.pedantic(plan.target, setup=plan.setup, rounds=plan.rounds)

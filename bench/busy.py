@@ -1,8 +1,8 @@
-"""`python -m bench.busy [preset]`: training beside a process that takes one of the cores.
+"""Time training beside a process that takes one of the cores: `python -m bench.busy`.
 
-Quiet and busy spells take turns in one run: with the number of threads that `train` chooses by the
-times of its steps, and with that number fixed, as torch sets it. A busy spell counts from the
-moment that the other process begins, so what finding the number costs is part of it.
+Quiet and busy intervals take turns in one run: with the number of threads that `train` chooses by
+the times of its steps, and with that number fixed, as torch sets it. A busy interval counts from
+the moment that the other process begins, so what finding the number costs is part of it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ENOUGH = 0.4
 
 @contextmanager
 def taken_cores(count: int) -> Iterator[None]:
-    """So many other processes that compute all the time."""
+    """Start so many processes that compute all the time, and end them at exit."""
     spinners = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
     try:
         yield
@@ -42,8 +42,8 @@ def taken_cores(count: int) -> Iterator[None]:
             spinner.wait()
 
 
-def spell(trainer: Trainer, seconds: float, threads: ThreadCount | None) -> float:
-    """Bytes per second of training for so long."""
+def interval(trainer: Trainer, seconds: float, threads: ThreadCount | None) -> float:
+    """Train for so long; return bytes per second."""
     began, n_bytes = time.monotonic(), 0
     while time.monotonic() - began < seconds:
         step_began = time.monotonic()
@@ -54,7 +54,7 @@ def spell(trainer: Trainer, seconds: float, threads: ThreadCount | None) -> floa
 
 
 def measure(trainer: Trainer, turns: int, seconds: float, taken: int) -> dict[str, list[float]]:
-    """Bytes per second of each spell, by name."""
+    """Return bytes per second of each interval, by name."""
     rates: dict[str, list[float]] = {
         f"{load}_{way}": [] for way in ("chosen", "fixed") for load in ("quiet", "busy")
     }
@@ -62,9 +62,9 @@ def measure(trainer: Trainer, turns: int, seconds: float, taken: int) -> dict[st
     for _ in range(turns):
         for way in ("chosen", "fixed"):
             threads = ThreadCount() if way == "chosen" else None
-            rates[f"quiet_{way}"].append(spell(trainer, seconds, threads))
+            rates[f"quiet_{way}"].append(interval(trainer, seconds, threads))
             with taken_cores(taken):
-                rates[f"busy_{way}"].append(spell(trainer, seconds, threads))
+                rates[f"busy_{way}"].append(interval(trainer, seconds, threads))
             if threads is not None:
                 threads.close()
     trainer.loader.close()
@@ -72,7 +72,7 @@ def measure(trainer: Trainer, turns: int, seconds: float, taken: int) -> dict[st
 
 
 def shares(rates: dict[str, list[float]]) -> dict[str, float]:
-    """The part of the quiet throughput (threads fixed, all cores free) that each way keeps."""
+    """Return the share of the quiet throughput (threads fixed, all cores free) that each keeps."""
     quiet = statistics.median(rates["quiet_fixed"])
     return {name: statistics.median(found) / quiet for name, found in rates.items()}
 
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = terminal.argument_parser("bench.busy", __doc__)
     parser.add_argument("preset", nargs="?", default="demo")
     parser.add_argument("--turns", type=positive, default=3)
-    parser.add_argument("--seconds", type=positive, default=25, help="of each spell")
+    parser.add_argument("--seconds", type=positive, default=25, help="of each interval")
     parser.add_argument("--taken", type=positive, default=1, help="processes beside the training")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     add_result_options(parser)
@@ -105,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     print(*summary, sep="\n")
     rows = [
-        {"spell": name, "share_of_quiet": round(kept[name], 3), "bytes_per_second": found}
+        {"interval": name, "share_of_quiet": round(kept[name], 3), "bytes_per_second": found}
         for name, found in rates.items()
     ]
     Result(command_line("bench.busy", arguments), about, rows, summary).write(path)

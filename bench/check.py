@@ -1,10 +1,10 @@
-"""`python -m bench.check`: our torch path against the best eager stock composition on this CPU.
+"""Compare our torch path with the best eager composition on this CPU: `python -m bench.check`.
 
 All take turns, so that a drifting machine slows them alike, and freed memory is kept, so that no
 page is mapped anew. A median above 1.05 times the best peer's is a miss: printed and recorded.
-Above 1.25 in each of three repeats fails the command. Judged is what a caller waits for, evaluation
-and forward with backward; the two halves of the latter are shown, since an op may rightly do the
-work of one in the other.
+Above 1.25 in each of three repeats fails the command. Only evaluation
+and forward with backward can fail, since a caller waits for them; the two halves of the latter are
+shown, since an op may rightly do the work of one in the other.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Medians = Callable[[Sequence[Task], int], list[float]]
 
 @dataclass(frozen=True)
 class Comparison:
-    """Our torch path beside the fastest eager peer in one pass of one case."""
+    """Times of our torch path and of the fastest eager peer in one pass of one case."""
 
     op: str
     case: str
@@ -55,7 +55,7 @@ class Comparison:
 def compare(
     spec: OpSpec, case: Case, direction: str, data: CaseData, medians: Medians, rounds: int
 ) -> Comparison | None:
-    """Find the fastest peer, then measure the two of us; None where no eager peer exists.
+    """Find the fastest peer, then time both in turns; None where no eager peer exists.
 
     A ratio that would fail is measured again, up to three times: other work on the machine must
     not fail it.

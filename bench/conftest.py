@@ -1,4 +1,4 @@
-"""The benchmark run around the jobs: what is collected, recorded, and shown at the end.
+"""Collection, recording and summary of a benchmark run.
 
 `--benchmark-disable` rehearses: each op's first smoke case and a step and a text of a few bytes,
 each body once, compiled peers traced but not compiled.
@@ -64,7 +64,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Ops come first: models take longest, and minutes may be counted."""
+    """Put ops first: models take longest, and minutes may be counted."""
     items.sort(key=lambda item: "bench_models" in item.nodeid)
 
 
@@ -75,7 +75,7 @@ def session(request: pytest.FixtureRequest) -> Session:
 
 @pytest.fixture
 def timer(request: pytest.FixtureRequest, session: Session, job: Job | ModelJob) -> Any:
-    """Comes before `benchmark` in a test's arguments, which reads the mark when it is made."""
+    """Return the timer of a job; `benchmark`, which reads the mark, must come later."""
     if time.monotonic() > request.config.stash[ENDS]:
         pytest.skip(NO_TIME)
     timer = session.machine.timer()
@@ -93,7 +93,7 @@ def pytest_benchmark_update_machine_info(
 
 
 def facts_of(session: Session) -> dict[str, Any]:
-    """What a run says of itself at its end, and whom it did not time."""
+    """Return the facts of a run at its end, and the entries that it did not time."""
     return session.about | {
         "after": environment.describe(session.machine.device, session.about["commit"]),
         "not_timed": session.not_timed,

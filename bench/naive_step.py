@@ -1,8 +1,8 @@
-"""`python -m bench.naive_step [preset]`: a training step, and the same by the naive composition.
+"""Time a training step beside the same step by naive ops: `python -m bench.naive_step`.
 
 Two processes build the same model and train it on the same windows; in one of them every op of the
-library is replaced by what one writes at first in stock PyTorch (`bench.naive`). They take turns,
-so that a drifting machine slows both alike, and each has its own peak of memory.
+library is replaced by a naive one in plain PyTorch (`harness/naive_ops.py`). They take turns, so
+that a drifting machine slows both alike, and each has its own peak of memory.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from stlm_models.training.trainer import PRECISIONS, Trainer, TrainOptions
 from .harness import environment
 from .harness.baseline_ops import ops_replaced
 from .harness.commandline import positive
-from .harness.naive_ops import NAIVE
+from .harness.naive_ops import NAIVE_OPS
 from .harness.results import Result, add_result_options, command_line, result_path
 
 WAYS = ("ours", "naive")
@@ -36,18 +36,18 @@ WAYS = ("ours", "naive")
 
 @dataclass(frozen=True)
 class Settings:
-    """What both processes train: windows of `context` bytes, `rows` of them in a step."""
+    """Training of both processes: windows of `context` bytes, `batch_size` of them in a step."""
 
     preset: str
-    rows: int
+    batch_size: int
     context: int | None
     precision: str
     threads: int
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way of computing the step."""
+class Measurement:
+    """Times and peak memory of one set of ops."""
 
     seconds: list[float]
     bytes_per_second: float
@@ -55,7 +55,7 @@ class Way:
     losses: list[float]
 
 
-def measure(settings: Settings, steps: int) -> dict[str, Way]:
+def measure(settings: Settings, steps: int) -> dict[str, Measurement]:
     """Train in turns; the first step of each, which warms up, is not timed."""
     spawn = multiprocessing.get_context("spawn")
     pipes = {}
@@ -70,7 +70,7 @@ def measure(settings: Settings, steps: int) -> dict[str, Way]:
             answers[way].append(pipe.recv())
     peaks = {way: _ask(pipe, "peak") for way, pipe in pipes.items()}
     return {
-        way: Way(
+        way: Measurement(
             [seconds for seconds, _, _ in found[1:]],
             found[0][2] / statistics.median(seconds for seconds, _, _ in found[1:]),
             peaks[way],
@@ -86,10 +86,10 @@ def _ask(pipe: Connection, question: str) -> int:
 
 
 def _serve(pipe: Connection, way: str, settings: Settings) -> None:
-    """One process: a step when asked, until its peak of memory is asked for."""
+    """Run one process: a step when asked, until its peak of memory is asked for."""
     torch.set_num_threads(settings.threads)
     trainer = _trainer(settings)
-    with ops_replaced(NAIVE) if way == "naive" else nullcontext():
+    with ops_replaced(NAIVE_OPS) if way == "naive" else nullcontext():
         while pipe.recv() == "step":
             began = time.perf_counter()
             result = trainer.train_step()
@@ -99,14 +99,14 @@ def _serve(pipe: Connection, way: str, settings: Settings) -> None:
 
 
 def _peak_bytes(device: torch.device) -> int:
-    """Of the device that trains: all that a process had on a CPU, torch's tensors on a GPU."""
+    """Return peak memory: all that the process had on a CPU, torch's tensors on a GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def lines(results: dict[str, Way]) -> Iterator[str]:
-    """A line for each way to compute a step, then what ours gains."""
+def lines(results: dict[str, Measurement]) -> Iterator[str]:
+    """Format a line for each set of ops, then our gain."""
     for way, x in results.items():
         yield (
             f"  {way:<6} {statistics.median(x.seconds):8.2f} s"
@@ -119,7 +119,7 @@ def lines(results: dict[str, Way]) -> Iterator[str]:
 
 
 def _config_and_options(settings: Settings) -> tuple[ModelConfig, TrainOptions]:
-    """What both train, and how.
+    """Return what both processes train, and the options.
 
     Raises:
         ValueError: for an unknown preset, or a value out of range.
@@ -128,7 +128,9 @@ def _config_and_options(settings: Settings) -> tuple[ModelConfig, TrainOptions]:
     if settings.context is not None:
         config = replace(config, context=settings.context)
     # The rates never change here: a budget of many steps keeps the schedule at its peak.
-    options = TrainOptions(steps=1 << 30, batch_size=settings.rows, precision=settings.precision)
+    options = TrainOptions(
+        steps=1 << 30, batch_size=settings.batch_size, precision=settings.precision
+    )
     return config, options
 
 
@@ -141,7 +143,7 @@ def _trainer(settings: Settings) -> Trainer:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = terminal.argument_parser("bench.naive_step", __doc__)
     parser.add_argument("preset", nargs="?", default="50m")
-    parser.add_argument("--rows", type=positive, default=1, help="windows in a step")
+    parser.add_argument("--batch-size", type=positive, default=1, help="windows in a step")
     parser.add_argument(
         "--context", type=positive, help="bytes in a window (default: the preset's)"
     )
@@ -153,7 +155,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_result_options(parser)
     options = parser.parse_args(arguments)
     precision = options.precision or faster_precision().name
-    settings = Settings(options.preset, options.rows, options.context, precision, options.threads)
+    settings = Settings(
+        options.preset, options.batch_size, options.context, precision, options.threads
+    )
     try:
         _config_and_options(settings)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""`python -m bench.plot FILE...`: what `pytest bench/` measured, as PNG.
+"""Draw the JSON of `pytest bench/` as PNG: `python -m bench.plot FILE...`.
 
 For each op and family bars of every case, and time over size where it has several; for a GPU's file
 the roofline as well, under the ceilings that the same run measured.
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def plot_file(path: Path, folder: Path) -> list[Path]:
-    """Draw one benchmark JSON into a folder; the pictures' paths.
+    """Draw one benchmark JSON into a folder; return the pictures' paths.
 
     Raises:
         ValueError: for a file that `pytest bench/` did not write.
@@ -39,12 +39,12 @@ def plot_file(path: Path, folder: Path) -> list[Path]:
 
 
 def figures(results: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
-    """(name, figure) of everything that the results of one run can show."""
+    """Yield (name, figure) of everything that the results of one run can show."""
     about, records = results["machine_info"]["stlm"], results["benchmarks"]
     title = f"{about['device']}, torch {about['torch']}, {about['commit']}, {about['date']}"
-    for op, mine in _grouped(records, "op").items():
-        yield op, bars(op, mine, title)
-        if sized := list(_of_several_sizes(mine)):
+    for op, group in _grouped(records, "op").items():
+        yield op, bars(op, group, title)
+        if sized := list(_of_several_sizes(group)):
             yield f"{op}-size", over_size(op, sized, title)
     counted = [x for x in records if x["extra_info"].get("bytes") and x["extra_info"].get("flops")]
     if about["gpu_state"] and about["ceilings"] and counted:
@@ -59,18 +59,18 @@ def _grouped(records: Sequence[Record], key: str) -> dict[str, list[Record]]:
 
 
 def _of_several_sizes(records: Sequence[Record]) -> Iterator[Record]:
-    """What a line can be drawn through: cases that differ in numbers only."""
+    """Yield records of cases that differ in numbers only, so that a line can join them."""
     groups: dict[tuple[str, str], list[Record]] = {}
     for record in records:
         if "bytes" in record["extra_info"]:
             groups.setdefault((record["extra_info"]["pass"], _kind(record)), []).append(record)
-    for mine in groups.values():
-        if len({_bytes(x) for x in mine}) > 1:
-            yield from mine
+    for group in groups.values():
+        if len({_bytes(x) for x in group}) > 1:
+            yield from group
 
 
 def _kind(record: Record) -> str:
-    """What a case is besides its sizes: modes, kinds of text and borders."""
+    """Return the parts of a case that are not numbers: modes, kinds of text and boundaries."""
     sizes = record["extra_info"].get("sizes", {})
     return "-".join(str(x) for x in sizes.values() if not isinstance(x, int | float))
 
@@ -83,7 +83,7 @@ def _figure(rows: int, height: float) -> tuple[Figure, Sequence[Any]]:
 
 
 def _legend(figure: Figure) -> None:
-    """One for all panels, each label once."""
+    """Add one legend for all panels, each label once."""
     handles = {
         label: handle
         for axes in figure.axes
@@ -96,12 +96,12 @@ def _legend(figure: Figure) -> None:
 
 
 def bars(op: str, records: list[Record], title: str) -> Figure:
-    """A panel for each case, passes side by side, a bar per entry."""
+    """Draw a panel for each case, passes side by side, a bar per entry."""
     cases = _grouped(records, "case")
     figure, panels = _figure(len(cases), 3.2)
     entries = list(_grouped(records, "entry"))
-    for axes, (case, mine) in zip(panels, cases.items(), strict=True):
-        _bars(axes, mine, entries)
+    for axes, (case, group) in zip(panels, cases.items(), strict=True):
+        _bars(axes, group, entries)
         axes.set_title(case, fontsize=9, loc="left")
     figure.suptitle(f"{op}: median time, spread (IQR)\n{title}", fontsize=9)
     _legend(figure)
@@ -112,23 +112,23 @@ def _bars(axes: Any, records: list[Record], entries: Sequence[str]) -> None:
     passes = list(_grouped(records, "pass"))
     width = 0.85 / len(entries)
     for k, entry in enumerate(entries):
-        mine = [x for x in records if x["extra_info"]["entry"] == entry]
-        if not mine:
+        group = [x for x in records if x["extra_info"]["entry"] == entry]
+        if not group:
             continue
-        places = [passes.index(x["extra_info"]["pass"]) + k * width for x in mine]
-        medians = [x["stats"]["median"] * 1e6 for x in mine]
+        offsets = [passes.index(x["extra_info"]["pass"]) + k * width for x in group]
+        medians = [x["stats"]["median"] * 1e6 for x in group]
         spreads = [
-            [max(0.0, (x["stats"]["median"] - x["stats"]["q1"]) * 1e6) for x in mine],
-            [max(0.0, (x["stats"]["q3"] - x["stats"]["median"]) * 1e6) for x in mine],
+            [max(0.0, (x["stats"]["median"] - x["stats"]["q1"]) * 1e6) for x in group],
+            [max(0.0, (x["stats"]["q3"] - x["stats"]["median"]) * 1e6) for x in group],
         ]
-        axes.bar(places, medians, width, yerr=spreads, color=f"C{k % 10}", label=entry)
+        axes.bar(offsets, medians, width, yerr=spreads, color=f"C{k % 10}", label=entry)
     axes.set_xticks([k + 0.425 - width / 2 for k in range(len(passes))], passes)
     _scale(axes, [x["stats"]["median"] * 1e6 for x in records])
     axes.set_ylabel("us")
 
 
 def _scale(axes: Any, values: Sequence[float]) -> None:
-    """From zero, or, where the short bars would vanish, logarithmic from a whole power of ten."""
+    """Start at zero, or, where the short bars would vanish, use a log scale from a power of ten."""
     if max(values) > MOST_LINEAR * min(values):
         axes.set_yscale("log")
         axes.set_ylim(bottom=10.0 ** math.floor(math.log10(min(values) / 2)))
@@ -140,12 +140,12 @@ def _scale(axes: Any, values: Sequence[float]) -> None:
 
 
 def over_size(op: str, records: list[Record], title: str) -> Figure:
-    """A panel for each pass, a line per entry and kind over the bytes that a case must move."""
+    """Draw a panel for each pass, a line per entry and kind over the bytes of the case."""
     passes = _grouped(records, "pass")
     figure, panels = _figure(len(passes), 3.2)
     colours = {entry: f"C{k % 10}" for k, entry in enumerate(_grouped(records, "entry"))}
-    for axes, (direction, mine) in zip(panels, passes.items(), strict=True):
-        for entry, points in _grouped(mine, "entry").items():
+    for axes, (direction, group) in zip(panels, passes.items(), strict=True):
+        for entry, points in _grouped(group, "entry").items():
             style = "o-" if points[0]["extra_info"]["ours"] else "x--"
             for kind in dict.fromkeys(map(_kind, points)):
                 some = sorted((x for x in points if _kind(x) == kind), key=_bytes)
@@ -167,16 +167,16 @@ def _bytes(record: Record) -> int:
 
 
 def roofline(records: list[Record], ceilings: dict[str, float], title: str) -> Figure:
-    """Achieved FLOP/s over FLOPs per byte, of whatever multiplies or adds."""
+    """Draw achieved FLOP/s over FLOPs per byte."""
     copy, matmul = ceilings["copy_bytes_per_s"], ceilings["matmul_flops_per_s"]
     figure, (axes,) = _figure(1, 7)
     knee = matmul / copy
     reach = [*(_intensity(x) for x in records), knee]
     ends = [min(reach) / 2, knee, max(reach) * 2]
     axes.loglog(ends, [min(matmul, x * copy) / 1e12 for x in ends], "k-", label="ceilings")
-    for k, (op, mine) in enumerate(_grouped(records, "op").items()):
+    for k, (op, group) in enumerate(_grouped(records, "op").items()):
         for ours, style in ((True, "o"), (False, "x")):
-            some = [x for x in mine if x["extra_info"]["ours"] is ours]
+            some = [x for x in group if x["extra_info"]["ours"] is ours]
             label = op if ours else f"{op}, peers"
             _points(axes, some, style, f"C{k % 10}", label)
     axes.set_xlabel("FLOPs per byte that the case must move")

@@ -22,7 +22,7 @@ from stlm_kernels.inspect import LIMITS, inspect_op, merged, table
 from stlm_kernels.registry import OPS
 from stlm_kernels.spec import Case, OpSpec
 
-from .harness.jobs import CaseData, Job, Task, heads_of, our_entries, task_of
+from .harness.jobs import CaseData, Job, Task, our_entries, roots_of, task_of
 from .harness.timing import Ceilings, Gpu
 from .profiling import ncu
 from .profiling.proton import under_proton
@@ -68,7 +68,7 @@ def launched(what: Pass) -> list[str]:
         for name in spec.grad_args:
             if inputs.get(name) is not None:
                 inputs[name].requires_grad_()
-        heads = heads_of(spec.op(**inputs, impl="triton"))
+        heads = roots_of(spec.op(**inputs, impl="triton"))
         if what.direction == "bwd":
             names.clear()
             torch.autograd.backward(heads, [torch.ones_like(x) for x in heads])

@@ -1,6 +1,6 @@
-"""What a run says about itself and about its results, as text: the header and one table per op.
+"""Write `bench/RESULTS.md` from the JSON files under `bench/results/`: `python -m bench.report`.
 
-`python -m bench.report` writes `bench/RESULTS.md` from the JSON files under `bench/results/`.
+The summary of `pytest bench/` is made of the same tables.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ PAGE = Path(__file__).parent / "RESULTS.md"
 
 
 def tables(records: Sequence[Record], about: dict[str, Any]) -> Iterator[str]:
-    """One table for each op, from the entries of pytest-benchmark's JSON; then the targets.
+    """Yield a table for each op, from the entries of pytest-benchmark's JSON; then the targets.
 
     Args:
         records: entries of the JSON.
-        about: what the run says of itself; below each table stands who was left out of it (pairs
-            of op and sentence), and who could not be timed.
+        about: facts of the run; below each table stand the peers that were left out (pairs of op
+            and sentence), and those that could not be timed.
     """
     sentences = [(op, f"left out: {sentence}") for op, sentence in about.get("left_out", ())]
     failed = about.get("not_timed", ())
@@ -43,8 +43,8 @@ def tables(records: Sequence[Record], about: dict[str, Any]) -> Iterator[str]:
                                                 if (x["op"], x["case"]) == (op, case)}))
             for case, group in by_op.get(op, {}).items()
         ]  # fmt: skip
-        mine = [sentence for name, sentence in sentences if name == op]
-        yield "\n\n".join([*blocks, *(["\n".join(mine)] if mine else [])])
+        own = [sentence for name, sentence in sentences if name == op]
+        yield "\n\n".join([*blocks, *(["\n".join(own)] if own else [])])
     if judged := list(targets.lines(records, about["device"], bool(about.get("gpu_state")))):
         yield "\n".join(judged)
 
@@ -85,7 +85,7 @@ def _cell(record: Record | None, ours: Record | None) -> str:
 
 
 def _bytes_per_s(record: Record | None) -> str:
-    """Of the text that a model reads or writes; ops have none."""
+    """Format the throughput of a model; ops have none."""
     rate = None if record is None else record["extra_info"].get("bytes_per_s")
     return "" if rate is None else f" {rate:>12,.0f} bytes/s"
 
@@ -99,7 +99,7 @@ def _share(record: Record | None) -> str:
 
 
 def page(folder: Path) -> str:
-    """Markdown of every JSON file of the folder, the newest first.
+    """Return Markdown of every JSON file of the folder, the newest first.
 
     Raises:
         ValueError: for a file that no command of this repository wrote, or a folder without any.
@@ -110,7 +110,7 @@ def page(folder: Path) -> str:
     sections.sort(reverse=True)  # each begins with its date
     head = (
         "# Results\n\nWritten by `python -m bench.report` from the files in `bench/results/`; "
-        "edit nothing here.\nNothing of this ran on a device that is not named with it."
+        "edit nothing here.\nEach result names the device that it was measured on."
     )
     return "\n\n".join([head, *(text for _, text in sections)]) + "\n"
 

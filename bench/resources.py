@@ -1,4 +1,4 @@
-"""`python -m bench.resources`: registers, spills and shared memory of every kernel, as data.
+"""Record registers, spills and shared memory of every kernel: `python -m bench.resources`.
 
 Compiles all kernels at their default configurations for a GPU that need not be here, and writes
 `bench/results/kernels-sm90.json`. That takes minutes, so a benchmark run without a GPU shows what
@@ -27,7 +27,7 @@ from .harness.results import Record, Result, add_result_options, command_line
 PACKAGE = Path(stlm_kernels.__file__).parent
 DTYPE = torch.bfloat16
 CODE = ("ptx", "sass")
-"""Of a compiled kernel, what is no figure."""
+"""Fields of a report that are no figures."""
 
 
 def path_of(arch: int) -> Path:
@@ -35,7 +35,7 @@ def path_of(arch: int) -> Path:
 
 
 def sources_sha256(package: Path = PACKAGE) -> str:
-    """Of every file that holds kernels or their configurations."""
+    """Hash every file that holds kernels or their configurations."""
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         text = path.read_text()
@@ -45,7 +45,7 @@ def sources_sha256(package: Path = PACKAGE) -> str:
 
 
 def compiled(ops: Sequence[str], arch: int) -> Iterator[Report]:
-    """Every launch of the ops' ahead-of-time cases."""
+    """Compile every launch of the ops' ahead-of-time cases."""
     for name in ops:
         for case in OPS[name].tagged("aot"):
             yield from inspect_op(OPS[name], case, arch, DTYPE)
@@ -58,12 +58,12 @@ def rows_of(reports: Sequence[Report]) -> list[Record]:
 
 
 def reports_of(rows: Sequence[Record]) -> list[Report]:
-    """The reports of a file's rows, without the code."""
+    """Make reports of a file's rows, without the code."""
     return [Report(**row, ptx="", sass="") for row in rows]
 
 
 def lines(found: Result, sources: str, ops: AbstractSet[str] = OPS.keys()) -> list[str]:
-    """The table of a file, below its stamp.
+    """Format the table of a file, below its stamp.
 
     Args:
         found: what the file holds.
@@ -84,7 +84,7 @@ CHANGED = "KERNELS OR CONFIGURATIONS CHANGED SINCE: run  python -m bench.resourc
 
 
 def summary(ops: AbstractSet[str] = OPS.keys(), arch: int = 90) -> str:
-    """What a run without a GPU shows of the ops' kernels; nothing where no file is there."""
+    """Return the table of the ops' kernels for a run without a GPU."""
     path = path_of(arch)
     if not path.exists():
         return "kernels: not compiled yet: python -m bench.resources"

@@ -1,6 +1,6 @@
-"""`python -m bench.step [preset ...]`: where the time of a training step goes, part by part.
+"""Time the parts of a training step: `python -m bench.step [preset ...]`.
 
-Each part of the model is run again alone, forward and backward, on what it got in a real step;
+Each part of the model is run again by itself, forward and backward, on what it got in a real step;
 parts and whole steps take turns. What the parts do not add up to is the rest: gathers, sums,
 launches and the work between them; on a GPU its idle time in a step stands for itself. Beside each
 stands its floor: the time of its products at full rate, or of what an optimiser must move.
@@ -35,7 +35,7 @@ OPTIMISER, REST, IDLE, WHOLE = "optimiser", "rest", "idle", "whole step"
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a step: seconds, FLOPs of its products, and the least that it can take."""
+    """Part of a step: seconds, FLOPs of its products, and the least time that it can take."""
 
     name: str
     seconds: float
@@ -44,7 +44,7 @@ class Part:
 
 
 def budget(trainer: Trainer, timer: Timer, rounds: int, ceilings: Ceilings) -> list[Part]:
-    """The parts of one training step of `trainer`, the rest, idle time of a GPU, and the whole."""
+    """Time the parts of a training step, the rest, idle time of a GPU, and the whole."""
     trainer.train_step()  # gradients and optimiser states exist from here on
     works = _works(trainer)
     flops = {name: _flops(work) for name, work in works.items()}
@@ -55,7 +55,7 @@ def budget(trainer: Trainer, timer: Timer, rounds: int, ceilings: Ceilings) -> l
             work()
             times[name].append(timer() - begin)
     medians = {name: statistics.median(x) for name, x in times.items()}
-    alone = sum(seconds for name, seconds in medians.items() if name != WHOLE)
+    parts_sum = sum(seconds for name, seconds in medians.items() if name != WHOLE)
     moved = {OPTIMISER: _moved_bytes(trainer)}
     parts = [
         Part(
@@ -68,19 +68,19 @@ def budget(trainer: Trainer, timer: Timer, rounds: int, ceilings: Ceilings) -> l
     ]
     whole = parts.pop()
     idle = _idle_seconds(trainer, whole.seconds)
-    rest = Part(REST, whole.seconds - alone - (idle or 0.0), 0, None)
+    rest = Part(REST, whole.seconds - parts_sum - (idle or 0.0), 0, None)
     return [*parts, rest, *([] if idle is None else [Part(IDLE, idle, 0, None)]), whole]
 
 
 def _moved_bytes(trainer: Trainer) -> int:
-    """What the optimiser reads and writes at least: parameters and states, and gradients once."""
+    """Return the least that the optimiser moves: parameters and states twice, gradients once."""
     parameters = sum(p.nbytes for p in trainer.model.parameters())
     states = sum(x.nbytes for x in trainer.optimizers.state_tensors().values())
     return 3 * parameters + 2 * states
 
 
 def _idle_seconds(trainer: Trainer, whole: float) -> float | None:
-    """Of a whole step on a GPU, as long as no kernel ran; None on a CPU, or where none was seen."""
+    """Return the time of a step without a GPU kernel; None on a CPU, or where none was seen."""
     if trainer.device.type != "cuda":
         return None
     torch.cuda.synchronize()
@@ -93,7 +93,7 @@ def _idle_seconds(trainer: Trainer, whole: float) -> float | None:
 
 
 def busy_seconds(events: Iterable[Any]) -> float:
-    """For how long at least one kernel or copy ran, of kineto's events; ranges are none."""
+    """Return for how long at least one kernel or copy ran, from kineto's events without ranges."""
     spans = sorted(
         (event.start_ns(), event.start_ns() + event.duration_ns())
         for event in events
@@ -107,12 +107,12 @@ def busy_seconds(events: Iterable[Any]) -> float:
 
 
 def _works(trainer: Trainer) -> dict[str, Callable[[], None]]:
-    """What to time, by name: the model's parts in their order, loss, optimiser, whole step."""
+    """Return the work to time, by name: the model's parts in order, loss, optimiser, whole step."""
     model = trainer.model
     children = {name: child for name, child in model.named_children() if name != "embedding"}
     calls: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
     last: list[Tensor] = []
-    with _noting(calls, [x for child in children.values() for x in child.modules()]):
+    with _ArgumentRecorder(calls, [x for child in children.values() for x in child.modules()]):
         batch = trainer.windows.batch(0).to(trainer.device)
         with trainer.autocast(), torch.no_grad():
             last.append(
@@ -151,7 +151,7 @@ def _works(trainer: Trainer) -> dict[str, Callable[[], None]]:
 
 
 def _called(module: nn.Module, calls: Container[nn.Module]) -> Iterator[nn.Module]:
-    """The module, or the largest modules within it that the model calls."""
+    """Yield the module, or the largest modules within it that the model calls."""
     if module in calls:
         yield module
     else:
@@ -159,8 +159,8 @@ def _called(module: nn.Module, calls: Container[nn.Module]) -> Iterator[nn.Modul
             yield from _called(child, calls)
 
 
-class _noting:
-    """Notes the arguments of each module's call, detached, and asking for gradients."""
+class _ArgumentRecorder:
+    """Recorder of the arguments of each module's call, detached and requiring gradients."""
 
     def __init__(self, calls: dict[nn.Module, Any], modules: Sequence[nn.Module]) -> None:
         self._calls = calls
@@ -192,7 +192,7 @@ def _backward(out: Any) -> None:
 
 
 def _optimise(trainer: Trainer) -> None:
-    """Move nothing: the next round shall find the same model."""
+    """Step with a learning rate of zero, so that the next round finds the same model."""
     for parameter in trainer.model.parameters():
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -209,7 +209,7 @@ def _flops(work: Callable[[], None]) -> int:
 
 
 def table(name: str, parts: Sequence[Part]) -> list[str]:
-    """One line for each part: ms, share of the step, GFLOP, and time over floor."""
+    """Format a line for each part: ms, share of the step, GFLOP, and time over floor."""
     whole = parts[-1].seconds
     lines = [f"{name}: ms, share of the step, GFLOP, times its floor"]
     for part in parts:
@@ -230,7 +230,9 @@ def _config(name: str, context: int | None) -> ModelConfig:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = terminal.argument_parser("bench.step", __doc__)
     parser.add_argument("presets", nargs="*", default=["demo"], metavar="preset")
-    parser.add_argument("--rows", type=positive, default=8, help="windows of one context in a step")
+    parser.add_argument(
+        "--batch-size", type=positive, default=8, help="windows of one context in a step"
+    )
     parser.add_argument(
         "--context", type=positive, help="bytes in a window (default: the preset's)"
     )
@@ -254,11 +256,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     precision = options.precision or faster_precision().name
     for name in options.presets:
         # The rates never change here: a budget of many steps keeps the schedule at its peak.
-        settings = TrainOptions(steps=1 << 30, batch_size=options.rows, precision=precision)
+        settings = TrainOptions(steps=1 << 30, batch_size=options.batch_size, precision=precision)
         config = configs[name]
         trainer = Trainer(config, corpus, settings)
         parts = budget(trainer, machine.timer(), options.rounds, ceilings)
-        what = f"{name}, {options.rows} windows of {config.context}, {precision}"
+        what = f"{name}, {options.batch_size} windows of {config.context}, {precision}"
         lines = table(what, parts)
         print(*lines, sep="\n", flush=True)
         rows += [{"preset": name, **asdict(part)} for part in parts]

@@ -1,4 +1,4 @@
-"""`python -m bench.tune [op...] --minutes 4`: find launch configs on this GPU, write them as data.
+"""Find launch configurations on this GPU, and write them as data: `python -m bench.tune [op...]`.
 
 From a kernel's default config the sweep goes downhill, one value at a time. Each config is compiled
 ahead on all cores, where one that spills or does not fit is dropped, and held to the same tolerance
@@ -32,7 +32,7 @@ from stlm_kernels.registry import OPS
 from stlm_kernels.spec import Case, OpSpec
 
 from .harness import environment
-from .harness.jobs import CaseData, Job, cases_of, heads_of, our_entries, passes_of, task_of
+from .harness.jobs import CaseData, Job, cases_of, our_entries, passes_of, roots_of, task_of
 from .harness.results import write_json
 from .harness.timing import Gpu, timed_rounds
 from .resources import sources_sha256
@@ -50,7 +50,7 @@ Usable = Callable[["Target", Sequence[Config]], list[Config]]
 
 @dataclass(frozen=True)
 class Target:
-    """One kernel in one bucket of shapes, and the first case that reaches it."""
+    """Kernel in one bucket of shapes, and the first case that reaches it."""
 
     spec: OpSpec
     case: Case
@@ -65,7 +65,7 @@ class Target:
 
 
 def lookups(run: Callable[[], Any]) -> list[tuple[str, str, Config]]:
-    """(kernel, bucket, default) of each config that `run` asks for, its own ops or others'."""
+    """Return (kernel, bucket, default) of each config that `run` asks for."""
     found: list[tuple[str, str, Config]] = []
 
     def watch(kernel: str, bucket: str, default: Config, device: torch.device) -> Config:
@@ -86,7 +86,7 @@ def lookups(run: Callable[[], Any]) -> list[tuple[str, str, Config]]:
 def targets(
     spec: OpSpec, direction: str, case: Case, run: Callable[[], Any], known: set[str]
 ) -> Iterator[Target]:
-    """What this case reaches in this pass that was not met before."""
+    """Yield the kernels and buckets that this case reaches first."""
     for kernel, bucket, default in lookups(run):
         key = f"{kernel}/{bucket}"
         if key not in known:
@@ -95,7 +95,7 @@ def targets(
 
 
 def neighbours(config: Config) -> Iterator[Config]:
-    """One value changed at a time: the number of stages by one, all others by a factor of two."""
+    """Yield configs with one value changed: stages by one, others by a factor of two."""
     for key, value in config.items():
         steps = (value - 1, value + 1) if key == "num_stages" else (value // 2, value * 2)
         for step in steps:
@@ -111,7 +111,7 @@ def sweep(
     deadline: float,
     start: Config | None = None,
 ) -> Entry | None:
-    """The fastest right config met on the way down from the default before `deadline`.
+    """Return the fastest correct config met on the way down from the default before `deadline`.
 
     From the best config so far all neighbours are tried, until none is faster. None where not even
     the default was right. `start` is where an earlier sweep ended.
@@ -152,7 +152,7 @@ def sweep(
 
 
 def _measured(target: Target, config: Config, data: CaseData, measure: Measure) -> float | None:
-    """Microseconds, or None for a config whose result is wrong or that does not run."""
+    """Return microseconds, or None for a config whose result is wrong or that does not run."""
     try:
         with _launch.overriding({target.kernel: config}):
             us = measure(target.spec, target.case, target.direction, data) * 1e6
@@ -168,7 +168,7 @@ def _first_line(error: Exception) -> str:
 
 
 class Compilers:
-    """Processes that compile configs for a GPU, into the cache that the launch will read.
+    """Pool of processes that compile configs for a GPU, into the cache that the launch will read.
 
     Args:
         arch: compute capability without the dot, e.g. 90.
@@ -185,9 +185,9 @@ class Compilers:
         )
 
     def usable(self, target: Target, configs: Sequence[Config]) -> list[Config]:
-        """Those that compile, fit, and do not spill."""
-        place = (target.spec.name, target.case.name, target.kernel)
-        jobs = [self.pool.submit(_objection, *place, c, self.arch, self.dtype) for c in configs]
+        """Return the configs that compile, fit, and do not spill."""
+        where = (target.spec.name, target.case.name, target.kernel)
+        jobs = [self.pool.submit(_objection, *where, c, self.arch, self.dtype) for c in configs]
         objections = [job.result() for job in jobs]
         for config, objection in zip(configs, objections, strict=True):
             if objection:
@@ -198,7 +198,7 @@ class Compilers:
 def _objection(
     op: str, case_name: str, kernel: str, config: Config, arch: int, dtype: torch.dtype
 ) -> str:
-    """Why a config is not worth a launch; empty if it is."""
+    """Return the reason why a config is not worth a launch; empty if it is."""
     torch.set_num_threads(1)
     spec = OPS[op]
     case = next(case for case in spec.cases if case.name == case_name)
@@ -208,8 +208,8 @@ def _objection(
     except Exception as error:  # whatever a compiler raises
         return _first_line(error)
     name = f"stlm_{kernel}"
-    mine = [x for x in reports if x.kernel == name]
-    for found in mine or [x for x in reports if x.kernel.startswith(name)]:  # two share a config
+    own = [x for x in reports if x.kernel == name]
+    for found in own or [x for x in reports if x.kernel.startswith(name)]:  # two share a config
         if found.spill_instructions:
             return f"{found.spill_instructions} spills"
         if found.occupancy <= 0:
@@ -218,11 +218,11 @@ def _objection(
 
 
 def measured_on(gpu: Gpu) -> Measure:
-    """Judge our kernels under the config in force, then time them."""
+    """Return a function that checks our kernels under the config in force, then times them."""
 
     def measure(spec: OpSpec, case: Case, direction: str, data: CaseData) -> float:
         entry = our_entries(spec, ["triton"])[0]
-        fresh = replace(entry, name=f"triton {time.monotonic_ns()}")  # judged anew each time
+        fresh = replace(entry, name=f"triton {time.monotonic_ns()}")  # checked anew each time
         data.errors_of(fresh, entry.function)
         samples = data.samples(gpu.sample_count(data.sample_bytes()))
         task = task_of(Job(spec, case, direction, entry), samples, entry.function)
@@ -243,7 +243,7 @@ def tune(
     old: dict[str, Entry],
     stamp: str,
 ) -> Iterator[tuple[str, Entry]]:
-    """Entries of the config file, ("<kernel>/<bucket>", what was found), as they are found.
+    """Yield entries of the config file, ("<kernel>/<bucket>", entry), as they are found.
 
     Args:
         found: what may be swept.
@@ -279,7 +279,7 @@ def _settled(entry: Entry | None, stamp: str) -> bool:
 def all_targets(
     specs: Sequence[OpSpec], tag: str, dtype: torch.dtype, device: torch.device
 ) -> list[Target]:
-    """Every kernel and bucket that the cases reach; nothing is launched to find out."""
+    """Return every kernel and bucket that the cases reach; nothing is launched to find out."""
     found: list[Target] = []
     known: set[str] = set()
     for spec in specs:
@@ -293,17 +293,17 @@ def all_targets(
 def _runner(
     spec: OpSpec, case: Case, direction: str, dtype: torch.dtype, device: torch.device
 ) -> Callable[[], Any]:
-    """One run of our kernels in a pass, on the case's inputs."""
+    """Return a function that runs our kernels in a pass, on the case's inputs."""
 
     def run() -> None:
         inputs = spec.make_inputs(case, dtype, device, 0)
         leaves = [inputs[name] for name in spec.grad_args if inputs.get(name) is not None]
         for leaf in leaves:
             leaf.requires_grad_(direction == "bwd")
-        heads = heads_of(spec.op(**inputs, impl="triton"))
-        if heads:
-            upstream = [torch.randn_like(x) for x in heads]
-            torch.autograd.grad(heads, leaves, upstream, allow_unused=True)
+        roots = roots_of(spec.op(**inputs, impl="triton"))
+        if roots:
+            upstream = [torch.randn_like(x) for x in roots]
+            torch.autograd.grad(roots, leaves, upstream, allow_unused=True)
 
     return run
 
@@ -314,7 +314,7 @@ def entries_of_file(path: Path) -> dict[str, Entry]:
 
 
 def write(path: Path, about: dict[str, Any], entries: dict[str, Entry]) -> None:
-    """Merge into what the file already holds; whole or not at all."""
+    """Merge entries into the file, whole or not at all."""
     old = entries_of_file(path)
     kept = {key: about[key] for key in ("device", "torch", "triton", "commit", "date")}
     write_json(path, kept | {"configs": dict(sorted((old | entries).items()))})

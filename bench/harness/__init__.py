@@ -1,1 +1,1 @@
-"""What the benchmark run and the commands share."""
+"""Helpers that the benchmark run and the commands share."""

@@ -1,7 +1,7 @@
-"""The ops as a model in stock PyTorch would spell them, called as `stlm_models` calls ours.
+"""Baseline ops in plain PyTorch, with the signatures that `stlm_models` calls.
 
-Each is the eager peer that the benchmarks of its op know. Its preparation is part of the step:
-lengths of documents are asked for once, rotary tables are laid out for the rows in every layer.
+Each is an eager peer from the benchmarks of its op. Its preparation is part of the step: lengths of
+documents are asked for once, rotary tables are laid out for the positions in every layer.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def linear_cross_entropy(
     )
 
 
-STOCK: Ops = {
+BASELINE_OPS: Ops = {
     function.__name__: function
     for function in (
         byte_pool,
@@ -118,17 +118,17 @@ STOCK: Ops = {
         linear_cross_entropy,
     )
 }
-"""What a training step calls."""
+"""The ops that a training step calls."""
 
 
 def with_impl(impl: str) -> Ops:
-    """Our own ops, by one implementation."""
-    return {name: partial(getattr(stlm_kernels, name), impl=impl) for name in STOCK}
+    """Return the library's own ops, by one implementation."""
+    return {name: partial(getattr(stlm_kernels, name), impl=impl) for name in BASELINE_OPS}
 
 
 @contextmanager
 def ops_replaced(ops: Ops) -> Iterator[None]:
-    """Let every module of `stlm_models` call these in place of the library's ops of their names."""
+    """Replace the library's ops of these names in every module of `stlm_models`."""
     with ExitStack() as stack:
         for path, module in list(sys.modules.items()):
             if not path.startswith("stlm_models."):

@@ -1,4 +1,4 @@
-"""Facts of a run: device, versions, commit, date, and how busy the machine was."""
+"""Facts of a run: device, versions, commit, date, and the load of the machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .timing import Ceilings
 
 
 def describe(device: torch.device, commit: str | None = None) -> dict[str, Any]:
-    """Return what figures of time depend on: `software`, and the state of the machine."""
+    """Return the facts that times depend on: `software`, and the state of the machine."""
     on_gpu = device.type == "cuda"
     about = software(device, commit)
     return about | {
@@ -30,7 +30,7 @@ def describe(device: torch.device, commit: str | None = None) -> dict[str, Any]:
 
 
 def software(device: torch.device, commit: str | None = None) -> dict[str, Any]:
-    """Return device, versions, commit and date, all that counted figures depend on."""
+    """Return device, versions, commit and date: all that counted figures depend on."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "python": platform.python_version(),
@@ -77,7 +77,7 @@ def _gpu_state() -> str:
 
 
 def header(about: dict[str, Any], ceilings: Ceilings | None) -> str:
-    """Two or three lines that every figure below them needs."""
+    """Format the facts of a run as two or three lines."""
     configs = "tuned launch configs" if about["tuned"] else "default launch configs"
     lines = [
         f"{about['device']}, {about['threads']} threads; torch {about['torch']}, "
@@ -102,7 +102,7 @@ def header(about: dict[str, Any], ceilings: Ceilings | None) -> str:
 
 
 def busy_warning(about: dict[str, Any]) -> list[str]:
-    """A process makes a load of its own threads once it runs; at the start it should be idle."""
+    """Return a warning where the machine was busy at the start: later a run makes a load itself."""
     if about.get("load", 0.0) <= 0.5:
         return []
     return [f"THE MACHINE WAS BUSY (load {about['load']:.1f} at the start): do not quote"]

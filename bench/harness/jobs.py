@@ -1,4 +1,4 @@
-"""What is timed: an entry in a pass of a case, on inputs whose result was judged first."""
+"""Jobs to time: one entry in one pass of one case, on inputs whose result was checked first."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ..peers import PEERS
 from ..peers.entry import Entry
 
 PASSES = ("fwd", "bwd", "fwd+bwd", "no-grad")
-JUDGED_ELEMENTS = 1 << 20
-"""A larger result is judged by rows spread over it, the first and the last among them."""
+CHECKED_ELEMENTS = 1 << 20
+"""A larger result is checked by rows spread over it, the first and the last among them."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One line of the results: an entry in a pass of a case."""
+    """Line of the results: an entry in a pass of a case."""
 
     spec: OpSpec
     case: Case
@@ -40,7 +40,7 @@ class Job:
 
 
 def our_entries(spec: OpSpec, impls: Sequence[str]) -> list[Entry]:
-    """Our implementations, the one that a user gets by default first."""
+    """Return our implementations, the default first."""
     covered = [impl for impl in impls if impl == "torch" or spec.kernels]
     return [Entry(impl, partial(spec.op, impl=impl), ours=True) for impl in covered]
 
@@ -54,7 +54,7 @@ def passes_of(spec: OpSpec) -> tuple[str, ...]:
 
 
 def cases_of(spec: OpSpec, tag: str) -> list[Case]:
-    """A machine's "bench" or "bench_cpu"; "bench_full", a GPU's sweep; "smoke", one to rehearse."""
+    """Return cases by tag: "bench" (GPU), "bench_full" (its sweep), "bench_cpu", "smoke" (one)."""
     if tag == "smoke":
         return spec.tagged(tag)[:1]
     return spec.tagged("bench", "bench_full") if tag == "bench_full" else spec.tagged(tag)
@@ -67,7 +67,7 @@ def _longest_pass(spec: OpSpec) -> tuple[str, ...]:
 def jobs(
     specs: Iterable[OpSpec], tag: str, impls: Sequence[str], few_compiled: bool
 ) -> Iterator[Job]:
-    """Every job, in the order in which inputs are shared best.
+    """Yield every job, in the order in which inputs are shared best.
 
     Args:
         specs: the ops.
@@ -89,7 +89,7 @@ def jobs(
 
 
 def left_out(specs: Iterable[OpSpec], tag: str) -> Iterator[tuple[str, str]]:
-    """(op, sentence) for each peer that cannot run some case, and why."""
+    """Yield (op, sentence) for each peer that cannot run some case, and the reason."""
     for spec in specs:
         sentences = [
             f"{entry.name}: {reason}"
@@ -111,9 +111,9 @@ class Sample:
 
 @dataclass(frozen=True)
 class Task:
-    """A job on its inputs: `run(prepare(sample))`, of which only `run` is timed.
+    """Job on its inputs: `run(prepare(sample))`, of which only `run` is timed.
 
-    What users never run as a CUDA graph is not capturable.
+    Not capturable is work that users never run as a CUDA graph.
     """
 
     samples: Sequence[Any]
@@ -123,7 +123,7 @@ class Task:
 
 
 def task_of(job: Job, samples: Sequence[Sample], function: Callable[..., Any]) -> Task:
-    """The task of a job; a backward pass gets a fresh graph each time, made untimed."""
+    """Make the task of a job; a backward pass gets a fresh graph each time, made untimed."""
     converted = [replace(x, inputs=job.entry.convert(x.inputs)) for x in samples]
 
     def forward(sample: Sample) -> Any:
@@ -134,11 +134,11 @@ def task_of(job: Job, samples: Sequence[Sample], function: Callable[..., Any]) -
             return function(**sample.inputs)
 
     def graph_of(sample: Sample) -> tuple[list[Tensor], Sample]:
-        return heads_of(forward(sample)), sample
+        return roots_of(forward(sample)), sample
 
     def backward(graph: tuple[list[Tensor], Sample]) -> Any:
-        heads, sample = graph
-        return torch.autograd.grad(heads, sample.leaves, sample.upstream, allow_unused=True)
+        roots, sample = graph
+        return torch.autograd.grad(roots, sample.leaves, sample.upstream, allow_unused=True)
 
     def both(sample: Sample) -> Any:
         return backward(graph_of(sample))
@@ -153,13 +153,13 @@ def _outputs(result: Any) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else list(result)
 
 
-def heads_of(result: Any) -> list[Tensor]:
-    """The outputs that a gradient can flow into."""
+def roots_of(result: Any) -> list[Tensor]:
+    """Return the outputs that require gradients: the roots of a backward pass."""
     return [x for x in _outputs(result) if x.requires_grad]
 
 
 class CaseData:
-    """The inputs of one case, what is right for them, and who was judged already."""
+    """Inputs of one case, the reference results, and the errors of entries checked so far."""
 
     def __init__(self, spec: OpSpec, case: Case, dtype: torch.dtype, device: torch.device) -> None:
         self.spec, self.case = spec, case
@@ -175,12 +175,12 @@ class CaseData:
         for name in present:
             inputs[name] = inputs[name].detach().requires_grad_()
         if upstream is None:
-            heads = heads_of(self.spec.op(**inputs, impl="torch")) if present else []
-            upstream = [torch.randn_like(x) for x in heads]
+            roots = roots_of(self.spec.op(**inputs, impl="torch")) if present else []
+            upstream = [torch.randn_like(x) for x in roots]
         return Sample(inputs, [inputs[name] for name in present], upstream)
 
     def samples(self, count: int) -> list[Sample]:
-        """The first sample and copies of it elsewhere in memory."""
+        """Return the first sample and copies of it elsewhere in memory."""
         copies = [
             self._sample(_mapped(self.first.inputs, Tensor.clone), [*map(Tensor.clone, upstream)])
             for upstream in [self.first.upstream] * (count - 1)
@@ -201,7 +201,7 @@ class CaseData:
         return self._functions[entry.name]
 
     def _set_oracle(self) -> None:
-        """fp64: the looping reference where the case is small, else the yardstick widened."""
+        """Compute results in fp64: by the reference for small cases, else by the yardstick."""
         spec, first = self.spec, self.first
         oracle = spec.reference if "smoke" in self.case.tags else spec.yardstick
         floats = any(x.is_floating_point() for x in _tensors(first.inputs))
@@ -211,21 +211,23 @@ class CaseData:
             _mapped(first.inputs, lambda x: move(x) if x.is_floating_point() or not floats else x),
             [x.double() for x in first.upstream],
         )
-        self._want = _judged(oracle, wide)
-        self._stock = _judged(spec.yardstick, first) if floats else self._want
+        self._want = _results(oracle, wide)
+        self._yardstick = _results(spec.yardstick, first) if floats else self._want
 
     def errors_of(self, entry: Entry, function: Callable[..., Any]) -> dict[str, float]:
-        """Relative RMS error of each result and gradient.
+        """Check an entry; return the relative RMS error of each result and gradient.
 
         Raises:
             AssertionError: ours breaks the tolerance rule, or a peer computes something else.
         """
         if entry.name not in self._errors:
             sample = replace(self.first, inputs=entry.convert(self.first.inputs))
-            got = _judged(function, sample)
+            got = _results(function, sample)
             names = self._names(len(got))
-            for name, x, want, stock in zip(names, got, self._want, self._stock, strict=True):
-                self._assert_right(entry, name, x, want, stock)
+            for name, x, want, yardstick in zip(
+                names, got, self._want, self._yardstick, strict=True
+            ):
+                self._assert_right(entry, name, x, want, yardstick)
             self._errors[entry.name] = {
                 name: relative_rms(x, want)
                 for name, x, want in zip(names, got, self._want, strict=True)
@@ -239,7 +241,7 @@ class CaseData:
         return [*(["out"] if outputs == 1 else [f"out{i}" for i in range(outputs)]), *gradients]
 
     def _assert_right(
-        self, entry: Entry, name: str, got: Tensor, want: Tensor, stock: Tensor
+        self, entry: Entry, name: str, got: Tensor, want: Tensor, yardstick: Tensor
     ) -> None:
         label = f"{self.spec.name}: {entry.name}: {name}"
         if not want.is_floating_point():
@@ -248,7 +250,7 @@ class CaseData:
             argument = name.removeprefix("gradient of ")
             exact = argument in self.spec.exact(self.case)
             rows = argument in self.spec.row_args
-            assert_matches(got, want, stock, name=label, exact=exact, rows=rows)
+            assert_matches(got, want, yardstick, name=label, exact=exact, rows=rows)
         elif not (entry.loose_gradients and name.startswith("gradient")):
             # Half the digits: a peer may round more often than we do, but not compute another thing
             error, allowed = relative_rms(got, want), torch.finfo(got.dtype).eps ** 0.5
@@ -263,29 +265,29 @@ def _mapped(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
     return {k: change(x.detach()) if isinstance(x, Tensor) else x for k, x in inputs.items()}
 
 
-def _judged(function: Callable[..., Any], sample: Sample) -> list[Tensor]:
-    """The rows that are judged of every output, then of every gradient."""
+def _results(function: Callable[..., Any], sample: Sample) -> list[Tensor]:
+    """Run a function; return the rows to check of every output, then of every gradient."""
     outputs = _outputs(function(**sample.inputs))
-    heads = heads_of(outputs)
+    roots = roots_of(outputs)
     gradients: Sequence[Tensor | None] = []
-    if heads:
-        gradients = torch.autograd.grad(heads, sample.leaves, sample.upstream, allow_unused=True)
+    if roots:
+        gradients = torch.autograd.grad(roots, sample.leaves, sample.upstream, allow_unused=True)
     filled = [
         torch.zeros_like(leaf) if grad is None else grad
         for leaf, grad in zip(sample.leaves, gradients, strict=True)
     ]
-    return [_spread_rows(x.detach()) for x in [*outputs, *filled]]
+    return [_sampled_rows(x.detach()) for x in [*outputs, *filled]]
 
 
-def _spread_rows(x: Tensor) -> Tensor:
-    if x.numel() <= JUDGED_ELEMENTS:
+def _sampled_rows(x: Tensor) -> Tensor:
+    if x.numel() <= CHECKED_ELEMENTS:
         return x
-    count = max(1, JUDGED_ELEMENTS * x.shape[0] // x.numel())
+    count = max(1, CHECKED_ELEMENTS * x.shape[0] // x.numel())
     return x[torch.linspace(0, x.shape[0] - 1, count, dtype=torch.float64).long().to(x.device)]
 
 
 def relative_rms(got: Tensor, want: Tensor) -> float:
-    """NaN where only one of them is: it passes no comparison."""
+    """Return the relative RMS error; NaN, which passes no comparison, where only one is NaN."""
     got, want = got.double().cpu(), want.double().cpu()
     if want.numel() == 0 or torch.equal(got, want):
         return 0.0

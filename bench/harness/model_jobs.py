@@ -1,4 +1,4 @@
-"""Whole training steps and generation as lines of the results: what is timed, and judged first."""
+"""Jobs of whole training steps and generation, whose results are checked before they are timed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from stlm_models.data.loader import Batch, Loader
 from stlm_models.presets import preset
 from stlm_models.training.trainer import Trainer, TrainOptions
 
-from .baseline_ops import STOCK, Ops, ops_replaced, with_impl
+from .baseline_ops import BASELINE_OPS, Ops, ops_replaced, with_impl
 from .jobs import Task, relative_rms
 from .timing import Cpu, Gpu
 
@@ -30,7 +30,7 @@ CONTEXT_ON_CPU = 1024
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """A model in one spelling of its ops, or one way to generate with it.
+    """Model with one set of ops, or one way to generate with it.
 
     Args:
         name: what tables and test names call it.
@@ -46,13 +46,13 @@ class ModelEntry:
 
 
 OURS = ModelEntry("ours", ours=True)
-STOCK_OPS = ModelEntry("stock ops", STOCK)
+BASELINE = ModelEntry("baseline ops", BASELINE_OPS)
 CACHED, RECOMPUTED = ModelEntry("ours, cached", ours=True), ModelEntry("whole text again")
 
 
 @dataclass(frozen=True)
 class ModelJob:
-    """One line of the results: a preset's step, or texts of one length, in one of its entries."""
+    """Line of the results: a preset's step, or texts of one length, in one of its entries."""
 
     family: str
     preset: str
@@ -80,7 +80,7 @@ class ModelJob:
 
 
 def model_jobs(machine: Cpu | Gpu, rehearsal: bool, full: bool) -> list[ModelJob]:
-    """Steps of the presets that this machine takes a moment for, and texts of few bytes.
+    """Return jobs for steps of the presets that are short on this machine, and for short texts.
 
     Compiling takes a minute or more: of one preset on a GPU, of more with `full`.
     """
@@ -106,20 +106,20 @@ def _step_sizes(name: str, on_gpu: bool, rehearsal: bool) -> tuple[tuple[str, in
     context = preset(name).context
     if not on_gpu:
         context = 64 if rehearsal else min(context, CONTEXT_ON_CPU)
-    return ("rows", 8 if on_gpu else 1), ("context", context)
+    return ("batch", 8 if on_gpu else 1), ("context", context)
 
 
 def step_entries(on_gpu: bool, with_compiled: bool) -> list[ModelEntry]:
     entries = [OURS, *([ModelEntry("torch", with_impl("torch"), ours=True)] if on_gpu else [])]
-    entries.append(STOCK_OPS)
+    entries.append(BASELINE)
     if with_compiled:
-        entries += [replace(x, name=f"compiled {x.name}", compiled=True) for x in (OURS, STOCK_OPS)]
+        entries += [replace(x, name=f"compiled {x.name}", compiled=True) for x in (OURS, BASELINE)]
     return entries
 
 
 @dataclass
 class ModelWork:
-    """A judged task, and the facts of its line."""
+    """Checked task, and the facts of its line."""
 
     task: Task
     real_bytes: int
@@ -127,7 +127,7 @@ class ModelWork:
 
 
 class Models:
-    """What the model jobs of a run share: what the first entry of a case gave, to compare with.
+    """Shared state of the model jobs: the first entry's result, which the others must equal.
 
     Args:
         machine: where they run.
@@ -140,8 +140,8 @@ class Models:
         self._flops = 0
 
     @contextmanager
-    def judged(self, job: ModelJob) -> Iterator[ModelWork]:
-        """The job's work, whose result was found equal to the first entry's of its case.
+    def checked(self, job: ModelJob) -> Iterator[ModelWork]:
+        """Yield the job's work, its result checked against the first entry's of its case.
 
         Raises:
             AssertionError: another loss, other gradients or another text, or none that is finite.
@@ -191,7 +191,7 @@ class Models:
         return first
 
     def describe(self, job: ModelJob, work: ModelWork) -> dict[str, Any]:
-        """`extra_info` of the line, before it is timed."""
+        """Return `extra_info` of the line, before it is timed."""
         return work.facts | {
             "op": job.family,
             "case": job.case,
@@ -211,7 +211,7 @@ def _corpus() -> Corpus:
 
 
 class SameBatch(Loader):
-    """The first batch for every step: a trainer's own thread has it ready when a step begins."""
+    """Loader of the first batch only: a trainer's own thread has it ready when a step begins."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._batch = trainer.windows.batch(0).to(trainer.device)
@@ -221,10 +221,10 @@ class SameBatch(Loader):
 
 
 def trainer_of(job: ModelJob, machine: Cpu | Gpu) -> Trainer:
-    """A trainer whose model has the same parameters for every entry, and the same batch."""
+    """Make a trainer with the same parameters and the same batch for every entry."""
     precision = "bf16" if machine.dtype == torch.bfloat16 else "fp32"
     # So many steps that the learning rate never changes.
-    options = TrainOptions(steps=1 << 30, batch_size=job["rows"], precision=precision)
+    options = TrainOptions(steps=1 << 30, batch_size=job["batch"], precision=precision)
     trainer = Trainer(replace(preset(job.preset), context=job["context"]), _corpus(), options)
     trainer.loader = SameBatch(trainer)
     fill_zeros(trainer.model)
@@ -242,7 +242,7 @@ def fill_zeros(model: STLM) -> None:
 
 
 def loss_and_gradients(trainer: Trainer) -> tuple[Tensor, Tensor]:
-    """Mean nats per byte of the batch, and all gradients behind each other."""
+    """Return mean nats per byte of the batch, and all gradients concatenated."""
     batch = trainer.loader.batch(0)
     with trainer.autocast():
         loss_sum, n_valid = trainer.compute(
@@ -254,7 +254,7 @@ def loss_and_gradients(trainer: Trainer) -> tuple[Tensor, Tensor]:
 
 
 def _flops(trainer: Trainer) -> int:
-    """Of forward and backward: what the model costs, not its optimiser."""
+    """Count the FLOPs of forward and backward, without the optimiser."""
     with FlopCounterMode(display=False) as counter:
         loss_and_gradients(trainer)
     return counter.get_total_flops()
@@ -269,7 +269,7 @@ def model_of(job: ModelJob, machine: Cpu | Gpu) -> STLM:
 
 
 def prompts_of(job: ModelJob) -> list[bytes]:
-    """Pieces of the corpus, all of one length."""
+    """Return consecutive chunks of the corpus, all of one length."""
     text, length = b"".join(_corpus().train), job["prompt"]
     return [text[k * length : (k + 1) * length] for k in range(job["batch"])]
 
@@ -280,7 +280,7 @@ def cached(model: STLM, prompts: Sequence[bytes], new: int) -> list[bytes]:
 
 @torch.no_grad()
 def recomputed(model: STLM, prompts: Sequence[bytes], new: int) -> list[bytes]:
-    """The likeliest bytes, the whole text read again for each; prompts of one length."""
+    """Generate greedily, reading the whole text again for each byte; prompts of one length."""
     ids = torch.tensor(
         [[*prompt] for prompt in prompts], dtype=torch.int16, device=model.embedding.weight.device
     )

@@ -1,8 +1,8 @@
-"""The library's ops as one writes them at first in stock PyTorch, for a whole model at once.
+"""Naive ops in plain PyTorch, for a whole model at once.
 
 Patches are padded to rectangles, embeddings of all bytes and all logits are in memory, masks are
-dense; elsewhere the compositions of `bench.stock` are what one writes. Each function computes what
-the op of its name does, for what the models ask of it.
+dense; the other ops are those of `baseline_ops`. Each function computes what the op of its name
+does, for the options that the models use.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from stlm_kernels import Patches
 
 from ..peers.find_patches import by_search, patches_by_document
-from .baseline_ops import STOCK, Ops
+from .baseline_ops import BASELINE_OPS, Ops
 
 
 def find_patches(byte_ids: Tensor, *, max_patches: int | None = None, **options: object) -> Patches:
@@ -48,30 +48,30 @@ def attention(
 
 
 def _padded(x: Tensor, cu_rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Segments of x (T, ...) as a rectangle (n, longest, ...) with zeros, and where they are."""
-    borders = cu_rows.long()
-    lengths = borders.diff()
+    """Return segments of x (T, ...) padded to (n, longest, ...) with zeros, and their mask."""
+    boundaries = cu_rows.long()
+    lengths = boundaries.diff()
     inside = torch.arange(int(lengths.max()), device=x.device) < lengths[:, None]
     padded = x.new_zeros(*inside.shape, *x.shape[1:])
-    padded[inside] = x[: int(borders[-1])]
+    padded[inside] = x[: int(boundaries[-1])]
     return padded, inside
 
 
 def _masked_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-    """(B, T, H, K) under a dense (T, T) mask, key heads repeated."""
-    places = torch.arange(q.shape[1], device=q.device)
-    back = places[:, None] - places
+    """Attend (B, T, H, K) under a dense (T, T) mask, key heads repeated."""
+    positions = torch.arange(q.shape[1], device=q.device)
+    back = positions[:, None] - positions
     mask = (back >= 0) & (back < (q.shape[1] if window is None else window))
     repeats = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(repeats, 2).transpose(1, 2) for x in (k, v))
     return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, mask).transpose(1, 2)
 
 
-NAIVE: Ops = {
-    **STOCK,
+NAIVE_OPS: Ops = {
+    **BASELINE_OPS,
     "find_patches": find_patches,
     "byte_pool": byte_pool,
     "segment_pool": segment_pool,
     "attention": attention,
 }
-"""For `bench.stock.ops_replaced`."""
+"""For `ops_replaced`."""

@@ -1,4 +1,4 @@
-"""Result files: each command writes the same form, so that one reader serves all of them."""
+"""Result files: every command writes the same form, which one reader reads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Result:
-    """What one run of a command measured.
+    """Measurements of one run of a command.
 
     Args:
         command: the command line.
@@ -68,7 +68,7 @@ def read_benchmarks(path: Path) -> Record:
 
 
 def is_of_benchmarks(values: Any) -> bool:
-    """Whether `pytest bench/` wrote these values."""
+    """Return True for what `pytest bench/` writes."""
     return (
         isinstance(values, dict)
         and "benchmarks" in values
@@ -89,13 +89,13 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write values so that the file holds all of them or what it held before."""
+    """Write values; the file holds all of them or what it held before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, (json.dumps(values, indent=1) + "\n").encode())
 
 
 def command_line(module: str, arguments: Sequence[str] | None) -> str:
-    """The line that started a command; None stands for the arguments of the process."""
+    """Return the line that started a command; None stands for the arguments of the process."""
     return shlex.join(["python", "-m", module, *(sys.argv[1:] if arguments is None else arguments)])
 
 
@@ -106,7 +106,7 @@ def add_result_options(parser: argparse.ArgumentParser, folder: str = "out/bench
 
 
 def result_path(wanted: Path | None, name: str, parser: argparse.ArgumentParser) -> Path:
-    """The path of a result, tried before the work, which would be lost otherwise."""
+    """Return the path of a result, tried before the work, which would be lost otherwise."""
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
     path = wanted or Path("out/bench") / f"{name}-{stamp}.json"
     try:

@@ -1,4 +1,4 @@
-"""What the jobs of one benchmark run share: the machine, the current case's data, the results."""
+"""Shared state of a benchmark run: the machine, the current case's data, the results."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .model_jobs import ModelJob, Models, model_jobs
 from .timing import Ceilings, Cpu, Gpu
 
 
-class Unjudged(Exception):
-    """There is no oracle for a case, so nobody may be timed on it."""
+class Unchecked(Exception):
+    """No reference result exists for a case, so no entry may be timed on it."""
 
 
 class Session:
-    """What the jobs of one run share."""
+    """Shared state of the jobs of one run."""
 
     def __init__(
         self, machine: Cpu | Gpu, rehearsal: bool, commit: str | None = None, full: bool = False
@@ -37,14 +37,14 @@ class Session:
 
     @property
     def ceilings(self) -> Ceilings | None:
-        """Measured when the first result needs them; a rehearsal has no figures."""
+        """Rates of the machine, measured when first needed; None in a rehearsal."""
         if self._ceilings is None and not self.rehearsal:
             self._ceilings = self.machine.ceilings()
         return self._ceilings
 
     @property
     def backend(self) -> str:
-        """Of torch.compile: a rehearsal traces only."""
+        """Backend of torch.compile: a rehearsal traces only."""
         return "eager" if self.rehearsal else "inductor"
 
     @property
@@ -60,7 +60,7 @@ class Session:
         return model_jobs(self.machine, self.rehearsal, self.full)
 
     def attempt(self, job: Job | ModelJob, work: Callable[[], None]) -> str:
-        """Run what measures a job; of what cannot run here, note why, and return that.
+        """Run what measures a job; note and return the reason where it cannot run here.
 
         A peer may need more memory than there is, or a kernel that this device lacks. Ours may not,
         a wrong result is never excused, and a rehearsal is there to find errors.
@@ -68,7 +68,7 @@ class Session:
         try:
             work()
         except Exception as error:  # whatever a compiler, a launch or another library raises
-            excused = isinstance(error, Unjudged) or not job.entry.ours
+            excused = isinstance(error, Unchecked) or not job.entry.ours
             if self.rehearsal or isinstance(error, AssertionError) or not excused:
                 raise
             reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
@@ -82,9 +82,9 @@ class Session:
         return reason
 
     def _case_data(self, job: Job) -> CaseData:
-        """Inputs and oracle of the job's case, kept until another case comes."""
+        """Return inputs and reference of the job's case, kept until another case comes."""
         if self._without_oracle[0] is job.case:
-            raise Unjudged(self._without_oracle[1])
+            raise Unchecked(self._without_oracle[1])
         data = self._data
         if data is None or data.spec is not job.spec or data.case is not job.case:
             self._data = data = None  # the old inputs go before the new ones come
@@ -93,12 +93,12 @@ class Session:
                 data = CaseData(job.spec, job.case, machine.dtype, machine.device)
             except torch.OutOfMemoryError:
                 self._without_oracle = job.case, "inputs and oracle do not fit in memory"
-                raise Unjudged(self._without_oracle[1]) from None
+                raise Unchecked(self._without_oracle[1]) from None
             self._data = data
         return data
 
-    def judged_task(self, job: Job) -> tuple[Task, dict[str, float]]:
-        """The task of a job whose results were found right, and their errors."""
+    def checked_task(self, job: Job) -> tuple[Task, dict[str, float]]:
+        """Return the task of a job whose results were checked, and their errors."""
         data = self._case_data(job)
         function = data.function_of(job.entry, self.backend)
         errors = data.errors_of(job.entry, function)

@@ -1,7 +1,7 @@
-"""What the design asks of the kernels on a GPU, and of the torch path on a CPU; who met it.
+"""Targets of the kernels on a GPU, and of the torch path on a CPU.
 
-Figures in microseconds are arithmetic on one H200 and are judged there only. What a peer must take
-in terms of our time is judged on every GPU, by medians of one run.
+Figures in microseconds are arithmetic on one H200 and are judged there only. Ratios to peers
+are judged on every GPU, by medians of one run.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ Record = dict[str, Any]
 
 MEASURED_ON = "H200"
 CPU_MOST = 1.05
-"""Times the best eager stock composition, on a CPU."""
+"""Most time on a CPU, over that of the best eager composition."""
 CPU_PASSES = ("no-grad", "fwd+bwd", "step", "greedy")
-"""What a caller waits for; an op may rightly do in one half of a pass the work of the other."""
+"""Passes that a caller waits for; of their halves one may rightly do the work of the other."""
 MILLION, PATCHES = 1 << 20, 174_763
 
 
 @dataclass(frozen=True)
 class Against:
-    """Somebody who must take `factor` times as long as we do.
+    """Peer that must take `factor` times as long as ours.
 
     Args:
-        factor: below 1: how much faster he may be.
-        entry: what the names of his entries begin with, of which the fastest counts; "": ours.
-        sizes: what his case has instead of ours.
-        op: where he is another op; then `sizes` is all that names his case.
+        factor: below 1 where the peer may be faster.
+        entry: start of the names of its entries, of which the fastest counts; "": ours.
+        sizes: sizes of its case that differ from ours.
+        op: another op; then `sizes` is all that names its case.
     """
 
     factor: float
@@ -39,7 +39,7 @@ class Against:
 
 @dataclass(frozen=True)
 class Aim:
-    """What is asked of one pass of one case.
+    """Target of one pass of one case.
 
     Args:
         op: its name.
@@ -132,10 +132,10 @@ AIMS = (
     *_pooling(),
     *_projection(),
     *_attention(),
-    Aim("model-step", {"preset": "10m"}, "step", against=[Against(1.5, "compiled stock ops")]),
+    Aim("model-step", {"preset": "10m"}, "step", against=[Against(1.5, "compiled baseline ops")]),
     Aim(
         "model-step", {"preset": "100m"}, "step", share=0.4,
-        against=[Against(1.2, "compiled stock ops")],
+        against=[Against(1.2, "compiled baseline ops")],
     ),
 )  # fmt: skip
 
@@ -144,7 +144,7 @@ MET, MISSED, OPEN = " met", " MISSED", " not timed"
 
 
 def lines(records: Sequence[Record], device: str, on_gpu: bool) -> Iterator[str]:
-    """What met its target in this run and what did not; ops of which nothing was timed left out.
+    """List which targets were met in this run; ops of which nothing was timed are left out.
 
     Args:
         records: entries of pytest-benchmark's JSON.
@@ -181,40 +181,40 @@ def _judged(aim: Aim, ours: Record, records: Sequence[Record], device: str) -> I
     if aim.mib is not None:
         mib = info["peak_bytes"] / 2**20
         yield f" {mib:.0f} MiB for {aim.mib:g}{_verdict(mib <= aim.mib)}"
-    for rival in aim.against:
-        name = rival.entry or rival.op or "-".join(map(str, rival.sizes.values()))
-        peer = _rival(aim, rival, records)
+    for against in aim.against:
+        name = against.entry or against.op or "-".join(map(str, against.sizes.values()))
+        peer = _peer(aim, against, records)
         if peer is None:
             yield f" {name}{OPEN}"
             continue
         ratio = peer["stats"]["median"] / seconds
-        yield f" {ratio:.2f}x {name} for {rival.factor:.2g}x{_verdict(ratio >= rival.factor)}"
+        yield f" {ratio:.2f}x {name} for {against.factor:.2g}x{_verdict(ratio >= against.factor)}"
 
 
 def _verdict(good: bool) -> str:
     return MET if good else MISSED
 
 
-def _rival(aim: Aim, rival: Against, records: Sequence[Record]) -> Record | None:
-    op = rival.op or aim.op
-    sizes = dict(rival.sizes) if rival.op else dict(aim.sizes) | dict(rival.sizes)
-    if not rival.entry:
+def _peer(aim: Aim, against: Against, records: Sequence[Record]) -> Record | None:
+    op = against.op or aim.op
+    sizes = dict(against.sizes) if against.op else dict(aim.sizes) | dict(against.sizes)
+    if not against.entry:
         return _ours(records, op, sizes, aim.direction)
-    mine = [
+    found = [
         record
         for record in _of(records, op, sizes, aim.direction)
-        if record["extra_info"]["entry"].startswith(rival.entry)
+        if record["extra_info"]["entry"].startswith(against.entry)
         and not record["extra_info"]["ours"]
     ]
-    return min(mine, key=lambda x: x["stats"]["median"], default=None)
+    return min(found, key=lambda x: x["stats"]["median"], default=None)
 
 
 def _ours(
     records: Sequence[Record], op: str, sizes: Mapping[str, Any], direction: str
 ) -> Record | None:
-    """What a user gets by default: the first of ours."""
-    mine = (x for x in _of(records, op, sizes, direction) if x["extra_info"]["ours"])
-    return next(mine, None)
+    """Return the first of our entries: the default."""
+    found = (x for x in _of(records, op, sizes, direction) if x["extra_info"]["ours"])
+    return next(found, None)
 
 
 def _of(
@@ -227,15 +227,15 @@ def _of(
 
 
 def _cpu_lines(records: Sequence[Record]) -> Iterator[str]:
-    """What a caller waits for beside the fastest eager peer."""
+    """Compare the passes that a caller waits for with the fastest eager peer."""
     groups: dict[tuple[str, str, str], list[Record]] = {}
     for record in records:
         info = record["extra_info"]
         if info["pass"] in CPU_PASSES and not info["compiled"]:
             groups.setdefault((info["op"], info["case"], info["pass"]), []).append(record)
-    for names, mine in groups.items():
-        ours = next((x for x in mine if x["extra_info"]["ours"]), None)
-        peers = (x for x in mine if not x["extra_info"]["ours"])
+    for names, found in groups.items():
+        ours = next((x for x in found if x["extra_info"]["ours"]), None)
+        peers = (x for x in found if not x["extra_info"]["ours"])
         best = min(peers, key=lambda x: x["stats"]["median"], default=None)
         if ours is not None and best is not None:
             ratio = ours["stats"]["median"] / best["stats"]["median"]

@@ -1,4 +1,4 @@
-"""How a task is timed: on a GPU between events behind an L2 flush, on a CPU by the clock.
+"""Timing of a task: on a GPU between events behind an L2 flush, on a CPU by the clock.
 
 Everything that touches CUDA takes the `torch.cuda` module as an argument, so that the tests walk
 through it on a CPU with a stand-in.
@@ -33,7 +33,7 @@ LEAST_ROUNDS = 3
 
 @dataclass
 class Plan:
-    """What `benchmark.pedantic` gets, and what is worth recording about it."""
+    """Arguments of `benchmark.pedantic`, and what is worth recording about them."""
 
     target: Callable[..., Any]
     setup: Callable[[], Prepared]
@@ -43,13 +43,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Rates that large stock operations reach on this device in this session."""
+    """Rates that large copies and products reach on this device in this session."""
 
     copy_bytes_per_s: float
     matmul_flops_per_s: float
 
     def floor_seconds(self, nbytes: int, flops: int) -> float:
-        """No version runs faster than its bytes or its arithmetic at these rates."""
+        """Return the least time that the bytes and the arithmetic take at these rates."""
         return max(nbytes / self.copy_bytes_per_s, flops / self.matmul_flops_per_s)
 
 
@@ -60,7 +60,7 @@ def rounds_for(seconds: float, budget: float, least: int, most: int) -> int:
 def timed_rounds(
     target: Callable[..., Any], setup: Callable[[], Prepared], timer: Timer, rounds: int
 ) -> list[float]:
-    """Seconds of each round, as pytest-benchmark's pedantic mode takes them."""
+    """Return seconds of each round, taken as pytest-benchmark's pedantic mode does."""
     seconds = []
     for _ in range(rounds):
         args, kwargs = setup()
@@ -73,7 +73,7 @@ def timed_rounds(
 def interleaved_medians(
     tasks: Sequence[Task], rounds: int, timer: Timer = time.perf_counter
 ) -> list[float]:
-    """Medians of tasks that take turns, so that a drifting machine slows all of them alike."""
+    """Time tasks in turns, so that a drifting machine slows all alike; return their medians."""
     seconds: list[list[float]] = [[] for _ in tasks]
     for turn in range(rounds):
         for k in range(len(tasks)):
@@ -122,7 +122,7 @@ def _measure_ceilings(
 
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
-    """No garbage collection: a kernel or graph that it frees within a capture ends the capture."""
+    """Disable garbage collection: freeing a kernel or graph within a capture ends the capture."""
     gc.collect()
     enabled = gc.isenabled()
     gc.disable()
@@ -134,7 +134,7 @@ def _no_collection() -> Iterator[None]:
 
 
 class Cpu:
-    """One sample, no flush: the caches are what a CPU user has."""
+    """CPU timing: one sample and no flush, since the caches are what a user has."""
 
     tag = "bench_cpu"
     impls = ("torch",)
@@ -160,7 +160,7 @@ class Cpu:
         return Plan(task.run, setup, rounds, {"timed_as": "clock", "samples": 1})
 
     def peak_bytes(self, task: Task) -> int:
-        """Largest sum of what torch's allocator gave in one run: tensors, not library scratch."""
+        """Return the peak of torch's allocator in one run: tensors, not library scratch."""
         prepared = task.prepare(task.samples[0])
         activities = [torch.profiler.ProfilerActivity.CPU]
         with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
@@ -181,7 +181,7 @@ class Cpu:
 
 
 class EventTimer:
-    """The timer of GPU work, called once before and once after it.
+    """Timer of GPU work, called once before and once after it.
 
     The first call records an event and returns 0.0 without waiting, so that the work queues up
     behind the flush; the second waits and returns the seconds of one call.
@@ -207,7 +207,7 @@ class EventTimer:
 
 
 class Gpu:
-    """Rotated samples behind an L2 flush that is long enough to hide the launches.
+    """GPU timing: rotated samples behind an L2 flush that is long enough to hide the launches.
 
     Work that is shorter on the device than its launch on the host is captured instead: one graph
     of many rotated calls, whose results stay alive so that each is written somewhere else.
@@ -237,7 +237,7 @@ class Gpu:
             self._flushed.zero_()
 
     def sample_count(self, sample_bytes: int) -> int:
-        """Enough copies that three L2 caches' worth of input passes before one comes again.
+        """Return how many copies make three L2 caches' worth of input before one is used again.
 
         Of small inputs as many as a graph has calls: each finds its own flushed from the cache.
         """
@@ -245,7 +245,7 @@ class Gpu:
         return max(1, min(GRAPH_CALLS, -(-3 * l2_bytes // max(sample_bytes, 1))))
 
     def clear(self) -> None:
-        """Give back what nobody holds, so that the next one finds it whole."""
+        """Give back unused memory, so that the next job finds it whole."""
         gc.collect()
         self._cuda.empty_cache()
 
@@ -270,7 +270,7 @@ class Gpu:
         return plan
 
     def _host_seconds(self, task: Task) -> float:
-        """From the call to its return, with the device idle before: what launching costs."""
+        """Return seconds from call to return on an idle device: the cost of launching."""
         seconds = []
         for sample in [task.samples[0]] * 5:
             prepared = task.prepare(sample)
@@ -299,7 +299,7 @@ class Gpu:
         plan.info["timed_as"] = f"graph of {GRAPH_CALLS} calls"
 
     def _refuse_waits(self, task: Task) -> None:
-        """A wait inside a capture can leave torch's allocator unusable, so look for one before."""
+        """Look for waits first: one inside a capture can leave torch's allocator unusable."""
         prepared = task.prepare(task.samples[0])
         self._cuda.set_sync_debug_mode("error")
         try:

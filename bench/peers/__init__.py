@@ -1,4 +1,4 @@
-"""Peers of each op: stock PyTorch compositions, written by us, and other libraries.
+"""Peers of each op: compositions in plain PyTorch, written by us, and other libraries.
 
 A peer gets its inputs in the form that suits it best (`convert` is not timed): ids in the dtype it
 is fastest with, the patch of each byte where it needs one. It must compute what the op computes.

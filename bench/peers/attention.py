@@ -1,4 +1,4 @@
-"""Stock ways to attention: SDPA and its backends, blocks of a window, FlexAttention."""
+"""Peers of attention: SDPA and its backends, blocks of a window, FlexAttention."""
 
 from __future__ import annotations
 
@@ -18,27 +18,29 @@ from .attention_varlen import FLA, VARLEN
 from .entry import Entry, compiled, lengths_of
 from .installed import on_gpu, own_keys
 
-DENSE_ROWS = 16_384
-"""Rows beyond which a mask of all scores, or the scores themselves, do not fit beside the rest."""
+DENSE_TOKENS = 16_384
+"""Tokens beyond which a mask of all scores, or the scores, do not fit in memory."""
 NO_DOCUMENT, BEFORE_ALL = -1, -2
 
 
 def heads_first(inputs: Inputs) -> Inputs:
-    """Contiguous (B, H, T, K): what SDPA likes best."""
+    """Return batched operands, which SDPA gets as (B, H, T, K)."""
     operands = {name: inputs[name] for name in ("q", "k", "v")}
     if operands["q"].dim() == 3:
         operands = {name: x[None] for name, x in operands.items()}
     return {**operands, "scale": inputs["scale"], "packed": inputs["q"].dim() == 3}
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float | None, packed: bool, **how: Any) -> Tensor:
+def sdpa(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, packed: bool, **options: Any
+) -> Tensor:
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
         scale=scale,
         enable_gqa=q.shape[2] != k.shape[2],
-        **how,
+        **options,
     ).transpose(1, 2)
     return out[0] if packed else out
 
@@ -53,7 +55,12 @@ def _by_backend(backend: SDPBackend, **inputs: Any) -> Tensor:
 
 
 def _dense_only(case: Case) -> str | None:
-    special = {"W": "window", "S": "documents", "left": "window", "TK": "causal rows at the end"}
+    special = {
+        "W": "window",
+        "S": "documents",
+        "left": "window",
+        "TK": "queries at the end of more keys",
+    }
     missing = [name for key, name in special.items() if key in case.sizes]
     return f"it has no {' and no '.join(missing)}" if missing else None
 
@@ -63,20 +70,20 @@ def _gpu_and_dense(case: Case) -> str | None:
 
 
 def _with_mask(inputs: Inputs) -> Inputs:
-    """The mask is made once, untimed: kinder to the peer than a step of training is."""
+    """Make the mask once, untimed, which favours the peer."""
     q = inputs["q"]
-    borders, key_borders = inputs.get("cu_seqlens"), inputs.get("cu_seqlens_k")
+    boundaries, key_boundaries = inputs.get("cu_seqlens"), inputs.get("cu_seqlens_k")
     lengths = q.shape[-3], inputs["k"].shape[-3]
-    rows, keys = (torch.arange(length, device=q.device) for length in lengths)
-    both = boundaries_of(borders, key_borders, *lengths, q.device)
-    seen = seen_mask(rows, keys, inputs.get("causal", True), inputs["window"], *both)
+    tokens, keys = (torch.arange(length, device=q.device) for length in lengths)
+    both = boundaries_of(boundaries, key_boundaries, *lengths, q.device)
+    seen = seen_mask(tokens, keys, inputs.get("causal", True), inputs["window"], *both)
     return heads_first(inputs) | {"attn_mask": seen}
 
 
 def _masked(case: Case) -> str | None:
     if not {"W", "S", "left", "TK"} & set(case.sizes):
         return "is_causal serves dense calls"
-    if case["T"] > DENSE_ROWS:
+    if case["T"] > DENSE_TOKENS:
         return f"a mask of {case['T']} squared does not fit"
     return None
 
@@ -111,17 +118,17 @@ def made_block_mask(seen: Callable[..., Tensor], length: int, device: torch.devi
     from torch.nn.attention.flex_attention import create_block_mask
 
     # Eager, it forms the mask of all scores on its way.
-    make = torch.compile(create_block_mask) if length > DENSE_ROWS else create_block_mask
+    make = torch.compile(create_block_mask) if length > DENSE_TOKENS else create_block_mask
     return make(seen, None, None, length, length, device=str(device))
 
 
 def _block_mask(inputs: Inputs) -> Any:
-    q, window, borders = inputs["q"], inputs["window"], inputs.get("cu_seqlens")
+    q, window, boundaries = inputs["q"], inputs["window"], inputs.get("cu_seqlens")
     length = q.shape[-3]
-    rows = torch.arange(length, device=q.device)
-    document = torch.zeros_like(rows)
-    if borders is not None:
-        document = torch.searchsorted(borders.long(), rows, right=True)
+    tokens = torch.arange(length, device=q.device)
+    document = torch.zeros_like(tokens)
+    if boundaries is not None:
+        document = torch.searchsorted(boundaries.long(), tokens, right=True)
     reach = length if window is None else window
 
     def seen(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
@@ -148,7 +155,7 @@ def flex_inputs(inputs: Inputs) -> Inputs:
 
 
 def _flex_with_mask(**inputs: Any) -> Tensor:
-    """A step whose documents are new: the mask is built in it."""
+    """Build the mask within the call, as a step with new documents must."""
     return flex(**heads_first(inputs), block_mask=_block_mask(inputs))
 
 
@@ -156,14 +163,14 @@ def _flex_with_mask(**inputs: Any) -> Tensor:
 
 
 def _batched(inputs: Inputs) -> Inputs:
-    """(B, T, H, K), and the document of each row."""
+    """Return (B, T, H, K) operands, and the document of each token."""
     q = inputs["q"]
     operands = {name: inputs[name] if q.dim() == 4 else inputs[name][None] for name in "qkv"}
-    borders = inputs.get("cu_seqlens")
-    rows = torch.arange(operands["q"].shape[1], device=q.device)
-    documents = torch.zeros_like(rows)
-    if borders is not None:
-        documents = torch.searchsorted(borders.long(), rows, right=True)
+    boundaries = inputs.get("cu_seqlens")
+    tokens = torch.arange(operands["q"].shape[1], device=q.device)
+    documents = torch.zeros_like(tokens)
+    if boundaries is not None:
+        documents = torch.searchsorted(boundaries.long(), tokens, right=True)
     own = {"window": inputs["window"], "scale": inputs["scale"], "packed": q.dim() == 3}
     return operands | own | {"documents": documents}
 
@@ -186,16 +193,16 @@ def _windowed(
 
 
 def _with_previous(x: Tensor) -> Tensor:
-    """(B, blocks, H, W, K) -> (B, blocks, H, 2 W, K): the block before, zeros at first, and own."""
+    """Put the block before (zeros at first) ahead of each: (B, blocks, H, W, K) to 2 W."""
     before = F.pad(x, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1]
     return torch.cat((before, x), dim=3)
 
 
 def _mask(window: int, documents: Tensor, scores: Tensor) -> Tensor:
-    """0 where a row may look, -inf elsewhere: (blocks, 1, window, 2 window), like scores."""
+    """Return 0 where a query may attend, else -inf: (blocks, 1, window, 2 window), like scores."""
     length, device = documents.shape[0], scores.device
     blocks = -(-length // window)
-    # Padding rows see each other, so that no row of scores is empty and turns into NaN.
+    # Padding tokens attend to each other, so that no softmax is over nothing and turns into NaN.
     documents = F.pad(documents, (0, blocks * window - length), value=NO_DOCUMENT)
     keys = F.pad(documents, (window, 0), value=BEFORE_ALL).unfold(0, 2 * window, window)
     same = documents.view(blocks, window, 1) == keys[:, None]

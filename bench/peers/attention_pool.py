@@ -1,4 +1,4 @@
-"""Stock compositions of attention_pool."""
+"""Peers of attention_pool."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ MOST_BATCH = 65_535
 """Where the second and third dimension of a CUDA grid stop, and with them some SDPA backends."""
 
 
-def _with_rows_by_patch(inputs: Inputs) -> Inputs:
-    """The row of each place in a (P, Lmax) rectangle, and which places hold a byte."""
-    borders = inputs["cu_patchlens"].long()
-    lengths = borders.diff()
+def _with_padded_patches(inputs: Inputs) -> Inputs:
+    """Lay out the bytes of each patch in a padded (P, Lmax) rectangle, with its mask."""
+    boundaries = inputs["cu_patchlens"].long()
+    lengths = boundaries.diff()
     longest = max(1, int(lengths.max())) if len(lengths) else 1
-    slots = torch.arange(longest, device=borders.device)
+    slots = torch.arange(longest, device=boundaries.device)
     inside = slots < lengths[:, None]
     converted = {name: x for name, x in inputs.items() if name != "cu_patchlens"}
     return converted | {
-        "rows": torch.where(inside, borders[:-1, None] + slots, 0),
+        "rows": torch.where(inside, boundaries[:-1, None] + slots, 0),
         "filled": (lengths > 0)[:, None, None],
-        "inside": inside | (slots == 0),  # an empty patch sees a byte, so that nothing is NaN
+        "inside": inside | (slots == 0),  # an empty patch attends to a byte, so that nothing is NaN
     }
 
 
@@ -53,10 +53,10 @@ def _padded_sdpa(
 
 
 def _with_patch_ids(inputs: Inputs) -> Inputs:
-    borders = inputs["cu_patchlens"].long()
-    end = int(borders[-1])
+    boundaries = inputs["cu_patchlens"].long()
+    end = int(boundaries[-1])
     rows = {name: inputs[name][:end] for name in ("key", "value")}
-    return inputs | rows | {"patch_ids": torch.repeat_interleave(borders.diff())}
+    return inputs | rows | {"patch_ids": torch.repeat_interleave(boundaries.diff())}
 
 
 def _scatter_softmax(
@@ -83,7 +83,7 @@ def _scatter_softmax(
     return pooled.flatten(1, 2).to(key.dtype)
 
 
-_PADDED_SDPA = Entry("padded SDPA", _padded_sdpa, _with_rows_by_patch)
+_PADDED_SDPA = Entry("padded SDPA", _padded_sdpa, _with_padded_patches)
 _SCATTER_SOFTMAX = Entry("scatter softmax", _scatter_softmax, _with_patch_ids)
 
 PEERS: dict[str, tuple[Entry, ...]] = {

@@ -1,6 +1,6 @@
-"""Attention to packed documents in kernels of others: torch's varlen_attn, flash-linear-attention.
+"""Peers of attention to packed documents: torch's varlen_attn, flash-linear-attention.
 
-Both serve dense batches too: every row of the batch as a document.
+Both serve dense batches too: every sequence of the batch as a document.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _takes(module: str, name: str, argument: str) -> bool:
 
 
 def _why_not(module: str, name: str) -> str | None:
-    """Why this machine has no such function with a window, or None."""
+    """Return the reason why this machine has no such function with a window, or None."""
     missing = why_missing(module, name)
     if missing is None and not _takes(module, name, "window_size"):
         missing = f"this {name} has no window"
@@ -44,8 +44,8 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, **options
 def _varlen_inputs(inputs: Inputs) -> Inputs:
     q, cu, window = inputs["q"], inputs.get("cu_seqlens"), inputs["window"]
     if cu is None:
-        rows = q.shape[:-2].numel()
-        cu = torch.arange(0, rows + 1, q.shape[-3], dtype=torch.int32, device=q.device)
+        tokens = q.shape[:-2].numel()
+        cu = torch.arange(0, tokens + 1, q.shape[-3], dtype=torch.int32, device=q.device)
     # A torch that does not ask whether heads are grouped takes them as they come.
     grouped = (
         {"enable_gqa": q.shape[-2] != inputs["k"].shape[-2]}
@@ -65,10 +65,10 @@ def _varlen_reason(case: Case) -> str | None:
 
 
 def _patch_inputs(inputs: Inputs) -> Inputs:
-    """Every patch as a document, without a window."""
-    borders = {"window": None, "cu_seqlens": inputs["cu_patchlens"]}
+    """Give every patch as a document, without a window."""
+    documents = {"window": None, "cu_seqlens": inputs["cu_patchlens"]}
     reach = -1, 0 if inputs["causal"] else -1
-    return _varlen_inputs(inputs | borders) | {"window_size": reach}
+    return _varlen_inputs(inputs | documents) | {"window_size": reach}
 
 
 def _fla(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
@@ -79,7 +79,7 @@ def _fla(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
 
 
 def _fla_inputs(inputs: Inputs) -> Inputs:
-    """It asks for borders in 64 bits; a window of w is the row itself and w - 1 before it."""
+    """Give offsets in int64; a window of w is the token itself and w - 1 before it."""
     cu = inputs.get("cu_seqlens")
     return {name: inputs[name] for name in ("q", "k", "v", "scale")} | {
         "window_size": inputs["window"],

@@ -1,4 +1,4 @@
-"""Stock compositions of byte_pool."""
+"""Peers of byte_pool."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .segment_pool import index_add, patch_of, segment_reduce
 
 def _with_id_dtype(dtype: torch.dtype) -> Callable[[Inputs], Inputs]:
     def convert(inputs: Inputs) -> Inputs:
-        borders = inputs["cu_patchlens"]
-        ids = inputs["byte_ids"][: int(borders[-1])]
-        return inputs | {"byte_ids": ids.to(dtype), "cu_patchlens": borders.to(dtype)}
+        boundaries = inputs["cu_patchlens"]
+        ids = inputs["byte_ids"][: int(boundaries[-1])]
+        return inputs | {"byte_ids": ids.to(dtype), "cu_patchlens": boundaries.to(dtype)}
 
     return convert
 
@@ -30,7 +30,7 @@ def _with_patch_ids(inputs: Inputs) -> Inputs:
 
 
 def _no_gain(case: Case) -> str | None:
-    return "it has no gain for the place of a byte in its patch" if "L" in case.sizes else None
+    return "it has no gain for the position of a byte in its patch" if "L" in case.sizes else None
 
 
 def _mean_without_gain(case: Case) -> str | None:

@@ -1,4 +1,4 @@
-"""Stock compositions of attention over a cache: one query for each sequence."""
+"""Peers of decode_attention: one query for each sequence."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .entry import Entry, compiled
 
 
 def _with_mask(inputs: Inputs) -> Inputs:
-    """(B, 1, 1, C) bool in place of the lengths; the mask is made outside the timing."""
+    """Replace the lengths by a (B, 1, 1, C) bool mask, made outside the timing."""
     k_cache, lens = inputs["k_cache"], inputs["cache_lens"].long()[:, None]
-    places = torch.arange(k_cache.shape[1], device=k_cache.device)
+    positions = torch.arange(k_cache.shape[1], device=k_cache.device)
     window = k_cache.shape[1] if inputs["window"] is None else inputs["window"]
-    mask = (places < lens) & (places >= lens - window)
+    mask = (positions < lens) & (positions >= lens - window)
     names = ("q", "k_cache", "v_cache", "scale")
     return {name: inputs[name] for name in names} | {"mask": mask[:, None, None]}
 
@@ -27,8 +27,8 @@ def _without_cap(case: Case) -> str | None:
     return "it has no softcap" if "cap" in case.sizes else None
 
 
-def _seeing_something(case: Case) -> str | None:
-    """A query that sees nothing makes NaN of a softmax."""
+def _never_empty(case: Case) -> str | None:
+    """Refuse empty caches: a softmax over nothing is NaN."""
     return _without_cap(case) or ("a cache is empty" if case["lens"] == "ragged" else None)
 
 
@@ -45,7 +45,7 @@ def _sdpa_gqa(q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: Any, mask: Ten
 
 
 def _sdpa_grouped(q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: Any, mask: Tensor) -> Tensor:
-    """The queries of a key head as rows, so that no head is repeated."""
+    """Attend with the queries of a key head as one sequence, so that no head is repeated."""
     kv_heads = k_cache.shape[2]
     out = F.scaled_dot_product_attention(
         q.unflatten(1, (kv_heads, -1)),
@@ -66,7 +66,7 @@ def _matmul(q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: Any, mask: Tenso
     return (weights @ v_cache.transpose(1, 2)).flatten(1, 2)
 
 
-_MATMUL = Entry("matmul, softmax, matmul", _matmul, _with_mask, _seeing_something)
+_MATMUL = Entry("matmul, softmax, matmul", _matmul, _with_mask, _never_empty)
 
 PEERS: dict[str, tuple[Entry, ...]] = {
     "decode_attention": (

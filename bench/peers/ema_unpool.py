@@ -1,4 +1,4 @@
-"""Stock compositions of the smoothing of patch states."""
+"""Peers of ema_unpool."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ LONGEST_LOOP = 64
 
 
 def _with_documents(inputs: Inputs) -> Inputs:
-    """The document of each patch, and which patches are in one; rows of a table for the bytes."""
+    """Add the document of each patch, and which patches are in one; 1-based ids for the bytes."""
     inputs = dict(inputs)
     patches, device = inputs["gate"].shape[0], inputs["gate"].device
-    borders = inputs.pop("cu_seqlens", None)
-    if borders is None:
-        borders = torch.tensor([0, patches], device=device)
-    places = torch.arange(patches, device=device)
-    document = torch.searchsorted(borders, places.to(borders.dtype), right=True)
-    live = (document < borders.shape[0]).to(inputs["gate"].dtype)
+    boundaries = inputs.pop("cu_seqlens", None)
+    if boundaries is None:
+        boundaries = torch.tensor([0, patches], device=device)
+    positions = torch.arange(patches, device=device)
+    document = torch.searchsorted(boundaries, positions.to(boundaries.dtype), right=True)
+    live = (document < boundaries.shape[0]).to(inputs["gate"].dtype)
     rows = inputs.pop("read_ids").long() + 1
     return inputs | {"document": document, "live": live, "rows": rows}
 
@@ -59,7 +59,7 @@ def _chunked_matmul(
     rows: Tensor,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """State-space duality: decays as differences of summed logarithms, chunks as products."""
+    """Smooth by state-space duality: decays from summed logarithms, chunks as products."""
     patches = gate.shape[0]
     missing = -patches % CHUNK
     gate, document = F.pad(gate * live, (0, missing)).float(), F.pad(document, (0, missing))
@@ -76,7 +76,7 @@ def _chunked_matmul(
 
 
 def _decays(logs: Tensor, document: Tensor) -> Tensor:
-    """(..., n, n): what a place keeps of each place before it in its document."""
+    """Return (..., n, n): the weight of each earlier position in the same document."""
     kept = (document[..., :, None] == document[..., None, :]).tril()
     differences = logs[..., :, None] - logs[..., None, :]
     return differences.masked_fill(~kept, -torch.inf).exp()

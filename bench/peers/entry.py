@@ -1,4 +1,4 @@
-"""One implementation of one op, as the benchmarks see it."""
+"""Entries of the benchmarks: one implementation of one op each."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from stlm_kernels.spec import Case, Inputs
 
 @dataclass(frozen=True)
 class Entry:
-    """One implementation of one op.
+    """Implementation of one op.
 
     Args:
-        name: what tables and test names call it.
+        name: the name in tables and tests.
         function: takes the converted inputs as keyword arguments; returns what the op returns.
         convert: makes those from the op's own inputs, outside the timing.
-        unsupported: why it cannot run a case, or None.
+        unsupported: returns the reason why it cannot run a case, or None.
         ours: held to the library's tolerance rule; peers may be less exact.
         compiled: run through torch.compile.
-        loose_gradients: why its gradients rightly differ from ours; recorded, not asserted.
+        loose_gradients: why its gradients rightly differ from ours; measured, not asserted.
     """
 
     name: str
@@ -40,7 +40,7 @@ def compiled(peer: Entry) -> Entry:
 
 
 @functools.lru_cache(maxsize=16)
-def lengths_of(borders: Tensor) -> list[int]:
-    """Rows of each document; on a GPU it waits, so layers that share the tensor ask once."""
-    lengths: list[int] = borders.diff().tolist()
+def lengths_of(boundaries: Tensor) -> list[int]:
+    """Return the length of each document; cached, since a GPU must wait for it."""
+    lengths: list[int] = boundaries.diff().tolist()
     return lengths

@@ -1,4 +1,4 @@
-"""Stock compositions of find_patches.
+"""Peers of find_patches.
 
 Document after document, as BLT's patcher does, and all at once, as H-Net numbers its chunks.
 """
@@ -21,7 +21,7 @@ MASKS = ("patch_start_mask", "patch_end_mask")
 
 
 def by_comparison(starts: Tensor, positions: Tensor) -> Tensor:
-    """BLT's way: every patch against every byte of the document."""
+    """Number bytes as BLT does: every patch against every byte of the document."""
     return (starts[:, None] <= positions[None]).sum(0) - 1
 
 
@@ -30,19 +30,19 @@ def by_search(starts: Tensor, positions: Tensor) -> Tensor:
 
 
 def patches_by_document(number: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Any]:
-    """Document after document, as BLT's patcher does: borders, lengths, long patches split."""
+    """Find patches document after document, as BLT's patcher does; long patches are split."""
 
     def find(byte_ids: Tensor, **options: Any) -> tuple[Tensor, ...]:
-        borders = options.get("cu_seqlens")
-        edges = [0, len(byte_ids)] if borders is None else borders.tolist()
+        boundaries = options.get("cu_seqlens")
+        edges = [0, len(byte_ids)] if boundaries is None else boundaries.tolist()
         lengths, patch_ids, read_ids, documents = [], [], [], [0]
         for begin, end in pairwise(edges):
-            pieces = _document_patches(byte_ids, begin, end, number, options)
+            found = _document_patches(byte_ids, begin, end, number, options)
             before = documents[-1]
-            lengths.append(pieces[0])
-            patch_ids.append(pieces[1] + before)
-            read_ids.append(torch.where(pieces[2] < 0, -1, pieces[2] + before))
-            documents.append(before + len(pieces[0]))
+            lengths.append(found[0])
+            patch_ids.append(found[1] + before)
+            read_ids.append(torch.where(found[2] < 0, -1, found[2] + before))
+            documents.append(before + len(found[0]))
         offsets = F.pad(torch.cat(lengths).cumsum(0), (1, 0))
         unused = (options.get("max_patches") or documents[-1]) - documents[-1]
         tail = (0, len(byte_ids) - edges[-1])
@@ -65,15 +65,15 @@ def _document_patches(
     number: Callable[[Tensor, Tensor], Tensor],
     options: dict[str, Any],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Lengths, patch and readable patch of each byte, numbered within the document."""
+    """Return lengths, then patch and readable patch of each byte, numbered within the document."""
     positions = torch.arange(end - begin, device=byte_ids.device)
     masks = {name: mask[begin:end] for name, mask in options.items() if name in MASKS}
-    closed = closes(byte_ids[begin:end], positions, options | masks)
-    begins = closed.roll(1)
+    is_end = patch_ends(byte_ids[begin:end], positions, options | masks)
+    is_start = is_end.roll(1)
     if options.get("patch_start_mask") is not None:
-        begins = begins | options["patch_start_mask"][begin:end]
-    begins[:1] = True
-    starts = begins.nonzero().flatten()
+        is_start = is_start | options["patch_start_mask"][begin:end]
+    is_start[:1] = True
+    starts = is_start.nonzero().flatten()
     lengths = F.pad(starts, (0, 1), value=end - begin).diff()
     limit = options.get("max_patch_len")
     if limit is not None:
@@ -82,12 +82,12 @@ def _document_patches(
         starts = lengths.cumsum(0) - lengths
     patch_ids = number(starts, positions)
     if limit is not None:
-        closed = closed | (positions - starts[patch_ids] + 1 == limit)
-    return lengths, patch_ids, torch.where(closed, patch_ids, patch_ids - 1)
+        is_end = is_end | (positions - starts[patch_ids] + 1 == limit)
+    return lengths, patch_ids, torch.where(is_end, patch_ids, patch_ids - 1)
 
 
-def closes(ids: Tensor, positions: Tensor, options: dict[str, Any]) -> Tensor:
-    """Which bytes end a patch, its length apart; positions count from the document's start."""
+def patch_ends(ids: Tensor, positions: Tensor, options: dict[str, Any]) -> Tensor:
+    """Return which bytes end a patch, its length aside; positions are within the document."""
     if options.get("patch_start_mask") is not None:
         return torch.zeros_like(positions, dtype=torch.bool)
     if options.get("patch_end_mask") is not None:
@@ -103,43 +103,43 @@ def closes(ids: Tensor, positions: Tensor, options: dict[str, Any]) -> Tensor:
 
 
 def _with_documents(inputs: Inputs) -> Inputs:
-    """Borders in int64; bytes of no document are left out."""
-    borders = inputs.get("cu_seqlens")
-    if borders is None:
-        borders = torch.tensor([0, len(inputs["byte_ids"])])
-    borders = borders.to(inputs["byte_ids"].device, torch.int64)
-    end = int(borders[-1])
+    """Give boundaries in int64, and only the bytes of documents."""
+    boundaries = inputs.get("cu_seqlens")
+    if boundaries is None:
+        boundaries = torch.tensor([0, len(inputs["byte_ids"])])
+    boundaries = boundaries.to(inputs["byte_ids"].device, torch.int64)
+    end = int(boundaries[-1])
     kept = {
         name: x[:end] if name in ("byte_ids", "patch_start_mask", "patch_end_mask") else x
         for name, x in inputs.items()
     }
-    return kept | {"cu_seqlens": borders, "total": len(inputs["byte_ids"])}
+    return kept | {"cu_seqlens": boundaries, "total": len(inputs["byte_ids"])}
 
 
 def _running_sums(
     byte_ids: Tensor, cu_seqlens: Tensor, total: int, **options: Any
 ) -> tuple[Tensor, ...]:
-    """Patches are numbered by a sum of their beginnings; a running maximum splits long ones."""
+    """Number patches by a running sum of their starts; a running maximum splits long ones."""
     first = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff(), output_size=len(byte_ids))
-    places = torch.arange(len(first), device=byte_ids.device)
-    closed = closes(byte_ids, places - first, options)
-    begins = (places == first) | F.pad(closed, (1, 0))[:-1]
+    positions = torch.arange(len(first), device=byte_ids.device)
+    is_end = patch_ends(byte_ids, positions - first, options)
+    is_start = (positions == first) | F.pad(is_end, (1, 0))[:-1]
     if options.get("patch_start_mask") is not None:
-        begins = begins | options["patch_start_mask"]
+        is_start = is_start | options["patch_start_mask"]
     limit = options.get("max_patch_len")
     if limit is not None:
-        along = (places - torch.where(begins, places, 0).cummax(0).values) % limit
-        begins, closed = begins | (along == 0), closed | (along == limit - 1)
-    counts = begins.cumsum(0)
+        along = (positions - torch.where(is_start, positions, 0).cummax(0).values) % limit
+        is_start, is_end = is_start | (along == 0), is_end | (along == limit - 1)
+    counts = is_start.cumsum(0)
     patch_ids = counts - 1
-    read_ids = torch.where(closed, patch_ids, patch_ids - 1)
+    read_ids = torch.where(is_end, patch_ids, patch_ids - 1)
     read_ids = torch.where(read_ids < patch_ids[first], -1, read_ids)
     documents = F.pad(counts, (1, 0))[cu_seqlens]
     if (max_patches := options.get("max_patches")) is None:
-        offsets = F.pad(begins.nonzero().flatten(), (0, 1), value=len(first))
+        offsets = F.pad(is_start.nonzero().flatten(), (0, 1), value=len(first))
     else:
         offsets = first.new_full((max_patches + 1,), len(first))
-        offsets = offsets.scatter_reduce(0, patch_ids, places, "amin")
+        offsets = offsets.scatter_reduce(0, patch_ids, positions, "amin")
     tail = (0, total - len(first))
     patch_ids, read_ids = F.pad(patch_ids, tail, value=-1), F.pad(read_ids, tail, value=-1)
     results = (offsets, patch_ids, read_ids, documents[-1], documents)

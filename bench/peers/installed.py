@@ -1,4 +1,4 @@
-"""Functions of other libraries that may be installed: found, never required."""
+"""Functions of other libraries, used where they are installed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stlm_kernels.spec import Case
 
 @functools.cache  # called within what is timed
 def _found(module: str, name: str) -> tuple[Any, str | None]:
-    """A function of another library, or None and the reason."""
+    """Return a function of another library, or None and the reason."""
     library = module.split(".", 1)[0]
     if importlib.util.find_spec(library) is None:
         return None, f"no {library} is installed"
@@ -27,19 +27,18 @@ def _found(module: str, name: str) -> tuple[Any, str | None]:
 
 
 def function_of(module: str, name: str) -> Any:
-    """A function of another library, or None where this machine has none."""
+    """Return a function of another library, or None where this machine has none."""
     return _found(module, name)[0]
 
 
 def why_missing(module: str, name: str) -> str | None:
-    """Why `function_of` gives None, or None where it does not."""
+    """Return the reason why `function_of` gives None, or None."""
     return _found(module, name)[1]
 
 
 def own_keys(case: Case) -> str | None:
-    """Why a peer of attention that is not asked for them cannot run a case with more keys than
-    rows, or a window of two sides."""
-    return "it is not asked for other keys" if {"TK", "left"} & set(case.sizes) else None
+    """Refuse more keys than queries and two-sided windows, which these peers do not serve."""
+    return "it is not used with other keys" if {"TK", "left"} & set(case.sizes) else None
 
 
 def on_gpu(case: Case) -> str | None:

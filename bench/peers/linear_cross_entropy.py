@@ -1,4 +1,4 @@
-"""Stock compositions of the projection and its loss."""
+"""Peers of linear_cross_entropy, linear_logprobs and linear_kl_div."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _logits(inputs: Inputs) -> Tensor:
 
 
 def _plain_head(case: Case) -> str | None:
-    """The benchmark's cases have no cap and no padded table; a peer would need code for each."""
+    """Refuse a cap and a padded table: a peer would need code for each."""
     special = {"cap", "valid"} & set(case.sizes)
     return f"it has no {' and no '.join(sorted(special))}" if special else None
 
@@ -40,7 +40,7 @@ def _linear_cross_entropy(**inputs: Any) -> Any:
 
 
 def _torch_linear_cross_entropy(chunked: bool, **inputs: Any) -> Tensor:
-    """Without options torch takes its reference, which forms and keeps all logits."""
+    """Call torch's op; without options it takes its reference, which keeps all logits."""
     fused = F.linear_cross_entropy  # type: ignore[attr-defined]
     return fused(
         inputs["input"],
@@ -56,7 +56,7 @@ def _has_torch_linear_cross_entropy(case: Case) -> str | None:
     if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         return "this torch has no F.linear_cross_entropy with options"
     if {"lse", "smoothing"} & set(case.sizes):
-        return "it gives no lse, and smooths on its unfused path alone"
+        return "it gives no lse, and smooths only on its unfused path"
     return _plain_head(case)
 
 
@@ -76,14 +76,14 @@ def _linear_kl_div(**inputs: Any) -> Tensor:
 
 # Losses of other libraries
 
-NOT_ASKED_FOR = ("bias", "cap", "valid", "smoothing", "z", "scale", "weights", "lse")
+NOT_USED = ("bias", "cap", "valid", "smoothing", "z", "scale", "weights", "lse")
 
 
 def _reason(module: str, name: str) -> Callable[[Case], str | None]:
     def unsupported(case: Case) -> str | None:
-        special = set(NOT_ASKED_FOR) & set(case.sizes)
+        special = set(NOT_USED) & set(case.sizes)
         if special:
-            return f"it is not asked for {' and '.join(sorted(special))}"
+            return f"it is not used with {' and '.join(sorted(special))}"
         return why_missing(module, name) or on_gpu(case)
 
     return unsupported
@@ -97,7 +97,7 @@ _CCE = ("cut_cross_entropy", "linear_cross_entropy")
 
 
 def _liger(**inputs: Any) -> Tensor:
-    """Its autograd function: what stands around it needs another library."""
+    """Call Liger's autograd function: the module around it needs another library."""
     loss: Tensor = function_of(*_LIGER).apply(
         inputs["input"],
         inputs["linear_weight"],
@@ -113,7 +113,7 @@ def _liger(**inputs: Any) -> Tensor:
 
 
 def _cce(**inputs: Any) -> Tensor:
-    """Without its filter of small gradients; every release knows these arguments."""
+    """Call CCE without its filter of small gradients; every release has these arguments."""
     operands = inputs["input"], inputs["linear_weight"], inputs["target"]
     loss: Tensor = function_of(*_CCE)(
         *operands, reduction=inputs["reduction"], filter_eps=None, impl="cce"

@@ -1,4 +1,4 @@
-"""Stock compositions of the draw of next ids."""
+"""Peers of linear_sample."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _argmax(**inputs: Any) -> Tensor:
 
 
 def _likeliest(**inputs: Any) -> tuple[Tensor, Tensor]:
-    """Probabilities, in falling order and cut by top-k and top-p, and their ids."""
+    """Return probabilities in falling order, cut by top-k and top-p, and their ids."""
     z = _logits(inputs).float() / inputs["temperature"]
     count = z.shape[-1] if inputs["top_k"] is None else inputs["top_k"]
     ranked, order = z.topk(count)
@@ -46,7 +46,7 @@ def _likeliest(**inputs: Any) -> tuple[Tensor, Tensor]:
 
 
 def _race(**inputs: Any) -> Tensor:
-    """As gpt-fast draws, without a wait: the largest of the probabilities over exponentials."""
+    """Draw as gpt-fast does, without a wait: the largest probability over an exponential."""
     mass, order = _likeliest(**inputs)
     first = (mass / torch.empty_like(mass).exponential_()).argmax(-1, keepdim=True)
     return order.gather(-1, first)[..., 0]

@@ -1,4 +1,4 @@
-"""Stock compositions of hashed n-gram embeddings."""
+"""Peers of ngram_embedding."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from .entry import Entry, compiled
 DEFAULT_MULTIPLIER = 1_000_000_007
 
 
-def _with_places(inputs: Inputs) -> Inputs:
-    """int64 ids of the documents, the place of each in its own, and how many bytes have none."""
+def _with_positions(inputs: Inputs) -> Inputs:
+    """Give int64 ids of documents, the position of each in its own, and the bytes outside."""
     ids = inputs["byte_ids"].long()
-    borders = inputs.get("cu_seqlens", torch.tensor([0, ids.shape[0]])).to(ids)
-    starts = torch.repeat_interleave(borders[:-1], borders.diff())
+    boundaries = inputs.get("cu_seqlens", torch.tensor([0, ids.shape[0]])).to(ids)
+    starts = torch.repeat_interleave(boundaries[:-1], boundaries.diff())
     last = starts.shape[0]
-    others = {name: x for name, x in inputs.items() if name != "cu_seqlens"}
-    return others | {
+    kept = {name: x for name, x in inputs.items() if name != "cu_seqlens"}
+    return kept | {
         "byte_ids": ids[:last],
-        "places": torch.arange(last, device=ids.device) - starts,
-        "homeless": ids.shape[0] - last,
+        "positions": torch.arange(last, device=ids.device) - starts,
+        "outside": ids.shape[0] - last,
     }
 
 
 def _sum_of_embeddings(
     byte_ids: Tensor,
     ngram_sizes: tuple[int, ...],
-    places: Tensor,
-    homeless: int,
+    positions: Tensor,
+    outside: int,
     multipliers: tuple[int, ...] | None = None,
     **tables: Any,
 ) -> Tensor:
     shifted = [byte_ids] + [
-        F.pad(byte_ids, (back, 0))[:-back].masked_fill(places < back, 0)
+        F.pad(byte_ids, (back, 0))[:-back].masked_fill(positions < back, 0)
         for back in range(1, max(ngram_sizes))
     ]
     rows = []
@@ -51,9 +51,9 @@ def _sum_of_embeddings(
     out = rows[0]
     for row in rows[1:]:
         out = out + row
-    return F.pad(out, (0, 0, 0, homeless)) if homeless else out
+    return F.pad(out, (0, 0, 0, outside)) if outside else out
 
 
-_EMBEDDINGS = Entry("shifts + F.embedding", _sum_of_embeddings, _with_places)
+_EMBEDDINGS = Entry("shifts + F.embedding", _sum_of_embeddings, _with_positions)
 
 PEERS: dict[str, tuple[Entry, ...]] = {"ngram_embedding": (_EMBEDDINGS, compiled(_EMBEDDINGS))}

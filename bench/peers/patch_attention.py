@@ -1,4 +1,4 @@
-"""Stock ways to attention within patches: folded batches, SDPA by patch, FlexAttention."""
+"""Peers of patch_attention: folded batches, SDPA by patch, FlexAttention."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from .entry import Entry, compiled
 from .installed import on_gpu
 
 
-def _folded_rows(inputs: Inputs) -> Inputs:
-    """Where each slot of each patch lies; slots that no byte fills repeat the first."""
-    borders = inputs["cu_patchlens"].long()
-    starts, lengths = borders[:-1], borders.diff()
-    slots = torch.arange(int(lengths.max()), device=borders.device)
+def _fold_inputs(inputs: Inputs) -> Inputs:
+    """Give the byte of each slot of each patch; empty slots repeat the first."""
+    boundaries = inputs["cu_patchlens"].long()
+    starts, lengths = boundaries[:-1], boundaries.diff()
+    slots = torch.arange(int(lengths.max()), device=boundaries.device)
     valid = slots < lengths[:, None]
-    rows = starts[:, None] + torch.where(valid, slots, 0)
+    indices = starts[:, None] + torch.where(valid, slots, 0)
     own = {name: inputs[name] for name in ("q", "k", "v", "causal", "scale")}
-    return own | {"rows": rows.clamp(max=inputs["q"].shape[0] - 1), "valid": valid}
+    return own | {"indices": indices.clamp(max=inputs["q"].shape[0] - 1), "valid": valid}
 
 
 def _one_length(case: Case) -> str | None:
@@ -37,36 +37,36 @@ def _short(case: Case) -> str | None:
     return None if case["T"] // case["P"] <= 64 else "its padding does not fit for long patches"
 
 
-def _fold(x: Tensor, rows: Tensor, valid: Tensor, padded: bool) -> Tensor:
-    """(P, H, L, K); patches of one length need no gather."""
-    shape = (*rows.shape, *x.shape[1:])
-    x = x.index_select(0, rows.flatten()).view(shape) if padded else x.view(shape)
+def _fold(x: Tensor, indices: Tensor, valid: Tensor, padded: bool) -> Tensor:
+    """Fold bytes into (P, H, L, K); patches of one length need no gather."""
+    shape = (*indices.shape, *x.shape[1:])
+    x = x.index_select(0, indices.flatten()).view(shape) if padded else x.view(shape)
     return x.transpose(1, 2)
 
 
-def _hidden(valid: Tensor, causal: bool) -> Tensor:
-    """(P, 1, L or 1, L) bool, True: seen."""
+def _visible(valid: Tensor, causal: bool) -> Tensor:
+    """Return a bool mask (P, 1, L or 1, L), True where a query may attend."""
     seen = valid[:, None, None]
     length = valid.shape[1]
     return seen & seen.new_ones(length, length).tril() if causal else seen
 
 
-def _unfold(out: Tensor, rows: Tensor, valid: Tensor, padded: bool, total: int) -> Tensor:
+def _unfold(out: Tensor, indices: Tensor, valid: Tensor, padded: bool, total: int) -> Tensor:
     flat = out.transpose(1, 2).flatten(0, 1)
     if not padded:
         return flat
     kept = valid.flatten()
-    return flat.new_zeros(total, *flat.shape[1:]).index_copy(0, rows.flatten()[kept], flat[kept])
+    return flat.new_zeros(total, *flat.shape[1:]).index_copy(0, indices.flatten()[kept], flat[kept])
 
 
 def _folded(
     attend: Callable[..., Tensor], padded: bool, q: Tensor, k: Tensor, v: Tensor,
-    rows: Tensor, valid: Tensor, causal: bool, scale: float | None,
+    indices: Tensor, valid: Tensor, causal: bool, scale: float | None,
 ) -> Tensor:  # fmt: skip
     total = q.shape[0]
-    q, k, v = (_fold(x, rows, valid, padded) for x in (q, k, v))
-    seen = _hidden(valid, causal) if padded or causal else None
-    return _unfold(attend(q, k, v, seen, scale), rows, valid, padded, total)
+    q, k, v = (_fold(x, indices, valid, padded) for x in (q, k, v))
+    seen = _visible(valid, causal) if padded or causal else None
+    return _unfold(attend(q, k, v, seen, scale), indices, valid, padded, total)
 
 
 def _folded_sdpa(
@@ -92,11 +92,11 @@ def _folded_bmm(
 
 
 def _patch_block_mask(inputs: Inputs) -> Inputs:
-    q, borders = inputs["q"], inputs["cu_patchlens"]
+    q, boundaries = inputs["q"], inputs["cu_patchlens"]
     if inputs["causal"]:
-        return flex_inputs(inputs | {"window": None, "cu_seqlens": borders})
+        return flex_inputs(inputs | {"window": None, "cu_seqlens": boundaries})
     total = q.shape[0]
-    patch = torch.searchsorted(borders.long(), torch.arange(total, device=q.device), right=True)
+    patch = torch.searchsorted(boundaries.long(), torch.arange(total, device=q.device), right=True)
 
     def seen(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
         return patch[row] == patch[key]
@@ -105,19 +105,19 @@ def _patch_block_mask(inputs: Inputs) -> Inputs:
 
 
 def _by_patch(
-    q: Tensor, k: Tensor, v: Tensor, borders: list[int], causal: bool, scale: float | None
+    q: Tensor, k: Tensor, v: Tensor, boundaries: list[int], causal: bool, scale: float | None
 ) -> Tensor:
     parts = [
         sdpa(q[None, a:b], k[None, a:b], v[None, a:b], scale, True, is_causal=causal)
-        for a, b in pairwise(borders)
+        for a, b in pairwise(boundaries)
         if b > a
     ]
     return torch.cat(parts)
 
 
-def _with_borders(inputs: Inputs) -> Inputs:
+def _with_boundaries(inputs: Inputs) -> Inputs:
     own = {name: inputs[name] for name in ("q", "k", "v", "causal", "scale")}
-    return own | {"borders": inputs["cu_patchlens"].tolist()}
+    return own | {"boundaries": inputs["cu_patchlens"].tolist()}
 
 
 def _few_patches(case: Case) -> str | None:
@@ -125,16 +125,16 @@ def _few_patches(case: Case) -> str | None:
 
 
 _EVEN_BMM = Entry(
-    "batch fold, bmm", partial(_folded, _folded_bmm, False), _folded_rows, _one_length
+    "batch fold, bmm", partial(_folded, _folded_bmm, False), _fold_inputs, _one_length
 )
 
 PEERS: dict[str, tuple[Entry, ...]] = {
     "patch_attention": (
         _EVEN_BMM,
-        Entry("batch fold, SDPA", partial(_folded, _folded_sdpa, False), _folded_rows, _one_length),
-        Entry("padded fold, bmm", partial(_folded, _folded_bmm, True), _folded_rows, _short),
-        Entry("padded fold, SDPA", partial(_folded, _folded_sdpa, True), _folded_rows, _short),
-        Entry("SDPA by patch", _by_patch, _with_borders, _few_patches),
+        Entry("batch fold, SDPA", partial(_folded, _folded_sdpa, False), _fold_inputs, _one_length),
+        Entry("padded fold, bmm", partial(_folded, _folded_bmm, True), _fold_inputs, _short),
+        Entry("padded fold, SDPA", partial(_folded, _folded_sdpa, True), _fold_inputs, _short),
+        Entry("SDPA by patch", _by_patch, _with_boundaries, _few_patches),
         PATCH_VARLEN,
         Entry("FlexAttention", flex, _patch_block_mask, on_gpu, compiled=True),
         compiled(_EVEN_BMM),

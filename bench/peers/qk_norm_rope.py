@@ -1,4 +1,4 @@
-"""Stock compositions of the norm and the rotation of queries and keys."""
+"""Peers of qk_norm_rope."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from stlm_kernels.spec import Case, Inputs
 from .entry import Entry, compiled
 
 
-def _with_rows(inputs: Inputs) -> Inputs:
-    """cos and sin of every row, twice side by side, in q's dtype; made outside the timing."""
-    where = inputs.get("positions")
+def _with_tables(inputs: Inputs) -> Inputs:
+    """Give cos and sin of every position, repeated for both halves, in q's dtype; untimed."""
+    positions = inputs.get("positions")
     length, q = inputs["q"].shape[-3], inputs["q"]
-    rows = slice(length) if where is None else where.long()
+    at = slice(length) if positions is None else positions.long()
     tables = {
-        name: inputs[name][rows].repeat(*[1] * (q.ndim - 3), 1, 2)[..., None, :].to(q.dtype)
+        name: inputs[name][at].repeat(*[1] * (q.ndim - 3), 1, 2)[..., None, :].to(q.dtype)
         for name in ("cos", "sin")
     }
     names = ("q", "k", "q_weight", "k_weight", "eps")
@@ -48,11 +48,11 @@ def _norm_rotate(
     return turned(q, q_weight), turned(k, k_weight)
 
 
-_NORM_ROTATE = Entry("F.rms_norm + rotation", _norm_rotate, _with_rows, _halves_only)
+_NORM_ROTATE = Entry("F.rms_norm + rotation", _norm_rotate, _with_tables, _halves_only)
 
 
 def _pairs(**inputs: Any) -> tuple[Tensor, Tensor]:
-    """As the paper's repository rotates: complex numbers in float32."""
+    """Rotate as the paper's repository does: complex numbers in float32."""
     turn = torch.complex(inputs["cos"], inputs["sin"])[: inputs["q"].shape[-3], None]
 
     def turned(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Stock compositions of segment_pool."""
+"""Peers of segment_pool."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def patch_of(cu_patchlens: Tensor) -> Tensor:  # (T,) int64
 
 
 def _segment_inputs(inputs: Inputs) -> Inputs:
-    borders = inputs["cu_patchlens"].long()
-    return {"x": inputs["x"], "cu_patchlens": borders, "mode": inputs["mode"]}
+    boundaries = inputs["cu_patchlens"].long()
+    return {"x": inputs["x"], "cu_patchlens": boundaries, "mode": inputs["mode"]}
 
 
 def _segment_inputs_with_patch_ids(inputs: Inputs) -> Inputs:

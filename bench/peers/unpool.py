@@ -1,4 +1,4 @@
-"""Stock compositions of unpool."""
+"""Peers of unpool."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .entry import Entry, compiled
 
 
 def _with_table_rows(inputs: Inputs) -> Inputs:
-    """Row 0 of the table is the null state, so that one gather serves every byte."""
+    """Give 1-based ids: row 0 of the table is the null state, so one gather serves every byte."""
     converted = {name: value for name, value in inputs.items() if name != "read_ids"}
     return converted | {"rows": inputs["read_ids"].long() + 1}
 

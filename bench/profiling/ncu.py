@@ -1,4 +1,4 @@
-"""Nsight Compute on one kernel: the command, its CSV, and what the figures say.
+"""Nsight Compute on one kernel: the command, its CSV, and a digest of its figures.
 
 Which metric belongs to what follows the Speed Of Light, Compute Workload and Warp State sections
 of Nsight Compute's Profiling Guide.
@@ -59,7 +59,7 @@ LAUNCH_SECONDS = 5e-6
 
 
 def command(kernel: str, csv_path: Path, workload: Sequence[str]) -> str:
-    """The shell line that measures one launch of one kernel within the range of `workload`."""
+    """Return the shell line that measures one launch of a kernel within the range of `workload`."""
     words = [
         "ncu",
         "--nvtx",
@@ -82,7 +82,7 @@ def command(kernel: str, csv_path: Path, workload: Sequence[str]) -> str:
 
 
 def read_csv(lines: Iterable[str]) -> tuple[str, dict[str, float]]:
-    """(kernel, value by metric) of the one launch in ncu's CSV, its own messages left out.
+    """Read kernel and value by metric of the one launch in ncu's CSV, its messages left out.
 
     Raises:
         ValueError: for no launch or more than one, or a metric in another unit than the base.
@@ -107,7 +107,7 @@ def read_csv(lines: Iterable[str]) -> tuple[str, dict[str, float]]:
 
 @dataclass(frozen=True)
 class Digest:
-    """What limits a kernel.
+    """Limits of a kernel.
 
     Args:
         kernel: its name.
@@ -129,7 +129,7 @@ class Digest:
 
 
 def digest(kernel: str, values: dict[str, float], floor_seconds: float | None) -> Digest:
-    """Judge one launch: by the busiest unit if it is near its peak, else by what holds it up."""
+    """Classify one launch: by the busiest unit if it is near its peak, else by its stalls."""
     kinds = {"memory": MEMORY, "compute": COMPUTE, "exp": EXP}
     busy = {
         (kind, unit): values[metric]
@@ -150,7 +150,7 @@ def digest(kernel: str, values: dict[str, float], floor_seconds: float | None) -
 
 
 def lines(found: Digest) -> list[str]:
-    """A digest as text."""
+    """Format a digest as lines."""
     unit, percent = found.unit
     text = [f"{found.kernel}: {found.bound}-bound, {found.seconds * 1e6:.2f} us"]
     text.append(f"  busiest: {unit} at {percent:.0f}% of its peak")

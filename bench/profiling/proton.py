@@ -1,4 +1,4 @@
-"""A task under Proton, triton's profiler: time and rates of each kernel."""
+"""Proton, triton's profiler: time and rates of each kernel of a task."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def launch_metadata(flops: dict[str, int]) -> Iterator[None]:
     from triton.runtime.jit import JITFunction
 
     def describe(grid: Any, metadata: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Each tensor among the arguments counts once, as read or written whole."""
+        """Count each tensor among the arguments once, as read or written whole."""
         tensors = {x.data_ptr(): x.nbytes for x in arguments.values() if isinstance(x, Tensor)}
         facts = {"name": metadata.name, "bytes": sum(tensors.values())}
         known = flops.get(metadata.name)
@@ -42,7 +42,7 @@ def launch_metadata(flops: dict[str, int]) -> Iterator[None]:
 
 
 def under_proton(task: Task, path: Path, scope: dict[str, int], flops: dict[str, int]) -> str:
-    """Run a task some times under Proton.
+    """Run a task repeatedly under Proton.
 
     Args:
         task: what to run.
@@ -70,15 +70,15 @@ def under_proton(task: Task, path: Path, scope: dict[str, int], flops: dict[str,
 
 
 def proton_lines(tree: Any) -> Iterator[str]:
-    """Our kernels in Proton's tree: time of a launch, and rates where their work is known."""
+    """Format our kernels in Proton's tree: time of a launch, and rates where known."""
     totals: dict[str, dict[str, float]] = {}
 
     def visit(node: Any) -> None:
         name, metrics = node["frame"]["name"], node["metrics"]
         if name.startswith("stlm_"):
-            mine = totals.setdefault(name, {})
+            total = totals.setdefault(name, {})
             for key in ("time (ns)", "count", "bytes", "flops"):
-                mine[key] = mine.get(key, 0.0) + float(metrics.get(key, 0.0))
+                total[key] = total.get(key, 0.0) + float(metrics.get(key, 0.0))
         for child in node["children"]:
             visit(child)
 

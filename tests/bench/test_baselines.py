@@ -1,4 +1,4 @@
-"""Twins at equal minutes: each is charged its own steps, and all are judged per real byte."""
+"""Baselines at equal minutes: each is charged its own steps, all are compared per real byte."""
 
 from __future__ import annotations
 
@@ -146,10 +146,10 @@ class TestWordTrainer:
 
 
 def test_rows_of_words_hold_as_many_bytes() -> None:
-    config = baselines.config_of("demo-word", CORPUS, row_bytes=64)
+    config = baselines.config_of("demo-word", CORPUS, window_bytes=64)
     trainer = Trainer(config, CORPUS, TrainOptions(steps=1, batch_size=2))
     assert config.context * trainer.bytes_per_id == pytest.approx(64, rel=0.05)
-    assert baselines.config_of("demo-flat", CORPUS, row_bytes=64) == FLAT
+    assert baselines.config_of("demo-flat", CORPUS, window_bytes=64) == FLAT
 
 
 def test_rates_to_try(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +196,7 @@ def test_the_command(
     text = tmp_path / "text.txt"
     text.write_bytes(TEXT)
     out = tmp_path / "results" / "baselines.json"
-    arguments = ["--minutes", "0.005", "--turn", "0.1", "--rows", "2", "--precision", "fp32"]
+    arguments = ["--minutes", "0.005", "--turn", "0.1", "--batch-size", "2", "--precision", "fp32"]
     baselines.main([*arguments, "--data", str(text), "--json", str(out), "--commit", "abc"])
     result = Result.read(out)
     assert [row["model"] for row in result.rows] == [*TINIES]

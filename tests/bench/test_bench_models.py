@@ -15,15 +15,15 @@ import stlm_models.layers.embedding
 from bench import report
 from bench.bench_models import test_model_speed as model_speed
 from bench.harness import model_jobs
-from bench.harness.baseline_ops import STOCK, ops_replaced
-from bench.harness.model_jobs import CACHED, GENERATE, OURS, RECOMPUTED, STEP, STOCK_OPS, ModelJob
+from bench.harness.baseline_ops import BASELINE_OPS, ops_replaced
+from bench.harness.model_jobs import BASELINE, CACHED, GENERATE, OURS, RECOMPUTED, STEP, ModelJob
 from bench.harness.session import Session
 from bench.harness.timing import Cpu, Gpu
 from bench.peers import attention_varlen
 from stlm_models.data.corpus import Corpus
 
 CORPUS = Corpus("words", [b"the cat sat on the mat, and the dog sat by the door. " * 20], [])
-STEP_SIZES = (("rows", 2), ("context", 32))
+STEP_SIZES = (("batch", 2), ("context", 32))
 TEXT_SIZES = (("batch", 3), ("prompt", 9), ("new", 5))
 
 
@@ -40,9 +40,9 @@ def timed(session: Session, job: ModelJob) -> dict[str, Any]:
     return benchmark.extra_info
 
 
-def test_steps_of_ours_and_of_stock_ops_are_timed(session: Session) -> None:
+def test_steps_of_ours_and_of_baseline_ops_are_timed(session: Session) -> None:
     first, second = (
-        timed(session, ModelJob(STEP, "demo", entry, STEP_SIZES)) for entry in (OURS, STOCK_OPS)
+        timed(session, ModelJob(STEP, "demo", entry, STEP_SIZES)) for entry in (OURS, BASELINE)
     )
     assert first["flops"] == second["flops"] > 6 * 2 * 32 * 500_000
     assert first["peak_bytes"] > 0
@@ -69,10 +69,10 @@ def test_another_model_is_never_timed(
     session: Session, name: str, factor: float, message: str
 ) -> None:
     def wrong(*args: Any, **kwargs: Any) -> torch.Tensor:
-        return factor * STOCK[name](*args, **kwargs)
+        return factor * BASELINE_OPS[name](*args, **kwargs)
 
     timed(session, ModelJob(STEP, "demo", OURS, STEP_SIZES))
-    entry = replace(STOCK_OPS, ops={**STOCK, name: wrong})
+    entry = replace(BASELINE, ops={**BASELINE_OPS, name: wrong})
     with pytest.raises(AssertionError, match=message):
         timed(session, ModelJob(STEP, "demo", entry, STEP_SIZES))
 
@@ -82,12 +82,12 @@ def test_another_gradient_is_never_timed(session: Session, name: str) -> None:
     """Where branches begin at zero, nothing would come back to these."""
 
     def wrong(*args: Any, **kwargs: Any) -> torch.Tensor:
-        out: torch.Tensor = STOCK[name](*args, **kwargs)
+        out: torch.Tensor = BASELINE_OPS[name](*args, **kwargs)
         out.register_hook(lambda grad: 1.1 * grad)
         return out
 
     timed(session, ModelJob(STEP, "demo", OURS, STEP_SIZES))
-    entry = replace(STOCK_OPS, ops={**STOCK, name: wrong})
+    entry = replace(BASELINE, ops={**BASELINE_OPS, name: wrong})
     with pytest.raises(AssertionError, match="gradient: relative error"):
         timed(session, ModelJob(STEP, "demo", entry, STEP_SIZES))
 
@@ -106,7 +106,7 @@ def test_a_compiled_entry_is_what_is_timed(
 
     monkeypatch.setattr(torch, "compile", compile)
     job = ModelJob(STEP, "demo", replace(OURS, compiled=True), STEP_SIZES)
-    with session.models.judged(job) as work:
+    with session.models.checked(job) as work:
         calls.clear()
         work.task.run(work.task.prepare(work.task.samples[0]))
     assert calls == [1]
@@ -114,7 +114,7 @@ def test_a_compiled_entry_is_what_is_timed(
 
 def test_no_thread_makes_data_within_a_timed_step(session: Session) -> None:
     before = set(threading.enumerate())
-    with session.models.judged(ModelJob(STEP, "demo", OURS, STEP_SIZES)) as work:
+    with session.models.checked(ModelJob(STEP, "demo", OURS, STEP_SIZES)) as work:
         work.task.run(work.task.prepare(work.task.samples[0]))
         assert not [x for x in set(threading.enumerate()) - before if "loader" in x.name]
 
@@ -131,7 +131,7 @@ def test_a_model_is_no_graph_on_a_gpu(session: Session, monkeypatch: pytest.Monk
     gpu = Gpu(FakeCuda(), torch.device("cpu"), flush_bytes=1 << 10)
     monkeypatch.setattr(gpu, "_host_seconds", lambda task: 1.0)
     for sizes, family, entry in ((STEP_SIZES, STEP, OURS), (TEXT_SIZES, GENERATE, CACHED)):
-        with session.models.judged(ModelJob(family, "demo", entry, sizes)) as work:
+        with session.models.checked(ModelJob(family, "demo", entry, sizes)) as work:
             assert gpu.plan(work.task, gpu.timer()).info["timed_as"] == "events"
 
 
@@ -142,22 +142,22 @@ def test_another_text_is_never_timed(session: Session, monkeypatch: pytest.Monke
         timed(session, ModelJob(GENERATE, "demo", RECOMPUTED, TEXT_SIZES))
 
 
-def test_stock_ops_replace_every_op_of_a_step(session: Session) -> None:
+def test_baseline_ops_replace_every_op_of_a_step(session: Session) -> None:
     """Each is called, and what is left of the library is what generation alone calls."""
     called: set[str] = set()
 
     def watched(name: str) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
             called.add(name)
-            return STOCK[name](*args, **kwargs)
+            return BASELINE_OPS[name](*args, **kwargs)
 
         return call
 
-    job = ModelJob(STEP, "demo", STOCK_OPS, STEP_SIZES)
+    job = ModelJob(STEP, "demo", BASELINE, STEP_SIZES)
     before = stlm_models.layers.embedding.byte_pool
-    with ops_replaced({name: watched(name) for name in STOCK}):
+    with ops_replaced({name: watched(name) for name in BASELINE_OPS}):
         model_jobs.loss_and_gradients(model_jobs.trainer_of(job, session.machine))
-    assert called == set(STOCK)
+    assert called == set(BASELINE_OPS)
     assert stlm_models.layers.embedding.byte_pool is before
 
 

@@ -1,4 +1,4 @@
-"""bench.busy measures quiet and busy spells in turns, and says whether enough is left."""
+"""bench.busy measures quiet and busy intervals in turns, and says whether enough is left."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def test_the_command_and_its_file(
     assert busy.main(["demo", "--json", str(path), "--commit", "abc"]) == 0
     result = Result.read(path)
     assert result.command == f"python -m bench.busy demo --json {path} --commit abc"
-    assert {row["spell"]: row["share_of_quiet"] for row in result.rows}["busy_chosen"] == 0.5
+    assert {row["interval"]: row["share_of_quiet"] for row in result.rows}["busy_chosen"] == 0.5
     assert "busy_fixed             9 bytes/s    9% of quiet" in capsys.readouterr().out
     found["busy_chosen"] = [39.0]
     assert busy.main(["demo", "--json", str(path), "--commit", "abc"]) == 1
     assert "MISSED: at least 40%" in capsys.readouterr().out
 
 
-def test_spells_of_both_loads_and_ways(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which spells there are, and that the other processes end with their spell."""
+def test_intervals_of_both_loads_and_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every interval is there, and the other processes end with theirs."""
     alive: list[int] = []
 
     class Spinner:
@@ -47,12 +47,12 @@ def test_spells_of_both_loads_and_ways(monkeypatch: pytest.MonkeyPatch) -> None:
 
     seen: list[tuple[int, bool]] = []
 
-    def spell(trainer: object, seconds: float, threads: object) -> float:
+    def interval(trainer: object, seconds: float, threads: object) -> float:
         seen.append((len(alive), threads is not None))
         return 1.0
 
     monkeypatch.setattr(busy.subprocess, "Popen", Spinner)
-    monkeypatch.setattr(busy, "spell", spell)
+    monkeypatch.setattr(busy, "interval", interval)
     rates = busy.measure(_NoTrainer(), turns=2, seconds=0.0, taken=1)  # type: ignore[arg-type]
     assert seen == [(0, True), (1, True), (0, False), (1, False)] * 2
     assert {name: len(each) for name, each in rates.items()} == dict.fromkeys(rates, 2)

@@ -13,8 +13,8 @@ from torch import Tensor
 from bench import naive_step, report
 from bench.harness import environment
 from bench.harness.baseline_ops import ops_replaced
-from bench.harness.naive_ops import NAIVE
-from bench.naive_step import Settings, Way, measure
+from bench.harness.naive_ops import NAIVE_OPS
+from bench.naive_step import Measurement, Settings, measure
 from stlm_models import STLM, ModelConfig
 
 TINY = ModelConfig(
@@ -35,7 +35,7 @@ def tiny(draw: int = 0) -> STLM:
 def loss_and_gradients(model: STLM, naive: bool, **inputs: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
     if naive:
-        with ops_replaced(NAIVE):
+        with ops_replaced(NAIVE_OPS):
             loss, _ = model(**inputs)
             loss.backward()
     else:
@@ -109,7 +109,7 @@ def test_both_processes_train_the_same(full: bool) -> None:
     ("words", "message"),
     [
         (["no-such"], "preset"),
-        (["demo", "--rows", "0"], "argument --rows: expected a whole number"),
+        (["demo", "--batch-size", "0"], "argument --batch-size: expected a whole number"),
         (["demo", "--steps", "0"], "expected a whole number from 1 on, got '0'"),
     ],
 )
@@ -124,7 +124,10 @@ def test_bad_words_are_refused_before_a_process_starts(
 def test_the_command_and_its_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    results = {"ours": Way([1.0], 200.0, 2**20, []), "naive": Way([2.0], 100.0, 2**22, [])}
+    results = {
+        "ours": Measurement([1.0], 200.0, 2**20, []),
+        "naive": Measurement([2.0], 100.0, 2**22, []),
+    }
     monkeypatch.setattr(naive_step, "measure", lambda settings, steps: results)
     out = tmp_path / "naive.json"
     words = ["demo", "--precision", "fp32", "--commit", "abc", "--json", str(out)]

@@ -54,7 +54,7 @@ def test_losses_of_others(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     data = CaseData(spec, spec.tagged("smoke")[0], torch.float32, CPU)
     assert data.errors_of(entry, entry.function)["out"] < 1e-5
     with_cap = case(N=40, D=32, V=260, reduction="none", cap=5.0)
-    assert "not asked for cap" in str(entry.unsupported(with_cap))
+    assert "not used with cap" in str(entry.unsupported(with_cap))
 
 
 @pytest.mark.parametrize("causal", [0, 1])

@@ -111,7 +111,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: An
     monkeypatch.setattr(step, "load_corpus", lambda paths: CORPUS)
     monkeypatch.setattr(timing.Cpu, "ceilings", lambda self: timing.Ceilings(1e9, 1e9))
     path = tmp_path / "step.json"
-    words = ["demo", "--rows", "1", "--context", "24", "--rounds", "1", "--precision", "fp32"]
+    words = ["demo", "--batch-size", "1", "--context", "24", "--rounds", "1", "--precision", "fp32"]
     step.main([*words, "--json", str(path)])
     shown = capsys.readouterr().out
     assert "demo, 1 windows of 24, fp32" in shown
