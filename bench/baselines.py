@@ -1,4 +1,4 @@
-"""Train a pooled model and its two baselines for equal minutes: `python -m bench.baselines demo`.
+"""Train a pooled model and its two baselines for equal minutes.
 
 The flat baseline reads the same bytes one by one, the word baseline words of the same text; what
 makes the comparison fair stands in `stlm_models/presets.py`. The three train in one process by
@@ -51,7 +51,7 @@ class Contender:
         self.name, self.trainer = name, trainer
         self.n_bytes = 0
         self.curve: list[dict[str, float]] = []
-        """At the end of each turn: step, seconds, bytes read; bits per byte of the turn."""
+        """State at the end of each turn: step, seconds, bytes read; bits per byte of the turn."""
 
     def turn(self, seconds: float) -> None:
         """Train for so many seconds, one step at least, or to the end of the budget."""
@@ -220,7 +220,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = terminal.argument_parser("bench.baselines", __doc__)
     add = parser.add_argument
     add("preset", nargs="?", default="demo", help="the pooled model (default: demo)")
-    add("--minutes", type=float, default=10.0, help="of training, for each of the three")
+    add(
+        "--minutes",
+        type=float,
+        default=10.0,
+        help="of training, for each of the three (default: 10)",
+    )
     add(
         "--data",
         nargs="+",
@@ -230,13 +235,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--text-key", metavar="KEY", help="field of each line of .jsonl files that is a document")
     add("--raw", action="store_true", help="take the bytes of every file as they are")
-    add("--batch-size", type=positive, default=8, help="windows in a step")
-    add("--seed", type=int, default=0)
+    add("--batch-size", type=positive, default=8, help="windows in a step (default: 8)")
+    add("--seed", type=int, default=0, help="of weights and windows (default: 0)")
     add("--precision", choices=sorted(PRECISIONS), help="default: bf16 where the device has it")
-    add("--rates", nargs="+", type=_rates, metavar="MUON/ADAMW", help="each model at each of these")
+    add(
+        "--rates",
+        nargs="+",
+        type=_rates,
+        metavar="MUON/ADAMW",
+        help="train each model at each of these rates",
+    )
     add("--threads", type=positive, help="threads of torch (default: its own choice)")
-    add("--turn", type=float, default=TURN_SECONDS, help="seconds of a turn")
-    add("--judge-bytes", type=int, help="judge by so many held-out bytes (default: all)")
+    add("--turn", type=float, default=TURN_SECONDS, help="seconds of a turn (default: 5)")
+    add("--judge-bytes", type=int, help="evaluate on so many held-out bytes (default: all)")
     add_result_options(parser)
     return parser
 

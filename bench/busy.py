@@ -1,4 +1,4 @@
-"""Time training beside a process that takes one of the cores: `python -m bench.busy`.
+"""Time training beside a process that takes one of the cores.
 
 Quiet and busy intervals take turns in one run: with the number of threads that `train` chooses by
 the times of its steps, and with that number fixed, as torch sets it. A busy interval counts from
@@ -80,11 +80,17 @@ def shares(rates: dict[str, list[float]]) -> dict[str, float]:
 @terminal.command(on_closed_pipe=1)
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = terminal.argument_parser("bench.busy", __doc__)
-    parser.add_argument("preset", nargs="?", default="demo")
-    parser.add_argument("--turns", type=positive, default=3)
-    parser.add_argument("--seconds", type=positive, default=25, help="of each interval")
-    parser.add_argument("--taken", type=positive, default=1, help="processes beside the training")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("preset", nargs="?", default="demo", help="the model (default: demo)")
+    parser.add_argument("--turns", type=positive, default=3, help="(default: 3)")
+    parser.add_argument(
+        "--seconds", type=positive, default=25, help="of each interval (default: 25)"
+    )
+    parser.add_argument(
+        "--taken", type=positive, default=1, help="processes beside the training (default: 1)"
+    )
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="(default: fp32)"
+    )
     add_result_options(parser)
     options = parser.parse_args(arguments)
     path = result_path(options.json, "busy", parser)

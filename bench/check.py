@@ -1,10 +1,10 @@
-"""Compare our torch path with the best eager composition on this CPU: `python -m bench.check`.
+"""Compare our torch path with the best eager composition on this CPU.
 
 All take turns, so that a drifting machine slows them alike, and freed memory is kept, so that no
 page is mapped anew. A median above 1.05 times the best peer's is a miss: printed and recorded.
-Above 1.25 in each of three repeats fails the command. Only evaluation
-and forward with backward can fail, since a caller waits for them; the two halves of the latter are
-shown, since an op may rightly do the work of one in the other.
+Above 1.25 in each of three repeats fails the command. Only the passes that a caller waits for can
+fail: "no-grad", which is evaluation, and "fwd+bwd". The two halves of the latter are shown, since
+an op may rightly do the work of one in the other.
 """
 
 from __future__ import annotations
@@ -105,7 +105,9 @@ def line(found: Comparison) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = terminal.argument_parser("bench.check", __doc__)
     parser.add_argument("ops", nargs="*", metavar="op", help="ops to check (default: all)")
-    parser.add_argument("--rounds", type=positive, default=41, help="most rounds of one comparison")
+    parser.add_argument(
+        "--rounds", type=positive, default=41, help="most rounds of one comparison (default: 41)"
+    )
     parser.add_argument(
         "--threads", type=positive, help="threads of torch (default: its own choice)"
     )

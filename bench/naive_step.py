@@ -1,8 +1,8 @@
-"""Time a training step beside the same step by naive ops: `python -m bench.naive_step`.
+"""Time a training step beside the same step by naive ops.
 
 Two processes build the same model and train it on the same windows; in one of them every op of the
-library is replaced by a naive one in plain PyTorch (`harness/naive_ops.py`). They take turns, so
-that a drifting machine slows both alike, and each has its own peak of memory.
+library is replaced by a naive one in plain PyTorch (`bench/harness/naive_ops.py`). They take turns,
+so that a drifting machine slows both alike, and each has its own peak of memory.
 """
 
 from __future__ import annotations
@@ -142,13 +142,20 @@ def _trainer(settings: Settings) -> Trainer:
 @terminal.command()
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = terminal.argument_parser("bench.naive_step", __doc__)
-    parser.add_argument("preset", nargs="?", default="50m")
-    parser.add_argument("--batch-size", type=positive, default=1, help="windows in a step")
+    parser.add_argument("preset", nargs="?", default="50m", help="the model (default: 50m)")
+    parser.add_argument(
+        "--batch-size", type=positive, default=1, help="windows in a step (default: 1)"
+    )
     parser.add_argument(
         "--context", type=positive, help="bytes in a window (default: the preset's)"
     )
-    parser.add_argument("--steps", type=positive, default=5)
-    parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
+    parser.add_argument("--steps", type=positive, default=5, help="timed steps (default: 5)")
+    parser.add_argument(
+        "--threads",
+        type=positive,
+        default=torch.get_num_threads(),
+        help="threads of torch (default: its own choice)",
+    )
     parser.add_argument(
         "--precision", choices=sorted(PRECISIONS), help="default: bf16 where the device has it"
     )

@@ -1,7 +1,7 @@
-"""Draw the JSON of `pytest bench/` as PNG: `python -m bench.plot FILE...`.
+"""Draw the JSON of `pytest bench/` as PNG.
 
-For each op and family bars of every case, and time over size where it has several; for a GPU's file
-the roofline as well, under the ceilings that the same run measured.
+Bars of every case for each op, and time over size where it has several; for a GPU's file the
+roofline as well, under the ceilings that the same run measured.
 """
 
 from __future__ import annotations

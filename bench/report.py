@@ -1,4 +1,4 @@
-"""Write `bench/RESULTS.md` from the JSON files under `bench/results/`: `python -m bench.report`.
+"""Write `bench/RESULTS.md` from the JSON files under `bench/results/`.
 
 The summary of `pytest bench/` is made of the same tables.
 """
@@ -135,8 +135,15 @@ def _section(path: Path) -> tuple[str, str]:
 @terminal.command()
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = terminal.argument_parser("bench.report", __doc__)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
-    parser.add_argument("--out", type=Path, default=PAGE, help="the page to write")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=RESULTS,
+        help="folder of the JSON files (default: bench/results/)",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=PAGE, help="the page to write (default: bench/RESULTS.md)"
+    )
     options = parser.parse_args(arguments)
     try:
         replace_file(options.out, page(options.results).encode())

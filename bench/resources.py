@@ -1,4 +1,4 @@
-"""Record registers, spills and shared memory of every kernel: `python -m bench.resources`.
+"""Record registers, spills and shared memory of every kernel.
 
 Compiles all kernels at their default configurations for a GPU that need not be here, and writes
 `bench/results/kernels-sm90.json`. That takes minutes, so a benchmark run without a GPU shows what
@@ -94,7 +94,9 @@ def summary(ops: AbstractSet[str] = OPS.keys(), arch: int = 90) -> str:
 @terminal.command()
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = terminal.argument_parser("bench.resources", __doc__)
-    parser.add_argument("--arch", type=int, default=90, choices=sorted(LIMITS))
+    parser.add_argument(
+        "--arch", type=int, default=90, choices=sorted(LIMITS), help="(default: 90)"
+    )
     add_result_options(parser, "bench/results/")
     options = parser.parse_args(arguments)
     about = environment.software(torch.device("cpu"), options.commit)

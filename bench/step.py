@@ -1,4 +1,4 @@
-"""Time the parts of a training step: `python -m bench.step [preset ...]`.
+"""Time the parts of a training step.
 
 Each part of the model is run again by itself, forward and backward, on what it got in a real step;
 parts and whole steps take turns. What the parts do not add up to is the rest: gathers, sums,
@@ -229,14 +229,16 @@ def _config(name: str, context: int | None) -> ModelConfig:
 @terminal.command()
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = terminal.argument_parser("bench.step", __doc__)
-    parser.add_argument("presets", nargs="*", default=["demo"], metavar="preset")
     parser.add_argument(
-        "--batch-size", type=positive, default=8, help="windows of one context in a step"
+        "presets", nargs="*", default=["demo"], metavar="preset", help="(default: demo)"
+    )
+    parser.add_argument(
+        "--batch-size", type=positive, default=8, help="windows in a step (default: 8)"
     )
     parser.add_argument(
         "--context", type=positive, help="bytes in a window (default: the preset's)"
     )
-    parser.add_argument("--rounds", type=positive, default=9)
+    parser.add_argument("--rounds", type=positive, default=9, help="timed rounds (default: 9)")
     parser.add_argument(
         "--precision", choices=sorted(PRECISIONS), help="default: bf16 where the device has it"
     )

@@ -1,4 +1,4 @@
-"""Find launch configurations on this GPU, and write them as data: `python -m bench.tune [op...]`.
+"""Find launch configurations on this GPU, and write them as data.
 
 From a kernel's default config the sweep goes downhill, one value at a time. Each config is compiled
 ahead on all cores, where one that spills or does not fit is dropped, and held to the same tolerance
@@ -41,7 +41,7 @@ LEAST, MOST = {"num_stages": 1}, {"num_warps": 16, "num_stages": 6}
 """Bounds of a config's values where they are not simply 1 and none."""
 
 LEAST_SECONDS = 15.0
-"""Of a sweep, while there is time: below that it would not get beyond its first neighbours."""
+"""Least time of a sweep: with less it would not get beyond its first neighbours."""
 
 Entry = dict[str, Any]
 Measure = Callable[[OpSpec, Case, str, CaseData], float]
@@ -324,8 +324,15 @@ def write(path: Path, about: dict[str, Any], entries: dict[str, Entry]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = terminal.argument_parser("bench.tune", __doc__)
     parser.add_argument("ops", nargs="*", metavar="op", help="ops to tune (default: all)")
-    parser.add_argument("--minutes", type=float, default=4.0, help="time for the whole sweep")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument(
+        "--minutes", type=float, default=4.0, help="time for the whole sweep (default: 4)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        default="bfloat16",
+        help="of the float inputs (default: bfloat16)",
+    )
     parser.add_argument("--out", type=Path, help="folder of the result (default: the library's)")
     parser.add_argument("--commit", help="what to record as the commit, where git is not there")
     options = parser.parse_args(arguments)

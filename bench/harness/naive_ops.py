@@ -74,4 +74,4 @@ NAIVE_OPS: Ops = {
     "segment_pool": segment_pool,
     "attention": attention,
 }
-"""For `ops_replaced`."""
+"""Arguments of `ops_replaced`."""

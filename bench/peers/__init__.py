@@ -38,4 +38,4 @@ PEERS: dict[str, tuple[Entry, ...]] = {
     **segment_pool.PEERS,
     **unpool.PEERS,
 }
-"""By name of the op."""
+"""Entries of each op, by its name."""

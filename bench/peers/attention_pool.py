@@ -11,7 +11,7 @@ from stlm_kernels.spec import Inputs
 from .entry import Entry, compiled
 
 MOST_BATCH = 65_535
-"""Where the second and third dimension of a CUDA grid stop, and with them some SDPA backends."""
+"""Largest second and third dimension of a CUDA grid, and with it of some SDPA backends."""
 
 
 def _with_padded_patches(inputs: Inputs) -> Inputs:

@@ -55,7 +55,7 @@ BOUND = 60.0
 """Percent of its peak from which a unit counts as what limits a kernel."""
 
 LAUNCH_SECONDS = 5e-6
-"""About what a launch costs: a kernel that takes no longer is not limited by its work."""
+"""Typical cost of a launch: a kernel that takes no longer is not limited by its work."""
 
 
 def command(kernel: str, csv_path: Path, workload: Sequence[str]) -> str:

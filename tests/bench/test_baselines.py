@@ -112,7 +112,7 @@ class TestWordTrainer:
         assert real > 3 * len(ids)
 
     def test_losses_are_per_byte(self) -> None:
-        """In the first step, of which the model knows nothing: ln V for each id."""
+        """The first step costs ln V for each id, since the model knows nothing."""
         trainer = Trainer(WORD, CORPUS, TrainOptions(steps=400, batch_size=2))
         assert trainer.words is not None
         n_ids = sum(len(trainer.words.encode(document)) for document in CORPUS.train)

@@ -229,7 +229,7 @@ def test_a_right_result_is_timed_and_described() -> None:
 
 
 def measured(session: Session, entry: Entry) -> str:
-    """Why the line was skipped, or nothing."""
+    """Return the reason why the line was skipped, or nothing."""
     from bench.bench_ops import test_speed as speed
 
     try:
@@ -264,7 +264,7 @@ def test_a_peer_that_cannot_run_is_noted_and_ours_must(error: Exception) -> None
     assert len(session.not_timed) == 1
 
 
-def test_without_an_oracle_nobody_is_timed_and_it_is_tried_once(
+def test_without_an_oracle_nothing_is_timed_and_it_is_tried_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tried = []
@@ -353,7 +353,7 @@ def test_no_line_begins_after_the_minutes(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 @pytest.mark.parametrize("kept", [False, True])
 def test_freed_memory_is_kept_for_the_next_result(kept: bool) -> None:
-    """In a process of its own, whose allocator nobody else needs."""
+    """Memory is counted in a process of its own, whose allocator nothing else needs."""
     code = """
 import resource, torch
 from bench.harness.timing import keep_freed_memory

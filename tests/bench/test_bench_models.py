@@ -79,7 +79,7 @@ def test_another_model_is_never_timed(
 
 @pytest.mark.parametrize("name", ["attention", "segment_pool", "unpool"])
 def test_another_gradient_is_never_timed(session: Session, name: str) -> None:
-    """Where branches begin at zero, nothing would come back to these."""
+    """Gradients of these would be zero where branches begin at zero."""
 
     def wrong(*args: Any, **kwargs: Any) -> torch.Tensor:
         out: torch.Tensor = BASELINE_OPS[name](*args, **kwargs)
@@ -127,7 +127,7 @@ def test_a_text_is_more_than_one_byte_again_and_again(session: Session) -> None:
 
 
 def test_a_model_is_no_graph_on_a_gpu(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever launching costs is part of a step."""
+    """The cost of launching is part of a step."""
     gpu = Gpu(FakeCuda(), torch.device("cpu"), flush_bytes=1 << 10)
     monkeypatch.setattr(gpu, "_host_seconds", lambda task: 1.0)
     for sizes, family, entry in ((STEP_SIZES, STEP, OURS), (TEXT_SIZES, GENERATE, CACHED)):

@@ -81,7 +81,7 @@ MUTATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("wrong", ["ours", "naive"])
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_one_wrong_gradient_of_the_model_shows(mutation: str, wrong: str) -> None:
-    """In either composition, of whichever parameter."""
+    """Gradients of all parameters agree in either composition."""
     ours, naive, exact = three_runs(False, 0)
     planted = {name: MUTATIONS[mutation](x) for name, x in ours.items() if x.dim()}
     # The last row of a table of bytes has no gradient to lose.

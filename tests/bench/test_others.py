@@ -37,7 +37,7 @@ def _cce(
     e: Tensor, c: Tensor, targets: Tensor, ignore_index: int = -100, softcap: Any = None,
     reduction: str = "", shift: bool = False, filter_eps: Any = "high", impl: str = "",
 ) -> Tensor:  # fmt: skip
-    """As in the release 25.1.1."""
+    """Stand-in with the signature of release 25.1.1."""
     assert (filter_eps, impl) == (None, "cce")
     return F.cross_entropy(F.linear(e, c), targets, ignore_index=ignore_index, reduction=reduction)
 

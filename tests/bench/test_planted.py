@@ -83,7 +83,7 @@ def test_a_wrong_variant_is_never_timed_on_a_gpu(plant: Any) -> None:
 
 
 def median_of(machine: Cpu | Gpu, function: Callable[..., Any]) -> float:
-    """What a run would report for this function, in the pass without gradients."""
+    """Return the time that a run would report for this function, without gradients."""
     data = CaseData(SPEC, CASE, machine.dtype, machine.device)
     task = task_of(Job(SPEC, CASE, "no-grad", Entry("any", function)), [data.first], function)
     timer: Any = machine.timer()
@@ -92,7 +92,7 @@ def median_of(machine: Cpu | Gpu, function: Callable[..., Any]) -> float:
 
 
 def test_a_slow_variant_shows() -> None:
-    """By as much as was planted; a busy machine may make it more."""
+    """The delay shows as planted; a busy machine may make it more."""
 
     def slow(**inputs: Any) -> Tensor:
         time.sleep(0.01)
@@ -162,7 +162,7 @@ def test_a_graph_against_a_known_duration() -> None:
 
 @pytest.mark.lanes("aot")
 def test_the_kernel_of_known_duration_compiles() -> None:
-    """And its loop asks the clock again each time."""
+    """The loop asks the clock again each time."""
     from helpers.spin import _spin
 
     from stlm_kernels.inspect import target
@@ -191,7 +191,7 @@ def facts_of(inputs: dict[str, Any]) -> set[Any]:
 
 
 def unfounded_sizes(spec: OpSpec, case: Case) -> dict[str, int]:
-    """What the case's name claims of its shapes and the inputs do not have."""
+    """Return claims of the case's name that its inputs do not keep."""
     facts = facts_of(spec.make_inputs(case, torch.float32, CPU, 0))
     return {key: x for key, x in case.sizes.items() if key in SHAPES and x not in facts}
 

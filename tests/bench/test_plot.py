@@ -58,7 +58,7 @@ def test_bars_of_every_case_and_pass() -> None:
 
 
 def test_short_bars_do_not_look_longer_than_they_are() -> None:
-    """From zero; or by powers of ten, from one that is well below the shortest."""
+    """The scale begins at zero, or at a power of ten well below the shortest."""
 
     def axes_of(*medians: float) -> Any:
         some = [record(f"e{k}", "fwd", "T9", x, 1) for k, x in enumerate(medians)]

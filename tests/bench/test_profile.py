@@ -33,7 +33,7 @@ QUIET = {
 
 
 def csv_of(values: dict[str, Any], kernel: str = KERNEL, unit: str = "ns") -> str:
-    """What ncu writes: its own messages, then a line for each metric of the launch."""
+    """Output of ncu: its own messages, then a line for each metric of the launch."""
     head = '"ID","Process ID","Kernel Name","Block Size","Metric Name","Metric Unit","Metric Value"'
     rows = [
         f'"0","7","{kernel}","(128, 1, 1)","{name}","{unit if name == ncu.TIME else "%"}","{value}"'
@@ -75,7 +75,7 @@ def test_a_digest_as_text() -> None:
 
 
 def test_what_a_device_does_not_count_is_left_out() -> None:
-    """And thousands may be set apart."""
+    """Thousands may be separated."""
     found = digest_of({ncu.EXP["MUFU"]: "n/a", ncu.TIME: "1,000,000"})
     assert ncu.EXP["MUFU"] not in found.values
     assert found.seconds == pytest.approx(1e-3)
@@ -220,7 +220,7 @@ def test_without_cupti_proton_says_so(tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.lanes("aot")
 def test_kernels_tell_triton_their_bytes_and_flops(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As triton asks for it while a launch hook is set, and not at all otherwise."""
+    """Launch metadata is asked for while a launch hook is set, and not otherwise."""
     import triton
 
     asked: list[dict[str, Any]] = []
@@ -239,15 +239,15 @@ def test_kernels_tell_triton_their_bytes_and_flops(monkeypatch: pytest.MonkeyPat
         weight = torch.zeros(256, 64)
         monkeypatch.setattr(triton.knobs.runtime, "launch_enter_hook", hook)
         with inspect.target(90), _launch.recording(ask):
-            ids, borders = torch.zeros(20, dtype=torch.uint8), torch.tensor([0, 8, 20]).int()
-            SPEC.op(ids, weight, borders, impl="triton")
+            ids, boundaries = torch.zeros(20, dtype=torch.uint8), torch.tensor([0, 8, 20]).int()
+            SPEC.op(ids, weight, boundaries, impl="triton")
         return list(asked)
 
     assert "bytes" not in run(lambda metadata: None)[0]
     with proton.launch_metadata({"stlm_byte_pool_fwd": 1234}):
         (found,) = run(lambda metadata: None)
         assert run(None) == [{}]
-    # ids, table, borders and the pooled rows
+    # ids, table, boundaries and the pooled rows
     assert found["bytes"] == 20 + 4 * 256 * 64 + 4 * 3 + 4 * 2 * 64
     assert (found["name"], found["flops"]) == ("stlm_byte_pool_fwd", 1234)
     (after,) = run(lambda metadata: None)

@@ -1,4 +1,4 @@
-"""What the compiler makes of the kernels, as data: all of it, with its stamp, and stale said so."""
+"""Resources of compiled kernels as data: all of it, with its stamp, and stale said so."""
 
 from __future__ import annotations
 

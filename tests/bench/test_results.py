@@ -1,4 +1,4 @@
-"""What is published: the page of results, and the figures of the pages."""
+"""Published figures: the page of results, and the figures of the pages."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_nothing_to_show_leaves_the_page_as_it_was(
 
 
 def paragraphs(text: str) -> list[str]:
-    """What stands between empty lines, code left out."""
+    """Split at empty lines, code left out."""
     return re.split(r"\n\s*\n", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
 
 

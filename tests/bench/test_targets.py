@@ -57,7 +57,7 @@ def test_targets_met_and_missed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "2.25x EmbeddingBag for 2x met" in line
     for found in (records(bag=39.0), records(share=0.79)):
         assert shown(found, "NVIDIA H200", monkeypatch)[0].startswith("targets: 5 met, 1 MISSED")
-    # slower by a tenth: its own time, and twice the time of nobody but unpool's half is kept
+    # slower by a tenth: only the ratio to half of unpool is kept
     head, line = shown(records(ours=22.6), "NVIDIA H200", monkeypatch)
     assert head == "targets: 2 met, 4 MISSED, 0 not timed" or "1.99x" in line
 
@@ -95,7 +95,7 @@ def test_on_a_cpu_the_best_eager_peer_counts() -> None:
 
 @pytest.mark.parametrize("aim", targets.AIMS, ids=lambda aim: aim.name)
 def test_every_target_names_a_case_that_is_timed(aim: targets.Aim) -> None:
-    """In the full sweep at least, in a pass that is timed, against entries that exist."""
+    """Each is timed in the full sweep at least, against entries that exist."""
     gpu = Gpu.__new__(Gpu)
     if aim.op in OPS:
         spec = OPS[aim.op]
@@ -114,5 +114,5 @@ def test_every_target_names_a_case_that_is_timed(aim: targets.Aim) -> None:
         assert len(cases) == 1, [x.name for x in cases]
     else:
         jobs: list[ModelJob] = [x for x in model_jobs(gpu, False, True) if x.family == aim.op]
-        mine = [job for job in jobs if job.preset == aim.sizes["preset"]]
-        assert {rival.entry for rival in aim.against} <= {job.entry.name for job in mine}
+        own = [job for job in jobs if job.preset == aim.sizes["preset"]]
+        assert {rival.entry for rival in aim.against} <= {job.entry.name for job in own}

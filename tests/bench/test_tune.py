@@ -98,7 +98,7 @@ def test_a_sweep_goes_on_where_an_earlier_one_ended() -> None:
 
 
 def test_runs_share_the_work(capsys: pytest.CaptureFixture[str]) -> None:
-    """What was never swept comes first, then what had no time; what is done is done."""
+    """Kernels never swept come first, then those that had no time; finished ones are left."""
     found = tune.all_targets([SPEC], "smoke", torch.float32, CPU)
     keys = [target.key for target in found]
     assert len(keys) == len(set(keys)) >= 2

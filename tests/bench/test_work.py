@@ -23,8 +23,8 @@ def packed(documents: int, shortest: int = 65) -> tuple[Tensor, int]:
     """Documents of many lengths, and how many rows they have."""
     rng = torch.Generator().manual_seed(0)
     lengths = torch.randint(shortest, 7 * shortest, (documents,), generator=rng)
-    borders = torch.cat([lengths.new_zeros(1), lengths]).cumsum(0).int()
-    return borders, int(borders[-1])
+    boundaries = torch.cat([lengths.new_zeros(1), lengths]).cumsum(0).int()
+    return boundaries, int(boundaries[-1])
 
 
 def operands(rows: int, heads: int = 2, width: int = 4) -> list[Tensor]:
@@ -38,18 +38,18 @@ def differentiate(out: Tensor, leaves: list[Tensor]) -> None:
 
 def attend(shortest: int = 65, **options: Any) -> Callable[[int], int]:
     def run(documents: int) -> int:
-        borders, rows = packed(documents, shortest)
+        boundaries, rows = packed(documents, shortest)
         leaves = operands(rows)
-        differentiate(ops.attention(*leaves, cu_seqlens=borders, **options), leaves)
+        differentiate(ops.attention(*leaves, cu_seqlens=boundaries, **options), leaves)
         return rows
 
     return run
 
 
 def attend_twice(documents: int) -> int:
-    borders, rows = packed(documents, 9)
+    boundaries, rows = packed(documents, 9)
     leaves = operands(rows)
-    out = ops.attention(*leaves, cu_seqlens=borders)
+    out = ops.attention(*leaves, cu_seqlens=boundaries)
     first = torch.autograd.grad(out, leaves, torch.ones_like(out), create_graph=True)
     torch.autograd.grad([x.sum() for x in first], leaves)
     return rows
@@ -57,10 +57,10 @@ def attend_twice(documents: int) -> int:
 
 def attend_to_patches(causal: bool) -> Callable[[int], int]:
     def run(documents: int) -> int:
-        borders, rows = packed(documents)
+        boundaries, rows = packed(documents)
         leaves = operands(rows)
         differentiate(
-            ops.patch_attention(leaves[0], leaves[1], leaves[2], borders, causal=causal), leaves
+            ops.patch_attention(leaves[0], leaves[1], leaves[2], boundaries, causal=causal), leaves
         )
         return rows
 
@@ -68,11 +68,11 @@ def attend_to_patches(causal: bool) -> Callable[[int], int]:
 
 
 def attend_to_poison(documents: int) -> int:
-    borders, rows = packed(documents, 9)
+    boundaries, rows = packed(documents, 9)
     leaves = operands(rows)
     with torch.no_grad():
         leaves[1][3] = torch.nan
-    differentiate(ops.attention(*leaves, cu_seqlens=borders), leaves)
+    differentiate(ops.attention(*leaves, cu_seqlens=boundaries), leaves)
     return rows
 
 
@@ -85,42 +85,42 @@ def decode(documents: int) -> int:
 
 def pool(mode: str) -> Callable[[int], int]:
     def run(documents: int) -> int:
-        borders, rows = packed(documents)
+        boundaries, rows = packed(documents)
         x = torch.randn(rows, 4, requires_grad=True)
-        differentiate(ops.segment_pool(x, borders, mode=mode), [x])
+        differentiate(ops.segment_pool(x, boundaries, mode=mode), [x])
         return rows
 
     return run
 
 
 def pool_attentively(documents: int) -> int:
-    borders, rows = packed(documents)
+    boundaries, rows = packed(documents)
     leaves = [torch.randn(2, 4, requires_grad=True), *operands(rows)[1:]]
-    differentiate(ops.attention_pool(leaves[0], leaves[1], leaves[2], borders), leaves)
+    differentiate(ops.attention_pool(leaves[0], leaves[1], leaves[2], boundaries), leaves)
     return rows
 
 
 def smooth(documents: int) -> int:
-    borders, rows = packed(documents)
+    boundaries, rows = packed(documents)
     leaves = [torch.randn(rows, 4, requires_grad=True), torch.rand(rows, requires_grad=True)]
     read = torch.arange(rows, dtype=torch.int32)
-    differentiate(ops.ema_unpool(leaves[0], leaves[1], read, cu_seqlens=borders), leaves)
+    differentiate(ops.ema_unpool(leaves[0], leaves[1], read, cu_seqlens=boundaries), leaves)
     return rows
 
 
 def embed(documents: int) -> int:
-    borders, rows = packed(documents)
+    boundaries, rows = packed(documents)
     table = torch.randn(50, 4, requires_grad=True)
     ids = torch.randint(0, 256, (rows,), dtype=torch.uint8)
-    out = ops.ngram_embedding(ids, [table], ngram_sizes=(2,), cu_seqlens=borders)
+    out = ops.ngram_embedding(ids, [table], ngram_sizes=(2,), cu_seqlens=boundaries)
     differentiate(out, [table])
     return rows
 
 
 def cut(documents: int) -> int:
-    borders, rows = packed(documents)
+    boundaries, rows = packed(documents)
     ids = torch.randint(0, 256, (rows,), dtype=torch.uint8)
-    ops.find_patches(ids, rule="space", cu_seqlens=borders)
+    ops.find_patches(ids, rule="space", cu_seqlens=boundaries)
     return rows
 
 
@@ -153,12 +153,12 @@ def test_work_grows_with_rows(work: Callable[[int], int]) -> None:
 
 
 def test_quadratic_work_is_seen() -> None:
-    """What autograd makes of slices."""
+    """The measure sees slices, whose gradients autograd pads to the whole."""
 
     def slices(documents: int) -> int:
-        borders, rows = packed(documents)
+        boundaries, rows = packed(documents)
         x = torch.randn(rows, 4, requires_grad=True)
-        parts = [x[a:b] * 2 for a, b in pairwise(borders.tolist())]
+        parts = [x[a:b] * 2 for a, b in pairwise(boundaries.tolist())]
         differentiate(torch.cat(parts), [x])
         return rows
 
