@@ -30,7 +30,7 @@ def register_flops(op: Any, formula: Callable[..., int]) -> None:
 
 
 class _CounterFinder(MetaPathFinder):
-    """Finds torch's counter as the other finders do, and adds the formulas when it has run."""
+    """Finder of torch's counter that adds the formulas when the counter's module has run."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None

@@ -1,7 +1,7 @@
 """DTensors: the rows of a loss divided among processes, the weights whole on each.
 
 The registered ops get a sharding strategy; the torch paths run on each process's own rows.
-`torch.distributed.tensor` takes over a second to import, so this waits until somebody else has.
+`torch.distributed.tensor` takes over a second to import, so this waits until other code has.
 """
 
 from __future__ import annotations

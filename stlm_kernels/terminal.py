@@ -26,7 +26,7 @@ def command(*, on_closed_pipe: int = 0) -> Callable[[Callable[P, int | None]], C
     """Decorate the `main` of a command, which returns the exit status (None is 0).
 
     Characters that the encoding of standard output cannot hold are printed as backslash escapes.
-    Where whoever reads the output has closed it, as `head -1` does, the command ends quietly. Any
+    Where the reader of the output has closed it, as `head -1` does, the command ends quietly. Any
     other OSError that `main` lets through, such as that of a full device, is one line and status 1;
     Ctrl-C is one line and status 130.
 
@@ -80,7 +80,7 @@ def argument_parser(module: str, description: str | None) -> argparse.ArgumentPa
 
 
 def note(*lines: object) -> None:
-    """Print lines on standard error. Where that cannot be written to, nobody can be told."""
+    """Print lines on standard error. Where that cannot be written to, they are lost."""
     with suppress(OSError, ValueError):
         if sys.stderr is not None:
             print(*lines, sep="\n", file=sys.stderr, flush=True)

@@ -59,7 +59,7 @@ def may_be_mixed(*tensors: Tensor) -> bool:
 
 
 def all_finite(*tensors: Tensor) -> bool:
-    """Reads the values; a sum is the fastest look at all of them."""
+    """Read the values; a sum is the fastest look at all of them."""
     return all(bool(x.sum().isfinite()) for x in tensors)
 
 
@@ -117,7 +117,7 @@ def _form(operands: Operands, block: Block, rule: Rule) -> Formed:
     if block.masked is not None:
         scores = _masked(scores, block, float("-inf"))
     weights = scores.softmax(-1)
-    if _guarded(block):  # a row may see nothing, and a NaN among the seen reaches all weights
+    if _guarded(block):  # a row may see nothing, and a NaN that is seen reaches all weights
         weights = _masked(weights, block)
     if rule.dropout_p:
         kept = _kept(block, weights, rule)
@@ -257,7 +257,7 @@ def _add(x: Tensor, place: Place, values: Tensor) -> None:
 def positive_scale(q: Tensor, scale: float | None) -> tuple[Tensor, float]:
     """Queries and a factor > 0 of the same scores; None is K^-0.5.
 
-    The kernels and stock attention under a mask, which they scale as well, want no other.
+    The kernels and SDPA under a mask, which they scale as well, take no other.
     """
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if factor > 0:

@@ -1,4 +1,4 @@
-"""Rounding of operands to the compute dtype, for the torch paths."""
+"""Casts of operands to the compute dtype, for the torch paths."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class _CastForward(_Cast):
 
 
 def cast(x: Tensor, dtype: torch.dtype, wide: torch.dtype) -> Tensor:
-    """x as `dtype` holds it, in `wide`; its gradient is rounded once, to x's own dtype."""
+    """x as `dtype` holds it, in `wide`; its gradient is cast once, to x's own dtype."""
     if x.dtype == dtype:
         return x if dtype == wide else x.to(wide)
     function = _CastForward if runtime.carries_tangents(x) else _Cast

@@ -56,7 +56,7 @@ def sum_splits(
     partial: Tensor,  # (splits, ...) fp32, contiguous
     dtype: torch.dtype,
 ) -> Tensor:
-    """Add up the partial results of a split reduction in an order that is fixed, and round once.
+    """Add up the partial results of a split reduction in an order that is fixed, and cast once.
 
     Floor: 4 bytes for each partial result, and the bytes of the sums. A program waits for the
     memory ceil(splits / 32) times, 17 times for 528 splits.

@@ -13,14 +13,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-FIRST_WORDS = frozenset(
-    """
-    about above after also although among and as at because before beside between but by during
-    except false for from how if in inside into it like of on or otherwise over same since so such
-    than that their then there these they this those though through true under unless until what
-    whatever when where which while who whoever whose why with within without whether you your
-    """.split()
-)
+FIRST_WORDS = frozenset((
+    "about", "above", "after", "also", "although", "among", "and", "as", "at", "because",
+    "before", "beside", "between", "but", "by", "during", "except", "false", "for", "from", "how",
+    "if", "in", "inside", "into", "it", "like", "of", "on", "or", "otherwise", "over", "same",
+    "since", "so", "such", "than", "that", "their", "then", "there", "these", "they", "this",
+    "those", "though", "through", "true", "under", "unless", "until", "what", "whatever", "when",
+    "where", "which", "while", "who", "whoever", "whose", "why", "with", "within", "without",
+    "whether", "you", "your",
+))  # fmt: skip
 """Words that begin a fragment; a docstring begins with an imperative verb or its head noun.
 
 One that follows "the", "not" or "only" makes a fragment too, as in "the same" or "not where".
@@ -71,8 +72,8 @@ def docstrings(folder: Path) -> Iterator[Finding]:
         for node in ast.walk(ast.parse(path.read_text())):
             value = node.value if isinstance(node, ast.Expr) else None
             text = value.value if isinstance(value, ast.Constant) else None
-            if isinstance(text, str) and text.strip():
-                yield Finding(path, node.lineno, text.strip().splitlines()[0])
+            if value is not None and isinstance(text, str) and text.strip():
+                yield Finding(path, value.lineno, text.strip().splitlines()[0])
 
 
 def fragments(folder: Path) -> list[Finding]:
@@ -81,7 +82,7 @@ def fragments(folder: Path) -> list[Finding]:
 
 
 def is_fragment(text: str) -> bool:
-    first, second = (re.findall(r"[\w'`.]+", text.lower()) + ["", ""])[:2]
+    first, second = [*re.findall(r"[a-z']+", text.lower()), "", ""][:2]
     if first in ("the", "not", "only"):
         first = second
     return first in FIRST_WORDS

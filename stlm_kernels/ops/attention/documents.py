@@ -63,7 +63,7 @@ def plan(
     causal: bool,
     scale: float,
 ) -> Plan:
-    """Reads the boundaries."""
+    """Read the boundaries."""
     own = segments.clamped_bounds(cu_seqlens, rows).cpu().long()
     same = cu_seqlens_k is cu_seqlens
     other = own if same else segments.clamped_bounds(cu_seqlens_k, keys).cpu().long()
@@ -130,7 +130,7 @@ def attend(
     plan: Plan,
     keep: bool,
 ) -> tuple[Tensor, list[Kept]]:
-    """(T, H, K), zeros for rows that see nothing, and, where wanted, what the backward needs."""
+    """(T, H, K), zeros for rows that see nothing, and, where required, what the backward needs."""
     out, kept = _blank(q, plan.all_rows), []
     for part in plan.parts:
         operands = [_taken(q, part.rows), _taken(k, part.keys), _taken(v, part.keys)]

@@ -2,7 +2,7 @@
 
 SDPA takes dense calls, and packed documents by their lengths (`documents`); windows on a CPU are
 cut into blocks for it (`banded`). Its backward cannot be differentiated, so one that is itself
-recorded, or takes many gradients at once, goes through the plain composition. Other windows,
+differentiated, or takes many gradients at once, goes through the plain composition. Other windows,
 softcap and dropout, non-finite operands (of which SDPA lets masked ones through), torch.func, and
 documents whose boundaries cannot be read (compile, shapes alone) go through blocks: a block of rows
 meets one range of keys, so that memory stays small and the work of a window grows with T x window.
@@ -75,16 +75,16 @@ def attention(
     bounded = options.left is not None and options.right is not None and own_keys
     unread = runtime.needs_composition(q, k, v) or not readable
     plain = unread or options.softcap or options.dropout_p or q.numel() == 0
-    stock = not (plain or windowed or (dense and _forms_too_much(q, k, options)))
+    by_sdpa = not (plain or windowed or (dense and _forms_too_much(q, k, options)))
     banded = windowed and bounded and q.is_cpu and not (plain or torch.compiler.is_compiling())
     # The library's kernels for 16 bits are on GPUs; on a CPU fp32 is faster and more exact.
-    narrow = stock and dense and not q.is_cpu
+    narrow = by_sdpa and dense and not q.is_cpu
     compute = out_dtype if narrow else torch.promote_types(out_dtype, torch.float32)
     q, k, v = (cast(x, out_dtype, compute) for x in (q, k, v))
     with runtime.without_autocast(q):
         if banded and not _shows_masked_nan(options, q, k, v):
             out = _Banded.apply(q, k, v, cu_seqlens, options)
-        elif not stock:
+        elif not by_sdpa:
             out = _in_blocks(q, k, v, boundaries, options)
         elif torch.compiler.is_compiling():
             out = _sdpa(q, k, v, options)
@@ -92,7 +92,7 @@ def attention(
             out = _in_blocks(q, k, v, boundaries, options)
         else:
             out = _by_sdpa(q, k, v, boundaries, options)
-    return out.to(out_dtype, copy=True)  # `out` may be a view, which nobody could change in place
+    return out.to(out_dtype, copy=True)  # `out` may be a view, which cannot be changed in place
 
 
 # SDPA

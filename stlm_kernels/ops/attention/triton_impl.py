@@ -16,8 +16,8 @@ dv = P^T dO, dk = dS^T Q. No atomics, fixed order, work in proportion to T x win
 
 NaN and infinities. A weight of zero does not hide a NaN, so in masked blocks an operand that is
 summed over rows enters the product with its non-finite rows zeroed, and the scores of such a row
-become NaN instead, before the mask: whoever may see it gets NaN, nobody else. Unmasked blocks hide
-nothing and need no such care.
+become NaN instead, before the mask: what may see it gets NaN, nothing else does. Unmasked blocks
+need no such care.
 
 Floor (bf16, H200, 790 TFLOP/s, 4.3 TB/s, 4e12 exp/s): per score 4 K FLOPs and an exp2 forward,
 14 K and two exp2 backward; below K = 50 the exp2 lasts longer than the products. B24 T512 16/4

@@ -274,7 +274,7 @@ def _row_stride(query: Tensor) -> int:
 def _options(
     kernel: str, query: Tensor, key: Tensor, patches: int, dtype: torch.dtype
 ) -> tuple[dict[str, Any], int, int]:
-    """Constants of a launch, tiles of heads, programs; `dtype` is what operands are rounded to."""
+    """Constants of a launch, tiles of heads, programs; `dtype` is what operands are cast to."""
     (heads, width), (total, kv_heads, _) = query.shape[-2:], key.shape
     config = dict(configs.pool_config(kernel, heads, kv_heads, width, key.dtype, key.device))
     programs = config.pop("PROGRAMS", 0)

@@ -59,9 +59,9 @@ def byte_pool(
 def _made_safe(
     byte_ids: Tensor, table: Tensor, cu_patchlens: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Values nobody has looked at: ids, table, boundaries, and what to add to the table's rows.
+    """Replace values that are not checked: ids, table, boundaries, and an addend for the table.
 
-    Bad ids find a zero row that the addition turns to NaN: multiplied by a gain, a NaN row would
+    Bad ids find a zero row that the addend turns to NaN: multiplied by a gain, a NaN row would
     reach the gain's gradient. Bytes of no patch lie in a segment before or after the patches.
     """
     total, vocab = byte_ids.shape[0], table.shape[0]

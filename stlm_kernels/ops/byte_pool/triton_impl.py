@@ -86,7 +86,7 @@ def stlm_byte_pool_fwd(
             bad |= ((ids < 0) & (start + slot < end)).to(tl.int32)
             rows = weight_ptr + ids.to(tl.int64)[:, None] * D + columns[None, :]
             mask = (ids >= 0)[:, None] & in_width[None, :]
-            # Rounded to the stored dtype first: under autocast the table is fp32.
+            # Cast to the stored dtype first: under autocast the table is fp32.
             row = tl.load(rows, mask=mask, other=0.0).to(stored).to(tl.float32)
             if HAS_GAIN:
                 gains = gain_ptr + tl.minimum(slot, gain_slots - 1).to(tl.int64) * D + columns

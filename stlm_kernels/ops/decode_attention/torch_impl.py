@@ -97,6 +97,6 @@ def _products(
     if softcap:
         z = softcap * torch.tanh(z / softcap)
     weights = (z if seen is None else z.masked_fill(~seen, -torch.inf)).softmax(-1)
-    if seen is not None:  # who sees nothing gets nothing, and NaN stays with those who see it
+    if seen is not None:  # a query that sees nothing gets nothing; NaN stays with those that see it
         weights = torch.where(seen, weights, 0)
     return (weights @ v.to(wide)).to(q.dtype)

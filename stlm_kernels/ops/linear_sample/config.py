@@ -35,7 +35,7 @@ def unsupported_reasons(*, input: Tensor, **arguments: Any) -> list[str]:
 
 
 def declined_reasons(**arguments: Any) -> list[str]:
-    """A large vocabulary is torch's case by design, which nobody needs to be warned of."""
+    """A large vocabulary is torch's case by design, of which nothing warns."""
     valid = _valid_vocab(**arguments)
     if valid <= MAX_VOCAB:
         return []

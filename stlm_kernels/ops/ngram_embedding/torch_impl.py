@@ -118,7 +118,7 @@ def _read(rows: Tensor, tables: Sequence[Tensor], out_dtype: torch.dtype) -> Ten
 
 
 class _LookUp(torch.autograd.Function):
-    """The sum of the tables' rows; gradients accumulate in float32 and are rounded once."""
+    """The sum of the tables' rows; gradients accumulate in float32 and are cast once."""
 
     generate_vmap_rule = True
 

@@ -55,7 +55,7 @@ def patch_attention(
             return _Folded.apply(q, k, v, cu_patchlens, causal, scale).to(out_dtype)
         else:
             out = _Attention.apply(q, k, v, cu_patchlens, causal, scale)
-    return out.to(out_dtype, copy=True)  # `out` is a view, which nobody could change in place
+    return out.to(out_dtype, copy=True)  # `out` is a view, which cannot be changed in place
 
 
 def _folds(q: Tensor, k: Tensor, v: Tensor, cu_patchlens: Tensor, causal: bool) -> bool:
@@ -162,7 +162,7 @@ def _padded(x: Tensor) -> Tensor:
 
 
 class _Folded(torch.autograd.Function):
-    """Flash attention with its own backward, for as long as nobody differentiates that."""
+    """Flash attention with its own backward, until that is differentiated itself."""
 
     @staticmethod
     def forward(

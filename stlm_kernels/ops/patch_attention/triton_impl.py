@@ -15,7 +15,7 @@ is ever transposed: dv = P^T dO, dk = dS^T Q. No atomics, fixed order.
 
 NaN and infinities. A weight of zero does not hide a NaN: 0 * NaN is NaN, and a tile holds several
 patches. So an operand that is summed over rows enters the product with its non-finite rows zeroed,
-and such a row's score becomes NaN instead, before the mask: whoever may see the row gets NaN, and
+and such a row's score becomes NaN instead, before the mask: what may see the row gets NaN, and
 the mask keeps it from all others. That costs a sum over the tile's columns.
 
 Heads of other widths than powers of two stand in the next one, masked: memory limits, not products.

@@ -3,7 +3,7 @@
 Rows are heads of tokens, (token, head), one after the other in memory; the first programs own the
 rows of q, the others those of k, BLOCK at a time. A row's cos and sin come from the cache, since
 its neighbours of the same token read the same.
-Forward. One program for each block: norm, rotation, rounded once.
+Forward. One program for each block: norm, rotation, cast once.
 Backward. dy is the upstream gradient turned back; with g = weight * dy and r = 1 / rms,
 dx = r (g - x r^2 mean(g x)). The norm is formed again, nothing was saved. Each program walks a run
 of blocks and adds up dy x r for the weights' gradients; the runs are added in order. No atomics.

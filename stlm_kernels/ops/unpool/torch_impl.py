@@ -117,7 +117,7 @@ def _sums_by_row(
     rows: Tensor,  # (T,) int32 in [0, n_rows)
     n_rows: int,
     dtype: torch.dtype,
-) -> Tensor:  # (n_rows, D), rounded no further than `dtype`
+) -> Tensor:  # (n_rows, D), in no fewer bits than `dtype`
     wide = torch.promote_types(grad.dtype, torch.float32)
     casts_once_in_order = grad.device.type == "cpu" and grad.dtype == wide
     if casts_once_in_order or torch.is_grad_enabled() or runtime.inside_torch_func():

@@ -1,6 +1,6 @@
 """unpool in Triton: a gather by rows forward, a contiguous segment sum backward.
 
-Forward. A program owns BLOCK_T rows: patch state or null state, plus the residual, rounded once.
+Forward. A program owns BLOCK_T rows: patch state or null state, plus the residual, cast once.
 Floor (bf16): 2 (T + P) D bytes, 4 T D more with a residual; 291 us at 1M bytes, D = 512, bare.
 Backward. Each id >= 0 occupies one run of rows: one pass over the ids notes where each run begins
 and ends, then the shared segment sum adds its rows in order. The null state's gradient adds the
