@@ -101,7 +101,7 @@ def _check(
         )
     if runtime.values_visible(byte_ids, cu_patchlens):
         last = _checks.check_offset_values("cu_patchlens", cu_patchlens, byte_ids.shape[0])
-        # Bytes beyond the last border belong to no patch, so they may hold anything.
+        # Bytes beyond the last boundary belong to no patch, so they may hold anything.
         _checks.check_id_values("byte_ids", byte_ids[:last], 0, vocab)
 
 

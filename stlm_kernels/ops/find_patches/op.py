@@ -20,7 +20,7 @@ class Patches(NamedTuple):
     """Boundaries of patches, and the patch that each byte belongs to and may read."""
 
     cu_patchlens: Tensor
-    """(P+1,) int32 patch borders in bytes; with `max_patches`, P is that."""
+    """(P+1,) int32 patch boundaries in bytes; with `max_patches`, P is that."""
     patch_ids: Tensor
     """(T,) int32: the patch that holds the byte; -1 for bytes in no document or no slot."""
     read_ids: Tensor
@@ -28,7 +28,7 @@ class Patches(NamedTuple):
     n_patches: Tensor
     """0-d int32: the true number of patches, also where it exceeds `max_patches`."""
     cu_seqlens: Tensor
-    """(S+1,) int32 document borders in patches, at most `max_patches`."""
+    """(S+1,) int32 document boundaries in patches, at most `max_patches`."""
 
 
 @named_errors
