@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -120,7 +121,7 @@ def weight_dtypes(activation: torch.dtype) -> tuple[torch.dtype, ...]:
 
 def check_id_values(name: str, ids: Tensor, low: int, high: int) -> None:
     """IndexError unless low <= ids < high; reads the values, so on a GPU it synchronises."""
-    if ids_within(ids, low, high):
+    if _are_known(ids, low, high) or ids_within(ids, low, high):
         return
     wide = ids.long().flatten()
     position = int(((wide < low) | (wide > high - 1)).nonzero()[0])
@@ -128,6 +129,22 @@ def check_id_values(name: str, ids: Tensor, low: int, high: int) -> None:
         f"{name}: expected values in [{low}, {high - 1}], got {int(wide[position])} "
         f"at position {position}"
     )
+
+
+known_ids: ContextVar[tuple[Tensor, int] | None] = ContextVar("known_ids", default=None)
+"""Contiguous ids and the vocabulary that they are known to lie in: see `runtime.checked_ids`."""
+
+
+def _are_known(ids: Tensor, low: int, high: int) -> bool:
+    """Whether ids are a contiguous part of those that were checked for a range within this one."""
+    known = known_ids.get()
+    if known is None:
+        return False
+    whole, vocab = known
+    if low > 0 or high < vocab or ids.dtype != whole.dtype or not ids.is_contiguous():
+        return False
+    offset = ids.data_ptr() - whole.data_ptr()
+    return 0 <= offset <= whole.nbytes - ids.nbytes
 
 
 def ids_within(ids: Tensor, low: int, high: int) -> bool:

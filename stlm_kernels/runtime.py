@@ -5,7 +5,8 @@ Public: models built on the ops ask the same questions.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -53,6 +54,29 @@ def check_ids(ids: Tensor, vocab: int, name: str = "byte_ids") -> None:
         ids.dtype in _checks.ID_DTYPES, name, "uint8, int16, int32 or int64 ids", ids.dtype
     )
     _checks.check_id_values(name, ids, 0, vocab)
+
+
+@contextmanager
+def checked_ids(ids: Tensor, vocab: int, name: str = "byte_ids") -> Iterator[None]:
+    """Check ids once for all ops and modules within the block, which must not change them.
+
+    Where values are not visible nothing is checked, here or there.
+
+    Args:
+        ids, vocab, name: as in `check_ids`.
+
+    Raises:
+        IndexError, ValueError: as `check_ids`.
+    """
+    if not values_visible(ids):
+        yield
+        return
+    check_ids(ids, vocab, name)
+    token = _checks.known_ids.set((ids, vocab) if ids.is_contiguous() else None)
+    try:
+        yield
+    finally:
+        _checks.known_ids.reset(token)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, overload
 from torch import Tensor, nn
 
 from stlm_kernels import Patches, segment_pool
+from stlm_kernels.runtime import checked_ids
 
 from .build import (
     decoder_blocks,
@@ -26,7 +27,7 @@ from .layers.embedding import TiedEmbedding, UntiedEmbedding, lookup
 from .layers.inputs import check_inputs, check_patches
 from .layers.kv_cache import CacheRows, KVCache
 from .layers.norms import rms_norm
-from .layers.packing import clear_unused, document_borders, targets_of_documents
+from .layers.packing import Packing, packing_of, targets_of_documents
 from .layers.parallel_head import ParallelHead
 from .layers.patching import BytePatcher
 from .layers.pooling import ByteUnpooling, EmaUnpooling
@@ -164,7 +165,7 @@ class STLM(GenerationMixin, nn.Module):
         if targets is not None:
             return self._loss(byte_ids, targets, cu_seqlens, patches, None)
         check_inputs(byte_ids, None)
-        return self.embedding.logits(self._run(byte_ids, cu_seqlens, patches)[0])
+        return self.embedding.logits(self.hidden(byte_ids, cu_seqlens=cu_seqlens, patches=patches))
 
     def byte_loss(
         self,
@@ -194,8 +195,9 @@ class STLM(GenerationMixin, nn.Module):
         valid_vocab: int | None,
     ) -> tuple[Tensor, Tensor]:
         check_inputs(byte_ids, targets)
-        hidden, auxiliary = self._run(byte_ids, cu_seqlens, patches)
-        counted = targets_of_documents(targets, cu_seqlens)
+        packing = packing_of(byte_ids, cu_seqlens)
+        hidden, auxiliary = self._run(byte_ids, packing, patches)
+        counted = targets_of_documents(targets, None if cu_seqlens is None else packing)
         loss_sum, n_valid = self.embedding.loss(
             hidden, counted, ignore_index=IGNORED, valid_vocab=valid_vocab
         )
@@ -214,31 +216,36 @@ class STLM(GenerationMixin, nn.Module):
         patches: Patches | None = None,
     ) -> Tensor:
         """The states that the output projection reads, (..., byte_dim); arguments as `forward`."""
-        return self._run(byte_ids, cu_seqlens, patches)[0]
+        return self._run(byte_ids, packing_of(byte_ids, cu_seqlens), patches)[0]
 
     def _run(
-        self, byte_ids: Tensor, cu_seqlens: Tensor | None, patches: Patches | None
+        self, byte_ids: Tensor, packing: Packing, patches: Patches | None
     ) -> tuple[Tensor, Callable[[], Tensor] | None]:
         """The states of `hidden`, and what gives the weighed auxiliary loss, where there is one."""
-        borders, flat = document_borders(byte_ids, cu_seqlens), byte_ids.flatten()
-        embedded = self.embedding(flat)  # first, for it knows which ids there are
-        ngrams = self.ngram_rows(flat, borders)
+        flat = byte_ids.flatten()
+        with checked_ids(flat, self.embedding.vocab_size):
+            return self._run_checked(byte_ids, flat, packing, patches)
+
+    def _run_checked(
+        self, byte_ids: Tensor, flat: Tensor, packing: Packing, patches: Patches | None
+    ) -> tuple[Tensor, Callable[[], Tensor] | None]:
+        embedded = self.embedding(flat)
+        ngrams = self.ngram_rows(flat, packing.cu_seqlens)
         own = self.own_states(embedded, ngrams)
         if self.is_flat:
             if patches is not None:
                 raise ValueError('patches: expected None with patch_rule "none", got patches')
-            return self._decode_as(byte_ids, own, borders), None
+            return self._decode_as(byte_ids, own, packing), None
         if patches is None:
-            patches = self._own_patches(flat, borders)
+            patches = self._own_patches(flat, packing.cu_seqlens)
         else:
-            check_patches(patches, borders, flat.shape[0])
-        encoded = self.encode(own, borders)
+            check_patches(patches, packing)
+        encoded = self.encode(own, packing)
         inputs = self.core_inputs(*self.pool(flat, encoded, patches, ngrams))
-        outputs = clear_unused(self.core(inputs, patches.cu_seqlens), patches.cu_seqlens)
-        states = self.core_states(outputs, inputs)
+        states = self.core_states(self._core_outputs(inputs, patches), inputs)
         if self.head is None:
             x = self.byte_inputs(states, patches, encoded)
-            return self._decode_as(byte_ids, x, borders), None
+            return self._decode_as(byte_ids, x, packing), None
         slots = self.decode_slots(self.head.with_null(states)).flatten(0, 1)
         hidden = self.output_states(lookup(slots, self.head.next_rows(patches)))
         wanted = self.training and self.config.reconstruction_weight > 0
@@ -250,10 +257,16 @@ class STLM(GenerationMixin, nn.Module):
         max_patches = self.config.max_patches if self.training else None
         return self.patcher(byte_ids, cu_seqlens, max_patches=max_patches)
 
-    def _decode_as(self, byte_ids: Tensor, x: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """The decoder over x (T, byte_dim), dense where byte_ids are."""
+    def _core_outputs(self, inputs: Tensor, patches: Patches) -> Tensor:
+        """Run the core over inputs (P, core_dim); slots of no patch give zeros."""
+        packing = Packing(patches.cu_seqlens, len(inputs))
+        ours = isinstance(self.core, PatchCore)
+        return packing.clear(self.core(inputs, packing if ours else patches.cu_seqlens))
+
+    def _decode_as(self, byte_ids: Tensor, x: Tensor, packing: Packing) -> Tensor:
+        """Run the decoder over x (T, byte_dim), dense where byte_ids are."""
         dense = byte_ids.dim() == 2
-        return self.decode(x.unflatten(0, byte_ids.shape), None if dense else cu_seqlens)
+        return self.decode(x.unflatten(0, byte_ids.shape), None if dense else packing)
 
     def _reconstruction(self, byte_ids: Tensor, inputs: Tensor, patches: Patches) -> Tensor:
         """Weighed mean nats of the bytes (T,) that the head finds in what the core was given."""
@@ -283,7 +296,7 @@ class STLM(GenerationMixin, nn.Module):
     def encode(
         self,
         own: Tensor,
-        cu_seqlens: Tensor | None,
+        cu_seqlens: Tensor | Packing | None,
         caches: Sequence[KVCache | CacheRows] | None = None,
     ) -> Tensor:
         """The states of bytes that the decoder adds, of their own states (..., byte_dim): causal.
@@ -345,7 +358,7 @@ class STLM(GenerationMixin, nn.Module):
     def decode(
         self,
         x: Tensor,
-        cu_seqlens: Tensor | None,
+        cu_seqlens: Tensor | Packing | None,
         caches: Sequence[KVCache | CacheRows] | None = None,
     ) -> Tensor:
         """The decoder over bytes, as x; cu_seqlens and caches as in `Attention.forward`."""

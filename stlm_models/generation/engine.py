@@ -15,6 +15,7 @@ from stlm_kernels import Patches, ema_unpool, unpool
 
 from ..build import ngram_mode
 from ..config import BOS_ID
+from ..layers.packing import Packing
 from ..layers.pooling import EmaUnpooling
 from ..layers.transformer import new_caches
 from .core_state import cached_core, caches_at
@@ -159,7 +160,8 @@ class PatchedRows:
         caches = caches_at(self.encoder_caches, rows)
         ngrams = model.ngram_rows(byte_ids, cu_seqlens)
         own = model.own_states(model.embedding.embed(byte_ids), ngrams)
-        encoded = model.encode(own, cu_seqlens, caches)
+        packing = Packing(cu_seqlens, len(byte_ids))
+        encoded = model.encode(own, packing, caches)
         pooled = model.pool(byte_ids, encoded, patches, ngrams)
         open_patches = patches.patch_ids[last]
         self.pool.resume(rows, pooled[0][open_patches], encoded, last, open_bytes)
@@ -175,7 +177,7 @@ class PatchedRows:
             return model.output_states(reads[torch.arange(len(rows)), open_bytes.long()])
         self._keep(rows, self._reads_at(patches.read_ids[last], states, patches))
         x = model.byte_inputs(states, patches, encoded)
-        return model.decode(x, cu_seqlens, caches_at(self.caches, rows))[last]
+        return model.decode(x, packing, caches_at(self.caches, rows))[last]
 
     def _reads_at(self, read_ids: Tensor, states: Tensor, patches: Patches) -> Tensor:
         """(R, D) of the patches that the ends of texts read, (R,)."""

@@ -14,6 +14,7 @@ from ..layers.embedding import TiedEmbedding
 from ..layers.kv_cache import CacheRows, KVCache
 from ..layers.modes import HasModes
 from ..layers.ngrams import NgramPooling
+from ..layers.packing import Packing
 from ..layers.parallel_head import ParallelHead
 from ..layers.patching import BytePatcher
 from ..layers.pooling import BytePooling, ByteUnpooling, EmaUnpooling
@@ -44,7 +45,7 @@ class ByteModel(HasModes, Protocol):
     def encode(
         self,
         own: Tensor,
-        cu_seqlens: Tensor | None,
+        cu_seqlens: Tensor | Packing | None,
         caches: Sequence[KVCache | CacheRows] | None = None,
     ) -> Tensor: ...
 
@@ -65,7 +66,7 @@ class ByteModel(HasModes, Protocol):
     def decode(
         self,
         x: Tensor,
-        cu_seqlens: Tensor | None,
+        cu_seqlens: Tensor | Packing | None,
         caches: Sequence[KVCache | CacheRows] | None = None,
     ) -> Tensor: ...
 

@@ -12,7 +12,7 @@ from stlm_kernels import attention, decode_attention, patch_attention, qk_norm_r
 
 from ..config import check_heads
 from .kv_cache import CacheRows, KVCache
-from .packing import document_starts
+from .packing import Packing, Rows
 from .rotary import rotary_tables
 from .typed_call import typed_as
 
@@ -64,6 +64,7 @@ class Attention(nn.Module):
         *,
         cu_seqlens: Tensor | None = None,  # (S+1,) int32
         cache: KVCache | CacheRows | None = None,
+        rows: Rows | None = None,
     ) -> Tensor:  # as x
         """Attend within each row of a dense batch, or within each document of a packed one.
 
@@ -74,6 +75,7 @@ class Attention(nn.Module):
             cache: from `new_cache`, of one row for each document of a packed x, which it then
                 holds instead of what it held; or of B rows beside x (B, 1, D), their next position,
                 which sees what the cache holds and joins it.
+            rows: what layers over one stream share, of `new_rows` for this call; None makes it.
 
         Raises:
             ValueError: for a wrong shape, a dense x with cu_seqlens, or a cache of other rows.
@@ -84,13 +86,13 @@ class Attention(nn.Module):
         if cache is not None and not isinstance(cache, KVCache | CacheRows):
             got = type(cache).__name__
             raise ValueError(f"cache: expected None or one from new_cache, got {got}")
-        if x.dim() == 3:
-            if cu_seqlens is not None:
-                raise ValueError("cu_seqlens: expected None with a dense x, got a tensor")
-            return self._attend(x, None) if cache is None else self._step(x, cache)
+        if x.dim() == 3 and cu_seqlens is not None:
+            raise ValueError("cu_seqlens: expected None with a dense x, got a tensor")
+        if x.dim() == 3 and cache is not None:
+            return self._step(x, cache, rows)
         if cache is not None and cu_seqlens is None:
             cu_seqlens = torch.arange(2, dtype=torch.int32, device=x.device) * x.shape[0]
-        return self._attend(x, cu_seqlens, cache)
+        return self._attend(x, self.new_rows(x, cu_seqlens) if rows is None else rows, cache)
 
     if TYPE_CHECKING:
 
@@ -104,50 +106,63 @@ class Attention(nn.Module):
         device = None if mine is None else mine.device
         return KVCache(batch, self.kv_heads, self.head_dim, window=self.window, device=device)
 
-    def _attend(
-        self, x: Tensor, cu_seqlens: Tensor | None, cache: KVCache | CacheRows | None = None
-    ) -> Tensor:
-        """x (B, T, D) or (T, D), of which only the latter comes with documents and a cache."""
-        positions = unused = None
-        if cu_seqlens is not None:
-            rows = torch.arange(x.shape[0], device=x.device)
-            positions = rows - document_starts(cu_seqlens, x.shape[0])
+    def new_rows(
+        self,
+        x: Tensor,  # (B, T, D) or (T, D)
+        cu_seqlens: Tensor | Packing | None = None,  # (S+1,) int32
+        cache: KVCache | CacheRows | None = None,
+    ) -> Rows:
+        """Return what all layers of these heads and rotary positions share over x.
+
+        Args:
+            x, cu_seqlens: as in `forward`; a `Packing` shares it further.
+            cache: beside x (B, 1, D).
+        """
+        if x.dim() == 3 and cache is not None:
+            positions = cache.positions()
+            cos, sin = self._tables(cache.longest + 1, x.device)
+            return Rows(cos[positions], sin[positions])
+        if cu_seqlens is None:
+            return Rows(*self._tables(x.shape[-2], x.device))
+        packing = Packing(cu_seqlens, len(x)) if isinstance(cu_seqlens, Tensor) else cu_seqlens
+        return packing.rows(self.head_dim, self.rope_base)
+
+    def _tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        return rotary_tables(length, self.head_dim, self.rope_base, device)
+
+    def _attend(self, x: Tensor, rows: Rows, cache: KVCache | CacheRows | None) -> Tensor:
+        """Attend over x (B, T, D) or (T, D); only the latter has documents and a cache."""
+        if rows.unused is not None:
             # Their output and gradients are zero, but zero times NaN in a projection is not.
-            unused = (rows >= cu_seqlens[-1])[:, None]
-            x = x.masked_fill(unused, 0)
-        q, k, v = self._heads(x, x.shape[-2], positions)
-        if cache is not None and cu_seqlens is not None:
-            cache.fill(k, v, cu_seqlens)
-        out = self.output(self._mix(q, k, v, cu_seqlens).flatten(-2))
-        return out if unused is None else out.masked_fill(unused, 0)  # nor is it on the way back
+            x = x.masked_fill(rows.unused, 0)
+        q, k, v = self._heads(x, rows)
+        if cache is not None and rows.cu_seqlens is not None:
+            cache.fill(k, v, rows.cu_seqlens)
+        out = self.output(self._mix(q, k, v, rows.cu_seqlens).flatten(-2))
+        # Nor is it on the way back.
+        return out if rows.unused is None else out.masked_fill(rows.unused, 0)
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         return attention(q, k, v, window=self.window, cu_seqlens=cu_seqlens)
 
-    def _step(self, x: Tensor, cache: KVCache | CacheRows) -> Tensor:
-        """x (B, 1, D), the next position of each row."""
-        positions = cache.positions()
-        if x.shape[:2] != (len(positions), 1):
-            expected = f"({len(positions)}, 1, {self.dim}) beside a cache"
+    def _step(self, x: Tensor, cache: KVCache | CacheRows, rows: Rows | None) -> Tensor:
+        """Attend from x (B, 1, D), the next position of each row."""
+        batch = len(cache.positions())
+        if x.shape[:2] != (batch, 1):
+            expected = f"({batch}, 1, {self.dim}) beside a cache"
             raise ValueError(f"x: expected shape {expected}, got {tuple(x.shape)}")
-        q, k, v = self._heads(x[:, 0], cache.longest + 1, positions)
+        q, k, v = self._heads(x[:, 0], self.new_rows(x, cache=cache) if rows is None else rows)
         keys, values, lens = cache.append(k, v)
         out = decode_attention(q.to(keys.dtype), keys, values, lens)
         return self.output(out.to(q.dtype).flatten(-2))[:, None]
 
-    def _heads(
-        self, x: Tensor, length: int, positions: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (..., T, H, K), keys and values (..., T, H_kv, K) of x (..., T, D).
-
-        Positions (T,) lie below length; None is 0..length-1.
-        """
+    def _heads(self, x: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries (..., T, H, K), keys and values (..., T, H_kv, K) of x (..., T, D)."""
         q = self.query(x).unflatten(-1, (self.heads, self.head_dim))
         k = self.key(x).unflatten(-1, (self.kv_heads, self.head_dim))
         v = self.value(x).unflatten(-1, (self.kv_heads, self.head_dim))
-        cos, sin = rotary_tables(length, self.head_dim, self.rope_base, x.device)
         q, k = qk_norm_rope(
-            q, k, cos, sin, q_weight=self.query_norm, k_weight=self.key_norm, positions=positions
+            q, k, rows.cos, rows.sin, q_weight=self.query_norm, k_weight=self.key_norm
         )
         return q, k, v
 

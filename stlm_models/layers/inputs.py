@@ -8,7 +8,7 @@ from torch import Tensor
 from stlm_kernels import Patches
 from stlm_kernels.runtime import values_visible
 
-from .packing import document_starts, require_type
+from .packing import Packing, require_type
 from .pooling import reads_ahead
 
 
@@ -27,13 +27,14 @@ def check_inputs(byte_ids: Tensor, targets: Tensor | None) -> None:
         raise ValueError(f"targets: expected {expected}, got {tuple(targets.shape)}")
 
 
-def check_patches(patches: Patches, cu_seqlens: Tensor, length: int) -> None:
+def check_patches(patches: Patches, packing: Packing) -> None:
     """Refuse patches that do not belong to these bytes, or that would leak (values: CPU only).
 
     Raises:
         ValueError: naming the field, and for a leak the byte and the patch that it reads.
         IndexError: for a read_id that is no patch.
     """
+    cu_seqlens, length = packing.cu_seqlens, packing.length
     require_type(patches, Patches, "patches", "the Patches of find_patches")
     for name in ("patch_ids", "read_ids"):
         shape = tuple(getattr(patches, name).shape)
@@ -53,7 +54,7 @@ def check_patches(patches: Patches, cu_seqlens: Tensor, length: int) -> None:
             f"patches.read_ids: expected values in [-1, {last - 1}], got {int(read[at])} at"
             f" position {at}"
         )
-    foreign = patches.cu_patchlens[read.clamp(min=0)] < document_starts(cu_seqlens, length)
+    foreign = patches.cu_patchlens[read.clamp(min=0)] < packing.starts()
     wrong = (reads_ahead(patches) | (foreign & (read >= 0))).nonzero().flatten()
     if wrong.numel():
         at = int(wrong[0])

@@ -1,24 +1,90 @@
-"""Packed documents: their boundaries, where each begins, and the rows that belong to none."""
+"""Packed documents: their boundaries, and what all layers over one stream of rows share."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..config import IGNORED
+from .rotary import rotary_tables
 
 
-def document_borders(byte_ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """cu_seqlens of the flattened byte_ids."""
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a stream as a layer of attention reads them.
+
+    No tuple, in which FSDP2 would cast the tables with other inputs of a block.
+
+    Args:
+        cos, sin: (T or more, K/2) float32, the rotary position of each row.
+        cu_seqlens: (S+1,) int32 documents of packed rows; None for dense or cached ones.
+        unused: (T, 1) bool, packed rows of no document.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    cu_seqlens: Tensor | None = None
+    unused: Tensor | None = None
+
+
+class Packing:
+    """Documents of a packed stream: computed once, at first use, and handed to every layer.
+
+    Args:
+        cu_seqlens: (S+1,) int32 document boundaries; rows from the last entry on belong to none.
+        length: rows T of the stream.
+    """
+
+    def __init__(self, cu_seqlens: Tensor, length: int) -> None:
+        self.cu_seqlens, self.length = cu_seqlens, length
+        self._starts: Tensor | None = None
+        self._unused: Tensor | None = None
+        self._rows: dict[tuple[int, float], Rows] = {}
+
+    def starts(self) -> Tensor:
+        """Return the first row of each row's document, (T,) int64."""
+        if self._starts is None:
+            self._starts = document_starts(self.cu_seqlens, self.length)
+        return self._starts
+
+    def unused(self) -> Tensor:
+        """Return the rows that belong to no document, (T, 1) bool."""
+        if self._unused is None:
+            self._unused = unused_rows(self.cu_seqlens, self.length)
+        return self._unused
+
+    def rows(self, head_dim: int, base: float) -> Rows:
+        """Return what layers of this width of a head and base of rotary positions read."""
+        if (head_dim, base) not in self._rows:
+            places = torch.arange(self.length, device=self.cu_seqlens.device)
+            # Boundaries that are none are refused by attention; here they only must index.
+            positions = (places - self.starts()).clamp(min=0)
+            cos, sin = rotary_tables(self.length, head_dim, base, positions.device)
+            rows = Rows(cos[positions], sin[positions], self.cu_seqlens, self.unused())
+            self._rows[head_dim, base] = rows
+        return self._rows[head_dim, base]
+
+    def clear(self, x: Tensor) -> Tensor:
+        """Return x (T, D) with zeros in unused rows, whatever they hold, NaN even.
+
+        Nothing reads them, but in the gradient of a linear map zero times NaN is not zero.
+        """
+        return x.masked_fill(self.unused(), 0)
+
+
+def packing_of(byte_ids: Tensor, cu_seqlens: Tensor | None) -> Packing:
+    """Return the packing of the flattened byte_ids (B, T) or (T,)."""
     if byte_ids.dim() == 2:
-        return dense_cu_seqlens(byte_ids, cu_seqlens)
+        return Packing(dense_cu_seqlens(byte_ids, cu_seqlens), byte_ids.numel())
     if cu_seqlens is None:
-        return dense_cu_seqlens(byte_ids[None])
+        return Packing(dense_cu_seqlens(byte_ids[None]), len(byte_ids))
     require_type(cu_seqlens, Tensor, "cu_seqlens", "a tensor")
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         got = f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
         raise ValueError(f"cu_seqlens: expected int32 (S+1,), got {got}")
-    return cu_seqlens
+    return Packing(cu_seqlens, len(byte_ids))
 
 
 def dense_cu_seqlens(byte_ids: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -36,18 +102,14 @@ def document_starts(cu_seqlens: Tensor, length: int) -> Tensor:
     return cu_seqlens.long()[torch.searchsorted(cu_seqlens.long(), rows, right=True) - 1]
 
 
-def clear_unused(x: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """x (N, D) with zeros in the rows of no document, whatever they hold, NaN even.
-
-    Nothing reads them, but in the gradient of a linear map zero times NaN is not zero.
-    """
-    unused = torch.arange(len(x), device=x.device) >= cu_seqlens[-1]
-    return x.masked_fill(unused[:, None], 0)
+def unused_rows(cu_seqlens: Tensor, length: int) -> Tensor:
+    """Return the rows from the last boundary on, which belong to no document, (length, 1) bool."""
+    return (torch.arange(length, device=cu_seqlens.device) >= cu_seqlens[-1])[:, None]
 
 
 def targets_of_documents(
     targets: Tensor,  # (T,) or (B, T) integers
-    cu_seqlens: Tensor | None,  # (S+1,) int32, of packed targets
+    cu_seqlens: Tensor | Packing | None,  # (S+1,) int32, of packed targets
 ) -> Tensor:
     """The targets, -100 from cu_seqlens[-1] on: rows there belong to no document.
 
@@ -55,8 +117,8 @@ def targets_of_documents(
     """
     if cu_seqlens is None:
         return targets
-    outside = torch.arange(len(targets), device=targets.device) >= cu_seqlens[-1]
-    return targets.long().masked_fill(outside, IGNORED)
+    packing = cu_seqlens if isinstance(cu_seqlens, Packing) else Packing(cu_seqlens, len(targets))
+    return targets.long().masked_fill(packing.unused()[:, 0], IGNORED)
 
 
 def require_type(value: object, kind: type, name: str, expected: str) -> None:

@@ -14,6 +14,7 @@ from ..config import ModelConfig
 from .attention import Attention
 from .kv_cache import CacheRows, KVCache
 from .norms import rms_norm
+from .packing import Packing, Rows
 from .typed_call import typed_as
 
 
@@ -57,9 +58,10 @@ class TransformerBlock(nn.Module):
         cu_seqlens: Tensor | None = None,
         cache: KVCache | CacheRows | None = None,
         feed_forward: SwiGLU | None = None,
+        rows: Rows | None = None,
     ) -> Tensor:
         """See `Attention.forward`."""
-        x = x + self.attention(rms_norm(x), cu_seqlens=cu_seqlens, cache=cache)
+        x = x + self.attention(rms_norm(x), cu_seqlens=cu_seqlens, cache=cache, rows=rows)
         own = feed_forward if self.feed_forward is None else self.feed_forward
         assert own is not None
         return x + own(rms_norm(x))
@@ -91,7 +93,7 @@ class PatchCore(nn.Module):
     def forward(
         self,
         x: Tensor,
-        cu_seqlens: Tensor | None = None,
+        cu_seqlens: Tensor | Packing | None = None,
         caches: Sequence[KVCache | CacheRows] | None = None,
     ) -> Tensor:
         """The patches of whole documents, or beside caches the next one of each row, (B, 1, D)."""
@@ -127,15 +129,21 @@ def build_blocks(
 def run_blocks(
     blocks: nn.ModuleList,
     x: Tensor,
-    cu_seqlens: Tensor | None,
+    cu_seqlens: Tensor | Packing | None,
     caches: Sequence[KVCache | CacheRows] | None,
     feed_forward: SwiGLU | None = None,
 ) -> Tensor:
-    """One block after another, each with its cache where there are caches."""
+    """Run one block after another, each with its cache where there are caches.
+
+    All blocks have heads of one width. A `Packing` shares its documents with other blocks.
+    """
+    if not len(blocks):
+        return x
+    first = cast(TransformerBlock, blocks[0]).attention
+    rows = first.new_rows(x, cu_seqlens, None if caches is None else caches[0])
     for i, block in enumerate(blocks):
-        arguments: list[Any] = [x, cu_seqlens, None if caches is None else caches[i]]
-        if feed_forward is not None:
-            arguments.append(feed_forward)
+        cache = None if caches is None else caches[i]
+        arguments = [x, rows.cu_seqlens, cache, feed_forward, rows]
         if block.checkpointing and caches is None and torch.is_grad_enabled():
             # No block draws random numbers.
             x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
