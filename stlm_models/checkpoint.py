@@ -194,6 +194,10 @@ def load_model(run: Path) -> STLM:
 
     Raises:
         ValueError: as `load_checkpoint`, and where the tensors are not those of the config.
+
+    >>> model = load_model(run)  # a folder of `stlm_models.train --out`
+    >>> len(model.generate(b"def ", max_new_bytes=8))
+    8
     """
     return model_of(load_checkpoint(run))
 

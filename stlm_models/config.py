@@ -36,105 +36,119 @@ HASH_MULTIPLIERS = (
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of an `STLM`. `ModelConfig(**json.loads(json.dumps(config.to_dict())))` is equal.
+    """The shape of an `STLM`; `ModelConfig(**json.loads(json.dumps(config.to_dict())))` is equal.
 
-    Args:
-        vocab_size: 256 bytes and the special ids behind them; at least 257.
-        tokens: what an id stands for: "bytes", or "words", the baseline of byte models, which goes
-            with patch_rule "none" and can be trained and judged, but writes no bytes.
-        byte_dim: width D at byte rate, and of the tied table.
-        tied: the output projection shares the table of the embeddings; otherwise it has its own.
-        patch_rule, patch_size, max_patch_len: as in `stlm_kernels.find_patches`. Rule "external":
-            each call brings its `patches`, such as those of a tokenizer, and nothing is generated.
-            Rule "none" is a flat model, a decoder over all positions: it has no patches, pooling
-            and core (core_layers 0); the other core options are not read.
-        max_patches: slots of a whole call in training, for static shapes where the model makes
-            its patches itself; what finds no slot reads the last slot of its document. Evaluation
-            and generation take as many as there are. None: so does training.
-        pooling: how the bytes of a patch become its input, as in `BytePooling`; "attention" with
-            `pooling_heads` heads. The seed paper's code averages over padded slots, so that a
-            patch depends on how much padding it has; here only real bytes count.
-        encoder, encoder_layers, encoder_heads, encoder_kv_heads, encoder_ff: attention over bytes
-            before they are pooled; no layers is none. "causal": within decoder_window; its states
-            are pooled and are what the decoder adds. "patch": within each patch and both ways, as
-            in the paper; its states know bytes that are yet to be predicted, so they are pooled and
-            never added: the decoder adds plain embeddings.
-        ngram_sizes: lengths of the hashed n-grams whose embeddings join the pooled input, in a flat
-            model each position's own; () is none. Each has a table of `ngram_buckets` rows,
-            `ngram_dim` wide, for each hash function.
-        ngram_hashes: hash functions, 1 to 11: BLT's, in its order. The more, the less often two
-            n-grams share all their rows.
-        byte_ngrams: those that end at a byte join its own state too, which the encoder reads and
-            the decoder adds; flat models do so anyway, the parallel output reads no bytes.
-        core_layers, core_dim, core_heads, core_kv_heads, core_ff: the transformer over patches.
-        unpooling: how bytes read patch states: "read", the last complete one; "ema", a running
-            average of them, each new one weighed by a gate of its own (H-Net's smoothing), of which
-            generation keeps one for each text. The parallel output reads core states alone.
-        decoder_layers, decoder_heads, decoder_kv_heads, decoder_ff: the transformer over bytes.
-        share_ff: one SwiGLU for all layers of the encoder, one for the core's, one for the
-            decoder's, as in the paper's feed-forward sharing.
-        output: "autoregressive": the decoder runs over bytes and predicts each from those before
-            it. "parallel": the paper's head: all bytes of a patch at once from the state of the
-            patch before, by attention both ways between the slots of a patch (decoder_window None).
-            Its slots are patch_size or max_patch_len, which must be set. logits[t] is the slot of
-            byte t+1: slot 0 where t closes its patch. Real bytes alone are counted in the loss;
-            the paper's code masks an id that never occurs and so counts padding. It doubles the
-            slots where it adds their positions (2x + pe); here a linear map and rotary positions
-            tell slots apart.
-        reconstruction_weight: of the parallel output's second loss in training: the same head
-            decodes each patch's core input back to its bytes (mean over bytes; special ids do not
-            count, right padding does).
-        decoder_window: how many bytes back, itself included, a byte attends to; None is all.
-        qk_norm, rope_base: of every attention.
-        logit_scale, softcap: of the tied output projection.
-        context: bytes that training and generation show the model at once.
-        checkpointing: training keeps the inputs of blocks alone and runs each again in the backward
-            pass: less memory, more time, the same model. `STLM.checkpointing` changes it.
+    Each field is documented where it stands.
 
     Raises:
         ValueError: for a value out of range, naming the field, what it expects and what it got.
+
+    >>> config = ModelConfig(core_layers=6, pooling="attention", pooling_heads=4)
+    >>> ModelConfig(**config.to_dict()) == config
+    True
     """
 
     vocab_size: int = 257
+    """256 bytes and the special ids behind them; at least 257."""
     tokens: str = "bytes"
+    """What an id stands for: "bytes", or "words", the baseline of byte models, which goes with
+    patch_rule "none" and can be trained and judged, but writes no bytes.
+    """
     tied: bool = True
+    """The output projection shares the table of the embeddings; otherwise it has its own."""
     byte_dim: int = 128
+    """Width D at byte rate, and of the tied table."""
     patch_rule: str = "space"
     patch_size: int | None = None
     max_patch_len: int | None = 16
+    """As in `stlm_kernels.find_patches`. Rule "external": each call brings its `patches`, such as
+    those of a tokenizer, and nothing is generated. Rule "none" is a flat model, a decoder over
+    all positions: it has no patches, pooling and core (core_layers 0); the other core options
+    are not read.
+    """
     max_patches: int | None = None
+    """Slots of a whole call in training, for static shapes where the model makes its patches
+    itself; what finds no slot reads the last slot of its document. Evaluation and generation
+    take as many as there are. None: so does training.
+    """
     pooling: str = "mean"
+    """How the bytes of a patch become its input, as in `BytePooling`; "attention" with
+    `pooling_heads` heads. The seed paper's code averages over padded slots, so that a patch
+    depends on how much padding it has; here only real bytes count.
+    """
     pooling_heads: int | None = None
     encoder: str = "causal"
     encoder_layers: int = 0
     encoder_heads: int = 2
     encoder_kv_heads: int = 2
     encoder_ff: int = 320
+    """Attention over bytes before they are pooled; no layers is none. "causal": within
+    decoder_window; its states are pooled and are what the decoder adds. "patch": within each
+    patch and both ways, as in the paper; its states know bytes that are yet to be predicted, so
+    they are pooled and never added: the decoder adds plain embeddings.
+    """
     ngram_sizes: tuple[int, ...] = (2,)
+    """Lengths of the hashed n-grams whose embeddings join the pooled input, in a flat model each
+    position's own; () is none. Each has a table of `ngram_buckets` rows, `ngram_dim` wide, for
+    each hash function.
+    """
     ngram_buckets: int = 4096
     ngram_dim: int = 32
     ngram_hashes: int = 1
+    """Hash functions, 1 to 11: BLT's, in its order. The more, the less often two n-grams share all
+    their rows.
+    """
     byte_ngrams: bool = False
+    """Those that end at a byte join its own state too, which the encoder reads and the decoder
+    adds; flat models do so anyway, the parallel output reads no bytes.
+    """
     core_layers: int = 2
     core_dim: int = 256
     core_heads: int = 4
     core_kv_heads: int = 4
     core_ff: int = 512
+    """The transformer over patches."""
     unpooling: str = "read"
+    """How bytes read patch states: "read", the last complete one; "ema", a running average of
+    them, each new one weighed by a gate of its own (H-Net's smoothing), of which generation
+    keeps one for each text. The parallel output reads core states alone.
+    """
     decoder_layers: int = 3
     decoder_heads: int = 2
     decoder_kv_heads: int = 2
     decoder_ff: int = 320
+    """The transformer over bytes."""
     decoder_window: int | None = 128
+    """How many bytes back, itself included, a byte attends to; None is all."""
     share_ff: bool = False
+    """One SwiGLU for all layers of the encoder, one for the core's, one for the decoder's, as in
+    the paper's feed-forward sharing.
+    """
     output: str = "autoregressive"
+    """"autoregressive": the decoder runs over bytes and predicts each from those before it.
+    "parallel": the paper's head: all bytes of a patch at once from the state of the patch
+    before, by attention both ways between the slots of a patch (decoder_window None). Its slots
+    are patch_size or max_patch_len, which must be set. logits[t] is the slot of byte t+1: slot
+    0 where t closes its patch. Real bytes alone are counted in the loss; the paper's code masks
+    an id that never occurs and so counts padding. It doubles the slots where it adds their
+    positions (2x + pe); here a linear map and rotary positions tell slots apart.
+    """
     reconstruction_weight: float = 1.0
+    """Of the parallel output's second loss in training: the same head decodes each patch's core
+    input back to its bytes (mean over bytes; special ids do not count, right padding does).
+    """
     qk_norm: bool = True
     rope_base: float = 10000.0
+    """Of every attention."""
     logit_scale: float = 1.0
     softcap: float | None = None
+    """Of the tied output projection."""
     context: int = 1024
+    """Bytes that training and generation show the model at once."""
     checkpointing: bool = False
+    """Training keeps the inputs of blocks alone and runs each again in the backward pass: less
+    memory, more time, the same model. `STLM.checkpointing` changes it.
+    """
 
     def __post_init__(self) -> None:
         # JSON knows lists only; a tuple keeps the config hashable and equal to what was written.

@@ -42,6 +42,10 @@ def bits_per_byte(
     Raises:
         ValueError: for no bytes at all, a context below 1, a stride outside 1..context, or a
             vocabulary that is not the model's.
+
+    >>> model = STLM(ModelConfig(core_layers=1, decoder_layers=1))
+    >>> round(bits_per_byte(model, b"untrained: 8 bits"))
+    8
     """
     _check_vocabulary(model, vocabulary)
     documents = [data] if isinstance(data, bytes) else data

@@ -48,6 +48,10 @@ class STLM(GenerationMixin, nn.Module):
 
     Raises:
         ValueError: for a core beside patch_rule "none", which has none.
+
+    >>> model = STLM(ModelConfig(core_layers=1, decoder_layers=1))
+    >>> model(torch.tensor([[256, *b"bytes"]])).shape
+    torch.Size([1, 6, 257])
     """
 
     # Of models with patches alone.

@@ -17,6 +17,7 @@ comparison with a twin is fair when
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from .config import ModelConfig
 
@@ -26,57 +27,53 @@ BYTES_PER_WORD = 4.5
 NGRAMS = (2, 3, 4)
 """Of the pooled presets: bytes then know what ends at them, without a layer that finds out."""
 
+_CORE = ("core_layers", "core_dim", "core_heads", "core_kv_heads", "core_ff")
+_DECODER = (
+    "decoder_layers",
+    "byte_dim",
+    "decoder_heads",
+    "decoder_ff",
+    "decoder_window",
+    "decoder_kv_heads",
+)
+_NGRAMS: dict[str, Any] = {"ngram_sizes": NGRAMS, "byte_ngrams": True}
+_LARGE_NGRAMS: dict[str, Any] = {**_NGRAMS, "ngram_buckets": 8192}
+_PAPER: dict[str, Any] = {
+    "tied": False,
+    "max_patch_len": 12,
+    "ngram_sizes": (),
+    "output": "parallel",
+    "encoder": "patch",
+    "encoder_layers": 4,
+    "encoder_heads": 8,
+    "encoder_kv_heads": 8,
+    "encoder_ff": 512,
+}
+
+
+def _shape(
+    core: tuple[int, int, int, int, int],
+    decoder: tuple[int, int, int, int, int | None],
+    context: int,
+    **others: Any,
+) -> ModelConfig:
+    """Return the config of these sizes.
+
+    Args:
+        core: layers, width, heads, key/value heads, feed-forward width.
+        decoder: layers, width, heads, feed-forward width, window.
+    """
+    decoder_values = (*decoder, decoder[2])  # as many key/value heads as heads
+    names, values = (*_CORE, *_DECODER), (*core, *decoder_values)
+    sizes: dict[str, Any] = dict(zip(names, values, strict=True))
+    return ModelConfig(context=context, **sizes, **others)
+
+
 _POOLED: dict[str, ModelConfig] = {
-    "demo": ModelConfig(ngram_sizes=NGRAMS, byte_ngrams=True),
-    "10m": ModelConfig(
-        byte_dim=256,
-        ngram_sizes=NGRAMS,
-        byte_ngrams=True,
-        decoder_heads=4,
-        decoder_kv_heads=4,
-        decoder_ff=512,
-        decoder_window=256,
-        core_layers=5,
-        core_dim=384,
-        core_heads=6,
-        core_kv_heads=2,
-        core_ff=960,
-        context=4096,
-    ),
-    "50m": ModelConfig(
-        byte_dim=256,
-        ngram_sizes=NGRAMS,
-        ngram_buckets=8192,
-        byte_ngrams=True,
-        decoder_layers=5,
-        decoder_heads=4,
-        decoder_kv_heads=4,
-        decoder_ff=768,
-        decoder_window=256,
-        core_layers=16,
-        core_dim=512,
-        core_heads=8,
-        core_kv_heads=2,
-        core_ff=1408,
-        context=8192,
-    ),
-    "100m": ModelConfig(
-        byte_dim=256,
-        ngram_sizes=NGRAMS,
-        ngram_buckets=8192,
-        byte_ngrams=True,
-        decoder_layers=6,
-        decoder_heads=4,
-        decoder_kv_heads=4,
-        decoder_ff=1024,
-        decoder_window=256,
-        core_layers=15,
-        core_dim=768,
-        core_heads=12,
-        core_kv_heads=4,
-        core_ff=2048,
-        context=8192,
-    ),
+    "demo": ModelConfig(**_NGRAMS),
+    "10m": _shape((5, 384, 6, 2, 960), (3, 256, 4, 512, 256), 4096, **_NGRAMS),
+    "50m": _shape((16, 512, 8, 2, 1408), (5, 256, 4, 768, 256), 8192, **_LARGE_NGRAMS),
+    "100m": _shape((15, 768, 12, 4, 2048), (6, 256, 4, 1024, 256), 8192, **_LARGE_NGRAMS),
 }
 
 
@@ -108,29 +105,7 @@ def _words(
     )
 
 
-_PAPER_BYTE = ModelConfig(
-    tied=False,
-    byte_dim=256,
-    max_patch_len=12,
-    encoder="patch",
-    encoder_layers=4,
-    encoder_heads=8,
-    encoder_kv_heads=8,
-    encoder_ff=512,
-    ngram_sizes=(),
-    core_layers=11,
-    core_dim=512,
-    core_heads=8,
-    core_kv_heads=8,
-    core_ff=1408,
-    decoder_layers=7,
-    decoder_heads=8,
-    decoder_kv_heads=8,
-    decoder_ff=512,
-    decoder_window=None,
-    output="parallel",
-    context=4096,
-)
+_PAPER_BYTE = _shape((11, 512, 8, 8, 1408), (7, 256, 8, 512, None), 4096, **_PAPER)
 """The seed paper's order of things (arXiv 2405.14159) without its leaks and lost bytes: attention
 inside patches of at most 12 bytes, their mean, a core, all bytes of the next patch at once, the
 reconstruction. Its patches are tokens of GPT-2, whose borders depend on later bytes; here spaces

@@ -34,6 +34,10 @@ def compress(
     Raises:
         ValueError: for lanes below 1 or more than bytes, a model that writes no bytes,
             and one whose logits are not finite.
+
+    >>> model = STLM(ModelConfig(core_layers=1, decoder_layers=1))
+    >>> compress(model, b"some text", checkpoint=64 * "0")[:4]
+    b'STLM'
     """
     lanes = default_lanes(len(data)) if lanes is None else lanes
     if not 1 <= lanes <= max(1, len(data)):
@@ -79,6 +83,11 @@ def decompress(
     Raises:
         ValueError: for a foreign or damaged file, another checkpoint than the one it was made with,
             and where the model's probabilities are not those that it was made with.
+
+    >>> model = STLM(ModelConfig(core_layers=1, decoder_layers=1))
+    >>> file = compress(model, b"some text", checkpoint=64 * "0")
+    >>> decompress(model, file, checkpoint=64 * "0")
+    b'some text'
     """
     packed = unpack(file)
     for name, expected, got in (

@@ -42,6 +42,10 @@ class Corpus:
     """Documents to train on and documents to judge by, none of them empty.
 
     Large files are not read into memory: they must not change as long as the corpus is used.
+
+    >>> corpus = Corpus("two documents", [b"to train on"], [b"to judge by"])
+    >>> len(corpus.train_sha256)
+    64
     """
 
     name: str
@@ -94,6 +98,10 @@ def load_corpus(
         ValueError: where a path matches no file, all files are empty, or a file is a container that
             is not read, or a damaged one.
         OSError: where a file cannot be read.
+
+    >>> corpus = load_corpus([__file__], raw=True)
+    >>> len(corpus.train), len(corpus.held_out)
+    (1, 1)
     """
     if isinstance(paths, str):
         raise ValueError(f"data: expected a list of paths, got {paths!r}")
@@ -133,6 +141,10 @@ def default_corpus(root: Path | None = None) -> Corpus:
 
     Raises:
         ValueError: where the library has no Python files on disk.
+
+    >>> corpus = default_corpus()
+    >>> corpus.name.startswith("Python files of ")
+    True
     """
     root = Path(sysconfig.get_paths()["stdlib"]) if root is None else root
     train: list[Path] = []

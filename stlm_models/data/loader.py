@@ -33,7 +33,12 @@ def patcher_of(config: ModelConfig) -> Patcher | None:
 
 @dataclass(frozen=True)
 class Batch:
-    """Windows of the corpus, packed."""
+    """Windows of the corpus, packed.
+
+    >>> batch = TrainingWindows([b"two words" * 9], context=16, rows=2, seed=0).batch(0)
+    >>> batch.byte_ids.shape, batch.targets.shape
+    (torch.Size([32]), torch.Size([32]))
+    """
 
     byte_ids: Tensor  # (T,) int16
     targets: Tensor  # (T,) int64
@@ -87,6 +92,10 @@ class Loader:
         make: the batch of an index, always the same one.
         device: where the batches go.
         ahead: how many are kept ready, at most.
+
+    >>> windows = TrainingWindows([b"two words" * 9], context=16, rows=2, seed=0)
+    >>> Loader(windows.batch, torch.device("cpu"), ahead=0).batch(3).n_bytes
+    32
     """
 
     def __init__(

@@ -20,6 +20,10 @@ class DocumentStream:
     """The ids of all documents behind each other, id 256 before each, made when they are read.
 
     `stream[start:stop]` is int16, or int32 where documents are ids of a vocabulary.
+
+    >>> stream = DocumentStream([b"ab", b"c"])
+    >>> stream[0:5].tolist()
+    [256, 97, 98, 256, 99]
     """
 
     def __init__(self, documents: Sequence[Document]) -> None:
@@ -75,6 +79,10 @@ class TrainingWindows:
 
     Raises:
         ValueError: where the documents are shorter than a window, or rows cannot be shared evenly.
+
+    >>> windows = TrainingWindows([b"two words" * 9], context=16, rows=2, seed=0)
+    >>> windows.batch(0).byte_ids.shape
+    torch.Size([32])
     """
 
     def __init__(

@@ -40,6 +40,10 @@ class WordVocabulary:
 
     Raises:
         ValueError: for words that are not such, or too many of them.
+
+    >>> vocabulary = WordVocabulary.of([b"to be or not to be"] * 9, 300)
+    >>> vocabulary.decode(vocabulary.encode(b"be"))
+    b'be'
     """
 
     words: tuple[bytes, ...]

@@ -23,6 +23,10 @@ class IncrementalPatcher:
         batch: rows.
         rule, patch_size, max_patch_len: as in `stlm_kernels.find_patches`.
         device: where the state lies.
+
+    >>> patcher = IncrementalPatcher(1, "space")
+    >>> [patcher.step(torch.tensor([byte])).item() for byte in b"a b"]
+    [False, True, False]
     """
 
     def __init__(
@@ -95,6 +99,10 @@ class IncrementalPooling:
         batch, dim: rows, and width D of a state.
         mode: "mean", "sum", "max", "min", "first" or "last".
         device: where the state lies.
+
+    >>> pooling = IncrementalPooling(1, 1, "mean")
+    >>> [pooling.step(torch.tensor([[x]]), torch.tensor([False])).item() for x in (2.0, 4.0)]
+    [2.0, 3.0]
     """
 
     MODES = ("mean", "sum", "max", "min", "first", "last")
@@ -167,6 +175,10 @@ class IncrementalNgrams:
         batch: rows.
         sizes: lengths of the n-grams, at least one.
         device: where the state lies.
+
+    >>> ngrams = IncrementalNgrams(1, (2, 3))
+    >>> [ngrams.step(torch.tensor([byte])).shape for byte in b"a"]
+    [torch.Size([1, 3])]
     """
 
     def __init__(

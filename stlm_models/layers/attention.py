@@ -31,6 +31,10 @@ class Attention(nn.Module):
 
     Raises:
         ValueError: for sizes that do not divide, or a window below 1.
+
+    >>> layer = Attention(64, heads=4, kv_heads=2, window=8)
+    >>> layer(torch.zeros(2, 5, 64)).shape  # two documents of five bytes
+    torch.Size([2, 5, 64])
     """
 
     def __init__(
@@ -172,6 +176,10 @@ class PatchAttention(Attention):
 
     Arguments as `Attention`; beside x (T, D), cu_seqlens are the borders of the patches, and
     rotary positions count from the start of each patch. There is no window and no cache.
+
+    >>> cu_patchlens = torch.tensor([0, 2, 5], dtype=torch.int32)
+    >>> PatchAttention(64, heads=4)(torch.zeros(5, 64), cu_seqlens=cu_patchlens).shape
+    torch.Size([5, 64])
     """
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:

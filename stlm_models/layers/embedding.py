@@ -35,6 +35,10 @@ class TiedEmbedding(nn.Embedding):
 
     It is an `nn.Embedding` of the table's rows, so that what looks for one (hooks on the input
     embeddings, say) finds it; `forward` is `embed`.
+
+    >>> table = TiedEmbedding(257, 64)
+    >>> table.logits(table.embed(torch.tensor([*b"bytes"]))).shape
+    torch.Size([5, 257])
     """
 
     def __init__(
@@ -201,7 +205,12 @@ class TiedEmbedding(nn.Embedding):
 
 
 class UntiedEmbedding(TiedEmbedding):
-    """The same with a second table, of the same shape, for the output projection alone."""
+    """The same with a second table, of the same shape, for the output projection alone.
+
+    >>> table = UntiedEmbedding(257, 64)
+    >>> table.weight.shape, table.output_weight.shape
+    (torch.Size([320, 64]), torch.Size([320, 64]))
+    """
 
     def __init__(
         self,

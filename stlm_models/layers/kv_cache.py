@@ -22,6 +22,11 @@ class KVCache:
         batch, kv_heads, head_dim: rows, heads, width of a head.
         window: how many positions are kept; None is all.
         dtype, device: of keys and values; None is those of the first that it is given.
+
+    >>> layer = Attention(64, heads=4)
+    >>> cache = layer.new_cache(2)
+    >>> layer(torch.zeros(2, 1, 64), cache=cache).shape, cache.lens.tolist()
+    (torch.Size([2, 1, 64]), [1, 1])
     """
 
     def __init__(

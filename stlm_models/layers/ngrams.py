@@ -29,6 +29,10 @@ class NgramPooling(nn.Module):
 
     Raises:
         ValueError: hashes out of range.
+
+    >>> ids, cu_seqlens = torch.tensor([*b"bytes"]), torch.tensor([0, 5], dtype=torch.int32)
+    >>> NgramPooling((2, 3), 1024, 16, 64).rows(ids, cu_seqlens).shape
+    torch.Size([5, 16])
     """
 
     def __init__(

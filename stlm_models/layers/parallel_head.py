@@ -19,6 +19,10 @@ class ParallelHead(nn.Module):
     Args:
         core_dim, byte_dim: width of a state, and of a slot.
         slots: L, the most bytes that a patch may have.
+
+    >>> slots, cu_slots = ParallelHead(64, 32, slots=16)(torch.zeros(3, 64))
+    >>> slots.shape, cu_slots.tolist()
+    (torch.Size([48, 32]), [0, 16, 32, 48])
     """
 
     def __init__(self, core_dim: int, byte_dim: int, slots: int) -> None:

@@ -17,6 +17,10 @@ class BytePatcher(nn.Module):
 
     Args:
         rule, patch_size, max_patch_len, max_patches: see `stlm_kernels.find_patches`.
+
+    >>> patcher = BytePatcher("space", max_patch_len=16)
+    >>> patcher(torch.tensor([*b"two words"])).cu_patchlens.tolist()
+    [0, 4, 9]
     """
 
     def __init__(

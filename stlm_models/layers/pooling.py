@@ -28,6 +28,10 @@ class BytePooling(nn.Module):
 
     Raises:
         ValueError: for an unknown mode, for dim and heads that do not belong to it, or are missing.
+
+    >>> patches = BytePatcher("space")(torch.tensor([*b"two words"]))
+    >>> BytePooling("mean")(torch.zeros(9, 64), patches).shape
+    torch.Size([2, 64])
     """
 
     MODES = ("mean", "sum", "max", "min", "first", "last", "attention")
@@ -82,6 +86,10 @@ class ByteUnpooling(nn.Module):
         dim: width of the states.
         null_state: learn what bytes read before the first patch of their document is complete;
             otherwise they read zeros.
+
+    >>> patches = BytePatcher("space")(torch.tensor([*b"two words"]))
+    >>> ByteUnpooling(64)(torch.zeros(2, 64), patches).shape
+    torch.Size([9, 64])
     """
 
     def __init__(self, dim: int, *, null_state: bool = True) -> None:
@@ -124,6 +132,11 @@ class EmaUnpooling(nn.Module):
         core_dim: width of the core's states.
 
     Source: the smoothing of H-Net (arXiv 2507.07955), whose gates come from its router instead.
+
+    >>> patches = BytePatcher("space")(torch.tensor([*b"two words"]))
+    >>> states, own = torch.zeros(2, 64), torch.zeros(9, 64)
+    >>> EmaUnpooling(64)(states, states, patches, own).shape
+    torch.Size([9, 64])
     """
 
     def __init__(self, core_dim: int) -> None:

@@ -43,7 +43,12 @@ EPS = 1e-12
 
 
 class Routing(NamedTuple):
-    """What a router decided for each byte; bytes that belong to no document begin nothing."""
+    """What a router decided for each byte; bytes that belong to no document begin nothing.
+
+    >>> routing = Router(64)(torch.randn(9, 64))
+    >>> routing.starts[0].item(), routing.confidence.tolist() == [1.0] * 9
+    (True, True)
+    """
 
     probs: Tensor
     """(T,) float32 (float64 for float64): p, how much the byte differs from the one before it."""
@@ -65,6 +70,10 @@ class Router(nn.Module):
     Args:
         dim: width D of the states.
         target_length: N > 1, the mean number of bytes of a patch that `ratio_loss` asks for.
+
+    >>> routing = Router(64, target_length=6.0)(torch.randn(9, 64))
+    >>> routing.probs.shape, routing.starts.dtype
+    (torch.Size([9]), torch.bool)
     """
 
     def __init__(self, dim: int, *, target_length: float = 6.0) -> None:
@@ -162,6 +171,10 @@ class RouterState:
     Args:
         batch: rows B; each one's next byte begins a document.
         device: where the state lies.
+
+    >>> state = RouterState(batch=2)
+    >>> Router(64).step(torch.randn(2, 64), state).starts.tolist()
+    [True, True]
     """
 
     def __init__(self, batch: int, *, device: torch.device | None = None) -> None:

@@ -19,7 +19,11 @@ from .typed_call import typed_as
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x))."""
+    """down(silu(gate(x)) * up(x)).
+
+    >>> SwiGLU(64, 160)(torch.zeros(5, 64)).shape
+    torch.Size([5, 64])
+    """
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
@@ -42,6 +46,10 @@ class TransformerBlock(nn.Module):
     Args:
         attention: of the stream's width.
         hidden_dim: of the SwiGLU; None: each call brings the one that several blocks share.
+
+    >>> block = TransformerBlock(Attention(64, heads=4), 160)
+    >>> block(torch.zeros(2, 5, 64)).shape
+    torch.Size([2, 5, 64])
     """
 
     checkpointing = False
@@ -73,7 +81,12 @@ class TransformerBlock(nn.Module):
 
 
 class PatchCore(nn.Module):
-    """A causal transformer over the patches of each document: (P, core_dim) -> (P, core_dim)."""
+    """A causal transformer over the patches of each document: (P, core_dim) -> (P, core_dim).
+
+    >>> core = PatchCore(ModelConfig(core_dim=64, core_layers=2))
+    >>> core(torch.zeros(5, 64), torch.tensor([0, 2, 5], dtype=torch.int32)).shape
+    torch.Size([5, 64])
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

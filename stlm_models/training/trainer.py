@@ -65,6 +65,10 @@ class TrainOptions:
 
     Raises:
         ValueError: for a value out of range.
+
+    >>> options = TrainOptions(steps=100, batch_size=4, precision="bf16")
+    >>> options.schedule
+    'wsd'
     """
 
     minutes: float | None = None
@@ -126,6 +130,11 @@ class Trainer:
 
     Raises:
         ValueError: where the corpus is shorter than a window, or the batch cannot be shared evenly.
+
+    >>> corpus = Corpus("a text", [b"to train on " * 9], [b"to judge by"])
+    >>> config = ModelConfig(core_layers=1, decoder_layers=1, context=32)
+    >>> Trainer(config, corpus, TrainOptions(steps=1, batch_size=1)).step
+    0
     """
 
     def __init__(
