@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ from ._dispatch import kernels_interpreted
 from ._flops import register_flops
 from ._launch import is_recording
 from ._sharding import register_rows
+from ._torch import function
+from ._torch.function import Function, Kept
 
 NAMESPACE = "stlm"
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -40,8 +43,9 @@ def register(
         schema: torch schema text, e.g. "byte_pool_fwd(Tensor ids, ...) -> Tensor".
         launcher: "<op>:<function>" in `ops/<op>/triton_impl.py`, or "<op>.<file>:<function>";
             imported at the first call, so that importing the package never imports triton.
-        meta: shapes and dtypes of the results from those of the arguments.
-        flops: the FLOP formula; called with shapes in place of tensors.
+        meta: shapes and dtypes of the results from those of the arguments that its parameters
+            name.
+        flops: the FLOP formula, likewise; called with shapes in place of tensors.
         per_row, results: for DTensors with divided rows, as in `_sharding.register_rows`; without
             results the op refuses DTensors.
     """
@@ -68,12 +72,80 @@ def register(
 
     _library.impl(name, on_cuda, "CUDA")
     _library.impl(name, on_cpu, "CPU")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", meta, lib=_library)
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
-    register_flops(overload.overloadpacket, flops)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", _by_name(meta, overload), lib=_library)
+    register_flops(overload.overloadpacket, _by_name(flops, overload))
     if results:
         register_rows(overload, per_row, results)
     return overload
+
+
+def _by_name(rule: Callable[..., Any], op: Any) -> Callable[..., Any]:
+    """A function of some of an op's arguments as one of all of them."""
+    names = names_of(op)
+    wanted = list(inspect.signature(rule).parameters)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(names, args, strict=False)) | kwargs
+        return rule(*(given[name] for name in wanted))
+
+    return call
+
+
+def differentiable(
+    op: Any,
+    *,
+    of: Sequence[str],
+    keep: Callable[..., Kept] | Sequence[str],
+    gradients: Callable[..., Tensor | Sequence[Tensor | None]],
+    derived: int = 1,
+) -> type[Function]:
+    """Make the Function of a registered op; differentiating its gradients raises.
+
+    Args:
+        op: what `register` returned; its schema gives the names.
+        keep: as in `function.differentiable`, or only names, those of tensors first.
+        of, gradients, derived: as there.
+    """
+    schema = op._schema
+    name = schema.name.removeprefix(f"{NAMESPACE}::").removesuffix("_fwd").removesuffix("_chunked")
+    results = [result.name or str(i) for i, result in enumerate(schema.returns)]
+
+    def first_order(needs: Sequence[bool], *args: Any) -> Any:
+        return run_backward(gradients, name, needs, *args)
+
+    return function.differentiable(
+        "".join(word.title() for word in name.split("_")),
+        op,
+        of=of,
+        keep=keep if callable(keep) else _kept(schema, keep),
+        gradients=first_order,
+        arguments=names_of(op),
+        results=results,
+        derived=derived,
+    )
+
+
+def names_of(op: Any) -> list[str]:
+    """The names of a registered op's arguments."""
+    return [argument.name for argument in op._schema.arguments]
+
+
+def _kept(schema: Any, names: Sequence[str]) -> Callable[..., Kept]:
+    """What keeps the arguments and results of these names; results are tensors."""
+    plain = {x.name for x in schema.arguments if "Tensor" not in str(x.type)}
+    tensors = sum(name not in plain for name in names)
+
+    def keep(*values: Any) -> Kept:
+        return values[:tensors], values[tensors:]
+
+    keep.__signature__ = function.signature(names)  # type: ignore[attr-defined]
+    return keep
+
+
+def empty_like(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Contiguous tensors of the same shapes and dtypes, as the backwards give them."""
+    return tuple(x.new_empty(x.shape) for x in tensors)
 
 
 def register_vmap_loop(op: Any) -> None:
@@ -110,7 +182,7 @@ def distinct(*tensors: Tensor) -> tuple[Tensor, ...]:
     )
 
 
-class _FirstOrderOnly(torch.autograd.Function):
+class _FirstOrderOnly(Function):
     """Runs a backward op while autograd records, and refuses to be differentiated again."""
 
     generate_vmap_rule = True

@@ -74,9 +74,10 @@ def row_options(
         ok = -(2**63) <= ignore_index < 2**63
         _checks.require(ok, "ignore_index", "an int that int64 holds", ignore_index)
     ignored = IGNORE_NOTHING if ignore_index is None else ignore_index
-    if runtime.values_visible(target) and not _checks.ids_within(target, 0, valid):
+    if runtime.values_visible(target):
         wide = target.long()
-        _checks.check_id_values("target", torch.where(wide == ignored, 0, wide), 0, valid)
+        counted = target if ignore_index is None else torch.where(wide == ignored, 0, wide)
+        _checks.check_id_values("target", counted, 0, valid)
     return RowOptions(ignored, softcap or 0.0, float(logit_scale), valid)
 
 

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from .. import runtime
+from .function import Function
 
 
-class _Cast(torch.autograd.Function):
+class _Cast(Function):
     """Cast x to another dtype and back; gradients and tangents are not cast twice."""
 
     generate_vmap_rule = True

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stlm_kernels import linear_cross_entropy
+from stlm_kernels import _checks, _dispatch, linear_cross_entropy
 
 EVERY_LANE = pytest.mark.lanes("cpu", "interpret", "gpu")
 
@@ -296,3 +296,26 @@ def test_bad_options(change: dict[str, Any], message: str) -> None:
     hidden, weight, target = example(3, 4, 5, Way("torch", "cpu", torch.float32))
     with pytest.raises(ValueError, match=message):
         linear_cross_entropy(hidden, weight, target, **change)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_the_path_is_decided_once_and_targets_are_walked_once(
+    reduction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decided: list[str] = []
+    walked: list[Tensor] = []
+    ids_within = _checks.ids_within
+
+    def decide(name: str, value: Any, choices: Any) -> None:
+        decided.append(name)
+
+    def walk(ids: Tensor, low: int, high: int) -> bool:
+        walked.append(ids)
+        return ids_within(ids, low, high)
+
+    monkeypatch.setattr(_dispatch, "require_choice", decide)  # of impl, each time
+    monkeypatch.setattr(_checks, "ids_within", walk)
+    targets = torch.tensor([0, -100, 4])
+    linear_cross_entropy(torch.ones(3, 2), torch.ones(5, 2), targets, reduction=reduction)
+    assert decided == ["impl"]
+    assert len(walked) == 1

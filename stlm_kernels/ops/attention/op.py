@@ -145,59 +145,13 @@ def _check_lengths(cu_seqlens: Tensor, cu_seqlens_k: Tensor) -> None:
         _checks.require(False, "cu_seqlens_k", expected, f"{int(key_lengths[at])} keys")
 
 
-class _Attention(torch.autograd.Function):
-    """Autograd over the registered ops; the scores are formed again in the backward."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_seqlens: Tensor | None,
-        cu_seqlens_k: Tensor | None,
-        left: int | None,
-        right: int | None,
-        scale: float,
-        out_dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return _FWD(q, k, v, cu_seqlens, cu_seqlens_k, left, right, scale, out_dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        q, k, v, cu_seqlens, cu_seqlens_k, ctx.left, ctx.right, ctx.scale, _ = inputs
-        out, lse, bounds = output
-        ctx.mark_non_differentiable(lse, bounds)
-        ctx.save_for_backward(q, k, v, out, lse, bounds, cu_seqlens, cu_seqlens_k)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        dq, dk, dv = _library.run_backward(
-            _BWD, "attention", grads[0], *ctx.saved_tensors, ctx.left, ctx.right, ctx.scale
-        )
-        return dq, dk, dv, None, None, None, None, None, None
-
-
 def _fwd_meta(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    left: int | None,
-    right: int | None,
-    scale: float,
-    out_dtype: torch.dtype,
+    q: Tensor, cu_seqlens: Tensor | None, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     total, heads = q.shape[0] * q.shape[1], q.shape[2]
     lse = q.new_empty((heads, total), dtype=torch.float32)
     bounds = q.new_empty((2, 0 if cu_seqlens is None else total), dtype=torch.int32)
     return q.new_empty(q.shape, dtype=out_dtype), lse, bounds
-
-
-def _bwd_meta(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def pairs_seen(rows: int, keys: int, left: int, right: int) -> int:
@@ -218,32 +172,25 @@ def _pairs(q: Any, k: Any, left: int | None, right: int | None) -> int:
     return batch * heads * pairs_seen(rows, k[1], left, right)
 
 
-def _fwd_flops(
-    q: Any, k: Any, v: Any, cu_seqlens: Any, cu_seqlens_k: Any, left: Any, right: Any, *_: Any,
-    **__: Any,
-) -> int:  # fmt: skip
-    return 4 * _pairs(q, k, left, right) * q[3]
-
-
-def _bwd_flops(
-    grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, bounds: Any, cu_seqlens: Any,
-    cu_seqlens_k: Any, left: Any, right: Any, *_: Any, **__: Any,
-) -> int:  # fmt: skip
-    return 10 * _pairs(q, k, left, right) * q[3]
-
-
 _FWD = _library.register(
     "attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, Tensor? cu_seqlens_k, "
-    "SymInt? left, SymInt? right, float scale, ScalarType out_dtype) -> (Tensor, Tensor, Tensor)",
+    "SymInt? left, SymInt? right, float scale, ScalarType out_dtype) "
+    "-> (Tensor out, Tensor lse, Tensor bounds)",
     launcher="attention:launch_fwd",
     meta=_fwd_meta,
-    flops=_fwd_flops,
+    flops=lambda q, k, left, right: 4 * _pairs(q, k, left, right) * q[3],
 )
 _BWD = _library.register(
     "attention_bwd(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     "Tensor bounds, Tensor? cu_seqlens, Tensor? cu_seqlens_k, SymInt? left, SymInt? right, "
     "float scale) -> (Tensor, Tensor, Tensor)",
     launcher="attention:launch_bwd",
-    meta=_bwd_meta,
-    flops=_bwd_flops,
+    meta=lambda q, k, v: _library.empty_like(q, k, v),
+    flops=lambda q, k, left, right: 10 * _pairs(q, k, left, right) * q[3],
+)
+_Attention = _library.differentiable(
+    _FWD,
+    of=("q", "k", "v"),
+    keep=_library.names_of(_BWD)[1:],
+    gradients=lambda needs, *given: _BWD(*given),
 )

@@ -22,6 +22,7 @@ from ... import runtime
 from ..._torch import attention_blocks, autograd, segments
 from ..._torch.attention_blocks import LEAST_ROWS, Block, Rule
 from ..._torch.casting import cast
+from ..._torch.function import Function
 from . import banded as bands
 from . import documents
 
@@ -365,7 +366,7 @@ def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, blocks: Iterator[Block], ru
     return attention_blocks.attend_plainly(*_flat(q, k, v), blocks, rule).view(q.shape)
 
 
-class _InBlocks(torch.autograd.Function):
+class _InBlocks(Function):
     """Attention whose backward forms the weights again, block by block."""
 
     @staticmethod

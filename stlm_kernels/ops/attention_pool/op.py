@@ -88,53 +88,12 @@ def _check_query(query: Tensor, key: Tensor, patches: int) -> None:
     _checks.require(divides, "query", f"a multiple of key's {kv_heads} heads", heads)
 
 
-class _AttentionPool(torch.autograd.Function):
-    """Autograd over the registered ops; the weights are formed again in the backward."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        cu_patchlens: Tensor,
-        scale: float,
-        out_dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor]:
-        return _FWD(query, key, value, cu_patchlens, scale, out_dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        query, key, value, cu_patchlens, ctx.scale, _ = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(query, key, value, cu_patchlens, output[1])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        dquery, dkey, dvalue = _library.run_backward(
-            _BWD, "attention_pool", grads[0], *ctx.saved_tensors, ctx.scale
-        )
-        return dquery, dkey, dvalue, None, None, None
-
-
 def _fwd_meta(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_patchlens: Tensor,
-    scale: float,
-    out_dtype: torch.dtype,
+    query: Tensor, key: Tensor, cu_patchlens: Tensor, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     patches, (heads, width) = cu_patchlens.shape[0] - 1, query.shape[-2:]
     lse = key.new_empty((patches, heads), dtype=torch.float32)
     return key.new_empty((patches, heads, width), dtype=out_dtype), lse
-
-
-def _bwd_meta(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any
-) -> tuple[Tensor, ...]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
 def _products(query: Any, key: Any) -> int:
@@ -144,15 +103,21 @@ def _products(query: Any, key: Any) -> int:
 
 _FWD = _library.register(
     "attention_pool_fwd(Tensor query, Tensor key, Tensor value, Tensor cu_patchlens, float scale, "
-    "ScalarType out_dtype) -> (Tensor, Tensor)",
+    "ScalarType out_dtype) -> (Tensor out, Tensor lse)",
     launcher="attention_pool:launch_fwd",
     meta=_fwd_meta,
-    flops=lambda query, key, *_, **__: 2 * _products(query, key),
+    flops=lambda query, key: 2 * _products(query, key),
 )
 _BWD = _library.register(
     "attention_pool_bwd(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor cu_patchlens, "
     "Tensor lse, float scale) -> (Tensor, Tensor, Tensor)",
     launcher="attention_pool:launch_bwd",
-    meta=_bwd_meta,
-    flops=lambda grad, query, key, *_, **__: 5 * _products(query, key),
+    meta=lambda query, key, value: _library.empty_like(query, key, value),
+    flops=lambda query, key: 5 * _products(query, key),
+)
+_AttentionPool = _library.differentiable(
+    _FWD,
+    of=("query", "key", "value"),
+    keep=_library.names_of(_BWD)[1:],
+    gradients=lambda needs, *given: _BWD(*given),
 )

@@ -16,6 +16,7 @@ from torch import Tensor
 from ... import runtime
 from ..._torch import segments
 from ..._torch.casting import cast
+from ..._torch.function import Function
 
 
 def attention_pool(
@@ -113,7 +114,7 @@ def _is_traced(x: Tensor) -> bool:
     return runtime.carries_tangents(x)
 
 
-class _Sum(torch.autograd.Function):
+class _Sum(Function):
     """EmbeddingBag over rows 0, 1, 2, ..., the fastest segment sum torch has on a CPU."""
 
     @staticmethod
@@ -130,7 +131,7 @@ class _Sum(torch.autograd.Function):
         return _spread(grads[0], _Patches(*ctx.saved_tensors)), None, None
 
 
-class _Spread(torch.autograd.Function):
+class _Spread(Function):
     """A gather by row."""
 
     @staticmethod

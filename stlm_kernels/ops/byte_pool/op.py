@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -105,84 +105,65 @@ def _check(
         _checks.check_id_values("byte_ids", byte_ids[:last], 0, vocab)
 
 
-class _BytePool(torch.autograd.Function):
-    """Autograd over the registered ops."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        byte_ids: Tensor,
-        weight: Tensor,
-        cu_patchlens: Tensor,
-        position_weight: Tensor | None,
-        mean: bool,
-        out_dtype: torch.dtype,
-    ) -> Tensor:
-        return _FWD(byte_ids, weight, cu_patchlens, position_weight, mean, out_dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        byte_ids, weight, cu_patchlens, position_weight, ctx.mean, _ = inputs
-        # Without a gain the gradient does not read the table, so the table is not kept.
-        kept = weight if position_weight is not None else None
-        ctx.save_for_backward(byte_ids, kept, cu_patchlens, position_weight)
-        ctx.vocab, ctx.weight_dtype = weight.shape[0], weight.dtype
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        byte_ids, weight, cu_patchlens, position_weight = ctx.saved_tensors
-        dweight = dgain = None
-        if position_weight is not None:
-            dweight, dgain = _library.run_backward(
-                _BWD_GAIN, "byte_pool", grads[0], byte_ids, weight, cu_patchlens, position_weight,
-                ctx.mean,
-            )  # fmt: skip
-        elif ctx.needs_input_grad[1]:
-            dweight = _library.run_backward(
-                _BWD, "byte_pool", grads[0], byte_ids, cu_patchlens, ctx.mean, ctx.vocab,
-                ctx.weight_dtype,
-            )  # fmt: skip
-        return None, dweight, None, dgain, None, None
-
-
-def _fwd_flops(ids: Any, weight: Any, *_: Any, **__: Any) -> int:
-    return ids[0] * weight[1]
-
-
-def _bwd_flops(grad: Any, ids: Any, *_: Any, **__: Any) -> int:
-    return ids[0] * grad[1]
-
-
-def _bwd_gain_flops(grad: Any, ids: Any, *_: Any, **__: Any) -> int:
-    return 4 * ids[0] * grad[1]
-
-
 _FWD = _library.register(
     "byte_pool_fwd(Tensor byte_ids, Tensor weight, Tensor cu_patchlens, Tensor? position_weight, "
     "bool mean, ScalarType out_dtype) -> Tensor",
     launcher="byte_pool:launch_fwd",
-    meta=lambda byte_ids, weight, cu_patchlens, position_weight, mean, out_dtype: weight.new_empty(
+    meta=lambda weight, cu_patchlens, out_dtype: weight.new_empty(
         (cu_patchlens.shape[0] - 1, weight.shape[1]), dtype=out_dtype
     ),
-    flops=_fwd_flops,
+    flops=lambda byte_ids, weight: byte_ids[0] * weight[1],
 )
 _BWD = _library.register(
     "byte_pool_bwd(Tensor grad, Tensor byte_ids, Tensor cu_patchlens, bool mean, SymInt vocab, "
     "ScalarType weight_dtype) -> Tensor",
     launcher="byte_pool:launch_bwd",
-    meta=lambda grad, byte_ids, cu_patchlens, mean, vocab, weight_dtype: grad.new_empty(
+    meta=lambda grad, vocab, weight_dtype: grad.new_empty(
         (vocab, grad.shape[1]), dtype=weight_dtype
     ),
-    flops=_bwd_flops,
+    flops=lambda grad, byte_ids: byte_ids[0] * grad[1],
 )
 _BWD_GAIN = _library.register(
     "byte_pool_bwd_gain(Tensor grad, Tensor byte_ids, Tensor weight, Tensor cu_patchlens, "
     "Tensor position_weight, bool mean) -> (Tensor, Tensor)",
     launcher="byte_pool:launch_bwd_gain",
-    meta=lambda grad, byte_ids, weight, cu_patchlens, position_weight, mean: (
-        torch.empty_like(weight, memory_format=torch.contiguous_format),
-        torch.empty_like(position_weight, memory_format=torch.contiguous_format),
+    meta=lambda weight, position_weight: (
+        weight.new_empty(weight.shape),
+        position_weight.new_empty(position_weight.shape),
     ),
-    flops=_bwd_gain_flops,
+    flops=lambda grad, byte_ids: 4 * byte_ids[0] * grad[1],
+)
+
+
+def _keep(
+    byte_ids: Tensor,
+    weight: Tensor,
+    cu_patchlens: Tensor,
+    position_weight: Tensor | None,
+    mean: bool,
+) -> _library.Kept:
+    # Without a gain the gradient does not read the table, so the table is not kept.
+    table = None if position_weight is None else weight
+    sizes = (mean, weight.shape[0], weight.dtype)
+    return (byte_ids, cu_patchlens, table, position_weight), sizes
+
+
+def _gradients(
+    needs: Sequence[bool],
+    grad: Tensor,
+    byte_ids: Tensor,
+    cu_patchlens: Tensor,
+    weight: Tensor | None,
+    position_weight: Tensor | None,
+    mean: bool,
+    vocab: int,
+    weight_dtype: torch.dtype,
+) -> tuple[Tensor | None, Tensor | None]:
+    if position_weight is not None:
+        return _BWD_GAIN(grad, byte_ids, weight, cu_patchlens, position_weight, mean)
+    return _BWD(grad, byte_ids, cu_patchlens, mean, vocab, weight_dtype), None
+
+
+_BytePool = _library.differentiable(
+    _FWD, of=("weight", "position_weight"), keep=_keep, gradients=_gradients
 )

@@ -18,6 +18,7 @@ from torch import Tensor
 from ... import runtime
 from ..._torch import autograd, segments
 from ..._torch.casting import cast
+from ..._torch.function import Function
 
 CHUNK = 1024
 """Longest run of one id that a thread of a GPU sums before the runs' sums are added up."""
@@ -155,7 +156,7 @@ def _backward(grad: Tensor, ids: Tensor, boundaries: Tensor, vocab: int, mean: b
     return _bag_sum(numbers, partial, torch.searchsorted(chunks, runs, out_int32=True))
 
 
-class _Pool(torch.autograd.Function):
+class _Pool(Function):
     """Pooling of table rows, with a fast backward that can itself be differentiated."""
 
     generate_vmap_rule = True

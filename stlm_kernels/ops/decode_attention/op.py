@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -91,30 +89,11 @@ def _check_options(window: int | None, scale: float | None, softcap: float | Non
     _checks.require_softcap(softcap)
 
 
-def _meta(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    cache_lens: Tensor,
-    window: int,
-    scale: float,
-    softcap: float,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    return q.new_empty(q.shape, dtype=out_dtype)
-
-
-def _flops(
-    q: Any, k_cache: Any, v_cache: Any, cache_lens: Any, window: int, *_: Any, **__: Any
-) -> int:
-    """Two products over as many entries as a query may see."""
-    return 4 * q[0] * q[1] * q[2] * window
-
-
 _FWD = _library.register(
     "decode_attention_fwd(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_lens, "
     "SymInt window, float scale, float softcap, ScalarType out_dtype) -> Tensor",
     launcher="decode_attention:launch_fwd",
-    meta=_meta,
-    flops=_flops,
+    meta=lambda q, out_dtype: q.new_empty(q.shape, dtype=out_dtype),
+    # Two products over as many entries as a query may see.
+    flops=lambda q, window: 4 * q[0] * q[1] * q[2] * window,
 )

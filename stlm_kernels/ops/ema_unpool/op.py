@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -104,53 +105,38 @@ def _check_gate_values(gate: Tensor, cu_seqlens: Tensor | None) -> None:
         )
 
 
-class _EmaUnpool(torch.autograd.Function):
-    """Autograd over the registered ops."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        patch_states: Tensor,
-        gate: Tensor,
-        read_ids: Tensor,
-        cu_seqlens: Tensor | None,
-        residual: Tensor | None,
-        out_dtype: torch.dtype,
-    ) -> Tensor:
-        return _FWD(patch_states, gate, read_ids, cu_seqlens, residual, out_dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        patch_states, gate, read_ids, cu_seqlens, residual, _ = inputs
-        ctx.save_for_backward(patch_states, gate, read_ids, cu_seqlens)
-        ctx.residual_dtype = None if residual is None else residual.dtype
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,), dstates, dgate = grads, None, None
-        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-            dstates, dgate = _library.run_backward(_BWD, "ema_unpool", grad, *ctx.saved_tensors)
-        dresidual = grad.to(ctx.residual_dtype) if ctx.needs_input_grad[4] else None
-        return dstates, dgate, None, None, dresidual, None
-
-
 _FWD = _library.register(
     "ema_unpool_fwd(Tensor patch_states, Tensor gate, Tensor read_ids, Tensor? cu_seqlens, "
     "Tensor? residual, ScalarType out_dtype) -> Tensor",
     launcher="ema_unpool:launch_fwd",
-    meta=lambda states, gate, read_ids, cu_seqlens, residual, out_dtype: states.new_empty(
-        (read_ids.shape[0], states.shape[1]), dtype=out_dtype
+    meta=lambda patch_states, read_ids, out_dtype: patch_states.new_empty(
+        (read_ids.shape[0], patch_states.shape[1]), dtype=out_dtype
     ),
-    flops=lambda states, gate, ids, *_, **__: (3 * states[0] + ids[0]) * states[1],
+    flops=lambda patch_states, read_ids: (3 * patch_states[0] + read_ids[0]) * patch_states[1],
 )
 _BWD = _library.register(
     "ema_unpool_bwd(Tensor grad, Tensor patch_states, Tensor gate, Tensor read_ids, "
     "Tensor? cu_seqlens) -> (Tensor, Tensor)",
     launcher="ema_unpool:launch_bwd",
-    meta=lambda grad, states, gate, *_: (
-        states.new_empty(states.shape),
-        gate.new_empty(gate.shape),
+    meta=lambda patch_states, gate: _library.empty_like(patch_states, gate),
+    flops=lambda grad, patch_states: (grad[0] + 9 * patch_states[0]) * patch_states[1],
+)
+
+
+def _gradients(
+    needs: Sequence[bool], grad: Tensor, *saved: Any
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    *tensors, residual_dtype = saved
+    dstates, dgate = _BWD(grad, *tensors) if needs[0] or needs[1] else (None, None)
+    return dstates, dgate, grad.to(residual_dtype) if needs[2] else None
+
+
+_EmaUnpool = _library.differentiable(
+    _FWD,
+    of=("patch_states", "gate", "residual"),
+    keep=lambda patch_states, gate, read_ids, cu_seqlens, residual: (
+        (patch_states, gate, read_ids, cu_seqlens),
+        (None if residual is None else residual.dtype,),
     ),
-    flops=lambda grad, states, *_, **__: (grad[0] + 9 * states[0]) * states[1],
+    gradients=_gradients,
 )

@@ -18,6 +18,7 @@ from torch import Tensor
 from ... import runtime
 from ..._torch import segments
 from ..._torch.casting import cast
+from ..._torch.function import Function
 from ..unpool.torch_impl import unpool
 
 CHUNK = 8
@@ -50,7 +51,7 @@ def ema_unpool(
     return unpool(smoothed, read_ids, None, residual, wide).to(out_dtype)
 
 
-class _Scan(torch.autograd.Function):
+class _Scan(Function):
     """y[j] = x[j] + decay[j] y[j-1]; reversed, y[j] = x[j] + decay[j] y[j+1]."""
 
     generate_vmap_rule = True

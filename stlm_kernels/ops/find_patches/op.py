@@ -179,15 +179,7 @@ def _by_kernels(
     return patches._replace(cu_patchlens=exact)
 
 
-def _fwd_meta(
-    byte_ids: Tensor,
-    mask: Tensor | None,
-    how: str,
-    patch_size: int | None,
-    max_patch_len: int | None,
-    cu_seqlens: Tensor | None,
-    max_patches: int,
-) -> tuple[Tensor, ...]:
+def _fwd_meta(byte_ids: Tensor, cu_seqlens: Tensor | None, max_patches: int) -> tuple[Tensor, ...]:
     total = byte_ids.shape[0]
     borders = 2 if cu_seqlens is None else cu_seqlens.shape[0]
     shapes = ((max_patches + 1,), (total,), (total,), (), (borders,))
@@ -200,5 +192,5 @@ _FWD = _library.register(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     launcher="find_patches:launch_fwd",
     meta=_fwd_meta,
-    flops=lambda *_, **__: 0,
+    flops=lambda: 0,
 )

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from ... import _checks, runtime
-from ..._dispatch import Impl, use_triton
+from ..._dispatch import Impl
 from ..._errors import named_errors
 from ..._linear.options import RowOptions, row_options
 from ..._sharding import require_rows
-from ..linear_logprobs import chunked_op
-from ..linear_logprobs.config import fits_on_chip
-from ..linear_logprobs.op import row_losses
-from ..linear_logprobs.torch_impl import TARGETS
-from . import torch_impl
-from .config import unsupported_reasons
+from ..linear_logprobs.op import losses
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -123,14 +118,13 @@ def linear_cross_entropy(
     _checks.require_number(ok, "z_loss", "a finite number >= 0", z_loss)
     options = options._replace(label_smoothing=float(label_smoothing), z_loss=float(z_loss))
 
-    head = (input, linear_weight, target, linear_bias, weight)
-    loss, lse = _losses(head, options, reduction, return_lse, impl)
+    loss, lse = losses(
+        "linear_cross_entropy", input, linear_weight, target, linear_bias, weight, options, impl,
+        summed=reduction != "none", with_lse=return_lse,
+    )  # fmt: skip
     if reduction == "mean":
         loss = mean_of_counted(loss, _counted(target, weight, options))
-    if not return_lse:
-        return loss
-    assert lse is not None
-    return loss, lse.view(target.shape)
+    return loss if lse is None else (loss, lse)
 
 
 def _check_class_weight(weight: Tensor | None, input: Tensor, linear_weight: Tensor) -> None:
@@ -144,40 +138,6 @@ def _check_class_weight(weight: Tensor | None, input: Tensor, linear_weight: Ten
         differentiated = differentiated or runtime.has_tangent(weight)
     got = "one that is differentiated (use weight.detach())"
     _checks.require(not differentiated, "weight", "class weights that are constants", got)
-
-
-def _losses(
-    head: tuple[Any, ...], options: RowOptions, reduction: str, return_lse: bool, impl: Impl
-) -> tuple[Tensor, Tensor | None]:
-    """The losses of all rows or their sum, and the lse (N,) where it is asked for."""
-    input, linear_weight, target, bias, class_weight = head
-    on_kernels = use_triton(
-        "linear_cross_entropy",
-        impl,
-        input.device,
-        unsupported_reasons,
-        input=input,
-        linear_weight=linear_weight,
-        target=target,
-        linear_bias=bias,
-        valid_vocab=options.valid_vocab,
-    )
-    on_chip = fits_on_chip(options.valid_vocab)
-    if reduction == "none" or (on_kernels and (on_chip or runtime.inside_torch_func())):
-        path: Impl = "triton" if on_kernels else "torch"
-        loss, lse = row_losses(
-            "linear_cross_entropy", input, linear_weight, target, bias, class_weight, options, path
-        )
-        return loss if reduction == "none" else loss.sum(), lse
-    rows, targets = input.reshape(-1, input.shape[-1]), target.reshape(-1)
-    if on_kernels:
-        return chunked_op.summed_loss(
-            rows, linear_weight, targets, bias, class_weight, options, with_lse=return_lse
-        )
-    given = (targets,) if class_weight is None else (targets, class_weight)
-    return torch_impl.summed_loss(
-        TARGETS, options, rows, linear_weight, bias, *given, with_lse=return_lse
-    )
 
 
 def _counted(target: Tensor, class_weight: Tensor | None, options: RowOptions) -> Tensor:

@@ -8,11 +8,10 @@ from torch import Tensor
 from ... import _checks
 from ..._dispatch import Impl, without_kernel
 from ..._errors import named_errors
+from ..._linear.chunked import row_losses, summed_loss
 from ..._linear.options import DistillOptions, check_projection
 from ..._sharding import require_plain
 from ..linear_cross_entropy.op import REDUCTIONS, mean_of_counted
-from ..linear_cross_entropy.torch_impl import summed_loss
-from ..linear_logprobs.torch_impl import row_losses
 from .torch_impl import DIVERGENCE
 
 

@@ -7,14 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..._linear.chunked import Objective
 from ..._linear.options import DistillOptions
-from ..linear_logprobs.torch_impl import (
-    Objective,
-    counted_rows,
-    form_logits,
-    seen_to_count,
-    through_cap_and_scale,
-)
+from ..._linear.projection import counted_rows, form_logits, seen_to_count, through_cap_and_scale
 
 
 class Chunk(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from ... import _library, runtime
 from ..._linear.options import RowOptions
 from ..._sharding import ROW, SUM, alike
+from ..._torch.function import Function
 
 
 def row_losses(
@@ -49,36 +51,7 @@ def summed_loss(
     return total, lse if with_lse else None
 
 
-class _RowLosses(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        rows: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        bias: Tensor | None,
-        class_weight: Tensor | None,
-        dot_dtype: torch.dtype,
-        *options: Any,
-    ) -> tuple[Tensor, ...]:
-        return _ROWS(rows, weight, targets, bias, class_weight, dot_dtype, *options)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.options = inputs[5:]
-        ctx.save_for_backward(*inputs[:5])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        wants = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
-        arguments = (*alike(grads), *ctx.saved_tensors, *ctx.options, *wants)
-        found = _library.run_backward(_ROWS_BWD, "linear_logprobs", *arguments)
-        drows, dweight, dbias = (x if w else None for x, w in zip(found, wants, strict=True))
-        return drows, dweight, None, dbias, None, *[None] * len(ctx.options)
-
-
-class _SummedLoss(torch.autograd.Function):
+class _SummedLoss(Function):
     @staticmethod
     def forward(
         with_lse: bool,
@@ -137,21 +110,14 @@ def _like(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(x, dtype=dtype)
 
 
-def _rows_meta(rows: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return tuple(rows.new_empty(rows.shape[0], dtype=torch.float32) for _ in range(2))
-
-
 def _rows_bwd_meta(
-    dloss: Tensor,
-    dlse: Tensor,
     rows: Tensor,
     weight: Tensor,
-    targets: Tensor,
     bias: Tensor | None,
-    class_weight: Tensor | None,
-    *rest: Any,
+    want_rows: bool,
+    want_weight: bool,
+    want_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    want_rows, want_weight, want_bias = rest[-3:]
     dbias = rows.new_empty(0, dtype=torch.float32)
     if bias is not None:
         dbias = bias.new_empty(bias.shape if want_bias else 0)
@@ -163,28 +129,20 @@ def _rows_bwd_meta(
 
 
 def _sum_meta(
-    rows: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    want_rows, want_weight, want_bias = rest[-3:]
+    rows: Tensor, weight: Tensor, want_rows: bool, want_weight: bool, want_bias: bool
+) -> tuple[Tensor, ...]:
+    fp32 = functools.partial(rows.new_empty, dtype=torch.float32)
     return (
-        rows.new_empty((), dtype=torch.float32),
-        rows.new_empty(rows.shape[0], dtype=torch.float32),
+        fp32(()),
+        fp32(rows.shape[0]),
         rows.new_empty(rows.shape if want_rows else 0),
-        rows.new_empty(weight.shape if want_weight else 0, dtype=torch.float32),
-        rows.new_empty(weight.shape[:1] if want_bias else 0, dtype=torch.float32),
+        fp32(weight.shape if want_weight else 0),
+        fp32(weight.shape[:1] if want_bias else 0),
     )
 
 
-def _product_flops(rows: Any, weight: Any, *_: Any, **__: Any) -> int:
-    return 2 * rows[0] * rows[1] * weight[0]
-
-
-def _rows_bwd_flops(dloss: Any, dlse: Any, rows: Any, weight: Any, *rest: Any, **__: Any) -> int:
-    return _product_flops(rows, weight) * (1 + sum(rest[-3:-1]))
-
-
-def _sum_flops(rows: Any, weight: Any, *rest: Any, **__: Any) -> int:
-    return _product_flops(rows, weight) * (1 + sum(rest[-3:-1]))
+def _flops(rows: Any, weight: Any, want_rows: bool, want_weight: bool) -> int:
+    return 2 * rows[0] * rows[1] * weight[0] * (1 + want_rows + want_weight)
 
 
 _OPTIONS = (
@@ -198,8 +156,8 @@ _ARGUMENTS = f"{_HEAD}, {_OPTIONS}"
 _ROWS = _library.register(
     f"linear_logprobs_chunked_fwd({_ARGUMENTS}) -> (Tensor, Tensor)",
     launcher="linear_logprobs.chunked_impl:launch_rows",
-    meta=_rows_meta,
-    flops=_product_flops,
+    meta=lambda rows: [rows.new_empty(rows.shape[0], dtype=torch.float32) for _ in range(2)],
+    flops=lambda rows, weight: _flops(rows, weight, False, False),
     per_row=("rows", "targets"),
     results=(ROW, ROW),
 )
@@ -208,7 +166,7 @@ _ROWS_BWD = _library.register(
     "-> (Tensor, Tensor, Tensor)",
     launcher="linear_logprobs.chunked_impl:launch_rows_bwd",
     meta=_rows_bwd_meta,
-    flops=_rows_bwd_flops,
+    flops=_flops,
     per_row=("dloss", "dlse", "rows", "targets"),
     results=(ROW, SUM, SUM),
 )
@@ -217,7 +175,14 @@ _SUM = _library.register(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     launcher="linear_logprobs.chunked_impl:launch_sum",
     meta=_sum_meta,
-    flops=_sum_flops,
+    flops=_flops,
     per_row=("rows", "targets"),
     results=(SUM, ROW, ROW, SUM, SUM),
+)
+_RowLosses = _library.differentiable(
+    _ROWS,
+    of=("rows", "weight", "bias"),
+    keep=_library.names_of(_ROWS),
+    gradients=lambda needs, dloss, dlse, *saved: _ROWS_BWD(*alike((dloss, dlse)), *saved, *needs),
+    derived=2,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from ... import _library, runtime
 from ..._dispatch import Impl, use_triton
 from ..._errors import named_errors
+from ..._linear import chunked
 from ..._linear.options import RowOptions, row_options
 from ..._sharding import ROW, SUM, alike
 from . import chunked_op, torch_impl
@@ -60,13 +62,14 @@ def linear_logprobs(
     options = row_options(
         input, linear_weight, target, linear_bias, ignore_index, softcap, logit_scale, valid_vocab
     )
-    loss, lse = row_losses(
+    loss, lse = losses(
         "linear_logprobs", input, linear_weight, target, linear_bias, None, options, impl
     )
+    assert lse is not None
     return -loss, lse
 
 
-def row_losses(
+def losses(
     op: str,
     input: Tensor,
     linear_weight: Tensor,
@@ -75,29 +78,37 @@ def row_losses(
     class_weight: Tensor | None,
     options: RowOptions,
     impl: Impl,
-) -> tuple[Tensor, Tensor]:
-    """(loss, lse) of each row, shaped like `target`, for arguments that `row_options` has seen."""
+    *,
+    summed: bool = False,
+    with_lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """The losses of all rows or their sum, and the lse of each row unless that is not wanted.
+
+    Here alone is decided on which path, for arguments that `row_options` has seen.
+    """
     rows, targets = input.reshape(-1, input.shape[-1]), target.reshape(-1)
-    if use_triton(
-        op,
-        impl,
-        input.device,
-        unsupported_reasons,
-        input=input,
-        linear_weight=linear_weight,
-        target=target,
-        linear_bias=linear_bias,
+    head = (rows, linear_weight, targets, linear_bias, class_weight)
+    on_chip = fits_on_chip(options.valid_vocab)
+    loss: Tensor
+    lse: Tensor | None
+    if not use_triton(
+        op, impl, input.device, unsupported_reasons,
+        input=input, linear_weight=linear_weight, target=target, linear_bias=linear_bias,
         valid_vocab=options.valid_vocab,
-    ):
-        on_chip = fits_on_chip(options.valid_vocab)
-        losses = _single_tile_losses if on_chip else chunked_op.row_losses
-        loss, lse = losses(rows, linear_weight, targets, linear_bias, class_weight, options)
-    else:
+    ):  # fmt: skip
         given = (targets,) if class_weight is None else (targets, class_weight)
-        loss, lse = torch_impl.row_losses(
-            torch_impl.TARGETS, options, rows, linear_weight, linear_bias, *given
-        )
-    return loss.view(target.shape), lse.view(target.shape)
+        operands = (torch_impl.TARGETS, options, rows, linear_weight, linear_bias, *given)
+        if summed:
+            loss, lse = chunked.summed_loss(*operands, with_lse=with_lse)
+        else:
+            loss, lse = chunked.row_losses(*operands)
+    elif summed and not on_chip and not runtime.inside_torch_func():
+        loss, lse = chunked_op.summed_loss(*head, options, with_lse=with_lse)
+    else:
+        loss, lse = (_single_tile_losses if on_chip else chunked_op.row_losses)(*head, options)
+        loss = loss.sum() if summed else loss
+    loss = loss if summed else loss.view(target.shape)
+    return loss, lse.view(target.shape) if with_lse and lse is not None else None
 
 
 def _single_tile_losses(
@@ -114,89 +125,17 @@ def _single_tile_losses(
     return loss, lse
 
 
-class _RowLosses(torch.autograd.Function):
-    """Autograd over the registered ops; the logits are formed again in the backward."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        rows: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        bias: Tensor | None,
-        class_weight: Tensor | None,
-        dot_dtype: torch.dtype,
-        *options: Any,
-    ) -> tuple[Tensor, ...]:
-        return _FWD(rows, weight, targets, bias, class_weight, dot_dtype, *options)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *head, ctx.dot_dtype = inputs[:6]
-        ctx.options = inputs[6:]
-        _, _, top, log_total = output
-        ctx.mark_non_differentiable(top, log_total)
-        ctx.save_for_backward(*head, top, log_total)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        arguments = (*alike(grads[:2]), *ctx.saved_tensors, ctx.dot_dtype, *ctx.options)
-        drows = dweight = dbias = None
-        if ctx.needs_input_grad[0]:
-            drows = _library.run_backward(_BWD_ROWS, "linear_logprobs", *arguments)
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[3]:
-            dweight, dbias = _library.run_backward(_BWD_WEIGHT, "linear_logprobs", *arguments)
-        return (
-            drows,
-            dweight if ctx.needs_input_grad[1] else None,
-            None,
-            dbias if ctx.needs_input_grad[3] else None,
-            *[None] * (2 + len(RowOptions._fields)),
-        )
-
-
 _OPTIONS = (
     "ScalarType dot_dtype, int ignore_index, float softcap, float logit_scale, SymInt valid_vocab, "
     "float label_smoothing, float z_loss"
 )
-
-
-def _fwd_meta(rows: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return tuple(rows.new_empty(rows.shape[0], dtype=torch.float32) for _ in range(4))
-
-
-def _bwd_rows_meta(dloss: Tensor, dlse: Tensor, rows: Tensor, *_: Any) -> Tensor:
-    return rows.new_empty(rows.shape)
-
-
-def _bwd_weight_meta(
-    dloss: Tensor,
-    dlse: Tensor,
-    rows: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    *_: Any,
-) -> tuple[Tensor, Tensor]:
-    dbias = rows.new_empty(0) if bias is None else bias.new_empty(bias.shape)
-    return weight.new_empty(weight.shape), dbias
-
-
-def _fwd_flops(rows: Any, weight: Any, *_: Any, **__: Any) -> int:
-    return 2 * rows[0] * rows[1] * weight[0]
-
-
-def _bwd_flops(dloss: Any, dlse: Any, rows: Any, weight: Any, *_: Any, **__: Any) -> int:
-    return _fwd_flops(rows, weight)
-
-
 _FWD = _library.register(
     "linear_logprobs_fwd(Tensor rows, Tensor weight, Tensor targets, Tensor? bias, "
-    f"Tensor? class_weight, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"Tensor? class_weight, {_OPTIONS}) "
+    "-> (Tensor loss, Tensor lse, Tensor top, Tensor log_total)",
     launcher="linear_logprobs:launch_fwd",
-    meta=_fwd_meta,
-    flops=_fwd_flops,
+    meta=lambda rows: [rows.new_empty(rows.shape[0], dtype=torch.float32) for _ in range(4)],
+    flops=lambda rows, weight: 2 * rows[0] * rows[1] * weight[0],
     per_row=("rows", "targets"),
     results=(ROW, ROW, ROW, ROW),
 )
@@ -208,16 +147,35 @@ _BWD_PER_ROW = ("dloss", "dlse", "rows", "targets", "top", "log_total")
 _BWD_ROWS = _library.register(
     f"linear_logprobs_bwd_rows({_BWD_ARGUMENTS}) -> Tensor",
     launcher="linear_logprobs:launch_bwd_rows",
-    meta=_bwd_rows_meta,
-    flops=_bwd_flops,
+    meta=lambda rows: rows.new_empty(rows.shape),
+    flops=lambda rows, weight: 2 * rows[0] * rows[1] * weight[0],
     per_row=_BWD_PER_ROW,
     results=(ROW,),
 )
 _BWD_WEIGHT = _library.register(
     f"linear_logprobs_bwd_weight({_BWD_ARGUMENTS}) -> (Tensor, Tensor)",
     launcher="linear_logprobs:launch_bwd_weight",
-    meta=_bwd_weight_meta,
-    flops=_bwd_flops,
+    meta=lambda rows, weight, bias: _library.empty_like(
+        weight, rows.new_empty(0) if bias is None else bias
+    ),
+    flops=lambda rows, weight: 2 * rows[0] * rows[1] * weight[0],
     per_row=_BWD_PER_ROW,
     results=(SUM, SUM),
+)
+
+
+def _gradients(
+    needs: Sequence[bool], dloss: Tensor, dlse: Tensor, *saved: Any
+) -> tuple[Tensor | None, ...]:
+    arguments = (*alike((dloss, dlse)), *saved)
+    drows = _BWD_ROWS(*arguments) if needs[0] else None
+    return drows, *(_BWD_WEIGHT(*arguments) if needs[1] or needs[2] else (None, None))
+
+
+_RowLosses = _library.differentiable(
+    _FWD,
+    of=("rows", "weight", "bias"),
+    keep=_library.names_of(_BWD_ROWS)[2:],
+    gradients=_gradients,
+    derived=2,
 )

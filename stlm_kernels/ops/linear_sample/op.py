@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -117,19 +115,11 @@ def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
     return torch.full((), seed, dtype=torch.int64, device=device)
 
 
-def _meta(rows: Tensor, *_: Any) -> Tensor:
-    return rows.new_empty(rows.shape[0], dtype=torch.int64)
-
-
-def _flops(rows: Any, weight: Any, *_: Any, **__: Any) -> int:
-    return 2 * rows[0] * rows[1] * weight[0]
-
-
 _FWD = _library.register(
     "linear_sample_fwd(Tensor rows, Tensor weight, Tensor? bias, Tensor seed, "
     "ScalarType dot_dtype, float softcap, float logit_scale, SymInt valid_vocab, "
     "float temperature, SymInt top_k, float top_p) -> Tensor",
     launcher="linear_sample:launch_fwd",
-    meta=_meta,
-    flops=_flops,
+    meta=lambda rows: rows.new_empty(rows.shape[0], dtype=torch.int64),
+    flops=lambda rows, weight: 2 * rows[0] * rows[1] * weight[0],
 )

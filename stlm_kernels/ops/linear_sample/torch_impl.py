@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ... import runtime
 from ..._linear.options import SampleOptions
+from ..._linear.projection import form_logits, widened
 from ..._torch.random_bits import hashed, shifted
-from ..linear_logprobs.torch_impl import form_logits, widened
 
 CHUNK_ELEMENTS = 1 << 20
 """Logits drawn from at a time; each takes a few int64 of noise."""

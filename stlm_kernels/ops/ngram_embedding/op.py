@@ -11,6 +11,7 @@ from torch import Tensor
 from ... import _checks, _library, runtime
 from ..._dispatch import Impl, use_triton
 from ..._errors import named_errors
+from ..._torch.function import Function
 from . import torch_impl
 from .config import DEFAULT_MULTIPLIER, unsupported_reasons
 
@@ -124,7 +125,7 @@ def _one_a_table(name: str, values: Sequence[int], tables: int, expected: str) -
     return values
 
 
-class _NgramEmbedding(torch.autograd.Function):
+class _NgramEmbedding(Function):
     """Autograd over the registered ops."""
 
     generate_vmap_rule = True
@@ -172,18 +173,16 @@ _FWD = _library.register(
     "ngram_embedding_fwd(Tensor byte_ids, Tensor[] tables, Tensor? cu_seqlens, int[] ngram_sizes, "
     "int[] multipliers, ScalarType out_dtype) -> Tensor",
     launcher="ngram_embedding:launch_fwd",
-    meta=lambda byte_ids, tables, cu_seqlens, sizes, multipliers, out_dtype: tables[0].new_empty(
+    meta=lambda byte_ids, tables, out_dtype: tables[0].new_empty(
         (byte_ids.shape[0], tables[0].shape[1]), dtype=out_dtype
     ),
-    flops=lambda byte_ids, tables, *_, **__: byte_ids[0] * tables[0][1] * len(tables),
+    flops=lambda byte_ids, tables: byte_ids[0] * tables[0][1] * len(tables),
 )
 _library.register_vmap_loop(_FWD)
 _BWD = _library.register(
     "ngram_embedding_bwd(Tensor grad, Tensor byte_ids, Tensor? cu_seqlens, int n, "
     "int longest, int multiplier, SymInt rows, ScalarType dtype) -> Tensor",
     launcher="ngram_embedding:launch_bwd",
-    meta=lambda grad, byte_ids, cu_seqlens, n, longest, multiplier, rows, dtype: grad.new_empty(
-        (rows, grad.shape[1]), dtype=dtype
-    ),
-    flops=lambda grad, *_, **__: grad[0] * grad[1],
+    meta=lambda grad, rows, dtype: grad.new_empty((rows, grad.shape[1]), dtype=dtype),
+    flops=lambda grad: grad[0] * grad[1],
 )

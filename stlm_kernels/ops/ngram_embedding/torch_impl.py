@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ... import runtime
 from ..._torch import autograd, segments
+from ..._torch.function import Function
 
 
 def ngram_embedding(
@@ -117,7 +118,7 @@ def _read(rows: Tensor, tables: Sequence[Tensor], out_dtype: torch.dtype) -> Ten
     return out.to(out_dtype)
 
 
-class _LookUp(torch.autograd.Function):
+class _LookUp(Function):
     """The sum of the tables' rows; gradients accumulate in float32 and are cast once."""
 
     generate_vmap_rule = True

@@ -76,82 +76,37 @@ def patch_attention(
     return torch_impl.patch_attention(q, k, v, cu_patchlens, causal, factor, out_dtype)
 
 
-class _PatchAttention(torch.autograd.Function):
-    """Autograd over the registered ops; the scores are formed again in the backward."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_patchlens: Tensor,
-        causal: bool,
-        scale: float,
-        out_dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return _FWD(q, k, v, cu_patchlens, causal, scale, out_dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        q, k, v, cu_patchlens, ctx.causal, ctx.scale, _ = inputs
-        out, lse, bounds = output
-        ctx.patches = cu_patchlens.shape[0] - 1
-        ctx.mark_non_differentiable(lse, bounds)
-        ctx.save_for_backward(q, k, v, out, lse, bounds)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        dq, dk, dv = _library.run_backward(
-            _BWD, "patch_attention", grads[0], *ctx.saved_tensors, ctx.patches, ctx.causal,
-            ctx.scale,
-        )  # fmt: skip
-        return dq, dk, dv, None, None, None, None
-
-
-def _fwd_meta(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_patchlens: Tensor,
-    causal: bool,
-    scale: float,
-    out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fwd_meta(q: Tensor, out_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     total, heads, _ = q.shape
     lse = q.new_empty((heads, total), dtype=torch.float32)
     return q.new_empty(q.shape, dtype=out_dtype), lse, q.new_empty((2, total), dtype=torch.int32)
 
 
-def _bwd_meta(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _fwd_flops(q: Any, k: Any, v: Any, cu_patchlens: Any, *_: Any, **__: Any) -> int:
-    """Two products, as of patches of equal length: shapes say no more."""
-    return 4 * q[1] * q[2] * q[0] * q[0] // max(1, cu_patchlens[0] - 1)
-
-
-def _bwd_flops(
-    grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, bounds: Any, patches: int, *_: Any,
-    **__: Any,
-) -> int:  # fmt: skip
-    """Five products, of patches of equal length."""
-    return 10 * q[1] * q[2] * q[0] * q[0] // max(1, patches)
+def _products(count: int, q: Any, patches: int) -> int:
+    """FLOPs of so many products, as of patches of equal length: shapes say no more."""
+    return 2 * count * q[1] * q[2] * q[0] * q[0] // max(1, patches)
 
 
 _FWD = _library.register(
     "patch_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor cu_patchlens, bool causal, "
-    "float scale, ScalarType out_dtype) -> (Tensor, Tensor, Tensor)",
+    "float scale, ScalarType out_dtype) -> (Tensor out, Tensor lse, Tensor bounds)",
     launcher="patch_attention:launch_fwd",
     meta=_fwd_meta,
-    flops=_fwd_flops,
+    flops=lambda q, cu_patchlens: _products(2, q, cu_patchlens[0] - 1),
 )
 _BWD = _library.register(
     "patch_attention_bwd(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     "Tensor bounds, SymInt patches, bool causal, float scale) -> (Tensor, Tensor, Tensor)",
     launcher="patch_attention:launch_bwd",
-    meta=_bwd_meta,
-    flops=_bwd_flops,
+    meta=lambda q, k, v: _library.empty_like(q, k, v),
+    flops=lambda q, patches: _products(5, q, patches),
+)
+_PatchAttention = _library.differentiable(
+    _FWD,
+    of=("q", "k", "v"),
+    keep=lambda q, k, v, out, lse, bounds, cu_patchlens, causal, scale: (
+        (q, k, v, out, lse, bounds),
+        (cu_patchlens.shape[0] - 1, causal, scale),
+    ),
+    gradients=lambda needs, *given: _BWD(*given),
 )

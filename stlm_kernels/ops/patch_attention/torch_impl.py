@@ -33,6 +33,7 @@ from ..._torch.attention_blocks import (
     gradients,
 )
 from ..._torch.casting import cast
+from ..._torch.function import Function
 from . import folded
 
 
@@ -186,7 +187,7 @@ class _Folded(torch.autograd.Function):
         return *derived, None, None, None
 
 
-class _Attention(torch.autograd.Function):
+class _Attention(Function):
     """Attention whose backward forms the weights again, block by block."""
 
     @staticmethod

@@ -121,66 +121,6 @@ def _check_positions(positions: Tensor, q: Tensor, n_positions: int) -> None:
         _checks.check_id_values("positions", positions, 0, n_positions)
 
 
-class _QKNormRope(torch.autograd.Function):
-    """Autograd over the registered ops; the backward forms the norms again."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        q: Tensor,
-        k: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        q_weight: Tensor | None,
-        k_weight: Tensor | None,
-        positions: Tensor | None,
-        period: int,
-        eps: float,
-        interleaved: bool,
-        out_dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor]:
-        return _FWD(
-            q, k, cos, sin, q_weight, k_weight, positions, period, eps, interleaved, out_dtype
-        )
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*inputs[:7])
-        ctx.options = inputs[7:10]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        dq, dk, *dweights = _library.run_backward(
-            _BWD, "qk_norm_rope", *grads, *saved, *ctx.options
-        )
-        given = (
-            None if weight is None else dweight
-            for weight, dweight in zip(saved[4:6], dweights, strict=True)
-        )
-        return dq, dk, None, None, *given, None, None, None, None, None
-
-
-def _fwd_meta(q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape, dtype=rest[-1]), k.new_empty(k.shape, dtype=rest[-1])
-
-
-def _bwd_meta(
-    grad_q: Tensor,
-    grad_k: Tensor,
-    q: Tensor,
-    k: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    *_: Any,
-) -> tuple[Tensor, ...]:
-    weights = (q.new_empty(0) if w is None else w.new_empty(w.shape) for w in (q_weight, k_weight))
-    return q.new_empty(q.shape), k.new_empty(k.shape), *weights
-
-
 def _elements(q: Any, k: Any) -> int:
     return q[0] * q[2] * (q[1] + k[1])
 
@@ -190,14 +130,23 @@ _FWD = _library.register(
     "Tensor? k_weight, Tensor? positions, SymInt period, float eps, bool interleaved, "
     "ScalarType out_dtype) -> (Tensor, Tensor)",
     launcher="qk_norm_rope:launch_fwd",
-    meta=_fwd_meta,
-    flops=lambda q, k, *_, **__: 7 * _elements(q, k),
+    meta=lambda q, k, out_dtype: [x.new_empty(x.shape, dtype=out_dtype) for x in (q, k)],
+    flops=lambda q, k: 7 * _elements(q, k),
 )
 _BWD = _library.register(
     "qk_norm_rope_bwd(Tensor grad_q, Tensor grad_k, Tensor q, Tensor k, Tensor cos, Tensor sin, "
     "Tensor? q_weight, Tensor? k_weight, Tensor? positions, SymInt period, float eps, "
     "bool interleaved) -> (Tensor, Tensor, Tensor, Tensor)",
     launcher="qk_norm_rope:launch_bwd",
-    meta=_bwd_meta,
-    flops=lambda grad_q, grad_k, q, k, *_, **__: 14 * _elements(q, k),
+    meta=lambda q, k, q_weight, k_weight: _library.empty_like(
+        q, k, *(q.new_empty(0) if weight is None else weight for weight in (q_weight, k_weight))
+    ),
+    flops=lambda q, k: 14 * _elements(q, k),
+)
+_QKNormRope = _library.differentiable(
+    _FWD,
+    of=("q", "k", "q_weight", "k_weight"),
+    keep=_library.names_of(_BWD)[2:],
+    gradients=lambda needs, *given: _BWD(*given),
+    derived=2,
 )

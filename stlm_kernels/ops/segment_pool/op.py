@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -65,33 +63,6 @@ def segment_pool(
     return torch_impl.segment_pool(x, cu_patchlens, mode, out_dtype)
 
 
-class _SegmentPool(torch.autograd.Function):
-    """Autograd over the registered ops."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        x: Tensor, cu_patchlens: Tensor, mode: str, out_dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        return _FWD(x, cu_patchlens, mode, out_dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, cu_patchlens, ctx.mode, _ = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(cu_patchlens, output[1])
-        ctx.total, ctx.dtype = x.shape[0], x.dtype
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        cu_patchlens, rows = ctx.saved_tensors
-        dx = _library.run_backward(
-            _BWD, "segment_pool", grads[0], cu_patchlens, rows, ctx.mode, ctx.total, ctx.dtype
-        )
-        return dx, None, None, None
-
-
 def _fwd_meta(
     x: Tensor, cu_patchlens: Tensor, mode: str, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -102,17 +73,21 @@ def _fwd_meta(
 
 _FWD = _library.register(
     "segment_pool_fwd(Tensor x, Tensor cu_patchlens, str mode, ScalarType out_dtype) "
-    "-> (Tensor, Tensor)",
+    "-> (Tensor out, Tensor rows)",
     launcher="segment_pool:launch_fwd",
     meta=_fwd_meta,
-    flops=lambda x, *_, **__: x[0] * x[1],
+    flops=lambda x: x[0] * x[1],
 )
 _BWD = _library.register(
     "segment_pool_bwd(Tensor grad, Tensor cu_patchlens, Tensor rows, str mode, SymInt total, "
     "ScalarType dtype) -> Tensor",
     launcher="segment_pool:launch_bwd",
-    meta=lambda grad, cu_patchlens, rows, mode, total, dtype: grad.new_empty(
-        (total, grad.shape[1]), dtype=dtype
-    ),
-    flops=lambda grad, cu, rows, mode, total, *_, **__: total * grad[1],
+    meta=lambda grad, total, dtype: grad.new_empty((total, grad.shape[1]), dtype=dtype),
+    flops=lambda grad, total: total * grad[1],
+)
+_SegmentPool = _library.differentiable(
+    _FWD,
+    of=("x",),
+    keep=lambda x, cu_patchlens, mode, rows: ((cu_patchlens, rows), (mode, x.shape[0], x.dtype)),
+    gradients=lambda needs, *given: _BWD(*given),
 )

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ... import runtime
 from ..._torch import autograd, segments
+from ..._torch.function import Function
 
 EXACT_IN_FLOAT32 = 2**24
 """Whole numbers up to this one are exact in float32, whose maximum torch computes fastest."""
@@ -101,7 +102,7 @@ def _segment_sum(x: Tensor, boundaries: Tensor, mean: bool, out_dtype: torch.dty
     return _bag_sum(x.to(_wide(out_dtype)), boundaries).div_(_lengths(boundaries)).to(out_dtype)
 
 
-class _SegmentSum(torch.autograd.Function):
+class _SegmentSum(Function):
     """Sum or mean of the rows of each bag; the backward is made of differentiable ops."""
 
     generate_vmap_rule = True
@@ -140,7 +141,7 @@ def _picked(x: Tensor, boundaries: Tensor, reduce: str) -> Tensor:
     return torch.cat([x, x.new_zeros(1, x.shape[1])]).gather(0, winners)
 
 
-class _SegmentExtreme(torch.autograd.Function):
+class _SegmentExtreme(Function):
     """Maximum or minimum of each bag; a column's gradient goes to the first row that holds it."""
 
     generate_vmap_rule = True

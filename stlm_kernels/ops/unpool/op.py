@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -104,68 +104,46 @@ def _only_rises(ids: np.ndarray) -> bool:  # type: ignore[type-arg]
     return bool((ids[rises] > ids[falls[: len(rises)] - 1]).all())
 
 
-class _Unpool(torch.autograd.Function):
-    """Autograd over the registered ops."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        patch_states: Tensor,
-        read_ids: Tensor,
-        null_state: Tensor | None,
-        residual: Tensor | None,
-        out_dtype: torch.dtype,
-    ) -> Tensor:
-        return _FWD(patch_states, read_ids, null_state, residual, out_dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        patch_states, read_ids, null_state, residual, _ = inputs
-        ctx.save_for_backward(read_ids)
-        ctx.patches = patch_states.shape[0]
-        ctx.dtypes = [None if x is None else x.dtype for x in (patch_states, null_state, residual)]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (read_ids,) = ctx.saved_tensors
-        (grad,), (states_dtype, null_dtype, residual_dtype) = grads, ctx.dtypes
-        dstates = dnull = dresidual = None
-        if ctx.needs_input_grad[0]:
-            dstates = _library.run_backward(
-                _BWD, "unpool", grad, read_ids, ctx.patches, states_dtype
-            )
-        if ctx.needs_input_grad[2]:
-            dnull = _library.run_backward(_BWD_NULL, "unpool", grad, read_ids, null_dtype)
-        if ctx.needs_input_grad[3]:
-            dresidual = grad.to(residual_dtype)
-        return dstates, None, dnull, dresidual, None
-
-
-def _grad_flops(grad: Any, *_: Any, **__: Any) -> int:
-    return grad[0] * grad[1]
-
-
 _FWD = _library.register(
     "unpool_fwd(Tensor patch_states, Tensor read_ids, Tensor? null_state, Tensor? residual, "
     "ScalarType out_dtype) -> Tensor",
     launcher="unpool:launch_fwd",
-    meta=lambda patch_states, read_ids, null_state, residual, out_dtype: patch_states.new_empty(
+    meta=lambda patch_states, read_ids, out_dtype: patch_states.new_empty(
         (read_ids.shape[0], patch_states.shape[1]), dtype=out_dtype
     ),
-    flops=lambda states, ids, *_, **__: ids[0] * states[1],
+    flops=lambda patch_states, read_ids: read_ids[0] * patch_states[1],
 )
 _BWD = _library.register(
     "unpool_bwd(Tensor grad, Tensor read_ids, SymInt patches, ScalarType dtype) -> Tensor",
     launcher="unpool:launch_bwd",
-    meta=lambda grad, read_ids, patches, dtype: grad.new_empty(
-        (patches, grad.shape[1]), dtype=dtype
-    ),
-    flops=_grad_flops,
+    meta=lambda grad, patches, dtype: grad.new_empty((patches, grad.shape[1]), dtype=dtype),
+    flops=lambda grad: grad[0] * grad[1],
 )
 _BWD_NULL = _library.register(
     "unpool_bwd_null(Tensor grad, Tensor read_ids, ScalarType dtype) -> Tensor",
     launcher="unpool:launch_bwd_null",
-    meta=lambda grad, read_ids, dtype: grad.new_empty(grad.shape[1], dtype=dtype),
-    flops=_grad_flops,
+    meta=lambda grad, dtype: grad.new_empty(grad.shape[1], dtype=dtype),
+    flops=lambda grad: grad[0] * grad[1],
+)
+
+
+def _keep(
+    patch_states: Tensor, read_ids: Tensor, null_state: Tensor | None, residual: Tensor | None
+) -> _library.Kept:
+    dtypes = [None if x is None else x.dtype for x in (patch_states, null_state, residual)]
+    return (read_ids,), (patch_states.shape[0], *dtypes)
+
+
+def _gradients(
+    needs: Sequence[bool], grad: Tensor, read_ids: Tensor, patches: int, *dtypes: torch.dtype
+) -> tuple[Tensor | None, ...]:
+    return (
+        _BWD(grad, read_ids, patches, dtypes[0]) if needs[0] else None,
+        _BWD_NULL(grad, read_ids, dtypes[1]) if needs[1] else None,
+        grad.to(dtypes[2]) if needs[2] else None,
+    )
+
+
+_Unpool = _library.differentiable(
+    _FWD, of=("patch_states", "null_state", "residual"), keep=_keep, gradients=_gradients
 )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ... import runtime
 from ..._torch import autograd
+from ..._torch.function import Function
 
 CACHED_ELEMENTS = 1 << 22
 """Results up to this size stay in a CPU's caches, and there index_select is the faster; beyond,
@@ -77,7 +78,7 @@ def _whole_rows(rows: Tensor, x: Tensor) -> Tensor:
     return rows.long()[:, None].expand(-1, x.shape[1])
 
 
-class _Unpool(torch.autograd.Function):
+class _Unpool(Function):
     """Row 0 is the null state, rows 1..P the patches, row P+1 the NaN of ids out of range."""
 
     generate_vmap_rule = True

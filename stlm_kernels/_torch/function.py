@@ -1,0 +1,92 @@
+"""Functions with gradients of our own: from a forward, what is kept of it, and the gradients."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
+
+Kept = tuple[Sequence[Tensor | None], Sequence[Any]]
+"""Tensors and plain values that a backward takes beside the gradients."""
+
+
+class Function(torch.autograd.Function):
+    """An autograd.Function with `setup_context` and a quick `apply`.
+
+    Torch binds the arguments of each call to the signature of `forward`, for defaults and keywords;
+    that takes longer than all else in `apply`, and here there are neither.
+    """
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        """Call the function; torch.compile looks at `forward` instead."""
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*args)
+        beneath = super(torch.autograd.Function, cls)
+        return beneath.apply(*unwrap_dead_wrappers(args))  # type: ignore[attr-defined]
+
+
+def differentiable(
+    name: str,
+    forward: Callable[..., Any],
+    *,
+    of: Sequence[str],
+    keep: Callable[..., Kept],
+    gradients: Callable[..., Tensor | Sequence[Tensor | None]],
+    arguments: Sequence[str] = (),
+    results: Sequence[str] = ("result",),
+    derived: int = 1,
+) -> type[Function]:
+    """Make the Function of a forward and its gradients, to be called by `apply`.
+
+    Args:
+        name: of the class, which profilers show.
+        forward: takes the arguments by position.
+        of: the arguments that have gradients.
+        keep: takes the arguments and results that its parameters name.
+        gradients: (which of `of` need one, *gradients of the results, *tensors, *values) -> the
+            gradient of each of `of`; of what needs none it may be anything.
+        arguments, results: their names; those of the forward's parameters if none are given.
+        derived: how many of the results have gradients, the first ones.
+    """
+    arguments = arguments or tuple(inspect.signature(forward).parameters)
+    names = [*arguments, *results]
+    kept = [names.index(parameter) for parameter in inspect.signature(keep).parameters]
+    places = [arguments.index(argument) for argument in of]
+
+    def run(*args: Any) -> Any:
+        return forward(*args)
+
+    run.__signature__ = signature(arguments)  # type: ignore[attr-defined]  # Dynamo counts them
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        outputs = (output,) if isinstance(output, Tensor) else output
+        values = (*inputs, *outputs)
+        tensors, ctx.plain = keep(*[values[place] for place in kept])
+        ctx.save_for_backward(*tensors)
+        ctx.mark_non_differentiable(*outputs[derived:])
+
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        needs = [ctx.needs_input_grad[place] for place in places]
+        found = gradients(needs, *grads[:derived], *ctx.saved_tensors, *ctx.plain)
+        found = (found,) if isinstance(found, Tensor) else found
+        every: list[Tensor | None] = [None] * len(arguments)
+        for place, need, grad in zip(places, needs, found, strict=True):
+            every[place] = grad if need else None
+        return tuple(every)
+
+    methods = {"forward": run, "setup_context": setup_context, "backward": backward}
+    body: dict[str, Any] = {key: staticmethod(method) for key, method in methods.items()}
+    body |= {"generate_vmap_rule": True}
+    return types.new_class(name, (Function,), exec_body=lambda made: made.update(body))
+
+
+def signature(names: Sequence[str]) -> inspect.Signature:
+    """A signature of positional parameters, for a function that takes them starred."""
+    kind = inspect.Parameter.POSITIONAL_ONLY
+    return inspect.Signature([inspect.Parameter(name, kind) for name in names])
