@@ -69,7 +69,8 @@ def differentiable(
         values = (*inputs, *outputs)
         tensors, ctx.plain = keep(*[values[place] for place in kept])
         ctx.save_for_backward(*tensors)
-        ctx.mark_non_differentiable(*outputs[derived:])
+        if len(outputs) > derived:
+            ctx.mark_non_differentiable(*outputs[derived:])
 
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         needs = [ctx.needs_input_grad[place] for place in places]
