@@ -181,7 +181,9 @@ def test_wrong_operands_change_products(kernels: Any, arch: int, pattern: str, n
 def test_a_wrong_rounding_changes_values(kernels: Any) -> None:
     a, b = torch.randn(64, 128).bfloat16(), torch.randn(128, 64).bfloat16()
     out = torch.empty(64, 64, dtype=torch.bfloat16)
-    done = ptx.run(kernels.multiply, (1,), a, b, out, 128, M=64, N=64, K=32, num_warps=4)
+    done = ptx.run(
+        kernels.multiply, (1,), a, b, out, 128, arch=80, M=64, N=64, K=32, num_warps=4
+    )  # fmt: skip
     right = out.clone()
     again(done, replaced(r"cvt\.rn\.bf16x2", "cvt.rz.bf16x2", count=999))
     assert not torch.equal(out, right)

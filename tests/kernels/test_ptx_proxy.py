@@ -37,7 +37,7 @@ def faults(done: Execution, change: Callable[[str], str]) -> set[str]:
 
 def fenced(text: str, before: str, between: str, after: str) -> str:
     """Fences around the barrier that follows a wait for copies, instead of the compiler's."""
-    text = re.sub(FENCE, "", text)
+    text = re.sub(FENCE, "", text) + "\n"  # triton 3.6 writes none
     return re.sub(
         r"(cp\.async\.wait_group\s+\d+;)(\s+bar\.sync\s+0;)",
         lambda found: before + found[1] + between + found[2] + after,
@@ -58,7 +58,8 @@ def test_a_copy_into_what_a_product_still_reads(kernels: Any) -> None:
     done, _, _ = products(kernels, 90)
     wait = r"wgmma\.wait_group\.sync\.aligned\s+1;"
     assert re.search(wait, done.ptx)
-    assert faults(done, replaced(wait, "wgmma.wait_group.sync.aligned 2;", 9)) == {"async"}
+    assert "async" not in {fault.kind for fault in done.faults}
+    assert "async" in faults(done, replaced(wait, "wgmma.wait_group.sync.aligned 2;", 9))
 
 
 @pytest.mark.parametrize(
@@ -106,3 +107,25 @@ def test_stores_that_a_product_reads_need_a_fence(kernels: Any) -> None:
     assert re.search(r"st\.shared|stmatrix", done.ptx)
     with pytest.raises(Fault, match=r"proxy: multiply_sums.*without a fence.proxy.async since"):
         again(done, without(FENCE))
+
+
+@pytest.mark.parametrize("warps", [4, 8])
+@pytest.mark.parametrize("depth", [64, 128])
+def test_canary_of_transposed_accumulators(depth: int, warps: int) -> None:
+    """Triton 3.4 to 3.7.0 get its values wrong on a GPU: 3.6.0 writes right sums without fences."""
+    import triton
+    from helpers.canary import transposed_square, transposed_sums
+
+    a, b = (torch.randn(64, depth, dtype=torch.bfloat16) for _ in range(2))
+    c, out = torch.randn(64, 64, dtype=torch.bfloat16), torch.empty(64, 64)
+    options: dict[str, Any] = {"arch": 90, "collect": KINDS, "num_warps": warps}
+    want = (a.float() @ b.float().T).bfloat16().float().T @ c.float()
+    done = ptx.run(transposed_sums, (1,), a, b, c, out, depth, N=64, BLOCK=32, **options)
+    assert "wgmma" in done.ptx
+    torch.testing.assert_close(out, want, rtol=0.02, atol=0.5)
+    lacks_fences = triton.__version__.startswith("3.6.")
+    assert {fault.kind for fault in done.faults} == ({"proxy"} if lacks_fences else set())
+    if depth == 64:
+        done = ptx.run(transposed_square, (1,), a, b, c, out, N=64, **options)
+        torch.testing.assert_close(out, want, rtol=0.02, atol=0.5)
+        assert not done.faults
