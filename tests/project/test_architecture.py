@@ -8,7 +8,16 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from helpers.sources import ROOT, SOURCES, jitted, name_of
+from helpers.sources import (
+    ALL_SOURCES,
+    ROOT,
+    SOURCES,
+    circles_of,
+    import_graph,
+    imports_of,
+    jitted,
+    name_of,
+)
 
 OP_FILES = ("__init__", "op", "torch_impl", "reference", "cases")
 KERNEL_FILES = ("triton_impl", "config")
@@ -17,20 +26,6 @@ WAYS_OF_TORCH = ("banded", "documents", "folded")
 """Registered ops and kernels of an op that large shapes take, where one file would hold two."""
 MAX_KERNEL_LINES, MAX_KERNEL_PARAMETERS, MAX_KERNEL_FLAGS = 80, 20, 3
 MAX_FILE_LINES = 400
-
-
-def imports_of(path: Path) -> set[str]:
-    """Absolute names of everything a file imports, wherever in the file."""
-    package = list(path.relative_to(ROOT).with_suffix("").parts[:-1])
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            module = ".".join([*base, *(node.module or "").split(".")]).strip(".")
-            found |= {f"{module}.{alias.name}" for alias in node.names} | {module}
-    return found
 
 
 def test_the_import_scan_sees_relative_imports() -> None:
@@ -59,6 +54,16 @@ def test_import_direction(path: Path) -> None:
     }.get(stem, ())
     for target in imports:
         assert target.split(".")[-1] not in forbidden, f"{name} must not import {target}"
+
+
+def test_no_import_goes_round() -> None:
+    assert circles_of(import_graph(ALL_SOURCES)) == []
+
+
+def test_a_circle_is_seen() -> None:
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}
+    assert circles_of(graph) == [["b", "c"]]
+    assert "stlm_kernels.ops.unpool.op" in import_graph(SOURCES)["stlm_kernels.ops.unpool"]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
