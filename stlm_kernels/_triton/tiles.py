@@ -91,6 +91,45 @@ def segment_of(cu_ptr, positions, n_segments, steps):
     return low
 
 
+@triton.jit
+def _segment_at(cu_ptr, position, n_segments, PROBES: tl.constexpr):
+    """The last segment that starts at or before one position, PROBES offsets read at a time."""
+    low = tl.full((), -1, tl.int32)
+    span = n_segments + 1  # it is one of low .. low + span
+    while span > 0:
+        step = tl.cdiv(span, PROBES)
+        probes = low + (1 + tl.arange(0, PROBES)) * step
+        start = tl.load(cu_ptr + probes, mask=probes <= n_segments, other=2**31 - 1)
+        low += tl.sum((start.to(tl.int64) <= position).to(tl.int32), 0) * step
+        span = step - 1
+    return low
+
+
+@triton.jit
+def segments_of(cu_ptr, first, n_segments, BLOCK: tl.constexpr):
+    """The last segment that starts at or before each of BLOCK positions from `first` on.
+
+    -1 if there is none; n_segments for positions beyond the last offset. Three rounds of loads find
+    the first position's among 2 million; the others are a few segments behind it.
+    """
+    positions = first + tl.arange(0, BLOCK)
+    at_first = _segment_at(cu_ptr, first, n_segments, 128)
+    near = at_first + BLOCK
+    start = tl.load(cu_ptr + near, mask=near <= n_segments, other=0)
+    is_near = (near <= n_segments) & (start.to(tl.int64) > first + BLOCK - 1)
+    high = tl.zeros((BLOCK,), tl.int32) + tl.where(is_near, near, n_segments + 1)
+    low = tl.zeros((BLOCK,), tl.int32) + at_first
+    span = tl.where(is_near, BLOCK, n_segments + 1 - at_first)
+    while span > 1:
+        middle = (low + high) // 2
+        inside = high - low > 1
+        below = tl.load(cu_ptr + middle, mask=inside, other=0).to(tl.int64) <= positions
+        low = tl.where(inside & below, middle, low)
+        high = tl.where(inside & ~below, middle, high)
+        span = (span + 1) // 2
+    return low
+
+
 @triton.jit(do_not_specialize=["n_segments", "total", "chunks"])
 def stlm_segment_sum(
     x_ptr, start_ptr, end_ptr, out_ptr,

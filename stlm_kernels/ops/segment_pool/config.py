@@ -27,7 +27,7 @@ def pick_config(width: int, dtype: torch.dtype, device: torch.device) -> Config:
 
 def bwd_config(width: int, dtype: torch.dtype, device: torch.device) -> Config:
     """Configuration by rows, not by patches: one long patch does not hold a program up."""
-    default = {"BLOCK_T": 16, "BLOCK_D": block_of(width, 128), "num_warps": 4}
+    default = {"BLOCK_T": 64, "BLOCK_D": block_of(width, 128), "num_warps": 4}
     return config_for("segment_pool_bwd", _bucket(width, dtype), default, device)
 
 

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import _launch
-from ..._triton.tiles import segment_bounds, segment_of, segment_sum
+from ..._triton.tiles import segment_bounds, segment_sum, segments_of
 from . import config as configs
 
 MEAN, SUM, MAX, FIRST, LAST, MIN = (tl.constexpr(i) for i in range(6))
@@ -59,14 +59,15 @@ def stlm_segment_pool_pick(
     tl.store(out_ptr + patches[:, None] * D + columns[None, :], best.to(stored), mask=mask)
 
 
-@triton.jit(do_not_specialize=["n_patches", "total", "steps"])
+@triton.jit(do_not_specialize=["n_patches", "total"])
 def stlm_segment_pool_bwd(
     grad_ptr, cu_ptr, row_ptr, dx_ptr,
-    n_patches, total, steps,
+    n_patches, total,
     D: tl.constexpr, MODE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    patches = segment_of(cu_ptr, rows, n_patches, steps).to(tl.int64)
+    first_row = tl.program_id(0).to(tl.int64) * BLOCK_T
+    rows = first_row + tl.arange(0, BLOCK_T)
+    patches = segments_of(cu_ptr, first_row, n_patches, BLOCK_T).to(tl.int64)
     inside = (rows < total) & (patches >= 0) & (patches < n_patches)
     start, end = segment_bounds(cu_ptr, patches, inside, total)
     inside = inside & (rows >= start) & (rows < end)
@@ -74,13 +75,14 @@ def stlm_segment_pool_bwd(
         inside = inside & (rows == start)
     if MODE == LAST:
         inside = inside & (rows == end - 1)
+    share = 1.0 / tl.maximum(end - start, 1).to(tl.float32)
     for first in range(0, D, BLOCK_D):
         columns = first + tl.arange(0, BLOCK_D)
         mask = inside[:, None] & (columns < D)[None, :]
         source = patches[:, None] * D + columns[None, :]
         grad = tl.load(grad_ptr + source, mask=mask, other=0.0).to(tl.float32)
         if MODE == MEAN:
-            grad = grad / tl.maximum(end - start, 1).to(tl.float32)[:, None]
+            grad *= share[:, None]
         if (MODE == MAX) | (MODE == MIN):
             winner = tl.load(row_ptr + source, mask=mask, other=-1)
             grad = tl.where(winner == rows[:, None], grad, 0.0)
@@ -128,7 +130,7 @@ def launch_bwd(
     _launch.launch(
         stlm_segment_pool_bwd, _launch.ceil_div(total, config["BLOCK_T"]),
         grad.contiguous(), cu_patchlens.contiguous(), rows, dx,
-        patches, total, (patches + 2).bit_length(),
+        patches, total,
         D=width, MODE=MODE_CODES[mode], device=grad.device, **config,
     )  # fmt: skip
     return dx

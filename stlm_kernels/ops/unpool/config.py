@@ -10,8 +10,8 @@ from torch import Tensor
 from ... import _checks
 from ..._launch import Config, block_of, config_for
 
-PROGRAMS = 132
-"""Runs of rows that the null state's gradient is summed in: one for each SM of an H100."""
+PROGRAMS = 4 * 132
+"""Programs that sum the null state's gradient: four for each SM of an H100."""
 
 
 def unsupported_reasons(*, patch_states: Tensor, **_: Any) -> list[str]:

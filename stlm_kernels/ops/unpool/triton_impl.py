@@ -19,8 +19,9 @@ from ... import _launch
 from ..._triton.tiles import segment_sum, sum_splits
 from . import config as configs
 
-RUN_BLOCK = 1024
-NULL_ROWS = 32
+RUN_BLOCK = 128
+"""One id a thread: three neighbours loaded by the same thread would be loads of scattered bytes."""
+NULL_SCAN, NULL_ROWS = 1024, 16
 
 
 @triton.jit(do_not_specialize=["n_patches", "total"])
@@ -71,19 +72,25 @@ def stlm_unpool_runs(ids_ptr, runs_ptr, n_patches, total, BLOCK: tl.constexpr):
 def stlm_unpool_bwd_null(
     grad_ptr, ids_ptr, partial_ptr,
     total, run,
-    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, SCAN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """Few rows read nothing: of SCAN ids at a time only those from the first such to the last."""
     program = tl.program_id(0).to(tl.int64)
     split = program // tl.cdiv(D, BLOCK_D)
     columns = (program % tl.cdiv(D, BLOCK_D)) * BLOCK_D + tl.arange(0, BLOCK_D)
-    acc = tl.zeros((BLOCK_D,), tl.float32)
-    for first in range(split * run, tl.minimum((split + 1) * run, total), BLOCK_T):
-        rows = first + tl.arange(0, BLOCK_T)
-        ids = tl.load(ids_ptr + rows, mask=rows < total, other=0).to(tl.int64)
-        mask = (ids == -1)[:, None] & (columns < D)[None, :]
-        grad = tl.load(grad_ptr + rows[:, None] * D + columns[None, :], mask=mask, other=0.0)
-        acc += tl.sum(grad.to(tl.float32), 0)
-    tl.store(partial_ptr + split * D + columns, acc, mask=columns < D)
+    end = tl.minimum((split + 1) * run, total)
+    acc = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    for first in range(split * run, end, SCAN):
+        seen = first + tl.arange(0, SCAN)
+        null = tl.load(ids_ptr + seen, mask=seen < end, other=0).to(tl.int64) == -1
+        behind = tl.max(tl.where(null, seen + 1, 0), 0)
+        for row in range(tl.min(tl.where(null, seen, end), 0), behind, BLOCK_T):
+            rows = row + tl.arange(0, BLOCK_T)
+            ids = tl.load(ids_ptr + rows, mask=rows < behind, other=0).to(tl.int64)
+            mask = (ids == -1)[:, None] & (columns < D)[None, :]
+            grad = tl.load(grad_ptr + rows[:, None] * D + columns[None, :], mask=mask, other=0.0)
+            acc += grad.to(tl.float32)
+    tl.store(partial_ptr + split * D + columns, tl.sum(acc, 0), mask=columns < D)
 
 
 def launch_fwd(
@@ -127,11 +134,12 @@ def launch_bwd_null(grad: Tensor, read_ids: Tensor, dtype: torch.dtype) -> Tenso
     total, width = grad.shape
     block_d = _launch.block_of(width, 128)
     d_tiles = _launch.ceil_div(width, block_d)
-    splits, run = _launch.splits(total, d_tiles, configs.PROGRAMS, NULL_ROWS)
+    splits, run = _launch.splits(total, d_tiles, configs.PROGRAMS, NULL_SCAN)
     partial = torch.empty((splits, width), dtype=torch.float32, device=grad.device)
     _launch.launch(
         stlm_unpool_bwd_null, splits * d_tiles,
         grad.contiguous(), read_ids.contiguous(), partial, total, run,
-        D=width, BLOCK_T=NULL_ROWS, BLOCK_D=block_d, num_warps=4, device=grad.device,
+        D=width, SCAN=NULL_SCAN, BLOCK_T=NULL_ROWS, BLOCK_D=block_d, num_warps=4,
+        device=grad.device,
     )  # fmt: skip
     return sum_splits(partial, dtype)
