@@ -74,24 +74,6 @@ def sum_splits(
 
 
 @triton.jit
-def segment_of(cu_ptr, positions, n_segments, steps):
-    """The last segment that starts at or before each position, by bisection; -1 if there is none.
-
-    `steps` is the bit length of n_segments. Positions beyond the last offset give n_segments.
-    """
-    low = tl.zeros(positions.shape, tl.int32) - 1
-    high = tl.zeros(positions.shape, tl.int32) + n_segments + 1
-    for _ in range(0, steps + 1):
-        middle = (low + high) // 2
-        inside = high - low > 1
-        start = tl.load(cu_ptr + middle, mask=inside & (middle >= 0), other=0)
-        below = start.to(tl.int64) <= positions
-        low = tl.where(inside & below, middle, low)
-        high = tl.where(inside & ~below, middle, high)
-    return low
-
-
-@triton.jit
 def _segment_at(cu_ptr, position, n_segments, PROBES: tl.constexpr):
     """The last segment that starts at or before one position, PROBES offsets read at a time."""
     low = tl.full((), -1, tl.int32)
@@ -106,20 +88,28 @@ def _segment_at(cu_ptr, position, n_segments, PROBES: tl.constexpr):
 
 
 @triton.jit
+def _is_behind(cu_ptr, segment, n_segments, position):
+    """Whether there is such a segment, and it starts behind the position."""
+    start = tl.load(cu_ptr + segment, mask=segment <= n_segments, other=-1)
+    return start.to(tl.int64) > position
+
+
+@triton.jit
 def segments_of(cu_ptr, first, n_segments, BLOCK: tl.constexpr):
     """The last segment that starts at or before each of BLOCK positions from `first` on.
 
     -1 if there is none; n_segments for positions beyond the last offset. Three rounds of loads find
-    the first position's among 2 million; the others are a few segments behind it.
+    one of 2 million for the first position; the others' are the same, or near unless many segments
+    are empty.
     """
     positions = first + tl.arange(0, BLOCK)
+    last = first + BLOCK - 1
     at_first = _segment_at(cu_ptr, first, n_segments, 128)
-    near = at_first + BLOCK
-    start = tl.load(cu_ptr + near, mask=near <= n_segments, other=0)
-    is_near = (near <= n_segments) & (start.to(tl.int64) > first + BLOCK - 1)
-    high = tl.zeros((BLOCK,), tl.int32) + tl.where(is_near, near, n_segments + 1)
+    span = n_segments + 1 - at_first
+    span = tl.where(_is_behind(cu_ptr, at_first + BLOCK, n_segments, last), BLOCK, span)
+    span = tl.where(_is_behind(cu_ptr, at_first + 1, n_segments, last), 1, span)
     low = tl.zeros((BLOCK,), tl.int32) + at_first
-    span = tl.where(is_near, BLOCK, n_segments + 1 - at_first)
+    high = low + span
     while span > 1:
         middle = (low + high) // 2
         inside = high - low > 1
@@ -228,15 +218,16 @@ def dot_type(dtype: torch.dtype) -> tl.dtype:
     ]
 
 
-@triton.jit(do_not_specialize=["n_segments", "total", "others", "before", "behind", "steps"])
+@triton.jit(do_not_specialize=["n_segments", "total", "others", "before", "behind"])
 def stlm_row_bounds(
-    cu_ptr, other_ptr, bounds_ptr, n_segments, total, others, before, behind, steps,
+    cu_ptr, other_ptr, bounds_ptr, n_segments, total, others, before, behind,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Range of another stream's rows in each row's segment, cut to `before` and `behind` its place;
     the last rows of a segment stand side by side. 0, 0 where there are none."""
-    rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    segments = segment_of(cu_ptr, rows, n_segments, steps).to(tl.int64)
+    first_row = tl.program_id(0).to(tl.int64) * BLOCK
+    rows = first_row + tl.arange(0, BLOCK)
+    segments = segments_of(cu_ptr, first_row, n_segments, BLOCK).to(tl.int64)
     inside = (rows < total) & (segments >= 0) & (segments < n_segments)
     start, end = segment_bounds(cu_ptr, segments, inside, total)
     inside = inside & (rows >= start) & (rows < end)
@@ -264,7 +255,6 @@ def row_bounds(
     _launch.launch(
         stlm_row_bounds, _launch.ceil_div(total, BOUNDS_BLOCK),
         cu.contiguous(), other.contiguous(), bounds, segments, total, others, before, behind,
-        (segments + 2).bit_length(),
         BLOCK=BOUNDS_BLOCK, num_warps=4, device=cu.device,
     )  # fmt: skip
     return bounds

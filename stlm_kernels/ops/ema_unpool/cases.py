@@ -124,6 +124,7 @@ SPEC = OpSpec(
     fp32_args=("gate",),
     grad_args=("patch_states", "gate", "residual"),
     kernels=(
-        "ema_unpool_links", "ema_unpool_fwd", "unpool_runs", "segment_sum", "ema_unpool_bwd",
+        "ema_unpool_links", "ema_unpool_smooth", "unpool_fwd", "unpool_runs", "segment_sum",
+        "ema_unpool_bwd",
     ),
 )  # fmt: skip

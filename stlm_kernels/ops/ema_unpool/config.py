@@ -20,16 +20,14 @@ def unsupported_reasons(*, patch_states: Tensor, **_: Any) -> list[str]:
     return []
 
 
-def fwd_config(width: int, dtype: torch.dtype, device: torch.device) -> Config:
-    """32 rows are about 6 patches, whose states one look-back of 16 serves."""
-    default = {"BLOCK_T": 32, "BLOCK_D": block_of(width, 128), "LOOK": 16, "num_warps": 4}
-    return config_for("ema_unpool_fwd", _bucket(width, dtype), default, device)
+def smooth_config(width: int, dtype: torch.dtype, device: torch.device) -> Config:
+    """One warp walks 32 patches; their look-back is mostly of two blocks."""
+    default = {"BLOCK_P": 32, "BLOCK_D": block_of(width, 128), "LOOK": 16, "num_warps": 1}
+    return config_for("ema_unpool_smooth", _bucket(width, dtype), default, device)
 
 
 def bwd_config(width: int, dtype: torch.dtype, device: torch.device) -> Config:
-    """A program holds the sums and the states, of this dtype, of its patches together."""
-    warps = 8 if dtype == torch.float32 else 4  # four spill on sm_80
-    default = {"BLOCK_P": 16, "BLOCK_D": block_of(width, 128), "LOOK": 16, "num_warps": warps}
+    default = {"BLOCK_P": 16, "BLOCK_D": block_of(width, 128), "num_warps": 4}
     return config_for("ema_unpool_bwd", _bucket(width, dtype), default, device)
 
 

@@ -1,15 +1,15 @@
-"""ema_unpool in Triton: look back, smooth and hand out in one pass, and the mirror of it backward.
+"""ema_unpool in Triton: smoothed states patch by patch, then unpool of them; and the mirror of it.
 
-Forward. A program owns BLOCK_T rows x BLOCK_D columns. From the first patch its rows read it looks
-back in blocks of LOOK patches until what lies farther weighs less than 2^-30 (a gate of 1 and a
-document's first patch weigh it with 0); then it steps from patch to patch. No z in memory, no
-order among programs.
-Floor (bf16): that of unpool, 2 (T + P) D bytes, 4 T D more with a residual; 291 us at 1M bytes,
-D = 512, bare. Look-backs read 16 to 32 patch rows for each 32 rows of the result, from the cache.
-Backward. dz as unpool's contiguous segment sum, in fp32; then a program owns BLOCK_P patches x all
-columns: s[j] = dz[j] + (1 - gate[j+1]) s[j+1] by the same walk ahead, z[j-1] by the walk back,
-dstates = gate * s, dgate = sum of s * (states - z[j-1]) over the columns, in order. No atomics.
-Floor: 2 T D + 12 P D bytes; 16 P D * BLOCK_P / 16 selections, small beside the rows' sum.
+Forward. A program owns BLOCK_P patches x BLOCK_D columns of z: it looks back in blocks of LOOK
+patches until what lies farther weighs less than 2^-30 (a gate of 1 and a document's first patch
+weigh it with 0), then steps from patch to patch. No order among programs. z, (P, D) in fp32, is
+then handed out by unpool's kernel, which casts once.
+Floor (bf16): that of unpool, 2 (T + P) D bytes, 4 T D more with a residual, and 8 P D for z;
+look-backs read 16 to 32 patch rows for each BLOCK_P.
+Backward. dz as unpool's contiguous segment sum, in fp32; s[j] = dz[j] + (1 - gate[j+1]) s[j+1] by
+the same kernel walking back; then dstates = gate * s, dgate = sum of s * (states - z[j-1]) over the
+columns, in order. No atomics.
+Floor: 2 T D + 26 P D bytes.
 """
 
 from __future__ import annotations
@@ -20,25 +20,28 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import _launch
-from ..._triton.tiles import dot_type, segment_of
+from ..._triton.tiles import dot_type, segments_of
 from ..unpool.triton_impl import launch_bwd as sums_by_patch
+from ..unpool.triton_impl import launch_fwd as read_by_rows
 from . import config as configs
 
 LINK_BLOCK = 256
 FORGOTTEN = tl.constexpr(2.0**-30)
 OUTSIDE, FIRST, FOLLOWS = (tl.constexpr(i) for i in range(3))
+FORWARD, BACK = 1, -1
 
 
-@triton.jit(do_not_specialize=["n_patches", "n_documents", "steps"])
+@triton.jit(do_not_specialize=["n_patches", "n_documents"])
 def stlm_ema_unpool_links(
-    cu_ptr, links_ptr, n_patches, n_documents, steps, HAS_DOCUMENTS: tl.constexpr,
+    cu_ptr, links_ptr, n_patches, n_documents, HAS_DOCUMENTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Mark each patch: it follows another of its document, is its first, or belongs to none."""
-    patches = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    patches = first + tl.arange(0, BLOCK)
     links = tl.where(patches == 0, FIRST, FOLLOWS)
     if HAS_DOCUMENTS:
-        document = segment_of(cu_ptr, patches, n_documents, steps)
+        document = segments_of(cu_ptr, first, n_documents, BLOCK)
         inside = (document >= 0) & (document < n_documents)
         start = tl.load(cu_ptr + document, mask=inside, other=0)
         links = tl.where(inside, tl.where(start == patches, FIRST, FOLLOWS), OUTSIDE)
@@ -54,20 +57,13 @@ def _decay(gate_ptr, links_ptr, patches, mask):
 
 
 @triton.jit
-def _walk_tile(
-    x_ptr, gate_ptr, links_ptr, ids, n_patches, columns,
+def _look_back(
+    x_ptr, gate_ptr, links_ptr, at, n_patches, columns,
     D: tl.constexpr, CAST: tl.constexpr, STEP: tl.constexpr, LOOK: tl.constexpr,
 ):  # fmt: skip
-    """(ids, columns) of y[j] = gain[j] x[j] + decay y[j - STEP] at ids; zeros for -1.
-
-    STEP 1 walks forward: gain is the gate, decay that of patch j. STEP -1 walks backward: gain is
-    1, decay that of patch j + 1.
-    """
+    """(columns) of y[at], from as many patches before it as weigh anything; see the kernel."""
     SHIFT: tl.constexpr = (1 - STEP) // 2
-    low = tl.min(tl.where(ids >= 0, ids, n_patches), 0)
-    high = tl.max(ids, 0)
-    at = low if STEP == 1 else high
-    state = tl.zeros(columns.shape, tl.float32)
+    state = tl.zeros((LOOK, columns.shape[0]), tl.float32)
     index = tl.arange(0, LOOK)
     behind, weight = at, 1.0
     while (behind >= 0) & (behind < n_patches) & (tl.abs(weight) > FORGOTTEN):
@@ -85,81 +81,71 @@ def _walk_tile(
             mask=live[:, None] & (columns < D)[None, :], other=0.0,
         ).to(CAST).to(tl.float32)  # fmt: skip
         if STEP == 1:
-            x *= tl.load(gate_ptr + js, mask=live, other=0.0).to(tl.float32)[:, None]
-        state += tl.sum(reach[:, None] * x, 0)
+            gain = tl.load(gate_ptr + js, mask=live, other=0.0).to(tl.float32)
+            state += (reach * gain)[:, None] * x
+        else:
+            state += reach[:, None] * x
         older = js + SHIFT
         last = _decay(gate_ptr, links_ptr, older, (js >= 0) & (older < n_patches))
         weight = tl.sum(tl.where(index == LOOK - 1, reach * last, 0.0), 0)
         behind -= STEP * LOOK
-    tile = tl.zeros((ids.shape[0], columns.shape[0]), tl.float32)
-    for _ in range(0, (high - low + 1).to(tl.int32)):
-        tile = tl.where((ids == at)[:, None], state[None, :], tile)
+    return tl.sum(state, 0)
+
+
+@triton.jit(do_not_specialize=["n_patches"])
+def stlm_ema_unpool_smooth(
+    x_ptr, gate_ptr, links_ptr, y_ptr,
+    n_patches,
+    D: tl.constexpr, CAST: tl.constexpr, STEP: tl.constexpr, LOOK: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """y[j] = gain[j] x[j] + decay y[j - STEP].
+
+    STEP 1 walks forward: gain is the gate, decay that of patch j. STEP -1 walks back: gain is 1,
+    decay that of patch j + 1.
+    """
+    SHIFT: tl.constexpr = (1 - STEP) // 2
+    program = tl.program_id(0).to(tl.int64)
+    first = (program // tl.cdiv(D, BLOCK_D)) * BLOCK_P
+    columns = (program % tl.cdiv(D, BLOCK_D)) * BLOCK_D + tl.arange(0, BLOCK_D)
+    at = first if STEP == 1 else tl.minimum(first + BLOCK_P, n_patches) - 1
+    y = _look_back(x_ptr, gate_ptr, links_ptr, at, n_patches, columns, D, CAST, STEP, LOOK)
+    tl.store(y_ptr + at * D + columns, y, mask=columns < D)
+    for _ in range(1, tl.minimum(BLOCK_P, n_patches - first).to(tl.int32)):
         at += STEP
-        inside = (at >= 0) & (at < n_patches)
-        decay = _decay(gate_ptr, links_ptr, at + SHIFT, inside & (at + SHIFT < n_patches))
-        inside = inside & (tl.load(links_ptr + at, mask=inside, other=OUTSIDE) != OUTSIDE)
+        decay = _decay(gate_ptr, links_ptr, at + SHIFT, at + SHIFT < n_patches)
+        inside = tl.load(links_ptr + at) != OUTSIDE
         x = tl.load(x_ptr + at * D + columns, mask=columns < tl.where(inside, D, 0), other=0.0)
         x = x.to(CAST).to(tl.float32)
         if STEP == 1:
             x *= tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        state = x + tl.where(decay == 0, 0.0, decay * state)
-    return tile
-
-
-@triton.jit(do_not_specialize=["n_patches", "total"])
-def stlm_ema_unpool_fwd(
-    states_ptr, gate_ptr, links_ptr, ids_ptr, residual_ptr, out_ptr,
-    n_patches, total,
-    D: tl.constexpr, CAST: tl.constexpr, HAS_RESIDUAL: tl.constexpr, LOOK: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    rows = (program // tl.cdiv(D, BLOCK_D)) * BLOCK_T + tl.arange(0, BLOCK_T)
-    columns = (program % tl.cdiv(D, BLOCK_D)) * BLOCK_D + tl.arange(0, BLOCK_D)
-    ids = tl.load(ids_ptr + rows, mask=rows < total, other=-1).to(tl.int64)
-    bad = (ids < -1) | (ids >= n_patches)
-    out = _walk_tile(
-        states_ptr, gate_ptr, links_ptr, tl.where(bad, -1, ids), n_patches, columns,
-        D, CAST, 1, LOOK,
-    )  # fmt: skip
-    place = rows[:, None] * D + columns[None, :]
-    mask = (rows < total)[:, None] & (columns < D)[None, :]
-    if HAS_RESIDUAL:
-        residual = tl.load(residual_ptr + place, mask=mask, other=0.0)
-        out += residual.to(CAST).to(tl.float32)
-    out = tl.where(bad[:, None], float("nan"), out)
-    tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=mask)
+        y = x + tl.where(decay == 0, 0.0, decay * y)
+        tl.store(y_ptr + at * D + columns, y, mask=columns < D)
 
 
 @triton.jit(do_not_specialize=["n_patches"])
 def stlm_ema_unpool_bwd(
-    dz_ptr, states_ptr, gate_ptr, links_ptr, dstates_ptr, dgate_ptr,
+    s_ptr, z_ptr, states_ptr, gate_ptr, links_ptr, dstates_ptr, dgate_ptr,
     n_patches,
-    D: tl.constexpr, CAST: tl.constexpr, LOOK: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, CAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     patches = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     own = patches < n_patches
     link = tl.load(links_ptr + patches, mask=own, other=OUTSIDE)
     gate = tl.load(gate_ptr + patches, mask=link != OUTSIDE, other=0.0).to(tl.float32)
-    before = tl.where(link == FOLLOWS, patches - 1, -1)
-    dgate = tl.zeros((BLOCK_P,), tl.float32)
+    dgate = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
     for first in range(0, D, BLOCK_D):
         columns = first + tl.arange(0, BLOCK_D)
-        s = _walk_tile(
-            dz_ptr, gate_ptr, links_ptr, tl.where(own, patches, -1), n_patches, columns,
-            D, tl.float32, -1, LOOK,
-        )  # fmt: skip
-        z = _walk_tile(
-            states_ptr, gate_ptr, links_ptr, before, n_patches, columns, D, CAST, 1, LOOK
-        )
         place = patches[:, None] * D + columns[None, :]
         mask = own[:, None] & (columns < D)[None, :]
+        s = tl.load(s_ptr + place, mask=mask, other=0.0)
+        z = tl.load(z_ptr + place - D, mask=mask & (link == FOLLOWS)[:, None], other=0.0)
         read = mask & (link != OUTSIDE)[:, None]
         h = tl.load(states_ptr + place, mask=read, other=0.0).to(CAST).to(tl.float32)
-        dgate += tl.sum(s * (h - z), 1)
+        dgate += s * (h - z)
         tl.store(dstates_ptr + place, (gate[:, None] * s).to(dstates_ptr.dtype.element_ty), mask)
-    tl.store(dgate_ptr + patches, dgate.to(dgate_ptr.dtype.element_ty), mask=own)
+    dgate = tl.sum(dgate, 1).to(dgate_ptr.dtype.element_ty)
+    tl.store(dgate_ptr + patches, dgate, mask=own)
 
 
 def launch_fwd(
@@ -170,21 +156,10 @@ def launch_fwd(
     residual: Tensor | None,  # (T, D)
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """(T, D) in `out_dtype`."""
-    (patches, width), total = patch_states.shape, read_ids.shape[0]
-    out = torch.empty((total, width), dtype=out_dtype, device=patch_states.device)
-    config = configs.fwd_config(width, out_dtype, patch_states.device)
-    programs = _launch.ceil_div(total, config["BLOCK_T"])
-    states = patch_states.contiguous()
-    _launch.launch(
-        stlm_ema_unpool_fwd, programs * _launch.ceil_div(width, config["BLOCK_D"]),
-        states, gate.contiguous(), _links(cu_seqlens, patches, states.device),
-        read_ids.contiguous(), states if residual is None else residual.contiguous(), out,
-        patches, total,
-        D=width, CAST=dot_type(out_dtype), HAS_RESIDUAL=residual is not None,
-        device=states.device, **config,
-    )  # fmt: skip
-    return out
+    """Return (T, D) in `out_dtype`."""
+    links = _links(cu_seqlens, patch_states.shape[0], patch_states.device)
+    z = _smoothed(patch_states, gate, links, FORWARD, out_dtype)
+    return read_by_rows(z, read_ids, None, residual, out_dtype, states_dtype=torch.float32)
 
 
 def launch_bwd(
@@ -194,19 +169,41 @@ def launch_bwd(
     read_ids: Tensor,  # (T,)
     cu_seqlens: Tensor | None,  # (S+1,) int32
 ) -> tuple[Tensor, Tensor]:
-    """(P, D) and (P,) gradients of the patch states and of the gate."""
+    """Return (P, D) and (P,) gradients of the patch states and of the gate."""
     patches, width = patch_states.shape
+    links = _links(cu_seqlens, patches, grad.device)
+    dz = sums_by_patch(grad, read_ids, patches, torch.float32)
+    s = _smoothed(dz, gate, links, BACK, torch.float32)
+    z = _smoothed(patch_states, gate, links, FORWARD, grad.dtype)
     dstates = torch.empty_like(patch_states, memory_format=torch.contiguous_format)
     dgate = torch.empty_like(gate, memory_format=torch.contiguous_format)
     config = configs.bwd_config(width, patch_states.dtype, grad.device)
     _launch.launch(
         stlm_ema_unpool_bwd, _launch.ceil_div(patches, config["BLOCK_P"]),
-        sums_by_patch(grad, read_ids, patches, torch.float32),
-        patch_states.contiguous(), gate.contiguous(), _links(cu_seqlens, patches, grad.device),
-        dstates, dgate, patches,
+        s, z, patch_states.contiguous(), gate.contiguous(), links, dstates, dgate, patches,
         D=width, CAST=dot_type(grad.dtype), device=grad.device, **config,
     )  # fmt: skip
     return dstates, dgate
+
+
+def _smoothed(
+    x: Tensor,  # (P, D)
+    gate: Tensor,  # (P,)
+    links: Tensor,  # (P,) int8
+    step: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return (P, D) fp32: see the kernel. `x` counts as cast to `dtype`."""
+    (patches, width), device = x.shape, x.device
+    y = torch.empty((patches, width), dtype=torch.float32, device=device)
+    config = configs.smooth_config(width, x.dtype, device)
+    programs = _launch.ceil_div(patches, config["BLOCK_P"])
+    _launch.launch(
+        stlm_ema_unpool_smooth, programs * _launch.ceil_div(width, config["BLOCK_D"]),
+        x.contiguous(), gate.contiguous(), links, y, patches,
+        D=width, CAST=dot_type(dtype), STEP=step, device=device, **config,
+    )  # fmt: skip
+    return y
 
 
 def _links(cu_seqlens: Tensor | None, patches: int, device: torch.device) -> Tensor:
@@ -216,7 +213,7 @@ def _links(cu_seqlens: Tensor | None, patches: int, device: torch.device) -> Ten
     _launch.launch(
         stlm_ema_unpool_links, _launch.ceil_div(patches, LINK_BLOCK),
         links if cu_seqlens is None else cu_seqlens.contiguous(), links,
-        patches, documents, (documents + 2).bit_length(),
+        patches, documents,
         HAS_DOCUMENTS=cu_seqlens is not None, BLOCK=LINK_BLOCK, num_warps=4, device=device,
     )  # fmt: skip
     return links

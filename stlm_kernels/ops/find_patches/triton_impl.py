@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ... import _launch
 from ..._torch import segments
-from ..._triton.tiles import segment_of
+from ..._triton.tiles import segments_of
 from . import config as configs
 
 SPACE, FIXED, STARTS, CLOSES = (tl.constexpr(i) for i in range(4))
@@ -71,9 +71,9 @@ def _closes_by_rule(source_ptr, positions, starts, mask, size, MODE: tl.constexp
 
 
 @triton.jit
-def _documents_of(offsets_ptr, rows, n_documents, steps):
+def _documents_of(offsets_ptr, first, n_documents, BLOCK: tl.constexpr):
     """Mask of bytes in a document, and its first byte; offsets must be clamped and sorted."""
-    document = segment_of(offsets_ptr, rows, n_documents, steps)
+    document = segments_of(offsets_ptr, first, n_documents, BLOCK)
     inside = (document >= 0) & (document < n_documents)
     return inside, tl.load(offsets_ptr + document, mask=inside, other=0)
 
@@ -89,17 +89,18 @@ def _natural_begins(source_ptr, positions, inside, starts, size, MODE: tl.conste
     return (begins & follows) | (inside & (positions == starts))
 
 
-@triton.jit(do_not_specialize=["n_documents", "steps", "size", "limit", "n_blocks"])
+@triton.jit(do_not_specialize=["n_documents", "size", "limit", "n_blocks"])
 def stlm_find_patches_blocks(
     source_ptr, offsets_ptr, summary_ptr,
-    n_documents, steps, size, limit, n_blocks,
+    n_documents, size, limit, n_blocks,
     MODE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """summary[:, block]: bytes before the first natural begin, the last one, begins from there."""
     block = tl.program_id(0).to(tl.int64)
-    rows = block * BLOCK + tl.arange(0, BLOCK)
+    first = block * BLOCK
+    rows = first + tl.arange(0, BLOCK)
     positions = rows.to(tl.int32)
-    inside, starts = _documents_of(offsets_ptr, rows, n_documents, steps)
+    inside, starts = _documents_of(offsets_ptr, first, n_documents, BLOCK)
     natural = _natural_begins(source_ptr, positions, inside, starts, size, MODE)
     latest = tl.associative_scan(tl.where(natural, positions, -1), 0, _maximum)
     begins = inside & (latest >= 0) & ((positions - latest) % limit == 0)
@@ -132,18 +133,17 @@ def stlm_find_patches_carry(
     tl.store(n_patches_ptr, begun)
 
 
-@triton.jit(
-    do_not_specialize=["n_documents", "steps", "size", "limit", "n_blocks", "total", "slots"]
-)
+@triton.jit(do_not_specialize=["n_documents", "size", "limit", "n_blocks", "total", "slots"])
 def stlm_find_patches_write(
     source_ptr, offsets_ptr, carry_ptr, cu_ptr, patch_ids_ptr, read_ids_ptr,
-    n_documents, steps, size, limit, n_blocks, total, slots,
+    n_documents, size, limit, n_blocks, total, slots,
     MODE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0).to(tl.int64)
-    rows = block * BLOCK + tl.arange(0, BLOCK)
+    first = block * BLOCK
+    rows = first + tl.arange(0, BLOCK)
     positions = rows.to(tl.int32)
-    inside, starts = _documents_of(offsets_ptr, rows, n_documents, steps)
+    inside, starts = _documents_of(offsets_ptr, first, n_documents, BLOCK)
     natural = _natural_begins(source_ptr, positions, inside, starts, size, MODE)
     latest = tl.associative_scan(tl.where(natural, positions, -1), 0, _maximum)
     latest = tl.maximum(latest, tl.load(carry_ptr + block))
@@ -163,14 +163,15 @@ def stlm_find_patches_write(
     tl.store(read_ids_ptr + rows, read_ids, mask=rows < total)
 
 
-@triton.jit(do_not_specialize=["n_documents", "steps", "slots"])
+@triton.jit(do_not_specialize=["n_documents", "slots"])
 def stlm_find_patches_finish(
     offsets_ptr, n_patches_ptr, cu_ptr, patch_ids_ptr, read_ids_ptr, boundaries_ptr,
-    n_documents, steps, slots,
+    n_documents, slots,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK slots, documents and, if patches overflow, bytes."""
-    rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    rows = first + tl.arange(0, BLOCK)
     n_patches = tl.load(n_patches_ptr)
     end = tl.load(offsets_ptr + n_documents)
     unused = (rows >= n_patches) & (rows <= slots)
@@ -184,7 +185,7 @@ def stlm_find_patches_finish(
 
     if n_patches > slots:
         overflow = tl.load(cu_ptr + slots)
-        inside, starts = _documents_of(offsets_ptr, rows, n_documents, steps)
+        inside, starts = _documents_of(offsets_ptr, first, n_documents, BLOCK)
         taken_away = inside & (starts >= overflow)
         tl.store(read_ids_ptr + rows, tl.full((BLOCK,), -1, tl.int32), mask=taken_away)
 
@@ -204,7 +205,7 @@ def launch_fwd(
         cu_seqlens = torch.arange(2, dtype=torch.int32, device=device) * total
     offsets = segments.clamped_bounds(cu_seqlens, total).contiguous()
     documents = offsets.shape[0] - 1
-    steps, limit = documents.bit_length(), min(max_patch_len or NO_LIMIT, NO_LIMIT)
+    limit = min(max_patch_len or NO_LIMIT, NO_LIMIT)
     config = configs.write_config(how, total, device)
     blocks = _launch.ceil_div(total, config["BLOCK"])
 
@@ -214,7 +215,7 @@ def launch_fwd(
     cu_patchlens, patch_ids, read_ids = empty(max_patches + 1), empty(total), empty(total)
     n_patches, boundaries, carry = empty(), empty(documents + 1), empty(2, blocks)
     bytes_of = ((byte_ids if mask is None else mask).contiguous(), offsets)
-    sizes = (documents, steps, min(patch_size or 1, NO_LIMIT), limit, blocks)
+    sizes = (documents, min(patch_size or 1, NO_LIMIT), limit, blocks)
     _count(bytes_of, sizes, MODE_CODES[how], config, carry, n_patches)
     _launch.launch(
         stlm_find_patches_write, blocks,
@@ -225,7 +226,7 @@ def launch_fwd(
         stlm_find_patches_finish,
         _launch.ceil_div(max(total, documents + 1, max_patches + 1), FINISH_BLOCK),
         offsets, n_patches, cu_patchlens, patch_ids, read_ids, boundaries,
-        documents, steps, max_patches,
+        documents, max_patches,
         BLOCK=FINISH_BLOCK, num_warps=4, device=device,
     )  # fmt: skip
     return cu_patchlens, patch_ids, read_ids, n_patches, boundaries
@@ -233,7 +234,7 @@ def launch_fwd(
 
 def _count(
     bytes_of: tuple[Tensor, Tensor],
-    sizes: tuple[int, int, int, int, int],
+    sizes: tuple[int, int, int, int],
     mode: int,
     config: _launch.Config,
     carry: Tensor,  # (2, blocks), written

@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import _launch
-from ..._triton.tiles import segment_of
+from ..._triton.tiles import segments_of
 from . import config as configs
 from .config import CHUNK
 
@@ -38,16 +38,19 @@ KEY_BLOCK = 512
 
 
 @triton.jit
-def _documents(cu_ptr, rows, n_documents, steps, total, HAS_DOCUMENTS: tl.constexpr):
-    """First byte of each byte's document, and whether it has one."""
-    start = tl.zeros(rows.shape, tl.int64)
+def _documents(
+    cu_ptr, first, n_documents, total, HAS_DOCUMENTS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """BLOCK bytes from `first` on: the first byte of each one's document, and whether it has one."""
+    rows = first + tl.arange(0, BLOCK)
+    start = tl.zeros((BLOCK,), tl.int64)
     live = rows < total
     if HAS_DOCUMENTS:
-        document = segment_of(cu_ptr, rows, n_documents, steps)
+        document = segments_of(cu_ptr, first, n_documents, BLOCK)
         live = live & (document >= 0) & (document < n_documents)
         start = tl.load(cu_ptr + document, mask=live, other=0).to(tl.int64)
         start = tl.maximum(start, 0)
-    return start, live
+    return rows, start, live
 
 
 @triton.jit
@@ -67,18 +70,18 @@ def _floor_mod(hashes, M: tl.constexpr):
     return tl.where(rest < 0, rest + M, rest)
 
 
-@triton.jit(do_not_specialize=["total", "n_documents", "steps", "chunks"])
+@triton.jit(do_not_specialize=["total", "n_documents", "chunks"])
 def stlm_ngram_embedding_fwd(
     ids_ptr, tables, cu_ptr, out_ptr,
-    total, n_documents, steps, chunks,
+    total, n_documents, chunks,
     FIRST: tl.constexpr, LAST: tl.constexpr, MULTIPLIERS: tl.constexpr, ROWS: tl.constexpr,
     D: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """FIRST, LAST: a table goes on from hashes of FIRST bytes, 0 to begin, to those of LAST."""
     program = tl.program_id(0).to(tl.int64)
     columns = (program // chunks) * BLOCK_D + tl.arange(0, BLOCK_D)
-    rows = (program % chunks) * BLOCK_T + tl.arange(0, BLOCK_T)
-    start, live = _documents(cu_ptr, rows, n_documents, steps, total, HAS_DOCUMENTS)
+    first_row = (program % chunks) * BLOCK_T
+    rows, start, live = _documents(cu_ptr, first_row, n_documents, total, HAS_DOCUMENTS, BLOCK_T)
     hashes = tl.zeros((BLOCK_T,), tl.int64)
     lowest = tl.zeros((BLOCK_T,), tl.int64)
     stored = out_ptr.dtype.element_ty
@@ -97,15 +100,15 @@ def stlm_ngram_embedding_fwd(
     tl.store(out_ptr + rows[:, None] * D + columns[None, :], acc.to(stored), mask=mask)
 
 
-@triton.jit(do_not_specialize=["total", "n_documents", "steps", "n", "longest"])
+@triton.jit(do_not_specialize=["total", "n_documents", "n", "longest"])
 def stlm_ngram_embedding_keys(
     ids_ptr, cu_ptr, keys_ptr,
-    total, n_documents, steps, n, longest,
+    total, n_documents, n, longest,
     MULTIPLIER: tl.constexpr, ROWS: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The table row of each byte; ROWS for bytes that the gradient leaves out."""
-    rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    start, live = _documents(cu_ptr, rows, n_documents, steps, total, HAS_DOCUMENTS)
+    first_row = tl.program_id(0).to(tl.int64) * BLOCK
+    rows, start, live = _documents(cu_ptr, first_row, n_documents, total, HAS_DOCUMENTS, BLOCK)
     hashes = tl.zeros((BLOCK,), tl.int64)
     lowest = tl.zeros((BLOCK,), tl.int64)
     hashes, lowest = _extend(ids_ptr, rows, start, live, hashes, lowest, 0, n, MULTIPLIER)
@@ -193,11 +196,11 @@ def launch_fwd(
     order, first = _walks(ngram_sizes, multipliers)
     chunks = _launch.ceil_div(total, config["BLOCK_T"])
     ids = byte_ids.contiguous()
-    cu, documents, steps = _documents_of(ids, cu_seqlens)
+    cu, documents = _documents_of(ids, cu_seqlens)
     _launch.launch(
         stlm_ngram_embedding_fwd, chunks * _launch.ceil_div(width, config["BLOCK_D"]),
         ids, tuple(tables[i].contiguous() for i in order), cu, out,
-        total, documents, steps, chunks,
+        total, documents, chunks,
         FIRST=first, LAST=tuple(ngram_sizes[i] for i in order),
         MULTIPLIERS=tuple(multipliers[i] for i in order),
         ROWS=tuple(len(tables[i]) for i in order), D=width,
@@ -261,19 +264,19 @@ def _keys(
     """Keys that the backward sorts by, as narrow as may be: a radix sort takes time by the bit."""
     ids, total = byte_ids.contiguous(), byte_ids.shape[0]
     keys = torch.empty(total, dtype=torch.int16 if rows < 2**15 else torch.int32, device=ids.device)
-    cu, documents, steps = _documents_of(ids, cu_seqlens)
+    cu, documents = _documents_of(ids, cu_seqlens)
     _launch.launch(
         stlm_ngram_embedding_keys, _launch.ceil_div(total, KEY_BLOCK),
-        ids, cu, keys, total, documents, steps, n, longest,
+        ids, cu, keys, total, documents, n, longest,
         MULTIPLIER=multiplier, ROWS=rows, HAS_DOCUMENTS=cu_seqlens is not None,
         BLOCK=KEY_BLOCK, num_warps=4, device=ids.device,
     )  # fmt: skip
     return keys
 
 
-def _documents_of(ids: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, int, int]:
-    """Boundaries (any tensor where there are none), documents, and the steps of a bisection."""
+def _documents_of(ids: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, int]:
+    """Boundaries (any tensor where there are none) and the number of documents."""
     if cu_seqlens is None:
-        return ids, 1, 0
+        return ids, 1
     documents = cu_seqlens.shape[0] - 1
-    return cu_seqlens.contiguous(), documents, documents.bit_length()
+    return cu_seqlens.contiguous(), documents

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import _launch
-from ..._triton.tiles import segment_sum, sum_splits
+from ..._triton.tiles import dot_type, segment_sum, sum_splits
 from . import config as configs
 
 RUN_BLOCK = 128
@@ -28,7 +28,7 @@ NULL_SCAN, NULL_ROWS = 1024, 16
 def stlm_unpool_fwd(
     states_ptr, ids_ptr, null_ptr, residual_ptr, out_ptr,
     n_patches, total,
-    D: tl.constexpr, HAS_NULL: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    D: tl.constexpr, CAST: tl.constexpr, HAS_NULL: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -41,7 +41,7 @@ def stlm_unpool_fwd(
         in_width = columns < D
         source = states_ptr + ids[:, None] * D + columns[None, :]
         out = tl.load(source, mask=reads[:, None] & in_width[None, :], other=0.0)
-        out = out.to(stored).to(tl.float32)
+        out = out.to(CAST).to(tl.float32)
         if HAS_NULL:
             null = tl.load(null_ptr + columns, mask=in_width, other=0.0).to(stored).to(tl.float32)
             out = tl.where((ids == -1)[:, None], null[None, :], out)
@@ -99,8 +99,9 @@ def launch_fwd(
     null_state: Tensor | None,  # (D,)
     residual: Tensor | None,  # (T, D)
     out_dtype: torch.dtype,
+    states_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """(T, D) in `out_dtype`."""
+    """Return (T, D) in `out_dtype`, of patch states cast to `states_dtype` (None: the same)."""
     (patches, width), total = patch_states.shape, read_ids.shape[0]
     out = torch.empty((total, width), dtype=out_dtype, device=patch_states.device)
     config = configs.fwd_config(width, out_dtype, patch_states.device)
@@ -111,7 +112,8 @@ def launch_fwd(
         states if null_state is None else null_state.contiguous(),
         states if residual is None else residual.contiguous(),
         out, patches, total,
-        D=width, HAS_NULL=null_state is not None, HAS_RESIDUAL=residual is not None,
+        D=width, CAST=dot_type(states_dtype or out_dtype),
+        HAS_NULL=null_state is not None, HAS_RESIDUAL=residual is not None,
         device=states.device, **config,
     )  # fmt: skip
     return out
