@@ -75,7 +75,7 @@ def sum_splits(
 
 @triton.jit
 def _segment_at(cu_ptr, position, n_segments, PROBES: tl.constexpr):
-    """The last segment that starts at or before one position, PROBES offsets read at a time."""
+    """Find the last segment that starts at or before one position, PROBES offsets at a time."""
     low = tl.full((), -1, tl.int32)
     span = n_segments + 1  # it is one of low .. low + span
     while span > 0:
@@ -89,14 +89,14 @@ def _segment_at(cu_ptr, position, n_segments, PROBES: tl.constexpr):
 
 @triton.jit
 def _is_behind(cu_ptr, segment, n_segments, position):
-    """Whether there is such a segment, and it starts behind the position."""
+    """Return True where there is such a segment and it starts behind the position."""
     start = tl.load(cu_ptr + segment, mask=segment <= n_segments, other=-1)
     return start.to(tl.int64) > position
 
 
 @triton.jit
 def segments_of(cu_ptr, first, n_segments, BLOCK: tl.constexpr):
-    """The last segment that starts at or before each of BLOCK positions from `first` on.
+    """Find the last segment that starts at or before each of BLOCK positions from `first` on.
 
     -1 if there is none; n_segments for positions beyond the last offset. Three rounds of loads find
     one of 2 million for the first position; the others' are the same, or near unless many segments

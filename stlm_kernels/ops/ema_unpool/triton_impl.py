@@ -61,7 +61,7 @@ def _look_back(
     x_ptr, gate_ptr, links_ptr, at, n_patches, columns,
     D: tl.constexpr, CAST: tl.constexpr, STEP: tl.constexpr, LOOK: tl.constexpr,
 ):  # fmt: skip
-    """(columns) of y[at], from as many patches before it as weigh anything; see the kernel."""
+    """Return (columns) of y[at], from as many patches before it as weigh anything; see the kernel."""
     SHIFT: tl.constexpr = (1 - STEP) // 2
     state = tl.zeros((LOOK, columns.shape[0]), tl.float32)
     index = tl.arange(0, LOOK)
@@ -99,7 +99,7 @@ def stlm_ema_unpool_smooth(
     D: tl.constexpr, CAST: tl.constexpr, STEP: tl.constexpr, LOOK: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """y[j] = gain[j] x[j] + decay y[j - STEP].
+    """Form y[j] = gain[j] x[j] + decay y[j - STEP].
 
     STEP 1 walks forward: gain is the gate, decay that of patch j. STEP -1 walks back: gain is 1,
     decay that of patch j + 1.
