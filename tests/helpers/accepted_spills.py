@@ -14,7 +14,6 @@ SIZED_FOR_90 = "the default tile fills the registers of sm_90; no other was trie
 FP32 = "in fp32 alone, which no matrix unit serves"
 PINNED: Spills = {
     ("stlm_byte_pool_bwd", 100): (11, FP32),
-    ("stlm_ema_unpool_fwd", 100): (2, "8 bytes; the default tile is sized for sm_90"),
     ("stlm_attention_fwd", 80): (12, FP32),
     ("stlm_attention_bwd_q", 80): (27, SIZED_FOR_90),
     ("stlm_attention_bwd_q", 100): (4, SIZED_FOR_90),

@@ -61,7 +61,7 @@ def _look_back(
     x_ptr, gate_ptr, links_ptr, at, n_patches, columns,
     D: tl.constexpr, CAST: tl.constexpr, STEP: tl.constexpr, LOOK: tl.constexpr,
 ):  # fmt: skip
-    """Return (columns) of y[at], from as many patches before it as weigh anything; see the kernel."""
+    """Return (columns) of y[at], from the patches before it that weigh anything; see the kernel."""
     SHIFT: tl.constexpr = (1 - STEP) // 2
     state = tl.zeros((LOOK, columns.shape[0]), tl.float32)
     index = tl.arange(0, LOOK)

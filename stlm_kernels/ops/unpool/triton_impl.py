@@ -74,7 +74,7 @@ def stlm_unpool_bwd_null(
     total, run,
     D: tl.constexpr, SCAN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Scan SCAN ids at a time and add only the rows from the first that reads nothing to the last."""
+    """Scan SCAN ids at a time; add the rows from the first that reads nothing to the last."""
     program = tl.program_id(0).to(tl.int64)
     split = program // tl.cdiv(D, BLOCK_D)
     columns = (program % tl.cdiv(D, BLOCK_D)) * BLOCK_D + tl.arange(0, BLOCK_D)
