@@ -41,7 +41,7 @@ KEY_BLOCK = 512
 def _documents(
     cu_ptr, first, n_documents, total, HAS_DOCUMENTS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Return BLOCK bytes from `first` on, their documents' first bytes, and whether they have one."""
+    """Return BLOCK bytes from `first` on, their documents' first bytes, and which have one."""
     rows = first + tl.arange(0, BLOCK)
     start = tl.zeros((BLOCK,), tl.int64)
     live = rows < total
