@@ -1,7 +1,8 @@
 """Fused Triton kernels for byte-level language models, each with a plain-PyTorch path.
 
-Importing this package needs neither a GPU nor triton. It loads no triton, and nothing of torch
-beyond what `import torch` does.
+`help(op)` has the contract of an op, `docs/numerics.md` its arithmetic. Importing this package
+needs neither a GPU nor triton. It loads no triton, and nothing of torch beyond what `import torch`
+does.
 """
 
 from ._dispatch import explain

@@ -136,7 +136,7 @@ known_ids: ContextVar[tuple[Tensor, int] | None] = ContextVar("known_ids", defau
 
 
 def _are_known(ids: Tensor, low: int, high: int) -> bool:
-    """Whether ids are a contiguous part of those that were checked for a range within this one."""
+    """Return whether ids are a contiguous part of those that were checked for a narrower range."""
     known = known_ids.get()
     if known is None:
         return False

@@ -132,7 +132,7 @@ def names_of(op: Any) -> list[str]:
 
 
 def _kept(schema: Any, names: Sequence[str]) -> Callable[..., Kept]:
-    """What keeps the arguments and results of these names; results are tensors."""
+    """Function that keeps the arguments and results of these names; results are tensors."""
     plain = {x.name for x in schema.arguments if "Tensor" not in str(x.type)}
     tensors = sum(name not in plain for name in names)
 
@@ -183,7 +183,7 @@ def distinct(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 class _FirstOrderOnly(Function):
-    """Runs a backward op while autograd records, and refuses to be differentiated again."""
+    """Run a backward op while autograd records, and refuse to be differentiated again."""
 
     generate_vmap_rule = True
 

@@ -72,7 +72,7 @@ def plain_losses(
     bias: Tensor | None,
     *given: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, lse) of all rows at once, for those who differentiate twice or transform."""
+    """(loss, lse) of all rows at once, for second derivatives and transforms."""
     per_row = objective.prepare(options, *given)
     chunk = objective.form(rows, weight, bias, options, *per_row)
     return chunk.loss, chunk.lse
@@ -192,7 +192,7 @@ def differentiable_backward(
     bias: Tensor | None,
     *given: Tensor,
 ) -> list[Tensor | None]:
-    """The gradients through autograd, for whom the chunked ones are not."""
+    """The gradients through autograd, where the chunked ones cannot be differentiated."""
 
     def losses(*leaves: Any) -> tuple[Tensor, Tensor]:
         return plain_losses(objective, options, *leaves, *given)

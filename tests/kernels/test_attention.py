@@ -221,7 +221,7 @@ LONGER = {"k": torch.zeros(9, 2, 16), "v": torch.zeros(9, 2, 16)}
         ({"q": Q[0]}, r"q: expected shape \(T, H, K\), got \(4, 16\)"),
         ({"q": Q[..., :0]}, r"q: expected H >= 1 and K >= 1, got \(6, 4, 0\)"),
         ({"q": Q[None]}, r"k: expected shape \(1, T_kv, H_kv, 16\), got \(6, 2, 16\)"),
-        ({"k": KV[:5], "v": KV[:5]}, "k: expected at least the 6 rows of q, got 5"),
+        ({"k": KV[:5], "v": KV[:5]}, "k: expected at least the 6 positions of q, got 5"),
         ({"k": KV[0]}, r"k: expected shape \(T_kv, H_kv, 16\), got \(2, 16\)"),
         ({"k": KV.half()}, "k: expected dtype float32, got float16"),
         ({"k": torch.zeros(6, 3, 16)}, "k: expected heads that divide the 4 of q, got 3"),
@@ -242,7 +242,7 @@ LONGER = {"k": torch.zeros(9, 2, 16), "v": torch.zeros(9, 2, 16)}
         ({"cu_seqlens_k": ints(0, 6)}, "cu_seqlens_k: expected None without cu_seqlens"),
         (
             LONGER | {"cu_seqlens": ints(0, 6)},
-            "k: expected the 6 rows of q without cu_seqlens_k, got 9",
+            "k: expected the 6 positions of q without cu_seqlens_k, got 9",
         ),
         (
             LONGER | {"cu_seqlens": ints(0, 2, 6), "cu_seqlens_k": ints(0, 9)},
@@ -258,7 +258,7 @@ LONGER = {"k": torch.zeros(9, 2, 16), "v": torch.zeros(9, 2, 16)}
         ),
         (
             LONGER | {"cu_seqlens": ints(0, 2, 6), "cu_seqlens_k": ints(0, 6, 9)},
-            "cu_seqlens_k: expected at least the 4 rows of document 1, got 3 keys",
+            "cu_seqlens_k: expected at least the 4 positions of document 1, got 3 keys",
         ),
         ({"cu_seqlens": ints(0, 6).long()}, "cu_seqlens: expected dtype int32, got int64"),
         ({"cu_seqlens": ints(1, 6)}, "cu_seqlens: expected first entry 0, got 1"),

@@ -89,3 +89,8 @@ def test_the_kernels_begin_their_docstrings_with_a_verb_or_a_noun() -> None:
     every = of_kernels(list(wording.docstrings(PACKAGE)))
     found = [each for each in every if wording.is_fragment(each.text)]
     assert len(found) <= len(every) // 100, found
+
+
+def test_the_kernels_use_the_projects_words() -> None:
+    found = [*wording.banned_identifiers(PACKAGE), *wording.banned_words(PACKAGE)]
+    assert of_kernels(found) == []

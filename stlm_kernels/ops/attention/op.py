@@ -119,7 +119,7 @@ def _check_documents(
     if cu_seqlens is None:
         _checks.require(cu_seqlens_k is None, "cu_seqlens_k", "None without cu_seqlens", "a Tensor")
         if keys < rows:  # the text of a symbolic size would build that size into a graph
-            _checks.require(False, "k", f"at least the {rows} rows of q", keys)
+            _checks.require(False, "k", f"at least the {rows} positions of q", keys)
         return
     _checks.require(q.dim() == 3, "cu_seqlens", "None with a dense q", "a Tensor")
     _checks.require_offsets("cu_seqlens", cu_seqlens, q.device)
@@ -128,7 +128,7 @@ def _check_documents(
         _checks.check_offset_values("cu_seqlens", cu_seqlens, rows)
     if cu_seqlens_k is None:
         if keys != rows:
-            _checks.require(False, "k", f"the {rows} rows of q without cu_seqlens_k", keys)
+            _checks.require(False, "k", f"the {rows} positions of q without cu_seqlens_k", keys)
         return
     _checks.require_tensor("cu_seqlens_k", cu_seqlens_k, cu_seqlens.shape, (torch.int32,), q.device)
     if visible and runtime.values_visible(cu_seqlens_k):
@@ -141,7 +141,7 @@ def _check_lengths(cu_seqlens: Tensor, cu_seqlens_k: Tensor) -> None:
     short = (key_lengths < lengths).nonzero().flatten().tolist()
     if short:
         at = short[0]
-        expected = f"at least the {int(lengths[at])} rows of document {at}"
+        expected = f"at least the {int(lengths[at])} positions of document {at}"
         _checks.require(False, "cu_seqlens_k", expected, f"{int(key_lengths[at])} keys")
 
 

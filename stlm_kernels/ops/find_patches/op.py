@@ -181,8 +181,8 @@ def _by_kernels(
 
 def _fwd_meta(byte_ids: Tensor, cu_seqlens: Tensor | None, max_patches: int) -> tuple[Tensor, ...]:
     total = byte_ids.shape[0]
-    borders = 2 if cu_seqlens is None else cu_seqlens.shape[0]
-    shapes = ((max_patches + 1,), (total,), (total,), (), (borders,))
+    boundaries = 2 if cu_seqlens is None else cu_seqlens.shape[0]
+    shapes = ((max_patches + 1,), (total,), (total,), (), (boundaries,))
     return tuple(byte_ids.new_empty(shape, dtype=torch.int32) for shape in shapes)
 
 

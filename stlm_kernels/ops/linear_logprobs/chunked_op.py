@@ -96,7 +96,7 @@ class _SummedLoss(Function):
 def _scaled(by: Tensor, *leaves_and_grads: Tensor | None) -> tuple[Tensor | None, ...]:
     """Each kept gradient times a 0-d fp32 tensor, in a new one of its leaf's dtype.
 
-    The leaves are here for autograd too: whoever differentiates the result depends on them.
+    The leaves are here for autograd too: a derivative of the result depends on them.
     """
     leaves, grads = leaves_and_grads[:3], leaves_and_grads[3:]
     return tuple(

@@ -142,7 +142,7 @@ def yardstick_logits(
     logit_scale: float,
     valid_vocab: int | None,
 ) -> Tensor:
-    """(N, valid_vocab) logits as a careful user forms them: rounded operands, fp32 products."""
+    """(N, valid_vocab) logits as a careful user forms them: operands cast, fp32 products."""
     wide = torch.promote_types(input.dtype, torch.float32)
     rows = input.reshape(-1, input.shape[-1]).to(wide)
     bias = None if linear_bias is None else linear_bias.to(wide)
