@@ -8,15 +8,16 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
 
 from .. import terminal
 from ..registry import OPS
-from ..spec import Case, OpSpec
+from ..spec import Case, Inputs, OpSpec
 from .bounds import Bounds, Device, bounds_of, ratio
 from .count import NAMES
 from .faults import KINDS
@@ -34,23 +35,36 @@ def execute_case(
     dtype: torch.dtype,
     direction: str = "both",
     sample: int | None = None,
+    function: Callable[..., Any] | None = None,
+    convert: Callable[[Inputs], Inputs] = dict,
 ) -> Session:
-    """Run a case forward, and backward where asked, with costs counted and faults collected."""
-    inputs = spec.make_inputs(case, dtype, torch.device("cpu"), 0)
+    """Run a case forward, and backward where asked, with costs counted and faults collected.
+
+    Args:
+        spec, case, dtype: what is computed.
+        arch, sample: as in `run`.
+        direction: "fwd", "bwd" or "both".
+        function: another implementation of the op (default: ours).
+        convert: makes its inputs from the op's.
+    """
+    function = function or partial(spec.op, impl="triton")
+    inputs = convert(spec.make_inputs(case, dtype, torch.device("cpu"), 0))
     leaves = [inputs[name] for name in spec.grad_args if inputs.get(name) is not None]
     for leaf in leaves:
         leaf.requires_grad_(direction != "fwd")
     with executing(arch=arch, collect=KINDS, costs=True, sample=sample) as session:
-        out = spec.op(**inputs, impl="triton")
+        out = function(**inputs)
         if direction == "fwd":
             return session
+        torch_ops = len(session.torch_ops)
+        roots = [x for x in ([out] if isinstance(out, torch.Tensor) else out) if x.requires_grad]
+        upstream = [torch.ones_like(x) for x in roots]
+        del session.torch_ops[torch_ops:]
         if direction == "bwd":
             session.executions.clear()
-        roots = [x for x in ([out] if isinstance(out, torch.Tensor) else out) if x.requires_grad]
+            session.torch_ops.clear()
         if roots:
-            torch.autograd.grad(
-                roots, leaves, [torch.ones_like(x) for x in roots], allow_unused=True
-            )
+            torch.autograd.grad(roots, leaves, upstream, allow_unused=True)
     return session
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from .count import class_of
 from .disassembly import MachineCounts, machine_counts
 from .launch import Execution
+from .torch_ops import TorchOp
 
 DEVICES = Path(__file__).parent / "devices"
 LANES = 32
@@ -111,6 +112,17 @@ def bounds_of(done: Execution, device: Device) -> Bounds:
         "l2_bytes": costs.l2_bytes * factor,
     }
     return Bounds(done.kernel, _microseconds(counts, device), counts, machine, factor)
+
+
+def bounds_of_torch_op(op: TorchOp, device: Device) -> Bounds:
+    """Bounds of an operator of torch: its product's FLOPs and its tensors' bytes."""
+    us = {"dram": op.nbytes / (device.dram_tb_per_s * 1e6)}
+    if device.l2_tb_per_s is not None:
+        us["l2"] = op.nbytes / (device.l2_tb_per_s * 1e6)
+    if op.flops and op.kind in device.matrix_tflops:
+        us["matrix"] = op.flops / (device.matrix_tflops[op.kind] * 1e6)
+    counts = {"dram_bytes": op.nbytes, "l2_bytes": op.nbytes, "matrix_flops": op.flops}
+    return Bounds(op.name, us, {name: float(x) for name, x in counts.items()}, None, 1.0)
 
 
 def classes_of(done: Execution) -> Counter[str]:

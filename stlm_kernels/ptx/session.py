@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,11 @@ from torch import Tensor
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
-from .. import _launch
+from .. import _launch, runtime
 from ..testing import fresh_memory
 from .launch import Execution, run
 from .memory import LINE, Shadow, bytes_at, new_shadow
+from .torch_ops import TorchOp, watching
 
 
 class Session:
@@ -23,6 +24,7 @@ class Session:
 
     def __init__(self) -> None:
         self.executions: list[Execution] = []
+        self.torch_ops: list[TorchOp] = []
         self._fresh: dict[int, tuple[Tensor, int, Shadow]] = {}
 
     def note(self, x: Tensor) -> Tensor:
@@ -84,7 +86,9 @@ def executing(
     Args:
         arch: compute capability without the dot, for which kernels are compiled.
         collect: kinds of faults that executions keep instead of raising them.
-        costs, sample: as in `run`.
+        costs, sample: as in `run`. With costs, `session.torch_ops` has what torch itself computes
+            in between, and ops do not look at values, as they would not on a GPU; where blocks are
+            sampled too, torch's products are not computed.
     """
     session = Session()
     kinds = tuple(collect)
@@ -111,8 +115,21 @@ def executing(
         _launch.recording(launch_op),
         _launches_of_triton(launch),
         fresh_memory(session.note),
+        _torch_ops_to(session, skips_products=sample is not None) if costs else nullcontext(),
     ):
         yield session
+
+
+@contextmanager
+def _torch_ops_to(session: Session, skips_products: bool) -> Iterator[None]:
+    """Note what torch computes, and have ops see values as on a GPU: not for free."""
+    visible = runtime.values_visible
+    runtime.values_visible = lambda *tensors: False
+    try:
+        with watching(session.torch_ops.append, skips_products):
+            yield
+    finally:
+        runtime.values_visible = visible
 
 
 @contextmanager
