@@ -16,13 +16,13 @@ from .threads import Threads
 @dataclass
 class _Copy:
     threads: Array
-    places: Array  # (threads, bytes) in shared memory
+    index: Array  # of each thread's place in shared memory, in units of its size
     data: NDArray[np.uint8]
     group: Array  # of each thread, counted from its first
 
     def only(self, chosen: Array) -> _Copy:
         return _Copy(
-            self.threads[chosen], self.places[chosen], self.data[chosen], self.group[chosen]
+            self.threads[chosen], self.index[chosen], self.data[chosen], self.group[chosen]
         )
 
 
@@ -37,9 +37,9 @@ class Copies:
     def issue(self, threads: Array, offsets: Array, data: NDArray[np.uint8]) -> None:
         """Begin copies of the rows of data to offsets of shared memory."""
         size, report = data.shape[1], self.batch.reporter(threads)
-        places = self.shared.begin_copy(offsets, size, threads, report)
+        index = self.shared.begin_copy(offsets, size, threads, report)
         group = self.committed[threads].copy()
-        self.on_the_way.append(_Copy(threads, places, data, group))
+        self.on_the_way.append(_Copy(threads, index, data, group))
 
     def commit(self, mask: Mask) -> None:
         self.committed[self.batch.active(mask)] += 1
@@ -53,7 +53,7 @@ class Copies:
             done = waits[copy.threads] & (copy.group < self.committed[copy.threads] - newest)
             if done.any():
                 landed = copy.only(done)
-                self.shared.end_copy(landed.places, landed.data, landed.threads)
+                self.shared.end_copy(landed.index, landed.data, landed.threads)
             if not done.all():
                 left.append(copy.only(~done))
         self.on_the_way = left
@@ -80,15 +80,15 @@ class Products:
         self.committed = np.zeros(threads.n // LANES, np.int64)
         self.count = 0
 
-    def issue(self, slots: list[int], operands: list[Array], mask: Mask) -> None:
-        """Begin a product that sums into registers and reads these bytes."""
+    def issue(self, slots: list[int], operands: list[Array], size: int, mask: Mask) -> None:
+        """Begin a product that sums into registers and reads operands, in units of `size` bytes."""
         assert self.order is not None
         self.count += 1
         product = _Product(self.count, self.committed.copy(), self._warps(mask))
         for slot in slots:
             self.pending[slot] = product
-        for places in operands:
-            self.order.read(places, product.number)
+        for index in operands:
+            self.order.read(index, size, product.number)
         self.on_their_way.append(product)
         self.order.on_their_way.append(product.number)
 

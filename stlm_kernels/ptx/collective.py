@@ -7,13 +7,16 @@ import numpy as np
 from . import lanes, matrix
 from .accesses import Place, count_access
 from .code import Step
-from .memory import bytes_at, gather
+from .memory import gather
+from .memory import rows as rows_of
 from .operands import Decoder
 from .parse import Constant, Instruction, Operand, Register, Vector
 from .registers import Array, Mask, signed, unsigned
 from .state import State
 
 WARPGROUP = 128
+UNIT = 16
+"""Bytes that a product reads together, whatever its swizzle."""
 
 
 def _registers(decoder: Decoder, operand: Operand) -> list[int]:
@@ -139,7 +142,7 @@ class _Rows:
         self.used = used = lanes.rows_of_matrices(self.threads, count).reshape(-1)
         self.report = state.reporter(used)
         self.report("misaligned", self.first % 16 != 0, "16 bytes must begin at a multiple of 16")
-        self.places = state.shared.places(self.first, used, 16, self.report)
+        self.index = state.shared.index(self.first, 16, used, self.report)
 
 
 def load_matrix(decoder: Decoder, instruction: Instruction) -> Step | None:
@@ -153,8 +156,8 @@ def load_matrix(decoder: Decoder, instruction: Instruction) -> Step | None:
     def step(state: State, mask: Mask) -> None:
         rows = _Rows(state, place, mask, count)
         count_access(state, "shared", "load", rows.first, 16, rows.used)
-        state.shared.check_read(bytes_at(rows.places, 16), rows.used, rows.report)
-        words = np.stack(gather(state.shared.data, rows.places, 2, 8), -1)
+        state.shared.check_read(rows.index, 16, rows.used, rows.report)
+        words = rows_of(state.shared.data, 16)[rows.index].view(np.uint16)
         fragments = lanes.fragments_of(words.reshape(-1, count, 8, 8), transposed)
         for slot, fragment in zip(slots, fragments, strict=True):
             state.put(slot, rows.threads, fragment, mask)
@@ -175,9 +178,8 @@ def store_matrix(decoder: Decoder, instruction: Instruction) -> Step | None:
         count_access(state, "shared", "store", rows.first, 16, rows.used)
         fragments = [state.of(slot, rows.threads) for slot in slots]
         words = lanes.matrices_of(fragments, transposed).reshape(-1, 8)
-        new = np.ascontiguousarray(words).view(np.uint8)
-        where = bytes_at(rows.places, 16)
-        state.shared.put(where, new, rows.used, rows.report)
+        new = list(np.ascontiguousarray(words).view(np.uint64).T)
+        state.shared.put(rows.index, new, rows.used, rows.report)
 
     return step
 
@@ -249,7 +251,7 @@ class _Warpgroup:
         state.require_whole_warps(mask)
         threads = state.active(mask)
         n, k = self.shape.n, self.shape.k
-        read: list[Array] = []  # places in shared memory
+        read: list[Array] = []  # units of shared memory
         if self.left is not None:
             registers = [lanes.by_warp(state.of(slot, threads)) for slot in self.left]
             left = matrix.operand_a(registers, self.shape).reshape(-1, 64, k)
@@ -266,7 +268,7 @@ class _Warpgroup:
         values = matrix.registers_of(total.reshape(-1, 16, n), len(self.sums))
         for slot, value in zip(self.sums, values, strict=True):
             state.put(slot, threads, value.reshape(-1), mask)
-        state.products.issue(self.sums, read, mask)
+        state.products.issue(self.sums, read, UNIT, mask)
         count_flops(state, self.shape, len(threads) // WARPGROUP)
 
     def _operand(
@@ -278,19 +280,23 @@ class _Warpgroup:
         transposed: bool,
         read: list[Array],
     ) -> Array:
-        """(warpgroups, rows, k) from shared memory, as fp32; its places are added to `read`."""
+        """(warpgroups, rows, k) from shared memory, as fp32; its units are added to `read`."""
         first = threads[::WARPGROUP]
         element = 4 if self.shape.kind == "tf32" else 2
         offsets = matrix.descriptor_offsets(
             state.of(slot, first), rows, self.shape.k, element, depth_major=not transposed
         )
-        units, shared, report = len(offsets), state.shared, state.reporter(first)
+        shared, report = state.shared, state.reporter(first)
         each = np.repeat(first, rows * self.shape.k)
-        places = shared.places(offsets.reshape(-1), each, element, state.reporter(each))
-        every = bytes_at(places, element).reshape(units, -1)
-        shared.check_product(every, first, report)
-        read.append(every)
-        words = gather(shared.data, places, element, 1)[0].reshape(units, rows, self.shape.k)
+        index = shared.index(offsets.reshape(-1), element, each, state.reporter(each))
+        index = index.reshape(offsets.shape)
+        # Elements lie side by side in units along one of the two dimensions.
+        per_unit = UNIT // element
+        begins = index[:, ::per_unit, :] if transposed else index[:, :, ::per_unit]
+        units = begins.reshape(len(first), -1) // per_unit
+        shared.check_product(units, UNIT, first, report)
+        read.append(units)
+        words = gather(shared.data, index * element, element, 1)[0]
         if self.shape.kind == "tf32":
             return (words & np.uint32(0xFFFFE000)).view(np.float32)
         return matrix.widen(words, self.shape.kind)

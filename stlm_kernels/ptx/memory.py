@@ -18,7 +18,6 @@ from .faults import Reporter
 from .touches import Touches
 
 WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-NOBODY, SEVERAL = -1, -2
 _MARKS = {1: 0x01, 2: 0x0101, 4: 0x01010101, 8: 0x0101010101010101}
 LINE = 128
 """Storages are seen from the line they begin in: no access crosses one."""
@@ -51,42 +50,6 @@ def scatter(data: NDArray[np.uint8], offsets: Ints, values: list[Array]) -> None
 def bytes_at(offsets: Ints, size: int) -> Ints:
     """Every byte of accesses: (threads, size)."""
     return offsets[:, None] + np.arange(size)
-
-
-class Owners:
-    """Which warp or block wrote and read each byte since a point in its program (an epoch).
-
-    Two accesses of one byte by different owners in the same epoch, one of them a write, have no
-    order. Writes of the value that is there already do no harm and are let through: triton's
-    layouts hold some values several times.
-    """
-
-    def __init__(self, size: int) -> None:
-        self.writer = np.full(size, NOBODY, np.int32)
-        self.written_at = np.full(size, -1, np.int32)
-        self.reader = np.full(size, NOBODY, np.int32)
-        self.read_at = np.full(size, -1, np.int32)
-
-    def read(self, places: Ints, owner: Array, epoch: Array | int) -> Array:
-        """Note reads; which of them race with a write."""
-        races = (self.written_at[places] == epoch) & (self.writer[places] != owner)
-        same = self.read_at[places] == epoch
-        before = self.reader[places]
-        several = same & (before != owner)
-        self.reader[places] = np.where(several, SEVERAL, owner)
-        self.read_at[places] = epoch
-        # Owners that meet in one instruction: the last of them stands there now.
-        others = self.reader[places] != owner
-        self.reader[places[others]] = SEVERAL
-        return races
-
-    def write(self, places: Ints, owner: Array, epoch: Array | int) -> Array:
-        """Note writes; which of them meet a read or a write of somebody else."""
-        written = (self.written_at[places] == epoch) & (self.writer[places] != owner)
-        read = (self.read_at[places] == epoch) & (self.reader[places] != owner)
-        self.writer[places] = owner
-        self.written_at[places] = epoch
-        return written | read
 
 
 class Allocation:
@@ -122,16 +85,37 @@ def new_shadow(start: int, size: int) -> Shadow:
     return np.zeros(_lines(start, size)[1], bool)
 
 
+def rows(table: Array, size: int) -> Array:
+    """A table with an entry for each byte as one with a row for each access of `size` bytes."""
+    return table.reshape(-1, size)
+
+
+def _words(flags: Shadow, size: int) -> tuple[Array, int]:
+    """Flags of accesses of `size` bytes as rows of words, and the word in which all are set."""
+    word = min(size, 8)
+    return flags.view(WORDS[word]).reshape(-1, size // word), _MARKS[word]
+
+
 def marked(flags: Shadow, index: Ints, size: int) -> Array:
     """Whether all bytes of accesses are marked; each is the `index`-th of its size."""
-    word = min(size, 8)
-    rows = flags.view(WORDS[word]).reshape(-1, size // word).take(index, 0)
-    return np.asarray((rows == _MARKS[word]).all(1) if size > word else rows[:, 0] == _MARKS[word])
+    words, full = _words(flags, size)
+    if words.shape[1] == 1:
+        return np.asarray(words[:, 0].take(index) == full)
+    return np.asarray((words.take(index, 0) == full).all(1))
 
 
-def mark(flags: Shadow, index: Ints, size: int) -> None:
-    word = min(size, 8)
-    flags.view(WORDS[word]).reshape(-1, size // word)[index] = _MARKS[word]
+def any_marked(flags: Shadow, index: Ints, size: int) -> Array:
+    """Whether any byte of accesses is marked."""
+    words, _ = _words(flags, size)
+    if words.shape[1] == 1:
+        return np.asarray(words[:, 0].take(index) != 0)
+    return np.asarray(words.take(index, 0).any(1))
+
+
+def mark(flags: Shadow, index: Ints, size: int, value: bool = True) -> None:
+    """Mark all bytes of accesses, or none."""
+    words, full = _words(flags, size)
+    words[index] = full if value else 0
 
 
 class GlobalMemory:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .memory import Ints
+from .memory import Ints, rows
 from .registers import Array
 from .threads import Threads
 
@@ -58,11 +58,12 @@ class ProxyOrder:
         self.on_their_way: list[int] = []
         """Numbers of products that not all their warps have waited for."""
 
-    def write(self, places: Ints, threads: Array) -> None:
-        """Note that bytes were written: by an asynchronous copy once it was waited for."""
-        self.writer[places] = threads[:, None]
-        self.written_at[places] = self.batch.epoch[self.batch.block[threads]][:, None]
-        self.fences_before[places] = self.count
+    def write(self, index: Ints, size: int, threads: Array) -> None:
+        """Note writes: those of an asynchronous copy once it was waited for."""
+        rows(self.writer, size)[index] = threads[:, None]
+        epochs = self.batch.epoch[self.batch.block[threads]]
+        rows(self.written_at, size)[index] = epochs[:, None]
+        rows(self.fences_before, size)[index] = self.count
 
     def fence(self, threads: Array) -> None:
         """Note that these threads execute fence.proxy.async."""
@@ -72,11 +73,23 @@ class ProxyOrder:
         blocks = np.unique(blocks)
         self.of_blocks.note(blocks, self.batch.epoch[blocks], self.count)
 
-    def unseen(self, places: Ints, first: Array) -> Array:
-        """Which bytes have no fence on their way to the warpgroups with these first threads."""
+    def unseen(self, index: Ints, size: int, first: Array) -> Array:
+        """Which bytes of reads have no fence on their way to the warpgroups that read them.
+
+        Args:
+            index: (warpgroups, reads) of `size` bytes each.
+            first: the first thread of each warpgroup.
+
+        Returns:
+            (warpgroups, bytes).
+        """
         block = self.batch.block[first]
         epochs = self.batch.epoch[block]
-        written_at = self.written_at[places]
+
+        def of_bytes(table: Array) -> Array:
+            return rows(table, size)[index].reshape(len(index), -1)
+
+        written_at = of_bytes(self.written_at)
         # A fence of any thread after the barrier that follows the write, before the last barrier.
         between = self.of_blocks.before(block, epochs)[0]
         seen = written_at < between[:, None]
@@ -85,16 +98,18 @@ class ProxyOrder:
         fenced = (fences == epochs[:, None]).all(1)
         seen |= fenced[:, None] & (written_at < epochs[:, None])
         if not seen.all():  # a fence of the writing thread, and a barrier
-            when = np.broadcast_to(epochs[:, None], places.shape)
-            epoch, number = self.of_threads.before(self.writer[places], when)
-            seen |= (epoch == written_at) & (number > self.fences_before[places])
+            when = np.broadcast_to(epochs[:, None], seen.shape)
+            epoch, number = self.of_threads.before(of_bytes(self.writer), when)
+            seen |= (epoch == written_at) & (number > of_bytes(self.fences_before))
         return ~seen
 
-    def read(self, places: Ints, number: int) -> None:
+    def read(self, index: Ints, size: int, number: int) -> None:
         """Note that a product reads bytes, from now until it was waited for."""
-        self.read_by[places] = number
+        rows(self.read_by, size)[index] = number
 
-    def is_read_by_a_product(self, places: Ints) -> Array:
+    def is_read_by_a_product(self, index: Ints, size: int) -> Array:
+        """Which accesses meet bytes that a product on its way reads."""
         if not self.on_their_way:
-            return np.zeros(places.shape, bool)
-        return np.isin(self.read_by[places], self.on_their_way)
+            return np.zeros(len(index), bool)
+        readers = rows(self.read_by, size)[index]
+        return np.asarray(np.isin(readers, self.on_their_way).any(1))

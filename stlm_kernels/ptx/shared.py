@@ -6,18 +6,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .faults import Reporter
-from .memory import Ints, Owners, as_bytes, bytes_at, check_alignment, gather
+from .lanes import LANES
+from .memory import Ints, any_marked, check_alignment, gather, mark, marked, rows, scatter
 from .proxy import ProxyOrder
 from .registers import Array
 from .threads import Threads
-
-WARPGROUP_AS_ONE = -3
-"""Owner of a read by four warps together: no write of the same epoch, by whichever warp, is before
-it for all of them."""
+from .touches import Touches
 
 
 class SharedMemory:
     """Shared memory of the blocks, one after the other.
+
+    An access is the `index`-th of its size from the beginning.
 
     Args:
         batch: the threads that share it.
@@ -34,93 +34,128 @@ class SharedMemory:
         self.data = np.zeros(total, np.uint8)
         self.written = np.zeros(total, bool)
         self.pending = np.zeros(total, bool)  # an asynchronous copy will land there
-        self.owners = Owners(total)
+        # A warpgroup's product is an owner of its own: no write of the same epoch, by whichever
+        # warp, is before it for all four of them.
+        self.warpgroup = batch.n_threads // LANES
+        self.touches = Touches(total, self.warpgroup + 1)
         self.order = ProxyOrder(batch, total) if has_products else None
 
-    def places(self, offsets: Ints, threads: Array, size: int, report: Reporter) -> Ints:
-        """Positions in `data` of accesses by these threads."""
+    def index(self, offsets: Ints, size: int, threads: Array, report: Reporter) -> Ints:
+        """Where accesses of `size` bytes by these threads lie."""
         outside = (offsets < 0) | (offsets + size > self.size)
-        report("outside", outside, f"{size} bytes beyond the {self.size} of shared memory")
-        return np.where(outside, 0, offsets) + self.batch.block[threads] * self.pitch
+        if np.count_nonzero(outside):
+            report("outside", outside, f"{size} bytes beyond the {self.size} of shared memory")
+            offsets = np.where(outside, 0, offsets)
+        return (offsets + self.batch.block[threads] * self.pitch) // size
 
     def read(
         self, offsets: Ints, width: int, count: int, threads: Array, report: Reporter
     ) -> list[Array]:
         """Words per thread."""
-        check_alignment(offsets, width * count, report)
-        first = self.places(offsets, threads, width * count, report)
-        self.check_read(bytes_at(first, width * count), threads, report)
-        return gather(self.data, first, width, count)
+        size = width * count
+        check_alignment(offsets, size, report)
+        index = self.index(offsets, size, threads, report)
+        self.check_read(index, size, threads, report)
+        return gather(self.data, index * size, width, count)
 
-    def check_read(self, places: Ints, threads: Array, report: Reporter) -> None:
-        """Faults of a read of each thread's row of places."""
-        self._check_read(places, self.batch.warp[threads], threads, report)
+    def check_read(self, index: Ints, size: int, threads: Array, report: Reporter) -> None:
+        """Faults of a read by each thread."""
+        self._check_read(index, size, self.batch.warp[threads], threads, report)
 
-    def check_product(self, places: Ints, threads: Array, report: Reporter) -> None:
-        """Faults of a read by the warpgroups whose first threads these are."""
-        self._check_read(places, np.full(len(threads), WARPGROUP_AS_ONE), threads, report)
+    def check_product(self, index: Ints, size: int, threads: Array, report: Reporter) -> None:
+        """Faults of reads, (warpgroups, reads), by the warpgroups whose first threads these are."""
         assert self.order is not None
-        unseen = self.order.unseen(places, threads)
+        each = np.repeat(threads, index.shape[1])
+        owners = np.full(len(each), self.warpgroup)
+        self._check_read(index.reshape(-1), size, owners, each, self.batch.reporter(each))
+        unseen = self.order.unseen(index, size, threads)
         report("proxy", unseen.any(1), "written without a fence.proxy.async since")
 
-    def _check_read(self, places: Ints, owners: Array, threads: Array, report: Reporter) -> None:
-        report(
-            "async", self.pending[places].any(1), "an asynchronous copy to it was not waited for"
-        )
-        report("unwritten", ~self.written[places].all(1), "of shared memory")
-        races = self.owners.read(
-            places, np.broadcast_to(owners[:, None], places.shape), self._epochs(threads, places)
-        )
-        report("race", races.any(1), "another warp wrote it since the last barrier")
+    def _check_read(
+        self, index: Ints, size: int, owners: Array, threads: Array, report: Reporter
+    ) -> None:
+        pending = any_marked(self.pending, index, size)
+        report("async", pending, "an asynchronous copy to it was not waited for")
+        report("unwritten", ~marked(self.written, index, size), "of shared memory")
+        races = self.touches.read(index, size, owners, self._epochs(threads))
+        if np.count_nonzero(races):
+            report("race", races.any(1), "another warp wrote it since the last barrier")
 
     def write(self, offsets: Ints, values: list[Array], threads: Array, report: Reporter) -> None:
         size = values[0].dtype.itemsize * len(values)
         check_alignment(offsets, size, report)
-        first = self.places(offsets, threads, size, report)
-        places = bytes_at(first, size)
-        report("async", self.pending[places].any(1), "an asynchronous copy to it is on its way")
-        self.put(places, as_bytes(values), threads, report)
+        index = self.index(offsets, size, threads, report)
+        pending = any_marked(self.pending, index, size)
+        report("async", pending, "an asynchronous copy to it is on its way")
+        self.put(index, values, threads, report)
 
-    def put(self, places: Ints, new: NDArray[np.uint8], threads: Array, report: Reporter) -> None:
-        """Write bytes of each thread."""
-        races = self._note_write(places, threads, report)
-        races &= self.data[places] != new
-        self.data[places] = new
-        lost = self.data[places] != new  # to another thread in this instruction
-        own = self.owners.writer[places] == self.batch.warp[threads][:, None]
-        races |= lost & ~own
-        report("race", races.any(1), "another warp touches it since the last barrier")
+    def put(self, index: Ints, values: list[Array], threads: Array, report: Reporter) -> None:
+        """Write words of each thread."""
+        width, count = values[0].dtype.itemsize, len(values)
+        size = width * count
+        races = self._note_write(index, size, threads, report)
+        raced = bool(np.count_nonzero(races))
+        before = rows(self.data, size)[index] if raced else None
+        scatter(self.data, index * size, values)
+        now = gather(self.data, index * size, width, count)
+        lost = any(np.count_nonzero(a != b) for a, b in zip(now, values, strict=True))
+        if raced or lost:
+            new = np.stack(values, 1).view(np.uint8)
+            self._report_writes(index, races, before, new, threads, report)
+
+    def _report_writes(
+        self,
+        index: Ints,
+        races: Array,
+        before: Array | None,
+        new: NDArray[np.uint8],
+        threads: Array,
+        report: Reporter,
+    ) -> None:
+        """Faults of writes that meet others: those that leave or change what another wrote."""
+        count, parts = races.shape
+        size = new.shape[1]
+
+        def by_part(differs: Array) -> Array:
+            return np.asarray(differs.reshape(count, parts, -1).any(2))
+
+        wrong = np.zeros((count, parts), bool)
+        if before is not None:
+            wrong |= races & by_part(before != new)
+        lost = by_part(rows(self.data, size)[index] != new)  # to another thread of the instruction
+        own = self.touches.is_last_writer(index, size, self.batch.warp[threads])
+        wrong |= lost & ~own
+        report("race", wrong.any(1), "another warp touches it since the last barrier")
         report("lanes", (lost & own).any(1), "another lane stores another value there")
 
     def begin_copy(self, offsets: Ints, size: int, threads: Array, report: Reporter) -> Ints:
-        """Places of asynchronous copies that these threads begin."""
-        places = bytes_at(self.places(offsets, threads, size, report), size)
-        report("async", self.pending[places].any(1), "two copies to the same bytes")
-        races = self._note_write(places, threads, report)
-        report("race", races.any(1), "another warp touches it since the last barrier")
-        self.pending[places] = True
-        return places
+        """Where asynchronous copies lie that these threads begin."""
+        index = self.index(offsets, size, threads, report)
+        report("async", any_marked(self.pending, index, size), "two copies to the same bytes")
+        races = self._note_write(index, size, threads, report)
+        if np.count_nonzero(races):
+            report("race", races.any(1), "another warp touches it since the last barrier")
+        mark(self.pending, index, size)
+        return index
 
-    def end_copy(self, places: Ints, data: NDArray[np.uint8], threads: Array) -> None:
+    def end_copy(self, index: Ints, data: NDArray[np.uint8], threads: Array) -> None:
         """Copies land: they count as written now, so other warps need a barrier after the wait."""
-        self.data[places] = data
-        self.pending[places] = False
-        self.owners.writer[places] = self.batch.warp[threads][:, None]
-        self.owners.written_at[places] = self._epochs(threads, places)
+        size = data.shape[1]
+        rows(self.data, size)[index] = data
+        mark(self.pending, index, size, False)
+        self.touches.set_writer(index, size, self.batch.warp[threads], self._epochs(threads))
         if self.order is not None:
-            self.order.write(places, threads)
+            self.order.write(index, size, threads)
 
-    def _note_write(self, places: Ints, threads: Array, report: Reporter) -> Array:
-        """Which bytes another warp touched since the last barrier."""
-        owners = np.broadcast_to(self.batch.warp[threads][:, None], places.shape)
-        races = self.owners.write(places, owners, self._epochs(threads, places))
-        self.written[places] = True
+    def _note_write(self, index: Ints, size: int, threads: Array, report: Reporter) -> Array:
+        """Which parts another warp touched since the last barrier."""
+        races = self.touches.write(index, size, self.batch.warp[threads], self._epochs(threads))
+        mark(self.written, index, size)
         if self.order is not None:
-            read = self.order.is_read_by_a_product(places)
-            report("async", read.any(1), "a product that was not waited for reads it")
-            self.order.write(places, threads)
+            read = self.order.is_read_by_a_product(index, size)
+            report("async", read, "a product that was not waited for reads it")
+            self.order.write(index, size, threads)
         return races
 
-    def _epochs(self, threads: Array, places: Ints) -> Array:
-        epochs = self.batch.epoch[self.batch.block[threads]]
-        return np.broadcast_to(epochs[:, None], places.shape)
+    def _epochs(self, threads: Array) -> Array:
+        return self.batch.epoch[self.batch.block[threads]]

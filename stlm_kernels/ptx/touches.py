@@ -63,6 +63,15 @@ class Touches:
         writers[index] = stamps
         return races
 
+    def set_writer(self, index: Ints, size: int, owners: Array, epochs: Array) -> None:
+        """Note writes that no read can meet: they were asked for before."""
+        self._rows(size)[0][index] = self._stamps(owners, epochs)[1]
+
+    def is_last_writer(self, index: Ints, size: int, owners: Array) -> Array:
+        """Which parts these owners wrote last: (accesses, parts)."""
+        found = self._rows(size)[0].take(index, 0)
+        return np.asarray(found % self.stamps_of_an_epoch == owners[:, None] + 1)
+
     def _stamps(self, owners: Array, epochs: Array | int) -> tuple[Array, Array]:
         """What the stamps of the epochs exceed, and the owners' own: (accesses or 1, 1)."""
         begin = np.asarray(epochs, np.int32).reshape(-1, 1) * np.int32(self.stamps_of_an_epoch)
