@@ -189,30 +189,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="h200", help="whose rates make the bounds")
     parser.add_argument("--sample", type=positive, default=SAMPLE, help="blocks of each launch")
     parser.add_argument("--against", type=Path, help="the table of another commit")
+    parser.add_argument("--update", type=Path, help="a table whose rows of these ops to replace")
     add_result_options(parser)
     options = parser.parse_args(arguments)
     try:
         device = Device.load(options.device)
         earlier = {} if options.against is None else read(options.against)
+        kept = {} if options.update is None else read(options.update)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    path = result_path(options.json, "bounds", parser)
+    path = result_path(options.update or options.json, "bounds", parser)
     about = environment.software(torch.device("cpu"), options.commit)
-    summary = [f"lower bounds on {device.name}, bf16, sm_{device.arch}: counted, not timed"]
-    print(summary[0])
-    records = []
+    head = f"lower bounds on {device.name}, bf16, sm_{device.arch}: counted, not timed"
+    print(head)
+    records = {key: x for key, x in kept.items() if options.ops and key[0] not in options.ops}
     for row in ROWS:
         if options.ops and row.op not in options.ops:
             continue
-        began = time.process_time()
         for by in entries(row.op, case_named(OPS[row.op], row.case)):
-            records.append(measure(row, by, device, device.arch, options.sample))
-            summary.append(line(records[-1], earlier))
-            print(summary[-1], f" [{time.process_time() - began:.0f} s]", flush=True)
             began = time.process_time()
+            found = measure(row, by, device, device.arch, options.sample)
+            found["commit"] = about["commit"]
+            records[_key(found)] = found
+            print(line(found, earlier), f" [{time.process_time() - began:.0f} s]", flush=True)
     command = command_line("bench.bounds", arguments)
     settings = {"bounds_on": device.name, "sampled_blocks": options.sample}
-    Result(command, about, records, summary, settings).write(path)
+    order = {(row.op, row.case, row.direction): i for i, row in enumerate(ROWS)}
+    rows = sorted(records.values(), key=lambda x: order.get(_key(x)[:3], len(order)))
+    Result(command, about, rows, [head, *(line(x, earlier) for x in rows)], settings).write(path)
     print(path)
     return 0
 
