@@ -202,6 +202,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     about = environment.software(torch.device("cpu"), options.commit)
     head = f"lower bounds on {device.name}, bf16, sm_{device.arch}: counted, not timed"
     print(head)
+    command = command_line("bench.bounds", arguments)
+    settings = {"bounds_on": device.name, "sampled_blocks": options.sample}
     records = {key: x for key, x in kept.items() if options.ops and key[0] not in options.ops}
     for row in ROWS:
         if options.ops and row.op not in options.ops:
@@ -212,13 +214,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found["commit"] = about["commit"]
             records[_key(found)] = found
             print(line(found, earlier), f" [{time.process_time() - began:.0f} s]", flush=True)
-    command = command_line("bench.bounds", arguments)
-    settings = {"bounds_on": device.name, "sampled_blocks": options.sample}
-    order = {(row.op, row.case, row.direction): i for i, row in enumerate(ROWS)}
-    rows = sorted(records.values(), key=lambda x: order.get(_key(x)[:3], len(order)))
-    Result(command, about, rows, [head, *(line(x, earlier) for x in rows)], settings).write(path)
+            # After each row, so that what is interrupted keeps what it has.
+            _write(path, command, about, settings, [head], records, earlier)
     print(path)
     return 0
+
+
+def _write(
+    path: Path,
+    command: str,
+    about: Record,
+    settings: Record,
+    head: list[str],
+    records: Mapping[Key, Record],
+    earlier: Mapping[Key, Record],
+) -> None:
+    """Write the table in the order of `ROWS`."""
+    order = {(row.op, row.case, row.direction): i for i, row in enumerate(ROWS)}
+    rows = sorted(records.values(), key=lambda x: order.get(_key(x)[:3], len(order)))
+    lines = [*head, *(line(x, earlier) for x in rows)]
+    Result(command, about, rows, lines, settings).write(path)
 
 
 def read(path: Path) -> dict[Key, Record]:
