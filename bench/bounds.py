@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from stlm_kernels import terminal
-from stlm_kernels.ptx.__main__ import execute_case
 from stlm_kernels.ptx.bounds import Device, bounds_of, bounds_of_torch_op, ratio
+from stlm_kernels.ptx.reports import SAMPLE, execute_case
 from stlm_kernels.registry import OPS
 from stlm_kernels.spec import Case, OpSpec
 
@@ -29,11 +29,11 @@ from .harness.commandline import positive
 from .harness.results import Result, add_result_options, command_line, result_path
 from .peers import PEERS
 from .peers.entry import Entry
+from .peers.installed import on_gpu
 
 Record = dict[str, Any]
 Key = tuple[str, str, str, str]
 DTYPE = torch.bfloat16
-SAMPLE = 12
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def measure(row: Row, by: Entry, device: Device, arch: int, sample: int) -> Reco
     others = [bounds_of_torch_op(op, device) for op in session.torch_ops]
     us: Counter[str] = Counter()
     counts: Counter[str] = Counter()
-    largest: Counter[str] = Counter()
+    largest: defaultdict[str, float] = defaultdict(float)
     for bounds in (*kernels, *others):
         us.update(bounds.us)
         counts.update({name: x for name, x in bounds.counts.items() if name != "longest_chain"})
@@ -135,16 +135,18 @@ def measure(row: Row, by: Entry, device: Device, arch: int, sample: int) -> Reco
         "instructions": round(counts["instructions"]),
         "dram_bytes": round(counts["dram_bytes"]),
         "l2_bytes": round(counts["l2_bytes"]),
-        "bound_of": {name: round(x, 3) for name, x in largest.most_common()},
+        "bound_of": {
+            name: round(x, 3) for name, x in sorted(largest.items(), key=lambda item: -item[1])
+        },
         "faults": sorted({fault.kind for done in session.executions for fault in done.faults}),
     }
 
 
 def entries(op: str, case: Case) -> list[Entry]:
-    """Ours, then each peer whose kernels are compiled by triton and can be had here."""
+    """Ours, then each library whose kernels triton compiles, where it is installed."""
     ours = Entry("stlm", partial(OPS[op].op, impl="triton"), ours=True)
-    triton_peers = (peer for peer in PEERS.get(op, ()) if peer.name.startswith("Liger"))
-    return [ours, *(peer for peer in triton_peers if not (peer.unsupported(case)))]
+    liger = [peer for peer in PEERS.get(op, ()) if peer.name.startswith("Liger")]
+    return [ours, *(peer for peer in liger if peer.unsupported(case) in (None, on_gpu(case)))]
 
 
 def case_named(spec: OpSpec, name: str) -> Case:

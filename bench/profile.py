@@ -2,7 +2,8 @@
 
 Prints the pass's floor, what the compiler made of its kernels, and for each the `ncu` command that
 measures exactly one launch of it. On a GPU the pass runs under Proton too. `--digest FILE` reads
-what ncu wrote. Without a GPU nothing runs, and the rest is printed all the same.
+what ncu wrote. Without a GPU the compiled kernels run on the CPU, some blocks of each launch: their
+checks, counters and lower bounds take the place of times.
 """
 
 from __future__ import annotations
@@ -19,9 +20,12 @@ import torch
 
 from stlm_kernels import _launch, terminal
 from stlm_kernels.inspect import LIMITS, inspect_op, merged, table
+from stlm_kernels.ptx.bounds import Device
+from stlm_kernels.ptx.reports import SAMPLE, case_report, execute_case
 from stlm_kernels.registry import OPS
 from stlm_kernels.spec import Case, OpSpec
 
+from .bounds import ROWS
 from .harness.jobs import CaseData, Job, Task, our_entries, roots_of, task_of
 from .harness.timing import Ceilings, Gpu
 from .profiling import ncu
@@ -80,6 +84,22 @@ def resources(what: Pass, arch: int) -> str:
     wanted = launched(what)
     reports = merged(inspect_op(what.spec, what.compiled_case, arch, DTYPE))
     return table([report for report in reports if report.kernel in wanted])
+
+
+def counted(what: Pass, arch: int) -> str:
+    """Checks, counters and bounds of the pass's launches, from executing some of their blocks."""
+    device = Device.of_arch(arch)
+    session = execute_case(
+        what.spec, what.case, arch=arch, dtype=DTYPE, direction=what.direction, sample=SAMPLE
+    )
+    floor = what.bytes / (device.dram_tb_per_s * 1e6)
+    reach = [
+        row.reach
+        for row in ROWS
+        if (row.op, row.case, row.direction) == (what.spec.name, what.case.name, what.direction)
+    ]
+    aim = f"; to reach {reach[0]:g} us (bench.bounds)" if reach and reach[0] is not None else ""
+    return f"rates of {device.name}, DRAM floor {floor:.2f} us{aim}\n{case_report(session, device)}"
 
 
 def floor_lines(what: Pass, ceilings: Ceilings | None) -> list[str]:
@@ -223,7 +243,8 @@ def _show(
     again = ["python3", "-m", "bench.profile", what.spec.name, "--case", what.case.name]
     print(f"then: {shlex.join([*again, '--pass', what.direction, '--digest', 'CSV'])}")
     if gpu is None:
-        print("no CUDA device here: nothing ran, and no time is known")
+        print("no CUDA device here, so no time is known. Executed on the CPU instead:", flush=True)
+        print(counted(what, arch or 90))
     else:
         print("under Proton:")
         task, work = judged_task(what, gpu), {"bytes": what.bytes, "flops": what.flops}

@@ -53,6 +53,12 @@ class Device:
         del values["sources"]
         return cls(**values)
 
+    @classmethod
+    def of_arch(cls, arch: int) -> Device:
+        """The device of an architecture; where there is none, the H200."""
+        devices = (cls.load(path.stem) for path in sorted(DEVICES.glob("*.json")))
+        return next((device for device in devices if device.arch == arch), cls.load("h200"))
+
     @property
     def clocks_per_us(self) -> float:
         """Clocks of all SMs together in a microsecond."""
@@ -135,9 +141,8 @@ def classes_of(done: Execution) -> Counter[str]:
 
 def _microseconds(counts: dict[str, Any], device: Device) -> dict[str, float]:
     clocks = device.clocks_per_us
-    kinds = ("load", "store", "copy")
-    moved = sum(counts.get(f"global_{kind}_cycles", 0) for kind in kinds)
-    passes = sum(counts.get(f"shared_{kind}_wavefronts", 0) for kind in kinds)
+    moved = sum(counts.get(f"global_{kind}_cycles", 0) for kind in KINDS)
+    passes = sum(counts.get(f"shared_{kind}_wavefronts", 0) for kind in KINDS)
     matrix = sum(
         counts.get(f"matrix_flops_{kind}", 0) / (rate * 1e6)
         for kind, rate in device.matrix_tflops.items()
@@ -155,10 +160,25 @@ def _microseconds(counts: dict[str, Any], device: Device) -> dict[str, float]:
     return us
 
 
+KINDS = ("load", "store", "copy")
+WORK = ("float", "mufu", "matrix")
+"""Classes of instructions that compute results; all others move, count, compare and wait."""
+
+
+def work_share(counts: Mapping[str, float]) -> float:
+    """Part of the PTX's warp instructions that compute floating-point results."""
+    done = sum(counts.get(f"class_{name}", 0) for name in WORK)
+    return done / counts["ptx_instructions"] if counts["ptx_instructions"] else 0.0
+
+
+def requests(counts: Mapping[str, float], space: str) -> float:
+    """Warp-wide accesses of "global" or "shared" memory."""
+    return sum(counts.get(f"{space}_{kind}_requests", 0) for kind in KINDS)
+
+
 def ratio(counts: Mapping[str, float], what: str) -> float:
     """Needed over ideal "sectors" (global) or "wavefronts" (shared); 1 where there are none."""
     space = "global" if what == "sectors" else "shared"
-    kinds = ("load", "store", "copy")
-    needed = sum(counts.get(f"{space}_{kind}_{what}", 0) for kind in kinds)
-    ideal = sum(counts.get(f"{space}_{kind}_ideal_{what}", 0) for kind in kinds)
+    needed = sum(counts.get(f"{space}_{kind}_{what}", 0) for kind in KINDS)
+    ideal = sum(counts.get(f"{space}_{kind}_ideal_{what}", 0) for kind in KINDS)
     return needed / ideal if ideal else 1.0

@@ -8,6 +8,7 @@ accesses.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,17 +22,38 @@ BANKS, BANK_BYTES = 32, 4
 LANES, NOTHING = 32, -1
 LINE = 128  # bytes that shared memory and the L1 move in a cycle
 
+_REQUESTS = "l1tex__t_requests_pipe_lsu_mem_global_op_"
+_SECTORS = "l1tex__t_sectors_pipe_lsu_mem_global_op_"
+_WAVEFRONTS = "l1tex__data_pipe_lsu_wavefronts_mem_shared_op_"
 NAMES = {
     "instructions": "smsp__inst_executed.sum",
-    "global_load_requests": "l1tex__t_requests_pipe_lsu_mem_global_op_ld.sum",
-    "global_store_requests": "l1tex__t_requests_pipe_lsu_mem_global_op_st.sum",
-    "global_load_sectors": "l1tex__t_sectors_pipe_lsu_mem_global_op_ld.sum",
-    "global_store_sectors": "l1tex__t_sectors_pipe_lsu_mem_global_op_st.sum",
-    "global_copy_sectors": "l1tex__t_sectors_pipe_lsu_mem_global_op_ldgsts.sum",
-    "shared_load_wavefronts": "l1tex__data_pipe_lsu_wavefronts_mem_shared_op_ld.sum",
-    "shared_store_wavefronts": "l1tex__data_pipe_lsu_wavefronts_mem_shared_op_st.sum",
+    "global_load_requests": f"{_REQUESTS}ld.sum",
+    "global_store_requests": f"{_REQUESTS}st.sum",
+    "global_copy_requests": f"{_REQUESTS}ldgsts.sum",
+    "global_load_sectors": f"{_SECTORS}ld.sum",
+    "global_store_sectors": f"{_SECTORS}st.sum",
+    "global_copy_sectors": f"{_SECTORS}ldgsts.sum",
+    "shared_load_requests": "smsp__inst_executed_op_shared_ld.sum",
+    "shared_store_requests": "smsp__inst_executed_op_shared_st.sum",
+    "shared_load_wavefronts": f"{_WAVEFRONTS}ld.sum",
+    "shared_store_wavefronts": f"{_WAVEFRONTS}st.sum",
+    "class_mufu": "smsp__inst_executed_pipe_xu.sum",
+    "class_branch": "smsp__inst_executed_op_branch.sum",
+    "l2_bytes": "lts__t_bytes.sum",
+    "dram_bytes": "dram__bytes.sum",
 }
 """Names of the counts that Nsight Compute has too."""
+
+CONFLICTS = {
+    f"shared_{kind}_conflicts": f"l1tex__data_bank_conflicts_pipe_lsu_mem_shared_op_{short}.sum"
+    for kind, short in (("load", "ld"), ("store", "st"))
+}
+
+
+def nsight(counts: Mapping[str, float]) -> dict[str, float]:
+    """Counts under the names that Nsight Compute gives them."""
+    names = {**NAMES, **CONFLICTS}
+    return {names[name]: x for name, x in counts.items() if name in names}
 
 
 @dataclass
@@ -78,11 +100,13 @@ class Costs:
         distinct = _distinct(groups)
         bank = groups % BANKS + BANKS * np.arange(len(groups))[:, None]
         passes = np.bincount(bank[distinct], minlength=BANKS * len(groups)).reshape(-1, BANKS)
-        total = passes.sum(1)
+        wavefronts, ideal = int(passes.max(1).sum()), int((-(-passes.sum(1) // BANKS)).sum())
         self.add(
             **{
-                f"shared_{kind}_wavefronts": int(passes.max(1).sum()),
-                f"shared_{kind}_ideal_wavefronts": int((-(-total // BANKS)).sum()),
+                f"shared_{kind}_requests": len(by_warp),
+                f"shared_{kind}_wavefronts": wavefronts,
+                f"shared_{kind}_ideal_wavefronts": ideal,
+                f"shared_{kind}_conflicts": wavefronts - ideal,
             },
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -18,11 +19,19 @@ from .launch import Execution, run
 from .memory import LINE, Shadow, bytes_at, new_shadow
 from .torch_ops import TorchOp, watching
 
+MAPPED_BYTES = 1 << 26
+"""Larger memory comes from the system, which clears it."""
+
 
 class Session:
-    """The launches inside `executing`, and the memory that began uninitialised there."""
+    """The launches inside `executing`, and the memory that began uninitialised there.
 
-    def __init__(self) -> None:
+    Args:
+        clears: fresh memory holds zeros, so that what no block wrote is no wild address later.
+    """
+
+    def __init__(self, clears: bool = False) -> None:
+        self.clears = clears
         self.executions: list[Execution] = []
         self.torch_ops: list[TorchOp] = []
         self._fresh: dict[int, tuple[Tensor, int, Shadow]] = {}
@@ -32,9 +41,19 @@ class Session:
         storage = x.untyped_storage()
         if x.device.type == "cpu" and storage.nbytes():
             shadow = new_shadow(storage.data_ptr(), storage.nbytes())
+            if self.clears and storage.nbytes() <= MAPPED_BYTES:
+                ctypes.memset(storage.data_ptr(), 0, storage.nbytes())
             # The tensor is kept, so that its address stays its own.
             self._fresh[storage.data_ptr()] = (x, x._version, shadow)
         return x
+
+    def makes_integers(self, args: Iterable[Any]) -> bool:
+        """Whether all fresh tensors among these hold integers: places that later launches read."""
+        fresh = [
+            x for x in args
+            if isinstance(x, Tensor) and x.untyped_storage().data_ptr() in self._fresh
+        ]  # fmt: skip
+        return bool(fresh) and not any(x.is_floating_point() for x in fresh)
 
     def shadows(self) -> dict[int, Shadow]:
         """Shadows of fresh memory; what torch itself has written since counts as written."""
@@ -87,10 +106,11 @@ def executing(
         arch: compute capability without the dot, for which kernels are compiled.
         collect: kinds of faults that executions keep instead of raising them.
         costs, sample: as in `run`. With costs, `session.torch_ops` has what torch itself computes
-            in between, and ops do not look at values, as they would not on a GPU; where blocks are
-            sampled too, torch's products are not computed.
+            in between, and ops do not look at values, as they would not on a GPU. Launches that
+            make integers alone run whole whatever `sample` is: later launches may read places
+            there. Where blocks are sampled, torch's products are not computed.
     """
-    session = Session()
+    session = Session(clears=sample is not None)
     kinds = tuple(collect)
 
     def shadows() -> dict[int, Shadow]:
@@ -100,9 +120,10 @@ def executing(
     def launch(
         kernel: Any, grid: Sequence[int], args: tuple[Any, ...], options: dict[str, Any]
     ) -> None:
+        blocks = None if session.makes_integers(args) else sample
         done = run(
             kernel, grid, *args, arch=arch, collect=kinds, fresh=shadows(),
-            costs=costs, sample=sample, **options,
+            costs=costs, sample=blocks, **options,
         )  # fmt: skip
         session.executions.append(done)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bench import bounds, report
-from bench.bounds import ROWS, Row, case_named, measure
+from bench.bounds import ROWS, Row, case_named, entries, measure
 from bench.harness.results import Result
 from stlm_kernels.ptx.bounds import Device
 from stlm_kernels.registry import OPS
@@ -25,11 +25,27 @@ def test_rows_name_cases() -> None:
 
 
 def test_a_row() -> None:
-    found = measure(Row("segment_pool", SMALL, "bwd", 3.0), Device.load("h200"), 90, sample=2)
-    assert found["launches"] == len(found["kernels"]) == 1
+    ours = entries("segment_pool", case_named(OPS["segment_pool"], SMALL))[0]
+    row = Row("segment_pool", SMALL, "bwd", 3.0)
+    found = measure(row, ours, Device.load("h200"), 90, sample=2)
+    assert found["kernels"] == 1
+    assert found["by"] == "stlm"
+    assert found["sampled_1_in"] > 1
+    assert "stlm_segment_pool_bwd" in found["bound_of"]
     assert found["bound"] >= max(found["us"].values()) - 1e-3
     assert found["instructions"] > 0
     assert found["sectors"] >= 1
+
+
+def test_torch_counts_between_launches() -> None:
+    """A mean loss sums rows and divides in torch: operators of their own on a GPU."""
+    spec = OPS["linear_cross_entropy"]
+    case = spec.tagged("smoke")[0]
+    ours = entries(spec.name, case)[0]
+    found = measure(Row(spec.name, case.name, "both"), ours, Device.load("h200"), 90, sample=2)
+    assert found["torch_ops"] > 5
+    assert {"aten::sum", "stlm_linear_logprobs_fwd"} <= set(found["bound_of"])
+    assert found["bound"] == pytest.approx(sum(found["bound_of"].values()), abs=0.1)
 
 
 def test_the_command(
@@ -46,7 +62,14 @@ def test_the_command(
     assert f"segment_pool {SMALL} fwd" in page
     capsys.readouterr()
     bounds.main(["--json", str(second), "--commit", "abc", "--against", str(first)])
-    assert "1.00x before  segment_pool" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "1.00x before" in shown
+    assert "1 block in" in shown, "the factor of sampling"
+    rows = Result.read(first).rows
+    bounds.main(["segment_pool", "--commit", "def", "--update", str(first)])
+    assert [row["commit"] for row in rows] == ["abc"]
+    assert [row["commit"] for row in Result.read(first).rows] == ["def"]
+    capsys.readouterr()
     with pytest.raises(SystemExit):
         bounds.main(["--device", "h2000"])
     for text, message in (("{}", "expected a result of a command"), (OTHER, "got python -m x")):

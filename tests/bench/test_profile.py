@@ -134,6 +134,17 @@ def test_the_range_holds_one_run_in_this_thread() -> None:
     assert log == ["prepare", "run", "prepare", ncu.RANGE, "run", "end"]
 
 
+def test_counters_without_a_gpu() -> None:
+    """Executed kernels take the place of times: checks, counters, bounds beside the floor."""
+    spec = OPS["segment_pool"]
+    shown = profile.counted(profile.Pass(spec, spec.tagged("smoke")[0], "bwd"), 90)
+    assert "rates of NVIDIA H200 SXM, DRAM floor 0.0" in shown
+    assert "stlm_segment_pool_bwd" in shown
+    assert "stlm_segment_sum" not in shown, "that is the forward pass"
+    assert "FAULT" not in shown
+    assert "a bound, not a time" in shown
+
+
 def test_the_command_without_a_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -143,11 +154,18 @@ def test_the_command_without_a_gpu(
         KERNEL, ("byte_pool",), "any", 90, "num_warps=4", 96, 0, 0, 1024, "HGMMA", 4, 4, "", ""
     )
     monkeypatch.setattr(profile, "inspect_op", lambda *_: [compiled])
+    monkeypatch.setattr(profile, "counted", lambda *_: "a bound, not a time")
     rates = ["--copy-gb-s", "4000", "--matmul-tflop-s", "800", "--out", str(tmp_path)]
     case = ["byte_pool", "--pass", "bwd", "--case", BACKWARD.case.name]
     assert profile.main([*case, *rates]) == 0
     shown = capsys.readouterr().out
-    for part in (f"regex:^{KERNEL}$", "HGMMA", f"{BACKWARD.bytes:,} bytes", "nothing ran"):
+    for part in (
+        f"regex:^{KERNEL}$",
+        "HGMMA",
+        f"{BACKWARD.bytes:,} bytes",
+        "Executed on the CPU instead",
+        "a bound, not a time",
+    ):
         assert part in shown
     profile.main([*case, "--out", str(tmp_path)])
     assert "give --copy-gb-s" in capsys.readouterr().out

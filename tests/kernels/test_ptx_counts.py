@@ -167,7 +167,7 @@ def test_the_command() -> None:
     assert "stlm_segment_pool_fwd" in done.stdout or "stlm_segment" in done.stdout
     assert "a bound, not a time" in done.stdout
     done = subprocess.run([*command, "--json"], cwd=ROOT, capture_output=True, text=True)
-    launches = json.loads(done.stdout)
+    launches = json.loads(done.stdout)["launches"]
     assert launches[0]["us"]["issue"] > 0
     assert launches[0]["faults"] == []
     assert launches[0]["nsight"]["smsp__inst_executed.sum"] > 0
