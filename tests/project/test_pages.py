@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.wording import IDENTIFIERS, WORDS
 from torch import Tensor, nn
 
 import stlm_kernels
@@ -258,7 +259,7 @@ def require_imports(code: str) -> None:
 
 
 def output_of(path: Path) -> str:
-    """What a program prints that is run by itself."""
+    """Run a program by itself and return what it prints."""
     with contextlib.redirect_stdout(io.StringIO()) as out:
         runpy.run_path(str(path), run_name="__main__")
     return out.getvalue()
@@ -281,7 +282,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=name_of)
 def test_an_example_learns(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the first figure that it prints to the second it halves what it still has to learn."""
+    """Each example at least halves the first figure that it prints until it prints the second."""
     require_imports(path.read_text())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [str(path)])
@@ -389,8 +390,8 @@ def test_the_change_log_and_the_citation_name_this_version() -> None:
 
 
 def test_pages_use_the_words_of_the_glossary() -> None:
-    """Those whose other words have no other meaning; the lines of tables that compare are left."""
-    banned = re.compile(r"\b(border|borders|twin|twins|somebody|nobody|whoever)\b", re.IGNORECASE)
+    """Pages avoid the words that code avoids, but for the glossary's last column."""
+    banned = re.compile(rf"\b({'|'.join({*WORDS, *IDENTIFIERS})})\b", re.IGNORECASE)
     for page in PAGES:
         text = page.read_text()
         if page.name == "glossary.md":
