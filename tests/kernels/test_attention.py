@@ -12,11 +12,11 @@ from helpers.attention import (
     assert_close,
     assert_close_to_oracle,
     example,
-    ints,
     with_gradients,
 )
 from helpers.lanes import Way
 from helpers.ops import assert_same
+from helpers.tensors import ints
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.attention import NAMES, assert_close, assert_close_to_oracle, ints, with_gradients
+from helpers.attention import NAMES, assert_close, assert_close_to_oracle, with_gradients
 from helpers.lanes import Way
+from helpers.tensors import ints, normal
 from torch import Tensor
 
 from stlm_kernels import attention, explain
@@ -26,9 +27,7 @@ CHOICES: list[dict[str, Any]] = [
 
 
 def example(way: Way, rows: int = 35, keys: int = 80, heads: int = 2) -> list[Tensor]:
-    rng = torch.Generator().manual_seed(0)
-    shapes = (rows, heads, 16), (keys, 1, 16), (keys, 1, 16)
-    return [torch.randn(shape, generator=rng).to(way.device, way.dtype) for shape in shapes]
+    return normal((rows, heads, 16), (keys, 1, 16), (keys, 1, 16), way=way)
 
 
 def packed(way: Way) -> dict[str, Any]:

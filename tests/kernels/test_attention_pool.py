@@ -7,16 +7,19 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import tensors
 from helpers.lanes import Way
 from helpers.ops import assert_same
+from helpers.tensors import ints, normal, random_upstream
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stlm_kernels import _launch, attention_pool, explain
-from stlm_kernels.ops.attention_pool.reference import reference, terms, yardstick
-from stlm_kernels.testing import assert_matches, poisoned_memory
+from stlm_kernels.ops.attention_pool import reference as oracle
+from stlm_kernels.ops.attention_pool.reference import reference
+from stlm_kernels.testing import poisoned_memory
 
 EVERY_LANE = pytest.mark.lanes("cpu", "interpret", "gpu")
 NAMES = ("query", "key", "value")
@@ -26,22 +29,12 @@ SICK = 3
 """The patch of rows 9 to 15 in BORDERS."""
 
 
-def ints(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
-
-
 def example(
     total: int, heads: int, kv_heads: int, width: int, way: Way, patches: int | None = None
 ) -> list[Tensor]:
     """query, key, value; a query of each patch where their number is given."""
-    rng = torch.Generator().manual_seed(0)
     query = (heads, width) if patches is None else (patches, heads, width)
-    shapes = (query, (total, kv_heads, width), (total, kv_heads, width))
-    return [torch.randn(shape, generator=rng).to(way.device, way.dtype) for shape in shapes]
-
-
-def some_gradient(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(like)
+    return normal(query, (total, kv_heads, width), (total, kv_heads, width), way=way)
 
 
 def with_gradients(
@@ -51,33 +44,21 @@ def with_gradients(
     upstream: Tensor | None = None,
     **options: Any,
 ) -> dict[str, Tensor]:
-    """The result and the gradients of query, key and value by name."""
-    leaves = [x.detach().requires_grad_() for x in operands]
+    """Return the result and the gradients of query, key and value by name."""
+    named = dict(zip(NAMES, operands, strict=True))
+    options |= {"impl": way.impl, "upstream": upstream}
     with poisoned_memory():
-        out = attention_pool(*leaves, borders.to(way.device), impl=way.impl, **options)
-        if upstream is None:
-            upstream = some_gradient(out.shape, out)
-        grads = torch.autograd.grad(out, leaves, upstream)
-    return {"out": out.detach(), **dict(zip(NAMES, grads, strict=True))}
+        return tensors.with_gradients(attention_pool, named, borders.to(way.device), **options)
 
 
 def assert_close_to_oracle(
     operands: list[Tensor], borders: Tensor, way: Way, **options: Any
 ) -> dict[str, Tensor]:
-    """The tolerance rule, for the result and all gradients."""
+    """Apply the tolerance rule to the result and all gradients."""
     got = with_gradients(operands, borders, way, **options)
-    upstream = some_gradient(got["out"].shape, got["out"]).cpu()
-    judged: list[dict[str, Tensor]] = []
-    for function, convert in ((reference, torch.Tensor.double), (yardstick, torch.Tensor.clone)):
-        leaves = [convert(x.detach().cpu()).requires_grad_() for x in operands]
-        out = function(*leaves, borders, **options)
-        grads = torch.autograd.grad(out, leaves, upstream.to(out), materialize_grads=True)
-        judged.append({"out": out, **dict(zip(NAMES, grads, strict=True))})
-    wide = [x.detach().cpu().double() for x in operands]
-    summed = terms({"out": upstream.double()}, *wide, borders.cpu(), **options)
-    for name, x in got.items():
-        judges = (judged[0][name], judged[1][name])
-        assert_matches(x, *judges, name=name, terms=summed.get(name))
+    options["upstream"] = random_upstream(got["out"].shape, got["out"])
+    named = dict(zip(NAMES, operands, strict=True))
+    tensors.assert_close_to_oracle(got, oracle, named, borders, **options)
     return got
 
 
@@ -96,7 +77,7 @@ def assert_near(got: Tensor, want: Tensor, ulps: int = 16, **options: Any) -> No
 )
 def test_nan_stays_in_its_own_patch(way: Way, where: str, poison: float) -> None:
     operands = example(37, 2, 1, 16, way, patches=6)
-    upstream = some_gradient((6, 2, 16), operands[0])
+    upstream = random_upstream((6, 2, 16), operands[0])
     clean = with_gradients(operands, ints(*BORDERS), way, upstream)
     sick = dict(zip((*NAMES, "upstream"), [x.clone() for x in (*operands, upstream)], strict=True))
     sick[where][SICK if where in ("query", "upstream") else 12, 0, 5] = poison
@@ -136,7 +117,7 @@ def test_rows_of_no_patch_are_never_read(way: Way, own: bool) -> None:
 @pytest.mark.parametrize("own", [False, True])
 def test_nan_upstream_at_an_empty_patch_reaches_nothing(way: Way, own: bool) -> None:
     operands = example(12, 2, 1, 8, way, patches=3 if own else None)
-    upstream = some_gradient((3, 2, 8), operands[0])
+    upstream = random_upstream((3, 2, 8), operands[0])
     clean = with_gradients(operands, ints(0, 5, 5, 12), way, upstream)
     upstream[1] = math.nan
     assert_same(with_gradients(operands, ints(0, 5, 5, 12), way, upstream), clean)
@@ -145,7 +126,7 @@ def test_nan_upstream_at_an_empty_patch_reaches_nothing(way: Way, own: bool) -> 
 @EVERY_LANE
 def test_a_patch_alone_and_among_others(way: Way) -> None:
     operands = example(37, 2, 1, 16, way)
-    upstream = some_gradient((6, 2, 16), operands[0])
+    upstream = random_upstream((6, 2, 16), operands[0])
     together = with_gradients(operands, ints(*BORDERS), way, upstream)
     part = [operands[0], *(x[16:25] for x in operands[1:])]
     alone = with_gradients(part, ints(0, 9), way, upstream[4:5])
@@ -371,7 +352,7 @@ def test_nan_stays_in_its_patch_where_borders_are_not_read() -> None:
     leaves = [x.requires_grad_() for x in operands]
     torch._dynamo.reset()
     out = torch.compile(attention_pool, fullgraph=True, backend="aot_eager")(*leaves, borders)
-    grads = torch.autograd.grad(out, leaves, some_gradient(out.shape, out))
+    grads = torch.autograd.grad(out, leaves, random_upstream(out.shape, out))
     for name, x in zip(NAMES[1:], grads[1:], strict=True):
         torch.testing.assert_close(x[OTHERS], clean[name][OTHERS], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(out[[0, 1, 2, 4, 5]], clean["out"][[0, 1, 2, 4, 5]])

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.attention import assert_close_to_oracle, example, ints
+from helpers.attention import assert_close_to_oracle, example
 from helpers.lanes import Way
 from helpers.ops import LargestTensor
+from helpers.tensors import ints
 from torch import Tensor
 
 from stlm_kernels import attention, patch_attention

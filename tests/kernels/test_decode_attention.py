@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.lanes import Way
+from helpers.tensors import ints, normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -24,17 +25,11 @@ SMALL = {"decode_attention_fwd": {"BLOCK": 16, "num_warps": 4, "num_stages": 2}}
 """Blocks of 16 entries, so that short caches take several steps and several parts."""
 
 
-def ints(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
-
-
 def example(
     batch: int, capacity: int, heads: int, kv_heads: int, width: int, way: Way
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rng = torch.Generator().manual_seed(batch + capacity)
     cache = (batch, capacity, kv_heads, width)
-    shapes = ((batch, heads, width), cache, cache)
-    q, k, v = (torch.randn(s, generator=rng).to(way.device, way.dtype) for s in shapes)
+    q, k, v = normal((batch, heads, width), cache, cache, way=way, seed=batch + capacity)
     return q, k, v
 
 

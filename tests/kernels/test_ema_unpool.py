@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.lanes import Way
+from helpers.tensors import ints, leaf
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -20,14 +21,6 @@ from stlm_kernels.testing import assert_matches, poisoned_memory
 
 NAN = math.nan
 BOTH_IMPLEMENTATIONS = pytest.mark.lanes("cpu", "interpret", "gpu")
-
-
-def ints(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
-
-
-def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_()
 
 
 def gates(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

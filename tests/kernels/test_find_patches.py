@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.lanes import Way
+from helpers.tensors import ints
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -25,10 +26,6 @@ WAYS_TO_CUT = ("space", "fixed", "patch_start_mask", "patch_end_mask")
 RESULT_LANES = pytest.mark.lanes("cpu", "interpret", "gpu")
 TEXT = b"ab  cd, e\xc3\xa9f!x"
 Cut = Callable[..., Patches]
-
-
-def ints(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
 
 
 def text_ids(text: bytes = TEXT) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from helpers.lanes import Way
 from helpers.op_matches import assert_op_matches
 from helpers.ops import LargestTensor, assert_same
+from helpers.tensors import projection
 from torch import Tensor
 
 from stlm_kernels import _launch, linear_cross_entropy, linear_logprobs, linear_sample
@@ -20,13 +21,11 @@ EVERY_LANE = pytest.mark.lanes("cpu", "interpret", "gpu")
 ON_KERNELS = pytest.mark.lanes("interpret", "gpu")
 
 
-def example(way: Way, rows: int = 7, vocab: int = 520) -> tuple[Tensor, Tensor, Tensor]:
-    rng = torch.Generator().manual_seed(rows)
-    hidden = torch.randn(rows, 16, generator=rng).to(way.device, way.dtype)
-    weight = (torch.randn(vocab, 16, generator=rng) / 4).to(way.device, way.dtype)
-    target = torch.randint(0, vocab, (rows,), generator=rng).to(way.device)
+def example(way: Way, vocab: int = 520) -> tuple[Tensor, Tensor, Tensor]:
+    """Return operands of seven rows, one of them ignored."""
+    hidden, weight, target = projection(7, 16, vocab, way)
     target[2] = -100
-    return hidden.requires_grad_(), weight.requires_grad_(), target
+    return hidden, weight, target
 
 
 @pytest.fixture

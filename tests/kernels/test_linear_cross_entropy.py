@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from helpers.lanes import Way
 from helpers.ops import LargestTensor
+from helpers.tensors import projection
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -18,18 +19,10 @@ from stlm_kernels import _checks, _dispatch, linear_cross_entropy
 EVERY_LANE = pytest.mark.lanes("cpu", "interpret", "gpu")
 
 
-def example(rows: int, width: int, vocab: int, way: Way) -> tuple[Tensor, Tensor, Tensor]:
-    rng = torch.Generator().manual_seed(rows)
-    hidden = torch.randn(rows, width, generator=rng).to(way.device, way.dtype)
-    weight = (torch.randn(vocab, width, generator=rng) / width**0.5).to(way.device, way.dtype)
-    target = torch.randint(0, vocab, (rows,), generator=rng).to(way.device)
-    return hidden.requires_grad_(), weight.requires_grad_(), target
-
-
 @EVERY_LANE
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_agrees_with_torch(way: Way, reduction: str) -> None:
-    hidden, weight, target = example(40, 24, 50, way)
+    hidden, weight, target = projection(40, 24, 50, way)
     target[::5] = -100
     ours = linear_cross_entropy(hidden, weight, target, reduction=reduction, impl=way.impl)
     wide = torch.promote_types(way.dtype, torch.float32)
@@ -42,7 +35,7 @@ def test_agrees_with_torch(way: Way, reduction: str) -> None:
 @EVERY_LANE
 def test_no_row_counted(way: Way) -> None:
     """The mean of nothing is NaN, like torch; its gradients are exactly 0, unlike others'."""
-    hidden, weight, _ = example(6, 8, 20, way)
+    hidden, weight, _ = projection(6, 8, 20, way)
     ignored = torch.full((6,), -100, device=way.device)
     mean = linear_cross_entropy(hidden, weight, ignored, impl=way.impl)
     total = linear_cross_entropy(hidden, weight, ignored, reduction="sum", impl=way.impl)
@@ -55,7 +48,7 @@ def test_no_row_counted(way: Way) -> None:
 
 @EVERY_LANE
 def test_no_row_at_all(way: Way) -> None:
-    hidden, weight, target = example(0, 8, 20, way)
+    hidden, weight, target = projection(0, 8, 20, way)
     assert linear_cross_entropy(hidden, weight, target, impl=way.impl).isnan()
     assert linear_cross_entropy(hidden, weight, target, reduction="sum", impl=way.impl) == 0
     rows = linear_cross_entropy(hidden, weight, target, reduction="none", impl=way.impl)
@@ -68,7 +61,7 @@ def test_no_row_at_all(way: Way) -> None:
 @EVERY_LANE
 def test_the_upstream_gradient_of_each_row_counts(way: Way) -> None:
     """Not the first row's for all (a peer's bug for a year), nor one compared on the host."""
-    hidden, weight, target = example(30, 16, 40, way)
+    hidden, weight, target = projection(30, 16, 40, way)
     upstream = torch.linspace(-2, 3, 30, device=way.device)
     rows = linear_cross_entropy(hidden, weight, target, reduction="none", impl=way.impl)
     (got,) = torch.autograd.grad(rows, hidden, upstream.to(rows.dtype), retain_graph=True)
@@ -108,7 +101,7 @@ def test_the_upstream_gradient_of_an_ignored_row_reaches_nothing(
     """A weight of 1 / 0 that torch.where left out of the sum comes back as NaN or infinity."""
     if way.dtype != torch.float32:
         pytest.skip("one dtype shows where it goes")
-    hidden, weight, target = example(9, 8, vocab, way)
+    hidden, weight, target = projection(9, 8, vocab, way)
     target[4] = -100
     loss = linear_cross_entropy(hidden, weight, target, reduction="none", impl=way.impl)
     ones = torch.ones_like(loss)
@@ -122,7 +115,7 @@ def test_the_upstream_gradient_of_an_ignored_row_reaches_nothing(
 @EVERY_LANE
 def test_a_tiny_mean_keeps_its_gradient_in_16_bits(way: Way) -> None:
     """1/N goes in after the products: nothing underflows in fp16."""
-    hidden, weight, target = example(64, 16, 40, way)
+    hidden, weight, target = projection(64, 16, 40, way)
     loss = linear_cross_entropy(hidden, weight, target, impl=way.impl)
     (small,) = torch.autograd.grad(loss * 2**-14, weight, retain_graph=True)
     (plain,) = torch.autograd.grad(loss, weight)
@@ -146,7 +139,7 @@ def test_any_shape(
 ) -> None:
     if way.dtype not in (torch.float32, torch.float64):
         pytest.skip("shapes do not depend on the dtype")
-    hidden, weight, target = example(rows, width, vocab, way)
+    hidden, weight, target = projection(rows, width, vocab, way)
     if ignored and rows:
         target[rows // 2] = -100
     options: dict[str, Any] = {"reduction": "sum", "label_smoothing": smoothing}
@@ -164,7 +157,7 @@ def test_any_shape(
 def test_the_logits_never_exist(reduction: str, rows: int, vocab: int) -> None:
     """On the torch path a chunk of them does, whatever the number of rows."""
     way = Way("torch", "cpu", torch.float32)
-    hidden, weight, target = example(rows, 4, vocab, way)
+    hidden, weight, target = projection(rows, 4, vocab, way)
     with LargestTensor() as largest:
         linear_cross_entropy(hidden, weight, target, reduction=reduction).sum().backward()
     assert largest.elements <= max(1 << 20, 512 * vocab)
@@ -177,7 +170,7 @@ def test_ignored_rows_count_as_little_when_compiled(way: Way, reduction: str) ->
     """A peer that counts rows by reading them back gives a wrong mean here, silently."""
     if way.dtype != torch.float32:
         pytest.skip("one dtype shows what tracing does")
-    hidden, weight, target = example(12, 8, 20, way)
+    hidden, weight, target = projection(12, 8, 20, way)
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def compiled(h: Tensor, w: Tensor, t: Tensor) -> Tensor:
@@ -205,14 +198,14 @@ def test_numbers_may_be_traced() -> None:
     )
     way, options = Way("torch", "cpu", torch.float32), {"softcap": 5.0, "label_smoothing": 0.1}
     for rows in (5, 7):
-        tensors = example(rows, 4, 6, way)
+        tensors = projection(rows, 4, 6, way)
         want = linear_cross_entropy(*tensors, **options)
         torch.testing.assert_close(compiled(*tensors, **options), want)
 
 
 def test_a_bad_target_is_loud_where_it_is_not_seen() -> None:
     """Under torch.func autograd differentiates the plain ops."""
-    hidden, weight, target = example(5, 4, 6, Way("torch", "cpu", torch.float32))
+    hidden, weight, target = projection(5, 4, 6, Way("torch", "cpu", torch.float32))
     target[1] = 6
 
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -226,7 +219,7 @@ def test_a_bad_target_is_loud_where_it_is_not_seen() -> None:
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_a_gradient_that_is_recorded_under_autocast(reduction: str) -> None:
     """Its logits are no more rounded than those of one that is not."""
-    hidden, weight, target = example(5, 4, 6, Way("torch", "cpu", torch.float32))
+    hidden, weight, target = projection(5, 4, 6, Way("torch", "cpu", torch.float32))
     with torch.autocast("cpu", torch.bfloat16):
         loss = linear_cross_entropy(hidden, weight, target, reduction=reduction).sum()
         (recorded,) = torch.autograd.grad(loss, hidden, create_graph=True)
@@ -236,7 +229,7 @@ def test_a_gradient_that_is_recorded_under_autocast(reduction: str) -> None:
 
 def test_evaluation_forms_no_gradient() -> None:
     way = Way("torch", "cpu", torch.float32)
-    hidden, weight, target = example(100, 16, 50, way)
+    hidden, weight, target = projection(100, 16, 50, way)
 
     class Products(LargestTensor):
         count = 0
@@ -293,7 +286,7 @@ def test_training_with_it_follows_stock_torch() -> None:
     ],
 )
 def test_bad_options(change: dict[str, Any], message: str) -> None:
-    hidden, weight, target = example(3, 4, 5, Way("torch", "cpu", torch.float32))
+    hidden, weight, target = projection(3, 4, 5, Way("torch", "cpu", torch.float32))
     with pytest.raises(ValueError, match=message):
         linear_cross_entropy(hidden, weight, target, **change)
 

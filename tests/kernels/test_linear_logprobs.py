@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.lanes import Way
+from helpers.tensors import projection
 from torch import Tensor
 
 from stlm_kernels import linear_logprobs
@@ -15,18 +16,8 @@ from stlm_kernels.ops.linear_logprobs.config import vocab_blocks
 EVERY_LANE = pytest.mark.lanes("cpu", "interpret", "gpu")
 
 
-def example(
-    rows: int, width: int, vocab: int, way: Way, seed: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
-    rng = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(rows, width, generator=rng)
-    weight = torch.randn(vocab, width, generator=rng) / width**0.5
-    target = torch.randint(0, vocab, (rows,), generator=rng)
-    return (
-        hidden.to(way.device, way.dtype),
-        weight.to(way.device, way.dtype),
-        target.to(way.device),
-    )
+def example(rows: int, width: int, vocab: int, way: Way) -> list[Tensor]:
+    return [x.detach() for x in projection(rows, width, vocab, way, seed=0)]
 
 
 @EVERY_LANE

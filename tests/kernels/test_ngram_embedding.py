@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.lanes import Way
+from helpers.tensors import ints, leaf
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -25,14 +26,6 @@ PRIMES = (1_000_000_007, 5_915_587_277, 1_500_450_271)
 MULTIPLIERS = (*PRIMES, MOST, LEAST, MOST - 24, -1, 0, 1, 2**32)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 EVERY_RESULT_LANE = pytest.mark.lanes("cpu", "interpret", "gpu")
-
-
-def ints(*values: int, dtype: torch.dtype = torch.int32) -> Tensor:
-    return torch.tensor(values, dtype=dtype)
-
-
-def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_()
 
 
 def counting(rows: int, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import tensors
 from helpers.lanes import Way
 from helpers.ops import assert_same
+from helpers.tensors import ints, normal, random_upstream
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -16,25 +18,18 @@ from torch import Tensor
 from stlm_kernels import _launch, explain, patch_attention
 from stlm_kernels._torch.attention_blocks import length_of
 from stlm_kernels.ops.patch_attention import folded, torch_impl
-from stlm_kernels.ops.patch_attention.reference import reference, terms, yardstick
-from stlm_kernels.testing import assert_matches
+from stlm_kernels.ops.patch_attention import reference as oracle
+from stlm_kernels.ops.patch_attention.reference import reference
 
 EVERY_LANE = pytest.mark.lanes("cpu", "interpret", "gpu")
 BOTH_MASKS = pytest.mark.parametrize("causal", [False, True])
 NAMES = ("q", "k", "v")
 
 
-def ints(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
-
-
 def example(total: int, heads: int, kv_heads: int, width: int, way: Way, seed: int = 0) -> Any:
     """q, k, v as leaves."""
-    rng = torch.Generator().manual_seed(seed)
-    return [
-        torch.randn(total, n, width, generator=rng).to(way.device, way.dtype).requires_grad_()
-        for n in (heads, kv_heads, kv_heads)
-    ]
+    shapes = [(total, n, width) for n in (heads, kv_heads, kv_heads)]
+    return [x.requires_grad_() for x in normal(*shapes, way=way, seed=seed)]
 
 
 def with_gradients(
@@ -44,36 +39,20 @@ def with_gradients(
     upstream: Tensor | None = None,
     **options: Any,
 ) -> dict[str, Tensor]:
-    """The result and the gradients of q, k and v by name."""
-    operands = [x.detach().requires_grad_() for x in operands]
-    out = patch_attention(*operands, borders.to(way.device), impl=way.impl, **options)
-    if upstream is None:
-        rng = torch.Generator().manual_seed(1)
-        upstream = torch.randn(out.shape, generator=rng).to(out)
-    grads = torch.autograd.grad(out, operands, upstream)
-    return {"out": out.detach(), **dict(zip(NAMES, grads, strict=True))}
+    """Return the result and the gradients of q, k and v by name."""
+    named = dict(zip(NAMES, operands, strict=True))
+    options |= {"impl": way.impl, "upstream": upstream}
+    return tensors.with_gradients(patch_attention, named, borders.to(way.device), **options)
 
 
 def assert_close_to_oracle(
     operands: list[Tensor], borders: Tensor, way: Way, **options: Any
 ) -> dict[str, Tensor]:
-    """The tolerance rule, for the result and all gradients."""
-    rng = torch.Generator().manual_seed(1)
-    upstream = torch.randn(operands[0].shape, generator=rng).to(operands[0])
+    """Apply the tolerance rule to the result and all gradients."""
+    upstream = random_upstream(operands[0].shape, operands[0])
     got = with_gradients(operands, borders, way, upstream, **options)
-    judged: list[dict[str, Tensor]] = []
-    for function, convert in ((reference, torch.Tensor.double), (yardstick, torch.Tensor.clone)):
-        leaves = [convert(x.detach().cpu()).requires_grad_() for x in operands]
-        out = function(*leaves, borders, **options)
-        grads: Any = [torch.zeros_like(x) for x in leaves]
-        if out.requires_grad:
-            grads = torch.autograd.grad(out, leaves, upstream.cpu().to(out), materialize_grads=True)
-        judged.append({"out": out, **dict(zip(NAMES, grads, strict=True))})
-    wide = [x.detach().cpu().double() for x in operands]
-    summed = terms({"out": upstream.cpu().double()}, *wide, borders.cpu(), **options)
-    for name, x in got.items():
-        judges = (judged[0][name], judged[1][name])
-        assert_matches(x, *judges, name=name, terms=summed.get(name))
+    named, options["upstream"] = dict(zip(NAMES, operands, strict=True)), upstream
+    tensors.assert_close_to_oracle(got, oracle, named, borders, **options)
     return got
 
 

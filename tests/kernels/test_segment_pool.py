@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.lanes import Way
+from helpers.tensors import ints
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -23,10 +24,6 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 EVERY_LANE = pytest.mark.lanes("cpu", "interpret", "gpu")
 ONE_DTYPE = pytest.mark.one_dtype
 TORCH = Way("torch", "cpu", torch.float32)
-
-
-def ints(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
 
 
 def column(*values: float, dtype: torch.dtype = torch.float32) -> Tensor:

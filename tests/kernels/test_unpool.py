@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.lanes import Way
+from helpers.tensors import ints, leaf
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -21,14 +22,6 @@ from stlm_kernels.ops.unpool.reference import reference
 NAN = math.nan
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 EVERY_LANE = pytest.mark.lanes("cpu", "interpret", "gpu")
-
-
-def ints(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
-
-
-def leaf(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
-    return torch.randn(shape, dtype=torch.float64).to(device, dtype).requires_grad_()
 
 
 # ---- by hand ----------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.models import TINY, scrambled
+from helpers.cached import varied
+from helpers.models import TINY
 from torch import Tensor, nn
 
 from stlm_models import STLM, bits_per_byte
@@ -18,12 +19,6 @@ from stlm_models.layers.modes import eval_mode
 from stlm_models.layers.transformer import PatchCore
 
 PROMPT = b"ab c, de"
-
-
-def varied(core: nn.Module | None = None) -> STLM:
-    model = scrambled(TINY, core)
-    nn.init.normal_(model.embedding.weight, std=0.3)
-    return model
 
 
 @pytest.fixture(name="model")
@@ -111,7 +106,7 @@ class TestState:
     @pytest.mark.parametrize("calls", [0, 2])
     @pytest.mark.parametrize("name", ["generate", "batch", "stream", "bits", "compress"])
     def test_failures(self, name: str, calls: int, error: BaseException) -> None:
-        model = varied(Failing(calls, error)).train()
+        model = varied(core=Failing(calls, error)).train()
         model.decoder.eval()
         text = b"so many words that the core runs again and again, " * 3
         ways: dict[str, Callable[[], object]] = {
@@ -145,7 +140,7 @@ class TestState:
             def train(self, mode: bool = True) -> Frozen:
                 return super().train(False)
 
-        model = varied(Frozen(TINY))
+        model = varied(core=Frozen(TINY))
         model.train()
         assert not model.core.training
         model.generate(b"", max_new_bytes=2)
@@ -209,7 +204,7 @@ class TestInferenceMode:
                     self.scale = x.detach().new_ones(x.shape[-1])
                 return super().forward(x * self.scale, *args)
 
-        model = varied(Keeping(TINY))
+        model = varied(core=Keeping(TINY))
         with torch.inference_mode():
             model.generate(PROMPT, max_new_bytes=2)
         loss, _ = model(torch.tensor([1, 2, 3]), torch.tensor([2, 3, 4]))

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.cached import seen_ids, write_greedily
-from helpers.models import TINY, ids_of, scrambled
+from helpers.cached import seen_ids, varied, write_greedily
+from helpers.models import TINY, ids_of
 from torch import Tensor, nn
 
-from stlm_models import STLM, Attention, ModelConfig, bits_per_byte
+from stlm_models import Attention, bits_per_byte
 from stlm_models.generation.engine import CachedRun
 from stlm_models.layers.router import Router
 
@@ -72,12 +72,6 @@ def with_linear(module: Any, kind: type[Int8Weight]) -> Any:
         else:
             with_linear(child, kind)
     return module
-
-
-def varied(config: ModelConfig) -> STLM:
-    model = scrambled(config)
-    nn.init.normal_(model.embedding.weight, std=0.3)
-    return model
 
 
 @pytest.mark.parametrize("kind", [Int8Weight, Hidden])

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.tensors import ints
 from torch import Tensor
 
 from stlm_kernels import ema_unpool, find_patches, segment_pool, unpool
@@ -16,10 +17,6 @@ from stlm_kernels.testing import assert_causal
 from stlm_models import Router, RouterState, Routing
 
 VOCAB, DIM = 257, 8
-
-
-def ints(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
 
 
 def random_router(**options: Any) -> Router:
