@@ -56,6 +56,66 @@ def test_import_direction(path: Path) -> None:
         assert target.split(".")[-1] not in forbidden, f"{name} must not import {target}"
 
 
+ORDER = (
+    "stlm_kernels._version stlm_kernels._errors stlm_kernels._launch stlm_kernels.terminal",
+    "stlm_kernels._checks",
+    "stlm_kernels.runtime",
+    "stlm_kernels._triton",
+    "stlm_kernels._dispatch",
+    "stlm_kernels._torch stlm_kernels._sharding stlm_kernels._flops",
+    "stlm_kernels._library",
+    "stlm_kernels._linear stlm_kernels.spec",
+    "stlm_kernels.ops stlm_kernels.spec_inputs",
+    "stlm_kernels stlm_kernels.registry stlm_kernels.testing",
+    "stlm_kernels.inspect stlm_kernels.env",
+    "stlm_kernels.ptx",
+    "stlm_models.config stlm_models.files",
+    "stlm_models.presets stlm_models.layers",
+    "stlm_models.build",
+    "stlm_models.generation",
+    "stlm_models.model",
+    "stlm_models.data stlm_models.parallel",
+    "stlm_models.evaluation stlm_models.checkpoint",
+    "stlm_models.training",
+    "stlm_models.compression",
+    "stlm_models",
+    "stlm_models.huggingface stlm_models.train stlm_models.generate stlm_models.evaluate"
+    " stlm_models.compress stlm_models.decompress stlm_models.summary",
+    "bench.peers",
+    "bench.harness",
+    "bench.profiling bench.report",
+    "bench.resources",
+    "bench",
+)
+"""Folders and single files from what is imported to what imports; of one line, either way."""
+RANKS = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms.split()}
+
+
+def rank_of(module: str) -> int:
+    """Return the rank of the folder or file that holds a module; commands of bench come last."""
+    package, _, rest = module.partition(".")
+    return RANKS.get(f"{package}.{rest.split('.')[0]}" if rest else package, RANKS["bench"])
+
+
+def test_imports_go_one_way() -> None:
+    for module, used in import_graph(ALL_SOURCES).items():
+        for other in used:
+            assert rank_of(other) <= rank_of(module), f"{module} must not import {other}"
+
+
+def test_every_folder_has_its_place() -> None:
+    modules = import_graph(SOURCES)
+    assert {rank_of(module) for module in modules} <= set(range(RANKS["bench.peers"]))
+    assert rank_of("stlm_models.layers.attention") < rank_of("stlm_models.model")
+
+
+def test_only_checks_of_ops_import_the_checks_for_users() -> None:
+    """`stlm_kernels.testing` is for tests, benchmarks and users."""
+    graph = import_graph(SOURCES)
+    users = {module for module, used in graph.items() if "stlm_kernels.testing" in used}
+    assert all(module.startswith("stlm_kernels.ptx.") for module in users), users
+
+
 def test_no_import_goes_round() -> None:
     assert circles_of(import_graph(ALL_SOURCES)) == []
 
