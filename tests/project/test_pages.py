@@ -70,6 +70,7 @@ def test_installing_comes_first_and_is_two_commands() -> None:
     assert extras
     project = (ROOT / "pyproject.toml").read_text()
     assert all(re.search(rf"^{extra} = \[", project, flags=re.M) for extra in extras)
+    assert all((ROOT / file).exists() for file in re.findall(r"-c (\S+)", commands))
 
 
 def test_the_readme_has_its_picture_with_ops_on_its_arrows() -> None:
