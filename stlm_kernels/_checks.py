@@ -112,6 +112,13 @@ def require_offsets(name: str, offsets: Any, device: torch.device) -> None:
     require(offsets.shape[0] >= 1, name, "at least 1 entry", "0 entries")
 
 
+def dtype_reasons(name: str, x: Tensor) -> list[str]:
+    """List why the kernels cannot take the dtype of an argument; empty if they can."""
+    if x.dtype in KERNEL_FLOATS:
+        return []
+    return [f"{name} is {x.dtype}; the kernels take float32, bfloat16 and float16"]
+
+
 def weight_dtypes(activation: torch.dtype) -> tuple[torch.dtype, ...]:
     """A weight has the activation's dtype, or fp32 beside a 16-bit activation."""
     if activation in (torch.bfloat16, torch.float16):

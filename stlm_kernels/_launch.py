@@ -116,3 +116,13 @@ def block_of(width: int, limit: int) -> int:
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def bucket(*parts: str | torch.dtype) -> str:
+    """Return the name of a bucket of shapes, its parts joined; equal ones count once."""
+    return "-".join(dict.fromkeys(str(part).removeprefix("torch.") for part in parts))
+
+
+def width_bucket(width: int, *parts: str | torch.dtype) -> str:
+    """`bucket` of the power of two that covers a width, and further parts."""
+    return bucket(f"D{block_of(width, 1024)}", *parts)

@@ -161,7 +161,7 @@ def segment_sum(
     block_d = _launch.block_of(width, 128)
     config = _launch.config_for(
         "segment_sum",
-        f"D{_launch.block_of(width, 1024)}-{str(x.dtype).removeprefix('torch.')}",
+        _launch.width_bucket(width, x.dtype),
         {"BLOCK_P": 16, "BLOCK_D": block_d, "num_warps": 4},
         x.device,
     )

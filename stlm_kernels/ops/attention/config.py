@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import _checks
-from ..._launch import Config, config_for
+from ..._launch import Config, bucket, config_for
 
 WIDTHS = (16, 32, 48, 64, 128)
 WIDE, LONG = 96, 1024
@@ -29,10 +29,7 @@ def sides(causal: bool, window: Window) -> tuple[int | None, int | None]:
 
 def unsupported_reasons(**arguments: Any) -> list[str]:
     """List the reasons why the kernels cannot take this call; empty if they can."""
-    dtype, reasons = arguments["q"].dtype, _without_kernel(**arguments)
-    if dtype not in _checks.KERNEL_FLOATS:
-        reasons.append(f"q is {dtype}; the kernels take float32, bfloat16 and float16")
-    return reasons
+    return _without_kernel(**arguments) + _checks.dtype_reasons("q", arguments["q"])
 
 
 def declined_reasons(**arguments: Any) -> list[str]:
@@ -102,5 +99,5 @@ def rows_config(
         block, warps = 32 if width <= most else 16, 8 if many else 4
         stages = 2 if kernel == "fwd" else 1
         default = {"BLOCK": block, "INNER": 16, "num_warps": warps, "num_stages": stages}
-    bucket = f"K{width}-{'long' if long else 'short'}-{str(dtype).removeprefix('torch.')}"
-    return config_for(f"attention_{kernel}", bucket, default, device)
+    shape = bucket(f"K{width}", "long" if long else "short", dtype)
+    return config_for(f"attention_{kernel}", shape, default, device)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import _checks
-from ..._launch import Config, config_for
+from ..._launch import Config, bucket, config_for
 
 LEAST_WIDTH, MOST_WIDTH = 8, 128
 MOST_QUERIES = 2048
@@ -17,9 +17,7 @@ MOST_QUERIES = 2048
 
 def unsupported_reasons(*, query: Tensor, key: Tensor, **_: Any) -> list[str]:
     """List the reasons why the kernels cannot take this call; empty if they can."""
-    reasons = []
-    if key.dtype not in _checks.KERNEL_FLOATS:
-        reasons.append(f"key is {key.dtype}; the kernels take float32, bfloat16 and float16")
+    reasons = _checks.dtype_reasons("key", key)
     kv_heads, width = key.shape[1:]
     if not LEAST_WIDTH <= width <= MOST_WIDTH or width % 8:
         reasons.append(
@@ -54,8 +52,8 @@ def pool_config(
     }
     if kernel == "bwd":
         default["PROGRAMS"] = 4096
-    bucket = f"G{group}-K{block}-{str(dtype).removeprefix('torch.')}"
-    return config_for(f"attention_pool_{kernel}", bucket, default, device)
+    shape = bucket(f"G{group}", f"K{block}", dtype)
+    return config_for(f"attention_pool_{kernel}", shape, default, device)
 
 
 def tile_shape(rows: int, total: int, patches: int) -> tuple[int, int]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import _checks
-from ..._launch import Config, block_of, config_for
+from ..._launch import Config, block_of, config_for, width_bucket
 
 COUNT_CHUNK = 256
 """Slots counted at a time: bfloat16 holds whole numbers exactly up to 256."""
@@ -24,15 +24,13 @@ def unsupported_reasons(
     position_weight: Tensor | None = None,
 ) -> list[str]:
     """List the reasons why the kernels cannot take this call; empty if they can."""
-    if weight.dtype not in _checks.KERNEL_FLOATS:
-        return [f"weight is {weight.dtype}; the kernels take float32, bfloat16 and float16"]
-    return []
+    return _checks.dtype_reasons("weight", weight)
 
 
 def fwd_config(width: int, dtype: torch.dtype, device: torch.device) -> Config:
     """A 128-column slice of the table stays in L1 while a program streams many patches."""
     default = {"BLOCK_P": 16, "BLOCK_D": block_of(width, 128), "PATCHES": 128, "num_warps": 4}
-    return config_for("byte_pool_fwd", _bucket(width, dtype), default, device)
+    return config_for("byte_pool_fwd", width_bucket(width, dtype), default, device)
 
 
 def bwd_config(width: int, dtype: torch.dtype, device: torch.device) -> Config:
@@ -47,7 +45,7 @@ def bwd_config(width: int, dtype: torch.dtype, device: torch.device) -> Config:
     if dtype == torch.float32:
         # Products of fp32 tiles run on the ordinary cores and keep both operands in registers.
         default |= {"BLOCK_V": 64, "BLOCK_P": 32, "BLOCK_D": block_of(width, 64)}
-    return config_for("byte_pool_bwd", _bucket(width, dtype), default, device)
+    return config_for("byte_pool_bwd", width_bucket(width, dtype), default, device)
 
 
 def bwd_gain_config(width: int, dtype: torch.dtype, device: torch.device) -> Config:
@@ -61,8 +59,4 @@ def bwd_gain_config(width: int, dtype: torch.dtype, device: torch.device) -> Con
     }
     if dtype == torch.float32:
         default["BLOCK_V"] = 32
-    return config_for("byte_pool_bwd_gain", _bucket(width, dtype), default, device)
-
-
-def _bucket(width: int, dtype: torch.dtype) -> str:
-    return f"D{block_of(width, 1024)}-{str(dtype).removeprefix('torch.')}"
+    return config_for("byte_pool_bwd_gain", width_bucket(width, dtype), default, device)

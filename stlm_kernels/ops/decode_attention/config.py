@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._launch import Config, block_of, config_for
+from ..._launch import Config, block_of, bucket, config_for
 from ..._launch import splits as cut
 from ..patch_attention import config as patch_attention
 
@@ -41,8 +41,7 @@ def fwd_config(width: int, stored: torch.dtype, dot: torch.dtype, device: torch.
         "num_warps": 4,
         "num_stages": 3,
     }
-    names = "-".join(dict.fromkeys(str(x).removeprefix("torch.") for x in (stored, dot)))
-    return config_for("decode_attention_fwd", f"K{block}-{names}", default, device)
+    return config_for("decode_attention_fwd", bucket(f"K{block}", stored, dot), default, device)
 
 
 def split_count(span: int, tiles: int, block: int) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import _checks
-from ..._launch import Config, block_of, ceil_div, config_for
+from ..._launch import Config, block_of, bucket, ceil_div, config_for, width_bucket
 
 MAX_VOCAB = 512
 """Up to here a row of logits fits on the chip."""
@@ -26,10 +26,7 @@ def unsupported_reasons(
     **_: Any,
 ) -> list[str]:
     """List the reasons why the kernels cannot take this call; empty if they can."""
-    reasons = []
-    if input.dtype not in _checks.KERNEL_FLOATS:
-        reasons.append(f"input is {input.dtype}; the kernels take float32, bfloat16 and float16")
-    return reasons
+    return _checks.dtype_reasons("input", input)
 
 
 def fits_on_chip(valid: int) -> bool:
@@ -50,8 +47,8 @@ def chunk_rows(valid: int) -> int:
 def chunk_config(valid: int, dtype: torch.dtype, device: torch.device) -> Config:
     """A row's program keeps a block of logits in registers and walks the row twice."""
     default = {"BLOCK": block_of(valid, 2048), "num_warps": 8}
-    bucket = f"V{block_of(valid, 1 << 18)}-{str(dtype).removeprefix('torch.')}"
-    return config_for("linear_logprobs_chunk", bucket, default, device)
+    shape = bucket(f"V{block_of(valid, 1 << 18)}", dtype)
+    return config_for("linear_logprobs_chunk", shape, default, device)
 
 
 def vocab_blocks(valid: int) -> tuple[int, int]:
@@ -114,4 +111,4 @@ def bwd_weight_config(width: int, valid: int, dtype: torch.dtype, device: torch.
 
 def _bucket(width: int, valid: int, dtype: torch.dtype) -> str:
     main, tail = vocab_blocks(valid)
-    return f"D{block_of(width, 1024)}-V{main}+{tail}-{str(dtype).removeprefix('torch.')}"
+    return width_bucket(width, f"V{main}+{tail}", dtype)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._launch import Config, block_of, config_for
+from ..._launch import Config, block_of, config_for, width_bucket
 from ..._torch.random_bits import COLUMN_STEP, MIX_FIRST, MIX_SECOND, ROW_STEP
 from ..linear_logprobs.config import MAX_VOCAB
 from ..linear_logprobs.config import unsupported_reasons as reasons_of_the_rows
@@ -63,7 +63,5 @@ def fwd_config(
         "BLOCK_D": block_of(width, min(128, TILE_BYTES // (block_v * stored.itemsize))),
         "num_warps": warps,
     }
-    names = "-".join(dict.fromkeys(str(x).removeprefix("torch.") for x in (stored, dot)))
-    return config_for(
-        "linear_sample_fwd", f"D{block_of(width, 1024)}-V{block_v}-{names}", default, device
-    )
+    shape = width_bucket(width, f"V{block_v}", stored, dot)
+    return config_for("linear_sample_fwd", shape, default, device)

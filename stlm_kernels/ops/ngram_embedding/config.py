@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import _checks
-from ..._launch import Config, block_of, ceil_div, config_for
+from ..._launch import Config, block_of, ceil_div, config_for, width_bucket
 
 DEFAULT_MULTIPLIER = 1_000_000_007
 """Multiplier of the rolling hash where none is given: that of BLT's first hash function."""
@@ -20,11 +20,7 @@ CHUNK = 256
 
 def unsupported_reasons(*, tables: Sequence[Tensor], **_: Any) -> list[str]:
     """List the reasons why the kernels cannot take this call; empty if they can."""
-    reasons = []
-    if tables[0].dtype not in _checks.KERNEL_FLOATS:
-        reasons.append(
-            f"tables are {tables[0].dtype}; the kernels take float32, bfloat16 and float16"
-        )
+    reasons = _checks.dtype_reasons("tables[0]", tables[0])
     longest = max(len(table) for table in tables)
     if longest >= 2**31:
         reasons.append(f"a table has {longest} rows; the kernels take fewer than 2^31")
@@ -35,7 +31,7 @@ def fwd_config(width: int, dtype: torch.dtype, device: torch.device) -> Config:
     """32 sums a thread; narrow tables take more bytes at a time."""
     block_d = block_of(width, 128)
     default = {"BLOCK_T": 4096 // block_d, "BLOCK_D": block_d, "num_warps": 4}
-    return config_for("ngram_embedding_fwd", _bucket(width, dtype), default, device)
+    return config_for("ngram_embedding_fwd", width_bucket(width, dtype), default, device)
 
 
 def bwd_config(
@@ -44,7 +40,7 @@ def bwd_config(
     """A tile has room for about one average run of each of its rows."""
     block_d = block_of(width, 128)
     default = {"SLOTS": 2048 // block_d, "BLOCK_D": block_d, "num_warps": 4}
-    config = config_for("ngram_embedding_bwd", _bucket(width, dtype), default, device)
+    config = config_for("ngram_embedding_bwd", width_bucket(width, dtype), default, device)
     slots = config.pop("SLOTS")
     average = 1 << (ceil_div(total, rows) - 1).bit_length()
     block_k = min(slots, max(4, average))
@@ -55,8 +51,4 @@ def bwd_heads_config(width: int, dtype: torch.dtype, device: torch.device) -> Co
     """One run at a time, as much of it as a tile holds."""
     block_d = block_of(width, 128)
     default = {"BLOCK_K": 4096 // block_d, "BLOCK_D": block_d, "num_warps": 4}
-    return config_for("ngram_embedding_bwd_heads", _bucket(width, dtype), default, device)
-
-
-def _bucket(width: int, dtype: torch.dtype) -> str:
-    return f"D{block_of(width, 1024)}-{str(dtype).removeprefix('torch.')}"
+    return config_for("ngram_embedding_bwd_heads", width_bucket(width, dtype), default, device)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import _checks
-from ..._launch import Config, block_of, config_for
+from ..._launch import Config, block_of, bucket, config_for
 
 LEAST_WIDTH, MOST_WIDTH = 16, 128
 SHORT = 16
@@ -17,9 +17,7 @@ SHORT = 16
 
 def unsupported_reasons(*, q: Tensor, k: Tensor, **_: Any) -> list[str]:
     """List the reasons why the kernels cannot take this call; empty if they can."""
-    reasons = []
-    if q.dtype not in _checks.KERNEL_FLOATS:
-        reasons.append(f"q is {q.dtype}; the kernels take float32, bfloat16 and float16")
+    reasons = _checks.dtype_reasons("q", q)
     heads, width = q.shape[1:]
     if not LEAST_WIDTH <= width <= MOST_WIDTH or width % 8:
         reasons.append(
@@ -64,5 +62,5 @@ def rows_config(
             default |= {"BLOCK": 16, "INNER": 32}
         if block == 64 and kernel == "bwd_kv":
             default |= {"INNER": 32}
-    bucket = f"K{block}-{'short' if short else 'long'}-{str(dtype).removeprefix('torch.')}"
-    return config_for(f"patch_attention_{kernel}", bucket, default, device)
+    shape = bucket(f"K{block}", "short" if short else "long", dtype)
+    return config_for(f"patch_attention_{kernel}", shape, default, device)

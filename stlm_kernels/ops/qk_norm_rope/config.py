@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import _checks
-from ..._launch import Config, block_of, config_for
+from ..._launch import Config, block_of, bucket, config_for
 
 MOST_WIDTH = 256
 PROGRAMS = 528
@@ -19,9 +19,7 @@ TILE_BYTES = {"fwd": 8192, "bwd": 4096}
 
 def unsupported_reasons(*, q: Tensor, **_: Any) -> list[str]:
     """List the reasons why the kernels cannot take this call; empty if they can."""
-    reasons = []
-    if q.dtype not in _checks.KERNEL_FLOATS:
-        reasons.append(f"q is {q.dtype}; the kernels take float32, bfloat16 and float16")
+    reasons = _checks.dtype_reasons("q", q)
     if q.shape[-1] > MOST_WIDTH:
         reasons.append(f"heads are {q.shape[-1]} wide; the kernels take up to {MOST_WIDTH}")
     return reasons
@@ -35,5 +33,4 @@ def rows_config(kernel: str, width: int, dtype: torch.dtype, device: torch.devic
     """`BLOCK` heads of tokens, one after the other in memory, that a program takes at a time."""
     block = width_block(width)
     default = {"BLOCK": TILE_BYTES[kernel] // (block * dtype.itemsize), "num_warps": 4}
-    bucket = f"K{block}-{str(dtype).removeprefix('torch.')}"
-    return config_for(f"qk_norm_rope_{kernel}", bucket, default, device)
+    return config_for(f"qk_norm_rope_{kernel}", bucket(f"K{block}", dtype), default, device)

@@ -8,28 +8,22 @@ import torch
 from torch import Tensor
 
 from ... import _checks
-from ..._launch import Config, block_of, config_for
+from ..._launch import Config, block_of, config_for, width_bucket
 
 
 def unsupported_reasons(*, x: Tensor, **_: Any) -> list[str]:
     """List the reasons why the kernels cannot take this call; empty if they can."""
-    if x.dtype not in _checks.KERNEL_FLOATS:
-        return [f"x is {x.dtype}; the kernels take float32, bfloat16 and float16"]
-    return []
+    return _checks.dtype_reasons("x", x)
 
 
 def pick_config(width: int, dtype: torch.dtype, device: torch.device) -> Config:
     """Patches of a program side by side, so that ragged lengths share one walk."""
     warps = 8 if dtype == torch.float32 else 4  # four spill on sm_100
     default = {"BLOCK_P": 16, "BLOCK_D": block_of(width, 128), "num_warps": warps}
-    return config_for("segment_pool_pick", _bucket(width, dtype), default, device)
+    return config_for("segment_pool_pick", widthwidth_bucket(width, dtype), default, device)
 
 
 def bwd_config(width: int, dtype: torch.dtype, device: torch.device) -> Config:
     """Configuration by rows, not by patches: one long patch does not hold a program up."""
     default = {"BLOCK_T": 64, "BLOCK_D": block_of(width, 128), "num_warps": 4}
-    return config_for("segment_pool_bwd", _bucket(width, dtype), default, device)
-
-
-def _bucket(width: int, dtype: torch.dtype) -> str:
-    return f"D{block_of(width, 1024)}-{str(dtype).removeprefix('torch.')}"
+    return config_for("segment_pool_bwd", width_bucket(width, dtype), default, device)
