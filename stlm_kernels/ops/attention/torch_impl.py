@@ -307,8 +307,7 @@ def _documents_of(
     other = boundaries.rows if boundaries.keys is None else boundaries.keys
     own = segments.clamped_bounds(boundaries.rows, length).long()
     other = segments.clamped_bounds(other, keys).long()
-    document = torch.searchsorted(own, rows, right=True)  # 0 and S + 1 are none
-    inside = (document > 0) & (document < own.shape[0])
+    document, inside = segments.find_segment(own, rows)
     own, other = (torch.cat([x[:1], x, x[-1:]]) for x in (own, other))
     start, end = (torch.where(inside, other[i], 0) for i in (document, document + 1))
     return start, end, other[document + 1] - own[document + 1]

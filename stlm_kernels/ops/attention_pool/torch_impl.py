@@ -59,7 +59,7 @@ class _Patches(NamedTuple):
 
     @classmethod
     def of(cls, boundaries: Tensor, total: int) -> _Patches:
-        return cls(boundaries, torch.repeat_interleave(boundaries.diff().long(), output_size=total))
+        return cls(boundaries, segments.segment_of_row(boundaries.long(), total))
 
 
 def _pool(query: Tensor, key: Tensor, value: Tensor, patches: _Patches, scale: float) -> Tensor:
@@ -119,8 +119,7 @@ class _Sum(Function):
 
     @staticmethod
     def forward(x: Tensor, boundaries: Tensor, of_row: Tensor) -> Tensor:
-        rows = torch.arange(x.shape[0], dtype=torch.int32, device=x.device)
-        return F.embedding_bag(rows, x, boundaries, mode="sum", include_last_offset=True)
+        return segments.segment_sum(x, boundaries)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:

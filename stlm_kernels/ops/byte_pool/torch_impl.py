@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import runtime
-from ..._torch import autograd, segments
+from ..._torch import autograd
 from ..._torch.casting import cast
 from ..._torch.function import Function
+from ..._torch.segments import clamped_bounds, segment_of_row
 
 CHUNK = 1024
 """Longest run of one id that a thread of a GPU sums before the runs' sums are added up."""
@@ -71,7 +72,7 @@ def _made_safe(
     # The last boundary is clamped to `total`: as a fill value it would be compiled in.
     boundaries = F.pad(F.pad(cu_patchlens, (0, 1), value=2**31 - 1), (1, 0))
     poison = F.pad(table.new_zeros(vocab, 1), (0, 0, 0, 1), value=float("nan"))
-    return ids, F.pad(table, (0, 0, 0, 1)), segments.clamped_bounds(boundaries, total), poison
+    return ids, F.pad(table, (0, 0, 0, 1)), clamped_bounds(boundaries, total), poison
 
 
 def _gained(
@@ -80,7 +81,7 @@ def _gained(
     """Ids and a table whose rows already carry the gain of their slot."""
     slots, vocab = gain.shape[0], table.shape[0]
     position = torch.arange(ids.shape[0], device=ids.device, dtype=torch.int32)
-    slot = (position - boundaries[_patch_of(boundaries, ids.shape[0])]).clamp(max=slots - 1)
+    slot = (position - boundaries[segment_of_row(boundaries, ids.shape[0])]).clamp(max=slots - 1)
     if slots * vocab <= ids.shape[0]:
         rows = gain[:, None] * table[None]
         rows = rows if poison is None else rows + poison
@@ -88,12 +89,6 @@ def _gained(
     # Few bytes beside many slots: their own (T, D) rows are the smaller table.
     rows = F.embedding(ids, table) * F.embedding(slot, gain)
     return position, rows if poison is None else rows + F.embedding(ids, poison)
-
-
-def _patch_of(boundaries: Tensor, total: int) -> Tensor:
-    """(T,) int32: which segment each position lies in."""
-    segments = torch.arange(boundaries.shape[0] - 1, device=boundaries.device, dtype=torch.int32)
-    return torch.repeat_interleave(segments, boundaries.diff(), output_size=total)
 
 
 def _scales(boundaries: Tensor, dtype: torch.dtype) -> Tensor:
@@ -117,7 +112,7 @@ def _pool(ids: Tensor, table: Tensor, boundaries: Tensor, patches: int, mean: bo
 def _plain_pool(ids: Tensor, table: Tensor, boundaries: Tensor, patches: int, mean: bool) -> Tensor:
     """Composition of ops that every torch.func transform knows."""
     out = table.new_zeros(boundaries.shape[0] - 1, table.shape[1])
-    out = out.index_add(0, _patch_of(boundaries, ids.shape[0]), F.embedding(ids, table))
+    out = out.index_add(0, segment_of_row(boundaries, ids.shape[0]), F.embedding(ids, table))
     out = out * _scales(boundaries, table.dtype)[:, None] if mean else out
     return out[:patches]
 
@@ -128,7 +123,7 @@ def _plain_backward(
     """dtable from ops that torch differentiates again."""
     scaled = grad * _scales(boundaries, grad.dtype)[: grad.shape[0], None] if mean else grad
     scaled = F.pad(scaled, (0, 0, 0, boundaries.shape[0] - 1 - grad.shape[0]))
-    rows = F.embedding(_patch_of(boundaries, ids.shape[0]), scaled)
+    rows = F.embedding(segment_of_row(boundaries, ids.shape[0]), scaled)
     return grad.new_zeros(vocab, grad.shape[1]).index_add(0, ids, rows)
 
 
@@ -140,7 +135,7 @@ def _backward(grad: Tensor, ids: Tensor, boundaries: Tensor, vocab: int, mean: b
     # Radix sorts take time by the width of their keys.
     key_dtype = torch.uint8 if vocab <= 256 else torch.int16 if vocab <= 32_768 else ids.dtype
     key, order = torch.sort(ids.to(key_dtype), stable=True)
-    patch = _patch_of(boundaries, total).index_select(0, order)
+    patch = segment_of_row(boundaries, total).index_select(0, order)
     scales = _scales(boundaries, grad.dtype).index_select(0, patch) if mean else None
     missing = boundaries.shape[0] - 1 - grad.shape[0]
     grad = F.pad(grad, (0, 0, 0, missing)) if missing else grad.contiguous()

@@ -39,8 +39,7 @@ def ema_unpool(
     follows = places > 0
     if cu_seqlens is not None:
         boundaries = segments.clamped_bounds(cu_seqlens, gate.shape[0]).long()
-        document = torch.searchsorted(boundaries, places, right=True)
-        inside = (document > 0) & (document < boundaries.shape[0])
+        document, inside = segments.find_segment(boundaries, places)
         first_places = boundaries.index_select(0, (document - 1).clamp(min=0))
         follows = inside & (places > first_places)
         gate = torch.where(inside, gate, 0)

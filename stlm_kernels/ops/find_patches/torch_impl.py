@@ -69,8 +69,8 @@ def _documents(positions: Tensor, cu_seqlens: Tensor) -> _Documents:
     total = len(positions)
     offsets = segments.clamped_bounds(cu_seqlens, total)
     zero, end = offsets.new_zeros(1), offsets.new_full((1,), total)
-    lengths = torch.cat([zero, offsets, end]).diff()  # before the first document, ..., after all
-    ids = torch.repeat_interleave(lengths, output_size=total)
+    covering = torch.cat([zero, offsets, end])  # before the first document, ..., after all
+    ids = segments.segment_of_row(covering, total)
     inside = (ids > 0) & (ids < len(offsets))
     documents = _Documents(inside, ids, positions, offsets)
     return documents._replace(starts=documents.spread(offsets))

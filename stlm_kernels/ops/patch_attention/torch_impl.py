@@ -146,8 +146,7 @@ def _long_blocks(
 def _static_blocks(cu_patchlens: Tensor, total: int, heads: int, causal: bool) -> Iterator[Block]:
     boundaries = segments.clamped_bounds(cu_patchlens, total).long()
     rows = torch.arange(total, device=cu_patchlens.device)
-    patch = torch.searchsorted(boundaries, rows, right=True)  # 0 and P + 1 are no patches
-    alive = (patch > 0) & (patch < boundaries.shape[0])
+    patch, alive = segments.find_segment(boundaries, rows)
     step = max(LEAST_ROWS, BLOCK_SCORES // max(1, heads * total))
     for first in range(0, total, step):
         part = slice(first, min(total, first + step))

@@ -72,7 +72,7 @@ def _bag_of(boundaries: Tensor, shape: torch.Size) -> Tensor:
 
     An expanded index lets torch copy, add and compare whole rows at a time.
     """
-    bags = torch.repeat_interleave(boundaries.diff().long(), output_size=shape[0])
+    bags = segments.segment_of_row(boundaries.long(), shape[0])
     return bags[:, None].expand(shape)
 
 
@@ -90,8 +90,7 @@ def _bag_sum(x: Tensor, boundaries: Tensor) -> Tensor:
     if runtime.needs_composition(x):  # EmbeddingBag has no batching rule, nor a forward one
         sums = x.new_zeros(boundaries.shape[0] - 1, x.shape[1], dtype=_wide(x.dtype))
         return sums.scatter_add(0, _bag_of(boundaries, x.shape), x.to(sums.dtype)).to(x.dtype)
-    rows = torch.arange(x.shape[0], dtype=torch.int32, device=x.device)
-    return F.embedding_bag(rows, x, boundaries, mode="sum", include_last_offset=True)
+    return segments.segment_sum(x, boundaries)
 
 
 def _segment_sum(x: Tensor, boundaries: Tensor, mean: bool, out_dtype: torch.dtype) -> Tensor:
