@@ -20,7 +20,7 @@ def pick_config(width: int, dtype: torch.dtype, device: torch.device) -> Config:
     """Patches of a program side by side, so that ragged lengths share one walk."""
     warps = 8 if dtype == torch.float32 else 4  # four spill on sm_100
     default = {"BLOCK_P": 16, "BLOCK_D": block_of(width, 128), "num_warps": warps}
-    return config_for("segment_pool_pick", widthwidth_bucket(width, dtype), default, device)
+    return config_for("segment_pool_pick", width_bucket(width, dtype), default, device)
 
 
 def bwd_config(width: int, dtype: torch.dtype, device: torch.device) -> Config:
