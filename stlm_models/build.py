@@ -13,7 +13,7 @@ from .layers.transformer import SwiGLU, build_blocks
 
 
 def patcher_of(config: ModelConfig, *, max_patches: int | None = None) -> BytePatcher:
-    """What cuts bytes into patches, as many as there are or so many slots."""
+    """Return the module that cuts bytes into patches, as many as there are or so many slots."""
     if config.patch_rule == "external":
         return GivenPatches()
     return BytePatcher(
@@ -33,14 +33,14 @@ def pooling_of(config: ModelConfig) -> BytePooling | None:
 
 
 def unpooling_of(config: ModelConfig) -> ByteUnpooling | EmaUnpooling:
-    """What gives bytes the states of patches."""
+    """Return the module that gives bytes the states of patches."""
     if config.unpooling == "ema":
         return EmaUnpooling(config.core_dim)
     return ByteUnpooling(config.byte_dim)
 
 
 def encoder_blocks(config: ModelConfig) -> tuple[nn.ModuleList, SwiGLU | None]:
-    """Of the local encoder; no blocks where there is none."""
+    """Return the blocks of the local encoder, none where there is none."""
     heads = config.encoder_heads, config.encoder_kv_heads
     return _blocks(
         config, *heads, config.encoder_ff, config.encoder_layers, inside=config.encoder == "patch"
@@ -48,7 +48,7 @@ def encoder_blocks(config: ModelConfig) -> tuple[nn.ModuleList, SwiGLU | None]:
 
 
 def decoder_blocks(config: ModelConfig) -> tuple[nn.ModuleList, SwiGLU | None]:
-    """Over bytes, or over the slots of each patch where the output is parallel."""
+    """Return blocks over bytes, or over the slots of each patch where the output is parallel."""
     heads = config.decoder_heads, config.decoder_kv_heads
     inside = config.output == "parallel"
     return _blocks(config, *heads, config.decoder_ff, config.decoder_layers, inside=inside)
@@ -85,7 +85,7 @@ def ngrams_of(config: ModelConfig) -> tuple[NgramPooling | None, nn.Linear | Non
 
 
 def ngram_mode(config: ModelConfig) -> str:
-    """How n-grams are pooled: as bytes are; by their mean where those are attended to."""
+    """Mode in which n-grams are pooled: as bytes are; their mean where those are attended to."""
     return "mean" if config.pooling == "attention" else config.pooling
 
 

@@ -35,12 +35,12 @@ RUN = "run"
 """The key of a run's id in the state and the manifest. Version 0.1.0 wrote none."""
 NAME = re.compile(r"step-([0-9]{8,})")
 SCANS = 10
-"""How often a folder without a checkpoint is looked at."""
+"""Number of looks at a folder without a checkpoint."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What one checkpoint holds.
+    """Content of one checkpoint.
 
     Args:
         config: the model's.
@@ -69,7 +69,7 @@ def require_extra(packages: Sequence[str]) -> None:
 def save_checkpoint(run: Path, checkpoint: Checkpoint) -> Path:
     """Write the checkpoint into the run folder, then drop older ones of the same run.
 
-    The folder gets its name when all of it is on disk, so that whoever finds one finds a whole one.
+    The folder gets its name when all of it is on disk, so that a folder with it is whole.
 
     Raises:
         OSError: where it cannot be written; what was there before stays, nothing half-written does.
@@ -312,7 +312,7 @@ def _drop_older(root: Path, step: int, run_id: object) -> None:
 
 
 def _is_whole_and_ours(folder: Path, step: int, run_id: object) -> bool:
-    """Whether this run wrote it at this step, and the user has neither renamed nor added a file."""
+    """Tell whether this run wrote it at this step, and no file was renamed or added since."""
     try:
         manifest = _parse(folder / MANIFEST, _read(folder / MANIFEST))
         state = _parse(folder / "state.json", _read(folder / "state.json"))

@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 model_of(checkpoint),
                 data,
                 checkpoint=checkpoint.digest,
-                lanes=options.lanes,
+                streams=options.streams,
                 on_progress=progress,
             )
         replace_file(out, file)
@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         "-o", "--out", type=Path, help=f"default: FILE{SUFFIX}, where there is none"
     )
     parser.add_argument(
-        "--lanes", type=int, help="parts coded side by side; default: one per 4 KiB"
+        "--streams", type=int, help="parts coded side by side; default: one per 4 KiB"
     )
     return parser
 

@@ -51,7 +51,7 @@ class ModelConfig:
     vocab_size: int = 257
     """256 bytes and the special ids behind them; at least 257."""
     tokens: str = "bytes"
-    """What an id stands for: "bytes", or "words", the baseline of byte models, which goes with
+    """Meaning of an id: "bytes", or "words", the baseline of byte models, which goes with
     patch_rule "none" and can be trained and judged, but writes no bytes.
     """
     tied: bool = True
@@ -61,10 +61,10 @@ class ModelConfig:
     patch_rule: str = "space"
     patch_size: int | None = None
     max_patch_len: int | None = 16
-    """As in `stlm_kernels.find_patches`. Rule "external": each call brings its `patches`, such as
-    those of a tokenizer, and nothing is generated. Rule "none" is a flat model, a decoder over
-    all positions: it has no patches, pooling and core (core_layers 0); the other core options
-    are not read.
+    """Patch rule and its options, as in `stlm_kernels.find_patches`. Rule "external": each call
+    brings its `patches`, such as those of a tokenizer, and nothing is generated. Rule "none" is a
+    flat model, a decoder over all positions: it has no patches, pooling and core (core_layers 0);
+    the other core options are not read.
     """
     max_patches: int | None = None
     """Slots of a whole call in training, for static shapes where the model makes its patches
@@ -72,7 +72,7 @@ class ModelConfig:
     take as many as there are. None: so does training.
     """
     pooling: str = "mean"
-    """How the bytes of a patch become its input, as in `BytePooling`; "attention" with
+    """Pooling of the bytes of a patch into its input, as in `BytePooling`; "attention" with
     `pooling_heads` heads. The seed paper's code averages over padded slots, so that a patch
     depends on how much padding it has; here only real bytes count.
     """
@@ -99,7 +99,7 @@ class ModelConfig:
     their rows.
     """
     byte_ngrams: bool = False
-    """Those that end at a byte join its own state too, which the encoder reads and the decoder
+    """N-grams that end at a byte join its own state too, which the encoder reads and the decoder
     adds; flat models do so anyway, the parallel output reads no bytes.
     """
     core_layers: int = 2
@@ -109,7 +109,7 @@ class ModelConfig:
     core_ff: int = 512
     """The transformer over patches."""
     unpooling: str = "read"
-    """How bytes read patch states: "read", the last complete one; "ema", a running average of
+    """Reading of patch states by bytes: "read", the last complete one; "ema", a running average of
     them, each new one weighed by a gate of its own (H-Net's smoothing), of which generation
     keeps one for each text. The parallel output reads core states alone.
     """
@@ -119,7 +119,7 @@ class ModelConfig:
     decoder_ff: int = 320
     """The transformer over bytes."""
     decoder_window: int | None = 128
-    """How many bytes back, itself included, a byte attends to; None is all."""
+    """Number of bytes back, itself included, that a byte attends to; None is all."""
     share_ff: bool = False
     """One SwiGLU for all layers of the encoder, one for the core's, one for the decoder's, as in
     the paper's feed-forward sharing.
@@ -134,15 +134,15 @@ class ModelConfig:
     positions (2x + pe); here a linear map and rotary positions tell slots apart.
     """
     reconstruction_weight: float = 1.0
-    """Of the parallel output's second loss in training: the same head decodes each patch's core
-    input back to its bytes (mean over bytes; special ids do not count, right padding does).
+    """Weight of the parallel output's second loss in training: the same head decodes each patch's
+    core input back to its bytes (mean over bytes; special ids do not count, right padding does).
     """
     qk_norm: bool = True
     rope_base: float = 10000.0
-    """Of every attention."""
+    """Norm and rotary base of every attention."""
     logit_scale: float = 1.0
     softcap: float | None = None
-    """Of the tied output projection."""
+    """Scale and soft cap of the tied output projection."""
     context: int = 1024
     """Bytes that training and generation show the model at once."""
     checkpointing: bool = False

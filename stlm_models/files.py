@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SECONDS_FOR_A_READER = 10.0
-"""How long writing to a FIFO waits for a process that reads from it."""
+"""Seconds that writing to a FIFO waits for a process that reads from it."""
 
 
 def replace_file(path: Path, data: bytes) -> None:
@@ -79,7 +79,7 @@ def require_writable(path: Path) -> None:
 
 
 def is_stdout(path: Path) -> bool:
-    """Whether the path stands for this process's standard output, as /dev/stdout does."""
+    """Tell whether the path stands for the standard output of this process, as /dev/stdout does."""
     return _own_descriptor(path) == 1
 
 
@@ -170,7 +170,7 @@ def _own_descriptor(path: Path) -> int | None:
 
 
 def _status(path: Path) -> os.stat_result | None:
-    """What has the name, at the end of all links; None where nothing has."""
+    """Status of the file at the end of all links; None where there is none."""
     try:
         return os.stat(path)
     except FileNotFoundError:
@@ -187,7 +187,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def new_file(path: Path) -> Path:
-    """The path, or a ValueError where something has that name that nobody asked to replace."""
+    """The path, or a ValueError where something has that name already."""
     if os.path.lexists(path):  # a link to nothing counts
         raise ValueError(f"{path}: exists already; name the file to write with -o")
     return path

@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         require_extra(["safetensors"])
         model = load_model(options.run)
         prompt = bytes_of(options.prompt)
-        pieces = model.stream(
+        chunks = model.stream(
             prompt,
             max_new_bytes=options.max_new_bytes,
             temperature=options.temperature,
@@ -34,8 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     print(prompt.decode("utf-8", "backslashreplace"), end="", flush=True)
     try:
-        for piece in pieces:
-            print(piece, end="", flush=True)
+        for chunk in chunks:
+            print(chunk, end="", flush=True)
     except FloatingPointError as error:
         note("", f"error: {error}")
         return 1

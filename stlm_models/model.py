@@ -84,7 +84,7 @@ class STLM(GenerationMixin, nn.Module):
 
     @property
     def checkpointing(self) -> bool:
-        """Whether training keeps the inputs of blocks alone: less memory, a second forward pass.
+        """Keeping of the inputs of blocks alone in training: less memory, a second forward pass.
 
         Setting it holds for all blocks of the model, and of a core such as `PatchCore`.
         """
@@ -153,7 +153,7 @@ class STLM(GenerationMixin, nn.Module):
                 256 stands before a document (of words: as their data has it). Right padding needs
                 no mask: no earlier row sees it.
             targets: what logits[..., t] must predict; -100 is ignored. Nothing is shifted here.
-            cu_seqlens: document borders of packed byte_ids; None is one document. Rows from its
+            cu_seqlens: document boundaries of packed byte_ids; None is one document. Rows from its
                 last entry on belong to no document: their targets are ignored, whatever they are.
             patches: from a loader or a rule of your own, for the flattened byte_ids.
 
@@ -289,7 +289,7 @@ class STLM(GenerationMixin, nn.Module):
         return None if self.ngrams is None else self.ngrams.rows(byte_ids, cu_seqlens)
 
     def own_states(self, embedded: Tensor, ngrams: Tensor | None) -> Tensor:
-        """What bytes are by themselves, of embeddings (..., byte_dim) and n-gram rows."""
+        """Return bytes' own states, of embeddings (..., byte_dim) and n-gram rows."""
         # Rows of the table are small, as an output projection wants them: patches would drown them.
         own = rms_norm(embedded)
         if self.ngrams is None:
@@ -314,7 +314,7 @@ class STLM(GenerationMixin, nn.Module):
     def pool(
         self, byte_ids: Tensor, encoded: Tensor, patches: Patches, ngrams: Tensor | None
     ) -> list[Tensor]:
-        """What the bytes of each patch amount to: states (P, byte_dim), n-grams (P, ngram_dim)."""
+        """Pool the bytes of each patch: states (P, byte_dim), and n-grams (P, ngram_dim)."""
         if self.pooling is None:
             pooled = self.embedding.pool(byte_ids, patches, mode=self.config.pooling)
         else:
@@ -325,7 +325,7 @@ class STLM(GenerationMixin, nn.Module):
         return [pooled, segment_pool(ngrams, patches.cu_patchlens, mode=mode)]
 
     def pool_states(self, encoded: Tensor, cu_patchlens: Tensor) -> Tensor:
-        """Of states from `encode` (T, byte_dim) one for each patch, (P, byte_dim)."""
+        """Pool states of `encode` (T, byte_dim) into one for each patch, (P, byte_dim)."""
         assert self.pooling is not None
         if self.config.encoder == "patch":
             shared = self.encoder_feed_forward
@@ -339,7 +339,7 @@ class STLM(GenerationMixin, nn.Module):
         return rms_norm(self.to_core(pooled))
 
     def core_states(self, core_outputs: Tensor, core_inputs: Tensor) -> Tensor:
-        """What is made of the core's outputs (P, core_dim), which have its inputs' shape."""
+        """Normalise the core's outputs (P, core_dim), which have its inputs' shape."""
         expected, got = tuple(core_inputs.shape), tuple(core_outputs.shape)
         if got != expected:
             raise ValueError(f"core: expected states of {expected}, got {got}")
@@ -355,8 +355,8 @@ class STLM(GenerationMixin, nn.Module):
     def decode_slots(self, states: Tensor) -> Tensor:
         """The parallel output's decoder: (N, core_dim) -> (N, L, byte_dim)."""
         assert self.head is not None
-        x, borders = self.head(states)
-        x = run_blocks(self.decoder, x, borders, None, self.decoder_feed_forward)
+        x, boundaries = self.head(states)
+        x = run_blocks(self.decoder, x, boundaries, None, self.decoder_feed_forward)
         return x.unflatten(0, (-1, self.head.slots))
 
     def decode(
@@ -370,5 +370,5 @@ class STLM(GenerationMixin, nn.Module):
         return self.output_states(run_blocks(self.decoder, x, cu_seqlens, caches, shared))
 
     def output_states(self, x: Tensor) -> Tensor:
-        """What the output projection reads, of the decoder's stream (..., byte_dim)."""
+        """Return the states that the output projection reads, of the decoder's (..., byte_dim)."""
         return self.to_output(rms_norm(x))

@@ -26,7 +26,7 @@ from .model import STLM, PatchCore
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that train together; alone where none was started by torchrun."""
+    """Rank of this process among those that train together; one without torchrun."""
 
     rank: int = 0
     world: int = 1
@@ -83,7 +83,7 @@ class Ranks:
 
 
 def mean_loss(loss_sum: Tensor, n_valid: Tensor) -> tuple[Tensor, Tensor]:
-    """What to call backward on, and the mean loss over the valid bytes of all processes.
+    """Return the loss to call backward on, and the mean loss over the valid bytes of all processes.
 
     DDP and FSDP average gradients over processes, which counts a byte for less where there are
     more of them; this counts every valid byte the same. Alone it is loss_sum / n_valid.

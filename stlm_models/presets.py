@@ -1,7 +1,7 @@
-"""Shapes of models by name, each with two twins: what pooling bytes must be worth.
+"""Shapes of models by name, each with two baselines, which pooling bytes must beat.
 
 `<name>-flat` reads the same bytes without patches, `<name>-word` the words of a vocabulary. A
-comparison with a twin is fair when
+comparison with a baseline is fair when
 - both have the same number of parameters, a tied table counted once (within 2%, a test sees to it);
 - both train for the same minutes on the same machine, not for the same number of steps: what a
   position costs is part of what is compared;
@@ -10,8 +10,8 @@ comparison with a twin is fair when
 - the optimisers, their schedule and the tuning of their learning rates are the same;
 - both are judged in bits per real byte of the same held-out text, every byte scored once and with
   the same bytes of context. Words must spell every text: nats of all ids / (ln 2 x bytes);
-- the twin is as good as its kind allows at that size: full attention, heads of 64, no layer spent
-  on what pooling needs.
+- the baseline is as good as its kind allows at that size: full attention, heads of 64, no layer
+  spent on what pooling needs.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from typing import Any
 from .config import ModelConfig
 
 BYTES_PER_WORD = 4.5
-"""Of English text and of source code, roughly: words and what stands between them."""
+"""Mean length in English text and source code, roughly, of words and what is between them."""
 
 NGRAMS = (2, 3, 4)
-"""Of the pooled presets: bytes then know what ends at them, without a layer that finds out."""
+"""N-grams of pooled presets: bytes then know what ends at them, without a layer that finds out."""
 
 _CORE = ("core_layers", "core_dim", "core_heads", "core_kv_heads", "core_ff")
 _DECODER = (
@@ -78,7 +78,7 @@ _POOLED: dict[str, ModelConfig] = {
 
 
 def _flat(pooled: str, width: int, layers: int, heads: int, kv_heads: int, ff: int) -> ModelConfig:
-    """The twin that reads the bytes of a pooled preset one by one."""
+    """The baseline that reads the bytes of a pooled preset one by one."""
     return ModelConfig(
         patch_rule="none",
         ngram_sizes=(),
@@ -96,7 +96,7 @@ def _flat(pooled: str, width: int, layers: int, heads: int, kv_heads: int, ff: i
 def _words(
     pooled: str, vocab_size: int, width: int, layers: int, heads: int, kv_heads: int, ff: int
 ) -> ModelConfig:
-    """The twin that reads words instead."""
+    """The baseline that reads words instead."""
     return replace(
         _flat(pooled, width, layers, heads, kv_heads, ff),
         tokens="words",
@@ -108,7 +108,7 @@ def _words(
 _PAPER_BYTE = _shape((11, 512, 8, 8, 1408), (7, 256, 8, 512, None), 4096, **_PAPER)
 """The seed paper's order of things (arXiv 2405.14159) without its leaks and lost bytes: attention
 inside patches of at most 12 bytes, their mean, a core, all bytes of the next patch at once, the
-reconstruction. Its patches are tokens of GPT-2, whose borders depend on later bytes; here spaces
+reconstruction. Its patches are tokens of GPT-2, whose boundaries depend on later bytes; here spaces
 close them, and no byte is cut off.
 """
 
@@ -124,7 +124,7 @@ PRESETS: dict[str, ModelConfig] = {
     "50m-word": _words("50m", 50257, 512, 8, 8, 2, 1536),
     "100m-word": _words("100m", 50257, 768, 10, 12, 4, 2016),
 }
-"""By name; a tied table counts once towards the parameters that the name promises."""
+"""Presets by name; a tied table counts once towards the parameters that the name promises."""
 
 
 def preset(name: str) -> ModelConfig:

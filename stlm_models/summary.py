@@ -1,7 +1,7 @@
 """`python -m stlm_models.summary`: parameters, work and memory of the presets, on real bytes.
 
 Work and memory of activations are counted, not estimated: one training step of each model runs here
-on a piece of the standard library's source.
+on a chunk of the standard library's source.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Summary:
-    """What a model is and needs, for one document of `n_bytes` in a training step.
+    """Size and needs of a model, for one document of `n_bytes` in a training step.
 
     Args:
         parameters: how many, by part; a tied table counts once.

@@ -179,7 +179,7 @@ def _train(trainer: Trainer, run: Path, arguments: argparse.Namespace) -> int:
 
 
 def _follow(trainer: Trainer) -> int:
-    """The same steps in another process, which neither reports nor saves."""
+    """Train the same steps in another process, which neither reports nor saves."""
     with Interrupt() as interrupt:
         trainer.run(should_stop=interrupt.requested)
     return 0  # the first process says how it ended: a failure here would end that one early

@@ -11,7 +11,7 @@ from ..config import BYTES
 from ..model import STLM
 from .file_format import Compressed, machine_of, sha256, unpack
 from .range_coder import Decoder, Encoder, most_symbols
-from .streams import code_lanes, default_lanes, lane_borders, reproducible
+from .streams import code_streams, default_streams, reproducible, stream_boundaries
 
 
 def compress(
@@ -19,7 +19,7 @@ def compress(
     data: bytes,
     *,
     checkpoint: str,
-    lanes: int | None = None,
+    streams: int | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> bytes:
     """A file from which `decompress` makes data again, with the same model.
@@ -27,36 +27,36 @@ def compress(
     Args:
         data: any bytes.
         checkpoint: SHA-256 in hexadecimal that the model is known by: `Checkpoint.digest`.
-        lanes: parts that are coded side by side, each as a document of its own: more are faster,
+        streams: parts that are coded side by side, each as a document of its own: more are faster,
             fewer are smaller. None is one for every 4 KiB, at most 64.
         on_progress: called with how many bytes are done.
 
     Raises:
-        ValueError: for lanes below 1 or more than bytes, a model that writes no bytes,
+        ValueError: for streams below 1 or more than bytes, a model that writes no bytes,
             and one whose logits are not finite.
 
     >>> model = STLM(ModelConfig(core_layers=1, decoder_layers=1))
     >>> compress(model, b"some text", checkpoint=64 * "0")[:4]
     b'STLM'
     """
-    lanes = default_lanes(len(data)) if lanes is None else lanes
-    if not 1 <= lanes <= max(1, len(data)):
-        raise ValueError(f"lanes: expected 1 to the number of bytes {len(data)}, got {lanes}")
-    encoders = [Encoder() for _ in range(lanes)]
-    borders = lane_borders(len(data), lanes)
+    streams = default_streams(len(data)) if streams is None else streams
+    if not 1 <= streams <= max(1, len(data)):
+        raise ValueError(f"streams: expected 1 to the number of bytes {len(data)}, got {streams}")
+    encoders = [Encoder() for _ in range(streams)]
+    boundaries = stream_boundaries(len(data), streams)
 
     def encode(step: int, rows: Sequence[int], cumulative: NDArray[np.int64]) -> list[int]:
-        found = [data[borders[lane] + step] for lane in rows]
+        found = [data[boundaries[stream] + step] for stream in rows]
         starts = cumulative[rows, found].tolist()
         ends = cumulative[rows, [byte + 1 for byte in found]].tolist()
-        for lane, start, end in zip(rows, starts, ends, strict=True):
-            encoders[lane].encode(start, end)
+        for stream, start, end in zip(rows, starts, ends, strict=True):
+            encoders[stream].encode(start, end)
         if on_progress is not None:
-            on_progress(step * lanes + len(rows))
+            on_progress(step * streams + len(rows))
         return found
 
     with reproducible(model):
-        code_lanes(model, len(data), lanes, encode)
+        code_streams(model, len(data), streams, encode)
     return Compressed(
         checkpoint=checkpoint,
         content=sha256(data),
@@ -103,20 +103,20 @@ def decompress(
             f"file: damaged, its {size} bytes of code hold at most {most} of text, "
             f"got {packed.length}"
         )
-    lanes = len(packed.codes)
+    streams = len(packed.codes)
     decoders = [Decoder(code) for code in packed.codes]
     parts = [bytearray() for _ in packed.codes]  # grown as they are decoded
 
     def decode(step: int, rows: Sequence[int], cumulative: NDArray[np.int64]) -> list[int]:
-        found = [decoders[lane].decode(cumulative[lane]) for lane in rows]
-        for lane, byte in zip(rows, found, strict=True):
-            parts[lane].append(byte)
+        found = [decoders[stream].decode(cumulative[stream]) for stream in rows]
+        for stream, byte in zip(rows, found, strict=True):
+            parts[stream].append(byte)
         if on_progress is not None:
-            on_progress(step * lanes + len(rows))
+            on_progress(step * streams + len(rows))
         return found
 
     with reproducible(model):
-        code_lanes(model, packed.length, lanes, decode)
+        code_streams(model, packed.length, streams, decode)
     data = b"".join(parts)
     if sha256(data) != packed.content:
         raise ValueError(_other_arithmetic(packed, machine_of(model.embedding.weight.device)))

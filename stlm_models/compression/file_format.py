@@ -1,4 +1,4 @@
-"""The format of a compressed file: a header, the sizes of the lanes' codes, the codes.
+"""The format of a compressed file: a header, the sizes of the streams' codes, the codes.
 
 All numbers are little-endian. A checksum over the file tells damage from the other reason why a
 text may not come back: arithmetic that gives other probabilities than it did for the writer.
@@ -26,7 +26,7 @@ SIZE = struct.Struct("<I")
 
 @dataclass(frozen=True)
 class Compressed:
-    """What a compressed file holds.
+    """Content of a compressed file.
 
     Args:
         checkpoint: SHA-256 of the model that wrote it, in hexadecimal; see `Checkpoint.digest`.
@@ -34,7 +34,7 @@ class Compressed:
         length: bytes of the text.
         context: the model's.
         machine: what it computed with, in words.
-        codes: one for each lane of the text.
+        codes: one for each stream of the text.
     """
 
     checkpoint: str
@@ -61,7 +61,7 @@ class Compressed:
 
 
 def unpack(file: bytes) -> Compressed:
-    """What `Compressed.pack` has packed.
+    """Unpack a file of `Compressed.pack`.
 
     Raises:
         ValueError: for anything that is not such a file, whole and undamaged.
@@ -76,15 +76,17 @@ def unpack(file: bytes) -> Compressed:
     body = memoryview(file)[FRONT.size :]
     if zlib.crc32(body) != checksum:
         raise ValueError("file: damaged, its checksum does not fit its content")
-    checkpoint, content, length, context, lanes, named = HEADER.unpack_from(body)
+    checkpoint, content, length, context, streams, named = HEADER.unpack_from(body)
     sizes_at = HEADER.size + named
-    codes_at = sizes_at + lanes * SIZE.size
-    if not 1 <= lanes <= max(1, length) or codes_at > len(body):
-        raise ValueError(f"file: expected 1 to {max(1, length)} lanes and their codes, got {lanes}")
+    codes_at = sizes_at + streams * SIZE.size
+    if not 1 <= streams <= max(1, length) or codes_at > len(body):
+        raise ValueError(
+            f"file: expected 1 to {max(1, length)} streams and their codes, got {streams}"
+        )
     machine = bytes(body[HEADER.size : sizes_at]).decode()
     sizes = (size for (size,) in SIZE.iter_unpack(body[sizes_at:codes_at]))
-    borders = accumulate(sizes, initial=codes_at)
-    codes = tuple(bytes(body[begin:end]) for begin, end in pairwise(borders))
+    boundaries = accumulate(sizes, initial=codes_at)
+    codes = tuple(bytes(body[begin:end]) for begin, end in pairwise(boundaries))
     return Compressed(checkpoint.hex(), content.hex(), length, context, machine, codes)
 
 
@@ -94,7 +96,7 @@ def sha256(data: bytes) -> str:
 
 
 def machine_of(device: torch.device) -> str:
-    """What probabilities depend on besides the model: torch, and the kind of device."""
+    """Name all that probabilities depend on besides the model: torch, and the kind of device."""
     if device.type == "cuda":
         kind = torch.cuda.get_device_name(device)
     else:

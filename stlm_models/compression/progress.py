@@ -1,4 +1,4 @@
-"""How far the coding of a file is."""
+"""Progress of the coding of a file."""
 
 from __future__ import annotations
 

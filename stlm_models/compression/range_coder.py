@@ -15,7 +15,7 @@ TOTAL_BITS = 24
 WIDTH_BITS = 48
 """The interval is at most 2 ** WIDTH_BITS wide; a product with a share stays below 64 bits."""
 LAST_DIGIT = WIDTH_BITS - 8
-"""It is never narrower than 2 ** LAST_DIGIT: rounding costs a symbol 2 ** -16 of its interval."""
+"""Narrowest interval, 2 ** LAST_DIGIT: rounding costs a symbol 2 ** -16 of its interval."""
 MASK = (1 << WIDTH_BITS) - 1
 
 
@@ -68,7 +68,7 @@ class Decoder:
         self._code, self._read = code, 0
         self._width = 1 << WIDTH_BITS
         self._offset = 0
-        """Of the code in the interval."""
+        """Offset of the code in the interval."""
         for _ in range(WIDTH_BITS // 8):
             self._shift_in()
 
@@ -92,7 +92,7 @@ class Decoder:
 
 
 def most_symbols(digits: int, alphabet: int) -> int:
-    """How many symbols a code of so many bytes can hold, where none has an empty share.
+    """Most symbols that a code of so many bytes can hold, where none has an empty share.
 
     The likeliest symbol costs so many bits at least, and all digits but one have left the interval,
     which is never narrower than a digit.

@@ -1,6 +1,6 @@
-"""What a model expects of the bytes of a text, byte by byte: the part that coder and decoder share.
+"""Shares that a model gives the bytes of a text, one by one: common to coder and decoder.
 
-Both run `code_lanes` and nothing else of the model, with the same rows in every step: that makes
+Both run `code_streams` and nothing else of the model, with the same rows in every step: that makes
 its probabilities the same on both sides, bit for bit, on the same software and kind of device. A
 byte is shown to the model after it was coded: one that leaks has nothing to look ahead at.
 """
@@ -22,28 +22,28 @@ from ..layers.modes import eval_mode
 from ..model import STLM
 from .range_coder import TOTAL_BITS
 
-BYTES_OF_A_LANE = 4096
-MOST_LANES = 64
+BYTES_OF_A_STREAM = 4096
+MOST_STREAMS = 64
 
 NextBytes = Callable[[int, Sequence[int], NDArray[np.int64]], list[int]]
-"""(step, lanes that have a byte there, cumulative shares of all lanes) -> the bytes of those."""
+"""(step, streams with a byte there, cumulative shares of all streams) -> the bytes of those."""
 
 
-def default_lanes(length: int) -> int:
-    """A lane for every 4 KiB, at most 64. Each begins without context, which costs a little."""
-    return min(MOST_LANES, max(1, -(-length // BYTES_OF_A_LANE)))
+def default_streams(length: int) -> int:
+    """A stream for every 4 KiB, at most 64. Each begins without context, which costs a little."""
+    return min(MOST_STREAMS, max(1, -(-length // BYTES_OF_A_STREAM)))
 
 
-def lane_borders(length: int, lanes: int) -> list[int]:
-    """Where lanes begin in a text of this length, and its end; they differ by a byte at most."""
-    return [length * lane // lanes for lane in range(lanes + 1)]
+def stream_boundaries(length: int, streams: int) -> list[int]:
+    """Offsets of streams in a text of this length, and its end; they differ by a byte at most."""
+    return [length * stream // streams for stream in range(streams + 1)]
 
 
 @torch.no_grad()
-def code_lanes(model: STLM, length: int, lanes: int, next_bytes: NextBytes) -> None:
-    """Ask for the bytes of all lanes, step by step, telling what the model expects them to be.
+def code_streams(model: STLM, length: int, streams: int, next_bytes: NextBytes) -> None:
+    """Ask for the bytes of all streams, step by step, telling what the model expects them to be.
 
-    Each lane begins a document; beyond the context it goes on as generation does.
+    Each stream begins a document; beyond the context it goes on as generation does.
 
     Raises:
         ValueError: for a model that writes no bytes, and where its logits are not finite.
@@ -51,17 +51,19 @@ def code_lanes(model: STLM, length: int, lanes: int, next_bytes: NextBytes) -> N
     check_writes_bytes(model)
     if length == 0:
         return
-    borders = lane_borders(length, lanes)
-    lengths = [end - begin for begin, end in pairwise(borders)]
+    boundaries = stream_boundaries(length, streams)
+    lengths = [end - begin for begin, end in pairwise(boundaries)]
     windows = [[BOS_ID] for _ in lengths]
     run = CachedRun(model, windows)
-    ids = [0] * lanes
+    ids = [0] * streams
     for step in range(max(lengths)):
-        rows = [lane for lane in range(lanes) if step < lengths[lane]]
+        rows = [stream for stream in range(streams) if step < lengths[stream]]
         logits = model.embedding.logits(run.hidden, valid_vocab=BYTES)
-        for lane, byte in zip(rows, next_bytes(step, rows, cumulative_shares(logits)), strict=True):
-            ids[lane] = byte
-            windows[lane].append(byte)
+        for stream, byte in zip(
+            rows, next_bytes(step, rows, cumulative_shares(logits)), strict=True
+        ):
+            ids[stream] = byte
+            windows[stream].append(byte)
         advance(run, windows, torch.tensor(ids, device=run.device), rows)
 
 

@@ -1,4 +1,4 @@
-"""What a file holds, by its first bytes: documents can be read from some containers, not all.
+"""Containers by their first bytes: documents can be read from some, not from all.
 
 Trained on as it is, a container would teach a model the noise of its compression.
 """
@@ -47,7 +47,7 @@ SAFETENSORS = Container("a safetensors file", LEAVE)
 HAS_ZSTD = sys.version_info >= (3, 14)
 
 _BZ2_BLOCKS = (b"1AY&SY", b"\x17rE8P\x90")
-"""What follows the header: pi, and the root of pi where there is nothing in it."""
+"""Magic that follows the header: pi, and the root of pi where there is nothing in it."""
 _AT_START: dict[bytes, Container] = {
     b"\x1f\x8b": GZIP,
     **{b"BZh%d%s" % (n, block): BZ2 for n in range(1, 10) for block in _BZ2_BLOCKS},
@@ -119,7 +119,7 @@ _IN_A_ZIP: tuple[tuple[str, Container], ...] = (
 
 
 def container_of(head: bytes, size: int) -> Container | None:
-    """What begins with these bytes (the first 512, or all) and is `size` long; None is plain."""
+    """Find the container that begins with these bytes (512, or all) and is `size` long, or None."""
     for magic, container in _AT_START.items():
         if head.startswith(magic) and (looks_binary(head) or not _may_begin_a_text(magic)):
             return container
@@ -139,7 +139,7 @@ def _may_begin_a_text(magic: bytes) -> bool:
 
 
 def zip_of(names: list[str]) -> Container | None:
-    """What a zip archive with these members is beside a zip archive, None where it is just that."""
+    """Name what a zip archive with these members is besides, None where it is just that."""
     for name, container in _IN_A_ZIP:
         if any(member == name or member.endswith(f"/{name}") for member in names):
             return container
@@ -149,7 +149,7 @@ def zip_of(names: list[str]) -> Container | None:
 
 
 def looks_binary(data: bytes | memoryview) -> bool:
-    """Whether there is a NUL, or more control characters than in a text, in the first 64 KiB."""
+    """Tell whether the first 64 KiB have a NUL, or more control characters than a text."""
     counts = np.bincount(np.frombuffer(data[:SAMPLE_BYTES], np.uint8), minlength=256)
     control = counts[:32].sum() - counts[[*b"\t\n\v\f\r\x1b"]].sum()
     return bool(counts[0]) or control > CONTROL_SHARE * counts.sum()

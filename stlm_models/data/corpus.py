@@ -52,7 +52,7 @@ class Corpus:
     train: Sequence[bytes | memoryview]
     held_out: list[bytes]
     notes: tuple[str, ...] = ()
-    """What was left out, unpacked or not read as its name suggests, a line for each kind."""
+    """Notes on files left out, unpacked, or not read as their names suggest, one for each kind."""
 
     @cached_property
     def train_sha256(self) -> str:
@@ -183,4 +183,4 @@ def _cut(documents: list[bytes | memoryview]) -> tuple[list[bytes | memoryview],
         train.append(document[:left])
         held_out.append(bytes(document[left:]))
         left = max(0, left - len(document))
-    return [piece for piece in train if piece], [piece for piece in held_out if piece]
+    return [chunk for chunk in train if chunk], [chunk for chunk in held_out if chunk]

@@ -1,8 +1,8 @@
-"""Which files a corpus is made of: each once, whatever its names are.
+"""Files that a corpus is made of: each once, under any of its names.
 
 A file is known by its device and inode: links, relative and absolute paths and overlapping patterns
 name it again, not another one. Files that are named are always read. A walk of a folder leaves out
-what nobody means by it (hidden files and folders, runs, the output folder, virtual environments)
+what is never meant by it (hidden files and folders, runs, the output folder, virtual environments)
 and says so.
 """
 
@@ -22,7 +22,7 @@ from pathlib import Path
 Identity = tuple[int, int] | str
 MAGIC = re.compile(r"[*?[]")
 HUB_CACHE = re.compile(r"(datasets|models|spaces)--")
-"""How folders of a Hugging Face hub cache begin: blobs/ has the files, snapshots/ their names."""
+"""Prefixes of folders in a Hugging Face hub cache: blobs/ has files, snapshots/ their names."""
 LEFT_OUT = {
     "hidden folder": "hidden folders",
     "hidden file": "hidden files",
@@ -203,7 +203,7 @@ class _Search:
 
 
 def _is_run(folder: Path) -> bool:
-    """Whether `stlm_models.train` wrote it, or a Trainer."""
+    """Tell whether `stlm_models.train` wrote it, or a Trainer."""
     checkpoints = folder / "checkpoints"
     return checkpoints.is_dir() and (
         (folder / "metrics.jsonl").is_file() or any(checkpoints.glob("step-*/manifest.json"))
@@ -211,13 +211,13 @@ def _is_run(folder: Path) -> bool:
 
 
 def identity(status: os.stat_result, path: Path) -> Identity:
-    """What two names of one file or folder have in common."""
+    """Identity of a file or folder, which all its names have in common."""
     # File systems without inodes give 0 to everything.
     return (status.st_dev, status.st_ino) if status.st_ino else str(path.resolve())
 
 
 def _fits(parts: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Whether a path matches a pattern, both by their parts; ** is any number of folders."""
+    """Tell whether a path matches a pattern, both by their parts; ** is any number of folders."""
     if not pattern:
         return not parts
     if pattern[0] == "**":

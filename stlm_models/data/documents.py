@@ -42,7 +42,7 @@ FAILURES = (
     OSError, EOFError, RuntimeError, ValueError, zlib.error,
     lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError,
 )  # fmt: skip
-"""What the standard library raises for a damaged container, or one of a kind that it lacks."""
+"""Errors of the standard library for a damaged container, or one of a kind that it lacks."""
 
 
 class Documents:
@@ -75,7 +75,7 @@ class Documents:
             yield from (document for document in found if document)
 
     def notes(self) -> list[str]:
-        """What was made of the files that is not plain, a line for each kind.
+        """Say what was made of files that are not plain, a line for each kind.
 
         Raises:
             ValueError: where a text_key found no JSON lines.
@@ -214,7 +214,7 @@ def _suffixes(path: PurePosixPath | Path) -> Iterator[str]:
 
 
 def _is_hidden(part: str) -> bool:
-    """Whether a member is hidden by a part of its name; macOS puts attributes in such folders."""
+    """Tell whether a part of a member's name hides it; macOS puts attributes in such folders."""
     return (part.startswith(".") and part != "..") or part == "__MACOSX"
 
 
@@ -231,7 +231,7 @@ def _refuse_nested(name: str, inner: Container, outer: Container) -> None:
 
 
 def _decompressed(container: Container, stream: IO[bytes]) -> Iterator[bytes]:
-    """What a compressed file holds, in blocks."""
+    """Yield the content of a compressed file, in blocks."""
     if container is GZIP:
         yield from _blocks(gzip.GzipFile(fileobj=stream))
     elif container is BZ2:

@@ -15,11 +15,11 @@ from ..build import patcher_of as patcher_module_of
 from ..config import ModelConfig
 
 Patcher = Callable[[Tensor, Tensor], Patches]
-"""The patches of packed byte_ids (T,) with document borders cu_seqlens (S+1,)."""
+"""The patches of packed byte_ids (T,) with document boundaries cu_seqlens (S+1,)."""
 
 
 def patcher_of(config: ModelConfig) -> Patcher | None:
-    """What finds the patches that a model of this shape reads; None where it reads none.
+    """Return the finder of the patches that a model of this shape reads; None where it reads none.
 
     Raises:
         ValueError: where the config leaves patches to the caller.
@@ -57,23 +57,23 @@ class Batch:
         return (self.patches.n_patches - (len(self.patches.cu_patchlens) - 1)).clamp(min=0)
 
     def with_open_sizes(self) -> Batch:
-        """The same, for torch.compile: numbers of documents and patches are not to be built in.
+        """Mark sizes as open for torch.compile: numbers of documents and patches are not built in.
 
         Where an op must know one (the torch path of attention), it is compiled for that one.
         """
-        borders = [self.cu_seqlens]
+        boundaries = [self.cu_seqlens]
         if self.patches is not None:
-            borders += [self.patches.cu_patchlens, self.patches.cu_seqlens]
-        for offsets in borders:
+            boundaries += [self.patches.cu_patchlens, self.patches.cu_seqlens]
+        for offsets in boundaries:
             torch._dynamo.maybe_mark_dynamic(offsets, 0)
         return self
 
     def to(self, device: torch.device) -> Batch:
-        """The same on a device; a copy to a GPU from pinned memory is not waited for."""
+        """Copy to a device; a copy to a GPU from pinned memory is not waited for."""
         return self._each(lambda x: x.to(device, non_blocking=device.type == "cuda"))
 
     def pinned(self) -> Batch:
-        """The same in memory that a GPU copies from by itself."""
+        """Copy to memory that a GPU copies from by itself."""
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:

@@ -52,7 +52,7 @@ class DocumentStream:
 
     def most_documents(self, length: int) -> int:
         """The most documents that any `length` ids in a row belong to, the first one cut or not."""
-        # Behind a document's first id, as many may begin as in the densest piece of the stream.
+        # Behind a document's first id, as many may begin as in the densest chunk of the stream.
         starts = self._starts[:-1]
         begun = np.searchsorted(starts, starts + length - 1) - np.arange(len(starts))
         return 1 + int(begun.max())
@@ -114,18 +114,18 @@ class TrainingWindows:
             self._most_documents = len(self.own_rows) * self.ids.most_documents(context)
 
     def batch(self, step: int) -> Batch:
-        """This process's windows of a step; id 256 is never a target, and begins a document."""
+        """Return this process's windows of a step; id 256 is no target, and begins a document."""
         starts = [self._start(step * self.rows + row) for row in self.own_rows]
         windows = np.stack([self.ids[start : start + self.context + 1] for start in starts])
         inputs, targets = windows[:, :-1].reshape(-1), windows[:, 1:].reshape(-1).astype(np.int64)
         targets[targets == BOS_ID] = IGNORED
         begins = inputs == BOS_ID
         begins[:: self.context] = True
-        borders = np.append(np.flatnonzero(begins), len(inputs)).astype(np.int32)
+        boundaries = np.append(np.flatnonzero(begins), len(inputs)).astype(np.int32)
         if self._most_documents is not None:
-            empty = self._most_documents + 1 - len(borders)
-            borders = np.pad(borders, (0, empty), constant_values=len(inputs))
-        byte_ids, cu_seqlens = torch.from_numpy(inputs.copy()), torch.from_numpy(borders)
+            empty = self._most_documents + 1 - len(boundaries)
+            boundaries = np.pad(boundaries, (0, empty), constant_values=len(inputs))
+        byte_ids, cu_seqlens = torch.from_numpy(inputs.copy()), torch.from_numpy(boundaries)
         patches = None if self.patcher is None else self.patcher(byte_ids, cu_seqlens)
         return Batch(byte_ids, torch.from_numpy(targets), cu_seqlens, patches)
 

@@ -1,4 +1,4 @@
-"""Words as tokens, for the word-level twin of a byte model: lossless, and made from its corpus.
+"""Words as tokens, for the word-level baseline of a byte model: lossless, and made from its corpus.
 
 Ids 0 to 255 are bytes, 256 stands before a document, and from 257 on come the most frequent patches
 that the space rule makes of the training split. A patch that is no word is spelled by its bytes.
@@ -25,15 +25,15 @@ FIRST_WORD = BOS_ID + 1
 MAX_SIZE = 1 << 18
 MAX_WORD_BYTES = 64
 MIN_COUNT = 2
-"""How often a word occurs: were all patches words, training would never show how to spell one."""
-PIECE_BYTES = 1 << 17
+"""Least count of a word: were all patches words, training would never show how to spell one."""
+CHUNK_BYTES = 1 << 17
 """Text is cut into patches so many bytes at a time, which bounds the memory that it takes."""
 MAX_FILE_BYTES = MAX_SIZE * (6 * MAX_WORD_BYTES + 4)  # each byte as \u00xx
 
 
 @dataclass(frozen=True)
 class WordVocabulary:
-    r"""Which patches are words: `vocabulary.decode(vocabulary.encode(data)) == data` for any bytes.
+    r"""Patches that are words: `vocabulary.decode(vocabulary.encode(data)) == data` for any bytes.
 
     Args:
         words: 2 to 64 bytes each, none twice; the first has id 257.
@@ -74,8 +74,8 @@ class WordVocabulary:
             raise ValueError(f"size: expected {FIRST_WORD} to {MAX_SIZE}, got {size}")
         counts: Counter[bytes] = Counter()
         for document in documents:
-            for piece, offsets in _pieces(document):
-                counts.update(_patches(piece, offsets))
+            for chunk, offsets in _chunks(document):
+                counts.update(_patches(chunk, offsets))
         found = [
             (-count, patch)
             for patch, count in counts.items()
@@ -85,12 +85,12 @@ class WordVocabulary:
 
     @property
     def size(self) -> int:
-        """How many ids there are, bytes and document start among them."""
+        """Number of ids, bytes and document start among them."""
         return FIRST_WORD + len(self.words)
 
     def encode(self, data: bytes | memoryview) -> NDArray[np.int32]:
         """The ids (N,) of one document, without the document start before it."""
-        ids = [self._encode_piece(*piece) for piece in _pieces(data)]
+        ids = [self._encode_chunk(*chunk) for chunk in _chunks(data)]
         return np.concatenate(ids) if ids else np.empty(0, np.int32)
 
     def decode(self, ids: NDArray[np.integer]) -> bytes:
@@ -108,12 +108,12 @@ class WordVocabulary:
         return b"".join(found)
 
     def to_json(self) -> bytes:
-        """As a JSON list of strings, each character a byte."""
+        """Return a JSON list of strings, each character a byte."""
         return json.dumps([word.decode("latin-1") for word in self.words]).encode() + b"\n"
 
     @classmethod
     def from_json(cls, data: bytes) -> WordVocabulary:
-        """What `to_json` gave.
+        """Read the JSON of `to_json`.
 
         Raises:
             ValueError: where it is something else.
@@ -139,35 +139,35 @@ class WordVocabulary:
     def _table(self) -> list[bytes]:
         return [*(bytes([byte]) for byte in range(BYTES)), b"", *self.words]
 
-    def _encode_piece(self, piece: bytes, offsets: NDArray[np.int32]) -> NDArray[np.int32]:
-        found = map(self._ids.get, _patches(piece, offsets), itertools.repeat(-1))
+    def _encode_chunk(self, chunk: bytes, offsets: NDArray[np.int32]) -> NDArray[np.int32]:
+        found = map(self._ids.get, _patches(chunk, offsets), itertools.repeat(-1))
         ids = np.fromiter(found, np.int32, len(offsets) - 1)
         is_word, starts = ids >= 0, offsets[:-1] - offsets[0]
         # A word's id takes the place of its first byte; its other bytes go.
-        tokens = np.frombuffer(piece, np.uint8)[offsets[0] : offsets[-1]].astype(np.int32)
+        tokens = np.frombuffer(chunk, np.uint8)[offsets[0] : offsets[-1]].astype(np.int32)
         gone = np.repeat(is_word, np.diff(offsets))
         gone[starts] = False
         tokens[starts[is_word]] = ids[is_word]
         return tokens[~gone]
 
 
-def _patches(piece: bytes, offsets: NDArray[np.int32]) -> list[bytes]:
-    return [piece[begin:end] for begin, end in itertools.pairwise(offsets.tolist())]
+def _patches(chunk: bytes, offsets: NDArray[np.int32]) -> list[bytes]:
+    return [chunk[begin:end] for begin, end in itertools.pairwise(offsets.tolist())]
 
 
-def _pieces(document: bytes | memoryview) -> Iterator[tuple[bytes, NDArray[np.int32]]]:
-    """A document in pieces of whole patches: bytes, and where in them its patches begin and end."""
-    begin, size = 0, PIECE_BYTES
+def _chunks(document: bytes | memoryview) -> Iterator[tuple[bytes, NDArray[np.int32]]]:
+    """A document in chunks of whole patches: bytes, and where in them its patches begin and end."""
+    begin, size = 0, CHUNK_BYTES
     while begin < len(document):
         # The byte before, which closed its patch, tells the rule that this is no document's first.
         first = max(0, begin - 1)
-        piece = bytes(document[first : begin + size])
-        patches = find_patches(torch.frombuffer(bytearray(piece), dtype=torch.uint8), rule="space")
+        chunk = bytes(document[first : begin + size])
+        patches = find_patches(torch.frombuffer(bytearray(chunk), dtype=torch.uint8), rule="space")
         ends = begin + size >= len(document)
-        # The last patch may go on beyond the piece.
+        # The last patch may go on beyond the chunk.
         offsets = patches.cu_patchlens.numpy()[begin - first : None if ends else -1]
         if len(offsets) < 2:
             size *= 2
             continue
-        yield piece, offsets
-        begin, size = first + int(offsets[-1]), PIECE_BYTES
+        yield chunk, offsets
+        begin, size = first + int(offsets[-1]), CHUNK_BYTES

@@ -66,13 +66,13 @@ class CachedRun:
 
 
 class _Rows(Protocol):
-    """What a kind of model remembers of each row."""
+    """State of each row, for a kind of model."""
 
     def start(self, rows: Tensor, byte_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
         """One packed run, in place of what these rows (R,) had seen: their last states (R, D)."""
 
     def step(self, byte_ids: Tensor, rows: Tensor) -> Tensor:
-        """Of ids (B,) the next of each of these rows (R,) -> their states (R, D)."""
+        """Show each of these rows (R,) its next id, of ids (B,), and return their states (R, D)."""
 
 
 class FlatRows:
@@ -122,8 +122,8 @@ class PatchedRows:
         parallel = model.head is not None
         self.caches = [] if parallel else new_caches(model.decoder, batch)
         self.reads: Tensor | None = None
-        """What the next bytes read: (B, D) patch states or their running average, or (B, L, D) the
-        slots of a parallel output.
+        """States that the next bytes read: (B, D) of patches or their running average, or of the
+        slots of a parallel output (B, L, D).
         """
 
     def step(self, byte_ids: Tensor, rows: Tensor) -> Tensor:
@@ -188,7 +188,7 @@ class PatchedRows:
         return unpool(h, read_ids, null_state=model.unpooling.null_state)
 
     def _next_reads(self, states: Tensor, before: Tensor) -> Tensor:
-        """What rows read from here on: core states (R, core_dim), what they read before."""
+        """Return what rows read next, of core states (R, core_dim) and what they read before."""
         model = self.model
         if model.head is not None:
             return model.decode_slots(states)
@@ -212,7 +212,7 @@ def _ngram_state(model: ByteModel, batch: int) -> IncrementalNgrams | None:
 
 
 def _packed(windows: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """ids (T,) int32 and their borders (S+1,) int32."""
+    """ids (T,) int32 and their boundaries (S+1,) int32."""
     ids = torch.tensor([i for window in windows for i in window], dtype=torch.int32, device=device)
     lengths = torch.tensor([0, *map(len, windows)], device=device)
     return ids, lengths.cumsum(0).int()
@@ -245,8 +245,8 @@ def advance(
 def fit_context(model: ByteModel, window: list[int]) -> list[int]:
     """The window, or where it has outgrown the context its last half context or a little less.
 
-    The cut falls on the first patch border there, so that no patch is torn; a text without a
-    border there, and a flat model's, is cut at the half itself.
+    The cut falls on the first patch boundary there, so that no patch is torn; a text without a
+    boundary there, and a flat model's, is cut at the half itself.
     """
     context = model.config.context
     if len(window) <= context:
@@ -282,5 +282,5 @@ def lost_logits(peak: Tensor, place: str) -> FloatingPointError:
 
 
 def prompt_ids(prompt: bytes) -> list[int]:
-    """What a model is shown of a prompt: its bytes, or id 256 where it has none."""
+    """Return the ids that a model is shown of a prompt: its bytes, or id 256 where it has none."""
     return [*prompt] or [BOS_ID]

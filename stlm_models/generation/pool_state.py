@@ -12,7 +12,7 @@ from .state import IncrementalPooling
 
 
 class CachedPool(Protocol):
-    """What `STLM.pool` makes of patches, byte by byte."""
+    """Pooling of patches as in `STLM.pool`, byte by byte."""
 
     def step(
         self, embedded: Tensor, rows: Tensor, encoded: Tensor, closed: Tensor, closing: Tensor
@@ -86,8 +86,8 @@ class OpenPatches:
         lengths = self.lengths[closing]
         self.lengths = self.lengths.masked_fill(closed, 0)
         used = torch.arange(self.states.shape[1], device=lengths.device) < lengths[:, None]
-        borders = torch.cat((lengths.new_zeros(1), lengths.cumsum(0))).int()
-        return self.model.pool_states(self.states[closing][used], borders)
+        boundaries = torch.cat((lengths.new_zeros(1), lengths.cumsum(0))).int()
+        return self.model.pool_states(self.states[closing][used], boundaries)
 
     def resume(
         self, rows: Tensor, pooled: Tensor, encoded: Tensor, last: Tensor, lengths: Tensor

@@ -99,16 +99,16 @@ class GenerationMixin:
         seed: int | None = None,
         stop: Stop = None,
     ) -> Iterator[str]:
-        """`generate` as text, piece by piece, never with half a character.
+        """`generate` as text, chunk by chunk, never with half a character.
 
         What is not UTF-8 comes as the replacement character. What may turn out to be the beginning
-        of a stop is held back until it is not. Between two pieces the model is in the mode that the
+        of a stop is held back until it is not. Between two chunks the model is in the mode that the
         caller has it in; its parameters must not change before the last.
         """
         settings = _Sampling(temperature, top_k, top_p, seed)
         row = _Row.start(prompt, _stops(stop))
-        # A generator's body waits for the first piece; wrong arguments should not.
-        return _pieces(row, _steps(self, [row], max_new_bytes, settings))
+        # A generator's body waits for the first chunk; wrong arguments should not.
+        return _chunks(row, _steps(self, [row], max_new_bytes, settings))
 
 
 def _run_rows(
@@ -120,16 +120,16 @@ def _run_rows(
     return [bytes(row.text) for row in rows]
 
 
-def _pieces(row: _Row, steps: Iterator[None]) -> Iterator[str]:
+def _chunks(row: _Row, steps: Iterator[None]) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     given = 0
     for _ in steps:
         safe = len(row.text) - row.held_back()
-        if piece := decoder.decode(bytes(row.text[given:safe])):
-            yield piece
+        if chunk := decoder.decode(bytes(row.text[given:safe])):
+            yield chunk
         given = max(given, safe)
-    if piece := decoder.decode(bytes(row.text[given:]), final=True):
-        yield piece
+    if chunk := decoder.decode(bytes(row.text[given:]), final=True):
+        yield chunk
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ class _Row:
             self.done = True
 
     def held_back(self) -> int:
-        """How many bytes at the end may be the beginning of a stop."""
+        """Count the bytes at the end that may be the beginning of a stop."""
         if self.done:
             return 0
         return max((_overlap(self.text, stop) for stop in self.stops), default=0)

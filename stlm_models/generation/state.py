@@ -17,7 +17,7 @@ IDS = 257
 
 
 class IncrementalPatcher:
-    """Where each row stands in its patch: the borders of `stlm_kernels.find_patches` by a rule.
+    """Place of each row in its patch: the boundaries of `stlm_kernels.find_patches` by a rule.
 
     Args:
         batch: rows.
@@ -79,7 +79,7 @@ class IncrementalPatcher:
 
         Args:
             rows: (S,) int64.
-            byte_ids, cu_seqlens, patches: packed texts (T,), their borders (S+1,), and what
+            byte_ids, cu_seqlens, patches: packed texts (T,), their boundaries (S+1,), and what
                 `find_patches` made of them.
         """
         last = cu_seqlens[1:].long() - 1

@@ -5,7 +5,7 @@
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
 The saved folder holds copies of the files of this package, which import an installed `stlm`.
-Whoever imports this package needs no trust_remote_code, and nothing from the folder runs.
+With this package imported no trust_remote_code is needed, and nothing of the folder runs.
 """
 
 from ..checkpoint import require_extra

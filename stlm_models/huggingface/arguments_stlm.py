@@ -1,4 +1,4 @@
-"""What a caller may ask of `STLMForCausalLM.forward`, checked."""
+"""Checks of the arguments of `STLMForCausalLM.forward`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ALSO_SAID = ("cu_seq_lens_k", "max_length_q", "max_length_k")
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which outputs a call wants: logits as in `forward`."""
+    """Outputs that a call wants: logits as in `forward`."""
 
     logits: int | Tensor
     hidden_states: bool
@@ -40,7 +40,7 @@ class Wanted:
         return recorded(stlm, layout, states=self.hidden_states, weights=self.attentions)
 
     def outputs(self, recording: Recording, hidden: Tensor) -> dict[str, tuple[Tensor, ...]]:
-        """What was recorded, and what the table is multiplied with (B, T, D)."""
+        """Recorded states, and those that the table is multiplied with (B, T, D)."""
         outputs = {}
         if self.hidden_states:
             # A cache runs a block once for each new id.
@@ -54,7 +54,7 @@ class Wanted:
 def targets_of(
     layout: Layout, labels: Tensor | None, shift_labels: Tensor | None, config: STLMHFConfig
 ) -> Tensor:
-    """What each shown position must predict; special ids are ignored, for none is predicted."""
+    """Targets of each shown position; special ids are ignored, for none is predicted."""
     name, given = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
     assert given is not None
     if tuple(given.shape) != layout.shape:

@@ -16,7 +16,7 @@ from stlm_models.generation.engine import CachedRun, lost_logits
 
 
 class GrowingTexts:
-    """What a caller hands from call to call: the ids of each row, and a `CachedRun` over them.
+    """Cache that a caller hands from call to call: ids of each row, and a `CachedRun` over them.
 
     Args:
         model: that runs.
@@ -40,7 +40,7 @@ class GrowingTexts:
 
     @cached_property
     def run(self) -> CachedRun:
-        """Over what the rows have been shown; made when it is first wanted."""
+        """Run over the ids that the rows were shown; made at first use."""
         return CachedRun(self.model, self.windows)
 
     def prepare(self) -> None:
@@ -71,7 +71,7 @@ class GrowingTexts:
             self.run.restart(changed, [self.windows[i] for i in changed])
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """How many columns of ids, padding among them, it has been shown."""
+        """Number of columns of ids, padding among them, that it was shown."""
         return self.length
 
 

@@ -1,4 +1,4 @@
-"""How the ids of a batch are shown to an `STLM`: rows as documents, or documents packed."""
+"""Layouts in which an `STLM` is shown the ids of a batch: rows as documents, or packed ones."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from stlm_models.config import IGNORED
 
 @dataclass(frozen=True)
 class Layout:
-    """Which columns of a batch (B, T) hold ids, and which of these belong to one document.
+    """Columns of a batch (B, T) that hold ids, and documents that these belong to.
 
     Args:
         shape: (B, T).
         kept: (B, T) bool, where a row has an id; None is everywhere.
         order: (B, T) columns of each row, those with an id first and in their order; None is as
             they are. Each row is one document.
-        index, cu_seqlens: in place of order, the flat positions (N,) of all ids and the borders
+        index, cu_seqlens: in place of order, the flat positions (N,) of all ids and the boundaries
             (S+1,) int32 of their documents.
     """
 
@@ -46,7 +46,7 @@ class Layout:
         return x if self.order is None else x.gather(1, self.order[..., None].expand_as(x))
 
     def put_back(self, x: Tensor) -> Tensor:
-        """What `take_states` took, at its columns again: (B, T, D)."""
+        """Put states of `take_states` at their columns again: (B, T, D)."""
         if self.index is not None:
             rows = x.new_zeros(self.shape[0] * self.shape[1], x.shape[-1])
             return rows.index_copy(0, self.index, x).unflatten(0, self.shape)
@@ -59,11 +59,11 @@ class Layout:
         return weights if self.order is None else _between(weights, self.order)
 
     def put_back_weights(self, weights: Tensor) -> Tensor:
-        """What `take_weights` took, between columns again."""
+        """Put weights of `take_weights` between columns again."""
         return weights if self.order is None else _between(weights, self.order.argsort(1))
 
     def targets(self, labels: Tensor) -> Tensor:
-        """What each shown position must predict, where label t (B, T) stands at its own column."""
+        """Targets of each shown position, where label t (B, T) stands at its own column."""
         if self.kept is not None:
             labels = labels.masked_fill(~self.kept, IGNORED)
         targets = F.pad(self.take(labels)[..., 1:], (0, 1), value=IGNORED)
@@ -100,7 +100,7 @@ def layout_of(
             raise ValueError(f"input_ids: expected {expected}, got shape {shape}")
         if cu_seqlens is None:
             assert seq_idx is not None
-            cu_seqlens = _borders(seq_idx.flatten().diff() != 0)
+            cu_seqlens = _boundaries(seq_idx.flatten().diff() != 0)
         index = torch.arange(shape[1], device=input_ids.device)
         return Layout(shape, index=index, cu_seqlens=cu_seqlens.int())
     if attention_mask is None:
@@ -113,7 +113,7 @@ def layout_of(
 
 
 def without_leading_padding(input_ids: Tensor) -> Tensor | None:
-    """Where rows (B, T) without a mask have ids, bool; None is everywhere.
+    """Mask of the ids of rows (B, T) that come without one, bool; None is everywhere.
 
     Of several ids 256 at the beginning the last begins the document and the others are padding.
     """
@@ -161,10 +161,10 @@ def _packed(layout: Layout, position_ids: Tensor) -> Layout:
     index = ((columns if layout.order is None else layout.order) + offsets)[has_id]
     first = torch.ones_like(begins[:, :1])
     begins = torch.cat((first, begins), 1)[has_id]
-    return Layout(layout.shape, layout.kept, index=index, cu_seqlens=_borders(begins[1:]))
+    return Layout(layout.shape, layout.kept, index=index, cu_seqlens=_boundaries(begins[1:]))
 
 
-def _borders(begins: Tensor) -> Tensor:
+def _boundaries(begins: Tensor) -> Tensor:
     """(S+1,) int32 from which of the ids after the first, (N-1,) bool, begin a document."""
     inner = begins.nonzero().flatten() + 1
     return F.pad(F.pad(inner, (1, 0)), (0, 1), value=len(begins) + 1).int()

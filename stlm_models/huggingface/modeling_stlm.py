@@ -69,7 +69,7 @@ class STLMForCausalLM(PreTrainedModel, GenerationMixin):
         tied = self.stlm.config.tied
         self.output_table = OutputTable(self.stlm, self._valid_vocab) if tied else None
         self.post_init()
-        # For whoever reads it; the logits say so too.
+        # For readers of the config; the logits say so too.
         self.generation_config.suppress_tokens = list(range(BYTES, config.vocab_size))
         if checkpointing:
             self.gradient_checkpointing_enable()
@@ -87,7 +87,7 @@ class STLMForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As in transformers, but tensors that are missing or left over are an error.
+        """Load as in transformers, but tensors that are missing or left over are an error.
 
         With output_loading_info they are named there instead.
 
@@ -143,8 +143,9 @@ class STLMForCausalLM(PreTrainedModel, GenerationMixin):
             output_hidden_states: the inputs of the decoder's blocks over bytes, and last what the
                 table is multiplied with, each (B, T, hidden_size).
             output_attentions: of these blocks, (B, heads, T, T) each; not beside a cache.
-            cu_seq_lens_q, seq_idx: borders or numbers of packed documents in place of position_ids;
-                cu_seq_lens_k and max_length_q, max_length_k say the same and are not read.
+            cu_seq_lens_q, seq_idx: boundaries or numbers of packed documents in place of
+                position_ids; cu_seq_lens_k, max_length_q and max_length_k say the same and are
+                not read.
 
         Returns:
             loss (0-d, nats), logits (B, kept, vocab_size) fp32 or None in training with labels,
@@ -306,7 +307,7 @@ class STLMForCausalLM(PreTrainedModel, GenerationMixin):
 
     @property
     def base_model(self) -> Backbone:
-        """What gives the states that the table is multiplied with, for losses of others."""
+        """Return the module whose states the table is multiplied with, for losses of others."""
         return Backbone(self.stlm)
 
     def get_output_embeddings(self) -> OutputTable | None:
@@ -332,7 +333,7 @@ class STLMForCausalLM(PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """As in transformers; prompts padded on the right are refused.
+        """Generate as in transformers; prompts padded on the right are refused.
 
         Raises:
             ValueError: for those, whose continuation would stand behind their padding, and for a

@@ -20,7 +20,7 @@ from .layout_stlm import Layout
 
 @dataclass
 class Recording:
-    """What the decoder's blocks were given, and what their attention weighed, by column.
+    """Inputs of the decoder's blocks, and weights of their attention, by column.
 
     Several calls of a block, as a cache makes them, follow each other in its list.
     """

@@ -11,7 +11,7 @@ from stlm_models import BOS_ID
 
 BYTES = 256
 DOCUMENT = "<|document|>"
-"""How id 256 is written in text that is shown; in text that is read these are 12 bytes."""
+"""Spelling of id 256 in text that is shown; in text that is read these are 12 bytes."""
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     "{%- for mark in ['\x01', '\x02', '\x03'] -%}"
@@ -83,7 +83,7 @@ class ByteTokenizer(PreTrainedTokenizer):
     def add_special_tokens(
         self, special_tokens_dict: dict[str, Any], *args: Any, **kwargs: Any
     ) -> int:
-        """As in transformers, of tokens that there are.
+        """Convert as in transformers, only tokens that there are.
 
         Raises:
             ValueError: for any other, before anything is changed.
@@ -115,7 +115,7 @@ class ByteTokenizer(PreTrainedTokenizer):
         tokenizer_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As in transformers; ids begin with id 256, as those of every document do.
+        """Build ids as in transformers; they begin with id 256, as those of every document do.
 
         Raises:
             ValueError: for return_assistant_tokens_mask, which needs a fast tokenizer.
@@ -166,8 +166,8 @@ class ByteTokenizer(PreTrainedTokenizer):
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """Text of byte tokens; what is not UTF-8 becomes the replacement character."""
-        pieces = (t.encode() if t == DOCUMENT else bytes([ord(t)]) for t in tokens)
-        return b"".join(pieces).decode("utf-8", "replace")
+        chunks = (t.encode() if t == DOCUMENT else bytes([ord(t)]) for t in tokens)
+        return b"".join(chunks).decode("utf-8", "replace")
 
     def save_vocabulary(
         self, save_directory: str, filename_prefix: str | None = None

@@ -74,7 +74,7 @@ class Attention(nn.Module):
 
         Args:
             x: (B, T, D), or packed (T, D).
-            cu_seqlens: document borders of a packed x; None is one document. Rows from
+            cu_seqlens: document boundaries of a packed x; None is one document. Rows from
                 cu_seqlens[-1] on give zeros and are not read.
             cache: from `new_cache`, of one row for each document of a packed x, which it then
                 holds instead of what it held; or of B rows beside x (B, 1, D), their next position,
@@ -106,8 +106,8 @@ class Attention(nn.Module):
     def new_cache(self, batch: int) -> KVCache:
         """An empty cache for this many rows; it takes the dtype of the first keys it is given."""
         # Not `key.weight`: quantised linear maps keep integers there, or nothing.
-        mine = next(chain(self.parameters(), self.buffers()), None)
-        device = None if mine is None else mine.device
+        own = next(chain(self.parameters(), self.buffers()), None)
+        device = None if own is None else own.device
         return KVCache(batch, self.kv_heads, self.head_dim, window=self.window, device=device)
 
     def new_rows(
@@ -174,7 +174,7 @@ class Attention(nn.Module):
 class PatchAttention(Attention):
     """Attention of every byte to all bytes of its patch, later ones too: the leak rule applies.
 
-    Arguments as `Attention`; beside x (T, D), cu_seqlens are the borders of the patches, and
+    Arguments as `Attention`; beside x (T, D), cu_seqlens are the boundaries of the patches, and
     rotary positions count from the start of each patch. There is no window and no cache.
 
     >>> cu_patchlens = torch.tensor([0, 2, 5], dtype=torch.int32)
@@ -184,5 +184,5 @@ class PatchAttention(Attention):
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         if cu_seqlens is None:
-            raise ValueError("cu_seqlens: expected the borders of the patches, got None")
+            raise ValueError("cu_seqlens: expected the boundaries of the patches, got None")
         return patch_attention(q, k, v, cu_seqlens)

@@ -84,7 +84,7 @@ class TiedEmbedding(nn.Embedding):
         return lookup(self._table(), byte_ids.int())
 
     def forward(self, byte_ids: Tensor) -> Tensor:
-        """As `embed`."""
+        """Embed byte_ids: see `embed`."""
         return self.embed(byte_ids)
 
     def pool(self, byte_ids: Tensor, patches: Patches, *, mode: str = "mean") -> Tensor:
@@ -95,7 +95,7 @@ class TiedEmbedding(nn.Embedding):
     def logits(self, x: Tensor, *, valid_vocab: int | None = None) -> Tensor:
         """x (..., D) -> (..., V) fp32 (fp64 for fp64), V = valid_vocab or vocab_size.
 
-        As in `loss`, x and table are rounded to x's dtype or autocast's, and their products are not
+        As in `loss`, x and table are cast to x's dtype or autocast's, and their products are not
         rounded: the loss is a small difference of large logits, and bf16 ones would cost it 1e-2.
         """
         weight = self._output_table()[: self.vocab_size if valid_vocab is None else valid_vocab]
@@ -205,7 +205,7 @@ class TiedEmbedding(nn.Embedding):
 
 
 class UntiedEmbedding(TiedEmbedding):
-    """The same with a second table, of the same shape, for the output projection alone.
+    """Embedding with a second table, of the same shape, for the output projection alone.
 
     >>> table = UntiedEmbedding(257, 64)
     >>> table.weight.shape, table.output_weight.shape

@@ -1,4 +1,4 @@
-"""What a model is shown: ids, document borders and patches, refused where they do not fit."""
+"""Checks of a model's input: ids, document boundaries and patches that do not fit are refused."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def check_patches(patches: Patches, packing: Packing) -> None:
         raise ValueError(f"patches.cu_seqlens: expected {tuple(cu_seqlens.shape)}, got {got}")
     if not values_visible(*patches, cu_seqlens):
         return
-    _check_patch_borders(patches, cu_seqlens)
+    _check_patch_boundaries(patches, cu_seqlens)
     read, last = patches.read_ids.long(), len(patches.cu_patchlens) - 1
     unknown = ((read < -1) | (read >= last)).nonzero().flatten()
     if unknown.numel():
@@ -67,17 +67,17 @@ def check_patches(patches: Patches, packing: Packing) -> None:
         )
 
 
-def _check_patch_borders(patches: Patches, cu_seqlens: Tensor) -> None:
+def _check_patch_boundaries(patches: Patches, cu_seqlens: Tensor) -> None:
     """The core sees the documents of patches.cu_seqlens: they must be those of the bytes."""
     last = len(patches.cu_patchlens) - 1
-    borders = patches.cu_seqlens.long()
-    begins = patches.cu_patchlens[borders.clamp(0, last)]
-    # Bytes behind the last patch belong to none, and so do borders there.
+    boundaries = patches.cu_seqlens.long()
+    begins = patches.cu_patchlens[boundaries.clamp(0, last)]
+    # Bytes behind the last patch belong to none, and so do boundaries there.
     expected = cu_seqlens.clamp(max=int(patches.cu_patchlens[-1]))
-    wrong = ((begins != expected) | (borders < 0) | (borders > last)).nonzero().flatten()
+    wrong = ((begins != expected) | (boundaries < 0) | (boundaries > last)).nonzero().flatten()
     if wrong.numel():
         at = int(wrong[0])
         raise ValueError(
             f"patches.cu_seqlens: expected entry {at} to be the patch that begins at byte"
-            f" {int(expected[at])}, the border of a document, got {int(borders[at])}"
+            f" {int(expected[at])}, the boundary of a document, got {int(boundaries[at])}"
         )

@@ -1,4 +1,4 @@
-"""What a layer of attention keeps of the positions that the rows of a batch have been shown."""
+"""Cache of a layer of attention: keys and values of the positions that rows were shown."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class KVCache:
         return (keys, values, lens) if rows is None else (keys[rows], values[rows], lens)
 
     def _adopt(self, k: Tensor) -> None:
-        """Before anything is kept, lie where the keys do, in their dtype unless another is set."""
+        """Move to the keys' device, in their dtype unless another is set, while nothing is kept."""
         if self.k.shape[1] == 0:
             dtype = k.dtype if self._dtype is None else self._dtype
             self.k, self.v = (x.to(k.device, dtype) for x in (self.k, self.v))

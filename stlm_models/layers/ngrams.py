@@ -62,7 +62,7 @@ class NgramPooling(nn.Module):
     def pool(
         self, byte_ids: Tensor, patches: Patches, cu_seqlens: Tensor, *, mode: str = "mean"
     ) -> Tensor:
-        """As `forward`, before the projection: (P, dim)."""
+        """Pool as `forward` does, before the projection: (P, dim)."""
         return segment_pool(self.rows(byte_ids, cu_seqlens), patches.cu_patchlens, mode=mode)
 
     def rows(self, byte_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -86,5 +86,5 @@ class NgramPooling(nn.Module):
             (B, dim), before the projection.
         """
         batch, length = last_ids.shape
-        borders = torch.arange(batch + 1, dtype=torch.int32, device=last_ids.device) * length
-        return self.rows(last_ids.flatten(), borders)[length - 1 :: length]
+        boundaries = torch.arange(batch + 1, dtype=torch.int32, device=last_ids.device) * length
+        return self.rows(last_ids.flatten(), boundaries)[length - 1 :: length]

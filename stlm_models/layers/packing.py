@@ -88,7 +88,7 @@ def packing_of(byte_ids: Tensor, cu_seqlens: Tensor | None) -> Packing:
 
 
 def dense_cu_seqlens(byte_ids: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-    """Document borders of dense (B, T) ids, whose rows are the documents."""
+    """Document boundaries of dense (B, T) ids, whose rows are the documents."""
     if cu_seqlens is not None:
         raise ValueError("cu_seqlens: expected None with dense byte_ids, got a tensor")
     rows, length = byte_ids.shape
@@ -96,7 +96,7 @@ def dense_cu_seqlens(byte_ids: Tensor, cu_seqlens: Tensor | None = None) -> Tens
 
 
 def document_starts(cu_seqlens: Tensor, length: int) -> Tensor:
-    """For each of `length` rows the first row of its document, (length,) int64."""
+    """Return the first row of the document of each of `length` rows, (length,) int64."""
     rows = torch.arange(length, device=cu_seqlens.device)
     # right=True steps over empty documents: a row belongs to the last that starts at or before.
     return cu_seqlens.long()[torch.searchsorted(cu_seqlens.long(), rows, right=True) - 1]

@@ -29,14 +29,14 @@ class ParallelHead(nn.Module):
         super().__init__()
         self.slots = slots
         self.null_state = nn.Parameter(torch.zeros(core_dim))
-        """What is read before the first patch of a document is complete."""
+        """State that is read before the first patch of a document is complete."""
         self.to_slots = nn.Linear(core_dim, slots * byte_dim, bias=False)
 
     def forward(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, core_dim) -> (N L, byte_dim), and the borders (N+1,) int32 between the states."""
+        """(N, core_dim) -> (N L, byte_dim), and the boundaries (N+1,) int32 between the states."""
         x = self.to_slots(states).view(len(states) * self.slots, -1)
-        borders = torch.arange(len(states) + 1, dtype=torch.int32, device=x.device)
-        return x, borders * self.slots
+        boundaries = torch.arange(len(states) + 1, dtype=torch.int32, device=x.device)
+        return x, boundaries * self.slots
 
     if TYPE_CHECKING:
 
@@ -60,7 +60,7 @@ class ParallelHead(nn.Module):
         inside = patches.patch_ids >= 0
         if values_visible(slot):
             self._check(slot.masked_fill(~inside, 0))
-            _refuse_late_borders(patches)
+            _refuse_late_boundaries(patches)
         n_states = len(patches.cu_patchlens)  # the null state is one more than there are patches
         return patches.read_ids.long().remainder(n_states) * self.slots + self._clamp(slot)
 
@@ -85,12 +85,12 @@ class ParallelHead(nn.Module):
 
 def _places(patches: Patches) -> Tensor:
     """(T,) int64: how many bytes of its patch come before each byte."""
-    # -1, no slot, counts from the last border, where the bytes without a slot begin.
+    # -1, no slot, counts from the last boundary, where the bytes without a slot begin.
     starts = patches.cu_patchlens[patches.patch_ids.long()].long()
     return torch.arange(len(starts), device=starts.device) - starts
 
 
-def _refuse_late_borders(patches: Patches) -> None:
+def _refuse_late_boundaries(patches: Patches) -> None:
     """A mask of starts tells at the next patch's first byte alone that a patch has ended."""
     own = patches.patch_ids.long()
     after = torch.arange(1, len(own) + 1, device=own.device)

@@ -1,4 +1,4 @@
-"""From bytes to patches and back: pooling of hidden states, and reading them without a leak."""
+"""Pooling of the states of bytes into patches, and reading them back without a leak."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class BytePooling(nn.Module):
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def pool(self, x: Tensor, cu_patchlens: Tensor) -> Tensor:
-        """x (T, D) between the borders (P+1,) int32 -> (P, D)."""
+        """x (T, D) between the boundaries (P+1,) int32 -> (P, D)."""
         if self.mode != "attention":
             return segment_pool(x, cu_patchlens, mode=self.mode)
         key, value = self.key_value(x).unflatten(-1, (2, *self.query.shape)).unbind(1)
@@ -157,10 +157,10 @@ class EmaUnpooling(nn.Module):
         """(T, D); the residual and patches as in `ByteUnpooling.forward`."""
         if values_visible(*patches):
             _refuse_reading_ahead(patches)
-        borders, read = patches.cu_seqlens, patches.read_ids
+        boundaries, read = patches.cu_seqlens, patches.read_ids
         # A patch without bytes says nothing: the average goes on as it was.
         gates = self.gates(core_states).masked_fill(patches.cu_patchlens.diff() == 0, 0)
-        return ema_unpool(patch_states, gates, read, cu_seqlens=borders, residual=residual)
+        return ema_unpool(patch_states, gates, read, cu_seqlens=boundaries, residual=residual)
 
     if TYPE_CHECKING:
 

@@ -1,4 +1,4 @@
-"""Learned patch borders, as H-Net has them (arXiv 2507.07955), and borders from given scores.
+"""Learned patch boundaries, as H-Net has them (arXiv 2507.07955), and boundaries from given scores.
 
 A `Router` in a model of your own, x being the (T, D) states of a causal encoder:
 
@@ -43,7 +43,7 @@ EPS = 1e-12
 
 
 class Routing(NamedTuple):
-    """What a router decided for each byte; bytes that belong to no document begin nothing.
+    """Decisions of a router for each byte; bytes that belong to no document begin nothing.
 
     >>> routing = Router(64)(torch.randn(9, 64))
     >>> routing.starts[0].item(), routing.confidence.tolist() == [1.0] * 9
@@ -166,7 +166,7 @@ class Router(nn.Module):
 
 
 class RouterState:
-    """What `Router.step` keeps of each row: the direction of its newest byte's key.
+    """State of each row for `Router.step`: the direction of its newest byte's key.
 
     Args:
         batch: rows B; each one's next byte begins a document.

@@ -125,7 +125,7 @@ class PatchCore(nn.Module):
 def build_blocks(
     attention: Callable[[], Attention], hidden_dim: int, layers: int, *, share_ff: bool
 ) -> tuple[nn.ModuleList, SwiGLU | None]:
-    """That many blocks, and the SwiGLU of all of them, where they share one.
+    """Return that many blocks, and the SwiGLU of all of them, where they share one.
 
     It belongs to none of the blocks: so it is stored once, and FSDP2 can hold it in the group above
     theirs, where it is whole while each of them runs.

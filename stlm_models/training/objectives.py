@@ -5,20 +5,20 @@ Each is a few lines of a training loop; none holds logits of a text in memory bu
 Several bytes ahead (heads beside the model, which is used without them):
 
     heads = MultiByteHeads(config.byte_dim, 4)   # its parameters join the optimiser's
-    hidden = model.hidden(ids, cu_seqlens=borders)
-    targets = targets_of_documents(targets, borders)  # of layers.packing: rows of none are -100
+    hidden = model.hidden(ids, cu_seqlens=boundaries)
+    targets = targets_of_documents(targets, boundaries)  # of layers.packing: rows of none are -100
     loss_sum, n_valid = model.embedding.loss(hidden, targets)
-    extra_sum, n_extra = heads(hidden, targets, model.embedding, cu_seqlens=borders)
+    extra_sum, n_extra = heads(hidden, targets, model.embedding, cu_seqlens=boundaries)
     loss = loss_sum / n_valid + 0.3 * extra_sum / n_extra
 
 Distillation from a larger model that reads the same bytes:
 
     with torch.no_grad():
-        teacher_logits = teacher(ids, cu_seqlens=borders)
-    hidden = student.hidden(ids, cu_seqlens=borders)
+        teacher_logits = teacher(ids, cu_seqlens=boundaries)
+    hidden = student.hidden(ids, cu_seqlens=boundaries)
     loss_sum, n_valid = distillation_loss(
         student.embedding, hidden, targets, teacher_logits, weight=0.5, temperature=2.0,
-        cu_seqlens=borders,
+        cu_seqlens=boundaries,
     )
     loss = loss_sum / n_valid
 
@@ -85,7 +85,7 @@ class MultiByteHeads(nn.Module):
             hidden: what `STLM.hidden` gives.
             targets: the next byte of each position, as `STLM.forward` takes them; -100 is ignored.
             embedding: the model's table, which gets its gradient.
-            cu_seqlens: document borders of packed arguments; None is one document.
+            cu_seqlens: document boundaries of packed arguments; None is one document.
 
         Returns:
             (loss_sum, n_valid): nats of all heads, and how many targets they had, both 0-d.
@@ -143,7 +143,8 @@ def distillation_loss(
         weight: 0 to 1.
         temperature: see `stlm_kernels.linear_kl_div`.
         mask: where the teacher counts; None is everywhere. Elsewhere the first term stands alone.
-        cu_seqlens: document borders of packed hidden (T, D); from its last entry on nothing counts.
+        cu_seqlens: document boundaries of packed hidden (T, D); nothing counts from its last entry
+            on.
 
     Returns:
         (loss_sum, n_valid): the sum over the targets not ignored, and their number, both 0-d.
@@ -251,14 +252,14 @@ def continuation_logprobs(
     _check_continuations(prompts, continuations)
     ids: list[int] = []
     targets: list[int] = []
-    borders = [0]
+    boundaries = [0]
     for prompt, continuation in zip(prompts, continuations, strict=True):
         seen = prompt_ids(prompt)
         ids += [*seen, *continuation[:-1]]
         targets += [*[IGNORED] * (len(seen) - 1), *continuation]
-        borders.append(len(ids))
+        boundaries.append(len(ids))
     device = model.embedding.weight.device
-    cu_seqlens = torch.tensor(borders, dtype=torch.int32, device=device)
+    cu_seqlens = torch.tensor(boundaries, dtype=torch.int32, device=device)
     hidden = model.hidden(
         torch.tensor(ids, dtype=torch.int16, device=device), cu_seqlens=cu_seqlens
     )

@@ -1,4 +1,4 @@
-"""What a training run shows and keeps: a progress line, metrics as JSONL, a loss curve."""
+"""Progress of a training run: a progress line, metrics as JSONL, a loss curve."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run tells while it trains and when it ends: metrics, samples, checkpoints, the result."""
+"""Reports of a run while it trains and when it ends: metrics, samples, checkpoints, result."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class Reporter:
 
 
 def sample(trainer: Trainer, n_bytes: int) -> str:
-    """What the model writes of itself, the same noise each time."""
+    """Let the model write a text, with the same noise each time."""
     if trainer.words is not None:
         return "(a model of words writes no bytes)"
     try:

@@ -15,7 +15,7 @@ SHORTEST_WAIT, LONGEST_WAIT = 4, 64
 
 
 class ThreadCount:
-    """How many threads torch uses, tried anew when training steps slow down.
+    """Number of threads that torch uses, tried anew when training steps slow down.
 
     The threads of a product or an elementwise loop wait for the slowest of them. Where another
     process takes a core, the thread there is off the core for milliseconds at a time and all others

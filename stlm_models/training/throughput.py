@@ -1,4 +1,4 @@
-"""How much of a device's arithmetic training uses: what a byte needs, what the device can do."""
+"""Share of a device's arithmetic that training uses: need of a byte, rate of the device."""
 
 from __future__ import annotations
 

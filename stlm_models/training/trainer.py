@@ -45,7 +45,7 @@ POSITIVE = (
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """How to train; exactly one of minutes and steps ends it.
+    """Options of training; exactly one of minutes and steps ends it.
 
     Args:
         minutes: of training, over all resumed parts together.
@@ -103,7 +103,7 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did, over all processes. Who reads a value of its tensors waits for the step.
+    """Result of a step, over all processes. Reading a value of its tensors waits for the step.
 
     Words count as bytes by the mean length of an id in the corpus.
 
@@ -165,7 +165,7 @@ class Trainer:
         self.config, self.corpus, self.options, self.ranks = config, corpus, options, ranks
         self.step, self.seconds = 0, 0.0
         self.run_id: str | None = secrets.token_hex(8)
-        """What checkpoints of this run are known by; None in one that 0.1.0 began."""
+        """Id that checkpoints of this run are known by; None in one that 0.1.0 began."""
         self.device = ranks.device
         self.loader = Loader(self.windows.batch, self.device)
         with torch.random.fork_rng():

@@ -29,7 +29,7 @@ from stlm_models.compress import main as compress_main
 from stlm_models.compression.codec import compress, decompress
 from stlm_models.compression.file_format import FRONT, HEADER, Compressed, unpack
 from stlm_models.compression.range_coder import TOTAL_BITS, Decoder, Encoder, most_symbols
-from stlm_models.compression.streams import cumulative_shares, default_lanes, lane_borders
+from stlm_models.compression.streams import cumulative_shares, default_streams, stream_boundaries
 from stlm_models.config import BOS_ID
 from stlm_models.decompress import main as decompress_main
 from stlm_models.generation.engine import fit_context
@@ -126,9 +126,9 @@ class TestShares:
             cumulative_shares(torch.tensor([0.0, value]))
 
 
-def test_lanes() -> None:
-    assert [default_lanes(n) for n in (0, 1, 4096, 4097, 10**9)] == [1, 1, 1, 2, 64]
-    assert lane_borders(10, 4) == [0, 2, 5, 7, 10]
+def test_streams() -> None:
+    assert [default_streams(n) for n in (0, 1, 4096, 4097, 10**9)] == [1, 1, 1, 2, 64]
+    assert stream_boundaries(10, 4) == [0, 2, 5, 7, 10]
 
 
 FILES = {
@@ -142,17 +142,17 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize("lanes", [1, 7])
+@pytest.mark.parametrize("streams", [1, 7])
 @pytest.mark.parametrize("name", FILES)
-def test_any_file_comes_back(model: STLM, name: str, lanes: int) -> None:
+def test_any_file_comes_back(model: STLM, name: str, streams: int) -> None:
     data = FILES[name]
-    lanes = min(lanes, max(1, len(data)))
+    streams = min(streams, max(1, len(data)))
     threads = torch.get_num_threads()
     done = [0]
     model.train()
-    file = compress(model, data, checkpoint=MINE, lanes=lanes, on_progress=done.append)
-    assert len(unpack(file).codes) == lanes
-    # Each byte once: a lane that has ended is asked for no more.
+    file = compress(model, data, checkpoint=MINE, streams=streams, on_progress=done.append)
+    assert len(unpack(file).codes) == streams
+    # Each byte once: a stream that has ended is asked for no more.
     assert done[-1] == len(data)
     # Neither the mode nor the threads nor autocast of a caller make a difference.
     model.eval()
@@ -182,8 +182,8 @@ def stepwise_bits(model: STLM, data: bytes) -> float:
 class LookingAhead(STLM):
     """In a full run it knows the next byte."""
 
-    def _run(self, byte_ids: Tensor, *borders: Any) -> Any:
-        honest, auxiliary = super()._run(byte_ids, *borders)
+    def _run(self, byte_ids: Tensor, *arguments: Any) -> Any:
+        honest, auxiliary = super()._run(byte_ids, *arguments)
         return honest + 8 * self.embedding.embed(byte_ids.roll(-1)), auxiliary
 
 
@@ -192,27 +192,27 @@ class TestSize:
         self, model: STLM, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         data = WORDS[: 4 * (TINY.context - 1)]
-        lanes = [data[begin:end] for begin, end in pairwise(lane_borders(len(data), 4))]
+        streams = [data[begin:end] for begin, end in pairwise(stream_boundaries(len(data), 4))]
         # Untrained, the model gives much to the ids that are no bytes, which the coder rules out.
         monkeypatch.setattr(model.embedding, "vocab_size", 256)
         monkeypatch.setattr("stlm_models.layers.embedding._refuse_padded_ids", lambda *ids: None)
-        bits = len(data) * bits_per_byte(model, lanes)
-        got = code_bits(compress(model, data, checkpoint=MINE, lanes=4))
+        bits = len(data) * bits_per_byte(model, streams)
+        got = code_bits(compress(model, data, checkpoint=MINE, streams=4))
         assert bits - 8 * 4 < got < bits * 1.001 + 8 * 4
 
     def test_beyond_the_context(self, model: STLM) -> None:
         exact = stepwise_bits(model, WORDS)
-        got = code_bits(compress(model, WORDS, checkpoint=MINE, lanes=1))
+        got = code_bits(compress(model, WORDS, checkpoint=MINE, streams=1))
         assert exact - 8 < got < exact * 1.001 + 8
 
     def test_a_leak_is_found_out(self, model: STLM) -> None:
         leaking = LookingAhead(TINY)
         leaking.load_state_dict(model.state_dict())
-        file = compress(leaking, WORDS, checkpoint=MINE, lanes=1)
+        file = compress(leaking, WORDS, checkpoint=MINE, streams=1)
         promised = len(WORDS) * bits_per_byte(leaking, WORDS)
         assert code_bits(file) > 1.5 * promised
         # Its bytes are worth no more than those of the honest model, and come back as well.
-        assert file == compress(model, WORDS, checkpoint=MINE, lanes=1)
+        assert file == compress(model, WORDS, checkpoint=MINE, streams=1)
         assert decompress(leaking, file, checkpoint=MINE) == WORDS
 
 
@@ -250,7 +250,7 @@ class TestRefusals:
             Compressed(**{**packed, "codes": (b"",) * (len(TEXT) + 1)}).pack(),
             FRONT.pack(b"STLM", 1, zlib.crc32(short)) + short,
         ):
-            with pytest.raises(ValueError, match=f"file: expected 1 to {len(TEXT)} lanes"):
+            with pytest.raises(ValueError, match=f"file: expected 1 to {len(TEXT)} streams"):
                 unpack(made)
 
     @pytest.mark.parametrize("length", [2**62, 2**40, 365_000 * 2])
@@ -277,10 +277,10 @@ class TestRefusals:
         with pytest.raises(ValueError, match=expected):
             decompress(elsewhere, file, checkpoint=MINE)
 
-    @pytest.mark.parametrize("lanes", [0, -1, len(TEXT) + 1])
-    def test_lanes(self, model: STLM, lanes: int) -> None:
-        with pytest.raises(ValueError, match="lanes: expected 1 to the number of bytes"):
-            compress(model, TEXT, checkpoint=MINE, lanes=lanes)
+    @pytest.mark.parametrize("streams", [0, -1, len(TEXT) + 1])
+    def test_streams(self, model: STLM, streams: int) -> None:
+        with pytest.raises(ValueError, match="streams: expected 1 to the number of bytes"):
+            compress(model, TEXT, checkpoint=MINE, streams=streams)
 
 
 class TestCommands:
@@ -292,7 +292,7 @@ class TestCommands:
     def test_there_and_back(self, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
         source = run / "text.txt"
         source.write_bytes(WORDS)
-        assert compress_main(["--run", str(run), str(source), "--lanes", "3"]) == 0
+        assert compress_main(["--run", str(run), str(source), "--streams", "3"]) == 0
         small = source.with_name("text.txt.stlm")
         size = small.stat().st_size
         out = capsys.readouterr().out
@@ -327,7 +327,11 @@ class TestCommands:
             (decompress_main, [run / "taken"], "taken: expected a name in .stlm"),
             (compress_main, [run / "text.stlm"], "text.stlm.stlm: exists already"),
             (compress_main, [run / "absent"], "No such file"),
-            (compress_main, [run / "taken", "-o", run / "a", "--lanes", 0], "lanes: expected 1"),
+            (
+                compress_main,
+                [run / "taken", "-o", run / "a", "--streams", 0],
+                "streams: expected 1",
+            ),
         ):
             assert main(["--run", str(run), *map(str, arguments)]) == 1
             error = capsys.readouterr().err

@@ -74,5 +74,5 @@ print([getattr(stlm_models, name) for name in dir(stlm_models) if name != "huggi
     before, after, reached = done.stdout.splitlines()
     assert before == after == str(sorted({*stlm_models.__all__, *FOLDERS}))
     assert reached == "True"
-    with pytest.raises(AttributeError, match="no attribute 'borders'"):
-        _ = stlm_models.borders
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = stlm_models.nothing

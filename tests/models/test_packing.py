@@ -170,11 +170,11 @@ def test_positions_count_from_the_start_of_each_document() -> None:
     assert rows.unused[:, 0].tolist() == [False] * 7 + [True] * 2
 
 
-@pytest.mark.parametrize("borders", [[0, 50, 4], [3, 9], [0, -4, 9], [0, 90]])
-def test_boundaries_that_are_none_are_refused_by_name(borders: list[int]) -> None:
+@pytest.mark.parametrize("offsets", [[0, 50, 4], [3, 9], [0, -4, 9], [0, 90]])
+def test_boundaries_that_are_none_are_refused_by_name(offsets: list[int]) -> None:
     layer = Attention(16, 2)
     with pytest.raises(ValueError, match="cu_seqlens: expected"):
-        layer(torch.randn(9, 16), cu_seqlens=torch.tensor(borders, dtype=torch.int32))
+        layer(torch.randn(9, 16), cu_seqlens=torch.tensor(offsets, dtype=torch.int32))
 
 
 class TestCheckedIds:

@@ -94,3 +94,18 @@ def test_the_kernels_begin_their_docstrings_with_a_verb_or_a_noun() -> None:
 def test_the_kernels_use_the_projects_words() -> None:
     found = [*wording.banned_identifiers(PACKAGE), *wording.banned_words(PACKAGE)]
     assert of_kernels(found) == []
+
+
+MODELS = Path(__file__).parents[2] / "stlm_models"
+
+
+def test_the_models_begin_their_docstrings_with_a_verb_or_a_noun() -> None:
+    every = list(wording.docstrings(MODELS))
+    found = wording.fragments(MODELS)
+    assert len(every) > 500
+    assert len(found) <= len(every) // 100, found
+
+
+def test_the_models_use_the_words_of_the_glossary() -> None:
+    assert not wording.banned_identifiers(MODELS)
+    assert not wording.banned_words(MODELS)
