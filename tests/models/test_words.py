@@ -96,7 +96,7 @@ class TestEncode:
     @given(DATA, st.integers(1, 9))
     def test_pieces_of_any_size_make_the_same_ids(self, data: bytes, size: int) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(words, "PIECE_BYTES", size)
+            patch.setattr(words, "CHUNK_BYTES", size)
             assert VOCABULARY.encode(data).tolist() == encoded_patch_by_patch(data)
             assert WordVocabulary.of([data, *TEXTS], 10_000) == _whole(data)
 
@@ -113,7 +113,7 @@ class TestEncode:
 
 def _whole(data: bytes) -> WordVocabulary:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(words, "PIECE_BYTES", 1 << 20)
+        patch.setattr(words, "CHUNK_BYTES", 1 << 20)
         return WordVocabulary.of([data, *TEXTS], 10_000)
 
 
