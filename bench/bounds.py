@@ -83,7 +83,6 @@ ROWS = (
     *_row("linear_cross_entropy", "N65536-D512-V256-mean", both=100),
     *_row("linear_cross_entropy", "N12288-D512-V50257-mean", both=3300),
     *_row("linear_sample", "N64-D512-V256-k1-p0.9-tensor", fwd=None),
-    *_row("linear_sample", "N64-D512-V50257-t0.0-tensor", fwd=None),
     *_row("attention", "B24-T512-H16-KV4-K32", fwd=21, bwd=40),
     *_row("attention", "B8-T8192-H8-KV8-K64-W256", fwd=98, bwd=235),
     *_row("patch_attention", "T98304-P8192-H8-KV8-K16-even-causal0", fwd=22, bwd=48),
