@@ -100,6 +100,7 @@ full-trainers:
 
 bench: $(READY)
 	$(PY) -m pytest bench --benchmark-only
+	$(PY) -m bench.executor
 
 check: $(READY)
 	$(PY) -m bench.check
