@@ -114,7 +114,7 @@ def bounds_of(done: Execution, device: Device) -> Bounds:
         "instructions": issued * factor,
         "divergent_instructions": int(done.counts.partial.sum()) * factor,
         "longest_chain": costs.longest_chain,
-        "dram_bytes": costs.dram_bytes * factor,
+        "dram_bytes": costs.dram_bytes(factor),
         "l2_bytes": costs.l2_bytes * factor,
     }
     return Bounds(done.kernel, _microseconds(counts, device), counts, machine, factor)

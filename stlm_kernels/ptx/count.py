@@ -119,11 +119,15 @@ class Costs:
         flags[offsets // SECTOR] = True
         flags[np.minimum((offsets + size - 1) // SECTOR, len(flags) - 1)] = True
 
-    @property
-    def dram_bytes(self) -> int:
-        """The fewest bytes between DRAM and L2: each touched sector once in each direction."""
-        tables = (self.read_sectors, self.written_sectors)
-        return SECTOR * sum(int(flags.sum()) for table in tables for flags in table.values())
+    def dram_bytes(self, factor: float = 1.0) -> float:
+        """The fewest bytes between DRAM and L2: each touched sector once in each direction.
+
+        Args:
+            factor: blocks of the grid over those that ran. What blocks share is touched by few of
+                them already, so no storage counts for more than it has.
+        """
+        tables = (*self.read_sectors.values(), *self.written_sectors.values())
+        return SECTOR * sum(min(float(flags.sum()) * factor, len(flags)) for flags in tables)
 
     @property
     def l2_bytes(self) -> int:

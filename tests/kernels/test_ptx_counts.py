@@ -98,7 +98,9 @@ def test_each_sector_goes_to_dram_once() -> None:
     for _ in range(3):
         costs.touch(0, np.array([0, 4, 64]), 4, 96, writes=False)
     costs.touch(0, np.array([0]), 4, 96, writes=True)
-    assert costs.dram_bytes == 32 * (2 + 1)
+    assert costs.dram_bytes() == 32 * (2 + 1)
+    assert costs.dram_bytes(1.25) == 32 * (2.5 + 1.25)
+    assert costs.dram_bytes(100) == 32 * (3 + 3), "blocks share what the storage has"
 
 
 def test_counts_of_a_launch() -> None:
