@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from stlm_kernels import ptx
+from stlm_kernels import find_patches, ptx, segment_pool
 from stlm_kernels.ptx.bounds import DEVICES, Device, bounds_of, classes_of, ratio
 from stlm_kernels.ptx.count import Costs, class_of
 
@@ -176,3 +176,21 @@ def test_the_command() -> None:
     done = subprocess.run([*command, "--case", "no such"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert "no case named no such" in done.stderr
+
+
+def test_sampled_launches_keep_places_that_later_launches_read() -> None:
+    """Kernels that make integers run whole; others do not, and leave zeros."""
+    ids = torch.randint(32, 123, (4096,), dtype=torch.uint8)
+    cu_seqlens = torch.tensor([0, 4096], dtype=torch.int32)
+    with ptx.executing(sample=1, costs=True) as session:
+        find_patches(ids, rule="space", max_patch_len=16, cu_seqlens=cu_seqlens, impl="triton")
+        for done in session.executions:
+            assert done.counts.executed_blocks == done.counts.blocks
+        assert not any(done.faults for done in session.executions)
+        assert any(done.counts.blocks > 1 for done in session.executions)
+        x, cu = torch.randn(4096, 32), torch.arange(0, 4097, 8, dtype=torch.int32)
+        pooled = segment_pool(x, cu, impl="triton")
+    last = session.executions[-1].counts
+    assert last.executed_blocks == 1 < last.blocks
+    assert float(pooled.abs().sum()) > 0
+    assert not pooled[len(pooled) // 2].any(), "what no block wrote"
