@@ -105,7 +105,7 @@ class TestRun:
         assert texts[0].startswith("the cat")
         assert len(texts[0]) > len("the cat") + 1
         assert stlm_models.generate.main([*told, "--top-p", "2"]) == 1
-        assert one_line(capsys).startswith("error: top_p: expected")
+        assert one_line(capsys).startswith("error: linear_sample: top_p: expected")
 
     def test_minutes_end_a_run(self, tmp_path: Path, text: str) -> None:
         started = time.monotonic()
