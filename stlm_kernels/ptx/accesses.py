@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -199,15 +200,16 @@ class Shifted(Place):
 
 
 def atomic(decoder: Decoder, instruction: Instruction) -> Step | None:
-    """atom and red on global memory, one thread after the other."""
+    """atom and red on global or shared memory, one thread after the other."""
     parts = instruction.parts
     returns = parts[0] == "atom"
     operands = instruction.operands if returns else (None, *instruction.operands)
     target, source, *values = operands
     kind = parts[-1]
     names = [part for part in parts if part in _ATOMICS or part == "cas"]
+    space = _space(parts)
     if (
-        _space(parts) != "global"
+        space == "param"
         or len(names) != 1
         or kind not in ("b32", "u32", "s32", "u64", "s64", "b64", "f32", "f64")
     ):
@@ -216,7 +218,7 @@ def atomic(decoder: Decoder, instruction: Instruction) -> Step | None:
     slots = [decoder.slot(value, bits) for value in values if value is not None]
     result = None if target is None else decoder.destination(target)
     assert source is not None
-    place = Place(decoder, source, "global")
+    place = Place(decoder, source, space)
 
     def step(state: State, mask: Mask) -> None:
         threads = state.active(mask)
@@ -243,13 +245,11 @@ def _in_turn(
     dtype: Any = UNSIGNED[bits_of(kind)]
     before = np.zeros(len(threads), dtype)
     as_number: Any = {"f": single, "s": signed}.get(kind[0], lambda x: x)
-    parts = state.memory.atomic(addresses, state.reporter(threads), dtype().itemsize)
-    for allocation, chosen in parts:
-        words = allocation.data[: len(allocation.data) // dtype().itemsize * dtype().itemsize].view(
-            dtype
-        )
-        for i in chosen:
-            place_in = (addresses[i] - allocation.base) // dtype().itemsize
+    size = dtype().itemsize
+    for data, offsets, chosen in _atomic_parts(state, place, addresses, threads, size):
+        words = data[: len(data) // size * size].view(dtype)
+        for offset, i in zip(offsets, chosen, strict=True):
+            place_in = offset // size
             old = words[place_in : place_in + 1]
             before[i] = old[0]
             if name == "cas":
@@ -260,3 +260,16 @@ def _in_turn(
                 )
             words[place_in] = new[0]
     return before
+
+
+def _atomic_parts(
+    state: State, place: Place, addresses: Array, threads: Array, size: int
+) -> Iterator[tuple[Array, Array, Array]]:
+    """Bytes of a memory, offsets in them, and which of the accesses these are."""
+    report = state.reporter(threads)
+    if place.space == "shared":
+        offsets = state.shared.atomic(addresses, size, threads, report)
+        yield state.shared.data, offsets, np.arange(len(threads))
+        return
+    for allocation, chosen in state.memory.atomic(addresses, report, size):
+        yield allocation.data, addresses[chosen] - allocation.base, chosen

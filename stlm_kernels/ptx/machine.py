@@ -26,6 +26,8 @@ from .state import State
 
 DONE = 1 << 30
 """The place of threads that have returned."""
+PATIENCE = 64
+"""Every so many turns another block has one: those that wait for its store would wait for ever."""
 
 
 @dataclass
@@ -129,13 +131,18 @@ class Machine:
         state = self.state
         pcs, waiting = np.full(state.n, index, np.int32), np.zeros(state.n, bool)
         self._leave(index, None, pcs, waiting)
+        turn = 0
         while True:
+            turn += 1
             runnable = (pcs != DONE) & ~waiting
             if not runnable.any():
                 if not waiting.any():
                     return DONE
                 self._stuck(pcs, waiting)
                 continue
+            if turn % PATIENCE == 0:
+                its = runnable & (state.block == turn // PATIENCE % len(state.epoch))
+                runnable = its if its.any() else runnable
             pc = int(pcs[runnable].min())
             here = runnable & (pcs == pc)
             if here.all():

@@ -13,6 +13,9 @@ from .registers import Array
 from .threads import Threads
 from .touches import Touches
 
+ATOMICS = -4
+"""Owner of what atomics wrote: in order among themselves, with nothing else before a barrier."""
+
 
 class SharedMemory:
     """Shared memory of the blocks, one after the other.
@@ -127,6 +130,22 @@ class SharedMemory:
         wrong |= lost & ~own
         report("race", wrong.any(1), "another warp touches it since the last barrier")
         report("lanes", (lost & own).any(1), "another lane stores another value there")
+
+    def atomic(self, offsets: Ints, size: int, threads: Array, report: Reporter) -> Ints:
+        """Places of atomic accesses, which the caller carries out in turn."""
+        check_alignment(offsets, size, report)
+        first = self.places(offsets, threads, size, report)
+        places, owners = bytes_at(first, size), self.owners
+        report("unwritten", ~self.written[places].all(1), "of shared memory")
+        epochs, warps = self._epochs(threads, places), self.batch.warp[threads][:, None]
+        writer = owners.writer[places]
+        races = (owners.written_at[places] == epochs) & (writer != warps) & (writer != ATOMICS)
+        races |= (owners.read_at[places] == epochs) & (owners.reader[places] != warps)
+        report("race", races.any(1), "another warp touches it since the last barrier")
+        owners.writer[places], owners.written_at[places] = ATOMICS, epochs
+        if self.order is not None:
+            self.order.write(places, threads)
+        return first
 
     def begin_copy(self, offsets: Ints, size: int, threads: Array, report: Reporter) -> Ints:
         """Where asynchronous copies lie that these threads begin."""

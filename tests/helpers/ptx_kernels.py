@@ -64,3 +64,34 @@ def add_to_bins(ids_ptr, bins_ptr, n, BLOCK: tl.constexpr):
     places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ids = tl.load(ids_ptr + places, mask=places < n, other=0)
     tl.atomic_add(bins_ptr + ids, tl.full((BLOCK,), 1, tl.int32), mask=places < n)
+
+
+@triton.jit
+def histogram(ids_ptr, out_ptr, N: tl.constexpr, BINS: tl.constexpr):
+    """Counts of ids, which triton makes by atomics on shared memory."""
+    ids = tl.load(ids_ptr + tl.arange(0, N))
+    tl.store(out_ptr + tl.arange(0, BINS), tl.histogram(ids, BINS))
+
+
+@triton.jit
+def add_under_a_lock(lock_ptr, total_ptr):
+    """Programs that wait for each other: each takes the lock, adds one and gives it back."""
+    while tl.atomic_cas(lock_ptr, 0, 1) == 1:
+        pass
+    tl.store(total_ptr, tl.load(total_ptr) + 1)
+    tl.atomic_xchg(lock_ptr, 0)
+
+
+@triton.jit
+def sort_rows(x_ptr, out_ptr, N: tl.constexpr):
+    """Each row in ascending order."""
+    places = tl.program_id(0) * N + tl.arange(0, N)
+    tl.store(out_ptr + places, tl.sort(tl.load(x_ptr + places)))
+
+
+@triton.jit
+def multiply_batches(a_ptr, b_ptr, out_ptr, B: tl.constexpr, N: tl.constexpr):
+    """out = a @ b of (B, N, N)."""
+    square = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+    places = tl.arange(0, B)[:, None, None] * N * N + square[None]
+    tl.store(out_ptr + places, tl.dot(tl.load(a_ptr + places), tl.load(b_ptr + places)))

@@ -1,0 +1,48 @@
+"""Kernels in the styles of others: what triton's language has and the library's ops do not use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from stlm_kernels import ptx
+
+pytestmark = [pytest.mark.lanes("compiled"), pytest.mark.parametrize("arch", [80, 90])]
+
+
+@pytest.fixture(name="kernels")
+def kernels_of_the_tests() -> Any:
+    from helpers import ptx_kernels
+
+    return ptx_kernels
+
+
+def test_atomics_on_shared_memory(kernels: Any, arch: int) -> None:
+    ids, bins = torch.randint(0, 16, (256,), dtype=torch.int32), torch.empty(16, dtype=torch.int32)
+    done = ptx.run(kernels.histogram, (1,), ids, bins, N=256, BINS=16, arch=arch)
+    assert "atom.shared" in done.ptx
+    assert torch.equal(bins, torch.bincount(ids, minlength=16).int())
+
+
+def test_programs_that_wait_for_each_other(kernels: Any, arch: int) -> None:
+    """Accesses under the lock count as races: an order that only atomics give is not followed."""
+    lock, total = (torch.zeros(1, dtype=torch.int32) for _ in range(2))
+    ptx.run(
+        kernels.add_under_a_lock, (5,), lock, total, arch=arch, collect=("race",), num_warps=1
+    )  # fmt: skip
+    assert (int(lock), int(total)) == (0, 5)
+
+
+def test_sorts(kernels: Any, arch: int) -> None:
+    x, out = torch.randn(3, 64), torch.empty(3, 64)
+    ptx.run(kernels.sort_rows, (3,), x, out, N=64, arch=arch)
+    assert torch.equal(out, x.sort(1).values)
+
+
+def test_products_of_three_dimensions(kernels: Any, arch: int) -> None:
+    a, b = (torch.randn(4, 16, 16, dtype=torch.float16) for _ in range(2))
+    out = torch.empty(4, 16, 16)
+    ptx.run(kernels.multiply_batches, (1,), a, b, out, B=4, N=16, arch=arch)
+    torch.testing.assert_close(out, a.float() @ b.float(), rtol=1e-5, atol=1e-4)
