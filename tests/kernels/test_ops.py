@@ -20,6 +20,7 @@ from helpers.ops import (
     require_grads,
     results,
     run,
+    shrunk_cases,
     skip_unless_covered,
     terms_of,
     upstream_of,
@@ -157,7 +158,7 @@ def test_repeats_bit_for_bit(spec: OpSpec, case: Case, way: Way) -> None:
 
 @RESULT_LANES
 @ONE_DTYPE
-@pytest.mark.parametrize(("spec", "case"), first_cases())
+@pytest.mark.parametrize(("spec", "case"), shrunk_cases())
 def test_retained_graph_gives_the_same_gradient_twice(spec: OpSpec, case: Case, way: Way) -> None:
     skip_unless_covered(spec, way, grad=True)
     inputs = inputs_of(spec, case, way)
@@ -210,7 +211,7 @@ def test_frozen_arguments(spec: OpSpec, case: Case, way: Way) -> None:
 
 
 @RESULT_LANES
-@pytest.mark.parametrize(("spec", "case"), first_cases())
+@pytest.mark.parametrize(("spec", "case"), shrunk_cases())
 def test_compile_fullgraph(spec: OpSpec, case: Case, way: Way) -> None:
     skip_unless_covered(spec, way)
     if way.dtype != torch.float32:
@@ -304,7 +305,7 @@ def test_gradcheck_of_the_reference(spec: OpSpec, case: Case) -> None:
 
 @RESULT_LANES
 @ONE_DTYPE
-@pytest.mark.parametrize(("spec", "case"), first_cases())
+@pytest.mark.parametrize(("spec", "case"), shrunk_cases())
 def test_double_backward(spec: OpSpec, case: Case, way: Way) -> None:
     """The kernels refuse a second derivative and name the way out."""
     skip_unless_covered(spec, way, grad=True)
@@ -324,7 +325,7 @@ def test_double_backward(spec: OpSpec, case: Case, way: Way) -> None:
 
 
 @RESULT_LANES
-@pytest.mark.parametrize(("spec", "case"), first_cases())
+@pytest.mark.parametrize(("spec", "case"), shrunk_cases())
 def test_torch_func(spec: OpSpec, case: Case, way: Way) -> None:
     """torch.func.grad, and vmap over it, agree with autograd."""
     skip_unless_covered(spec, way, grad=True)
