@@ -38,6 +38,9 @@ def takes_floats(spec: OpSpec) -> bool:
     return any(isinstance(x, torch.Tensor) and x.is_floating_point() for x in inputs.values())
 
 
+SMALL_SHARED = 89  # 99 KB a block: RTX 30, 40 and 50, A10, L4
+
+
 def archs(full: bool) -> list[int]:
     return [80, 90, 100] if full else [90]
 
@@ -85,8 +88,7 @@ def test_autocast_compiles_and_fits(spec: OpSpec, full: bool) -> None:
 
 @pytest.mark.parametrize("spec", WITH_KERNELS)
 def test_default_configs_fit_small_shared_memory(spec: OpSpec) -> None:
-    """99 KB a block: RTX 30, 40 and 50, A10, L4."""
-    for report in inspect_op(spec, spec.tagged("aot")[0], 89, disassemble=False):
+    for report in inspect_op(spec, spec.tagged("aot")[0], SMALL_SHARED, disassemble=False):
         assert_fits(report)
 
 
@@ -125,7 +127,7 @@ def test_accepted_spills_are_bounded_for_every_release() -> None:
         assert accepted(f"{release}.0") == accepted(f"{release}.7+git1") == PINNED | bounds
         for (kernel, arch), (most, why) in bounds.items():
             assert kernel.removeprefix("stlm_") in KERNELS
-            assert arch in archs(full=True)
+            assert arch in (*archs(full=True), SMALL_SHARED)
             assert 0 < most < 1000
             assert why
     assert accepted("3.6.0") == accepted("3.7.1") == accepted("3.90.0") == PINNED

@@ -150,6 +150,7 @@ def test_unused_keys_and_rows_are_never_read(way: Way) -> None:
 
 
 @EVERY_LANE
+@ONE_DTYPE
 def test_rows_before_the_first_key_are_zeros(way: Way) -> None:
     """Where offsets are not checked, as on a GPU: here under compile."""
     rows, keys = ints(0, 9, 20).to(way.device), ints(0, 4, 30).to(way.device)
@@ -169,7 +170,9 @@ def test_rows_before_the_first_key_are_zeros(way: Way) -> None:
 
 @pytest.mark.parametrize("options", CHOICES[:3], ids=str)
 @pytest.mark.parametrize("documents", [False, True])
-def test_compiled(options: dict[str, Any], documents: bool) -> None:
+def test_compiled(options: dict[str, Any], documents: bool, full: bool) -> None:
+    if documents == (options == CHOICES[1]) and not full:
+        pytest.skip("each choice with and without documents: --full")
     way = Way("torch", "cpu", torch.float32)
     operands: Any = [x.requires_grad_() for x in example(way)]
     borders = packed(way) if documents else {}
