@@ -169,7 +169,7 @@ class _Body:
         pending, began = "", first_line
         for line, raw in enumerate(text.split("\n"), first_line):
             rest = raw.split("//")[0].strip()
-            if rest.startswith(".loc"):
+            if _LOC.match(rest):
                 yield rest, line
                 continue
             while rest:
@@ -196,9 +196,7 @@ class _Body:
             self.scopes.append({})
         elif statement == "}":
             self.scopes.pop()
-        elif statement.startswith(".loc"):
-            match = _LOC.match(statement)
-            assert match is not None
+        elif match := _LOC.match(statement):
             if int(match[2]):  # line 0 belongs to no source line
                 self.source = f"{self.files.get(int(match[1]), '?')}:{match[2]}"
         elif statement.endswith(":"):

@@ -13,9 +13,6 @@ from .registers import Array
 from .threads import Threads
 from .touches import Touches
 
-ATOMICS = -4
-"""Owner of what atomics wrote: in order among themselves, with nothing else before a barrier."""
-
 
 class SharedMemory:
     """Shared memory of the blocks, one after the other.
@@ -40,7 +37,9 @@ class SharedMemory:
         # A warpgroup's product is an owner of its own: no write of the same epoch, by whichever
         # warp, is before it for all four of them.
         self.warpgroup = batch.n_threads // LANES
-        self.touches = Touches(total, self.warpgroup + 1)
+        # So are atomics: in order among themselves, with nothing else before a barrier.
+        self.atomics = self.warpgroup + 1
+        self.touches = Touches(total, self.warpgroup + 2)
         self.order = ProxyOrder(batch, total) if has_products else None
 
     def index(self, offsets: Ints, size: int, threads: Array, report: Reporter) -> Ints:
@@ -134,18 +133,14 @@ class SharedMemory:
     def atomic(self, offsets: Ints, size: int, threads: Array, report: Reporter) -> Ints:
         """Places of atomic accesses, which the caller carries out in turn."""
         check_alignment(offsets, size, report)
-        first = self.places(offsets, threads, size, report)
-        places, owners = bytes_at(first, size), self.owners
-        report("unwritten", ~self.written[places].all(1), "of shared memory")
-        epochs, warps = self._epochs(threads, places), self.batch.warp[threads][:, None]
-        writer = owners.writer[places]
-        races = (owners.written_at[places] == epochs) & (writer != warps) & (writer != ATOMICS)
-        races |= (owners.read_at[places] == epochs) & (owners.reader[places] != warps)
-        report("race", races.any(1), "another warp touches it since the last barrier")
-        owners.writer[places], owners.written_at[places] = ATOMICS, epochs
+        index = self.index(offsets, size, threads, report)
+        report("unwritten", ~marked(self.written, index, size), "of shared memory")
+        owners = np.full(len(threads), self.atomics)
+        races = self.touches.write(index, size, owners, self._epochs(threads))
+        report("race", races.any(1), "another access touches it since the last barrier")
         if self.order is not None:
-            self.order.write(places, threads)
-        return first
+            self.order.write(index, size, threads)
+        return index * size
 
     def begin_copy(self, offsets: Ints, size: int, threads: Array, report: Reporter) -> Ints:
         """Where asynchronous copies lie that these threads begin."""
