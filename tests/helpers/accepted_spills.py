@@ -46,7 +46,6 @@ PINNED: Spills = {
 SIZED_FOR_PINNED = "none in the pinned triton, for whose assembler the tile is sized"
 LATER: dict[str, Spills] = {
     "3.8": {
-        ("stlm_ema_unpool_fwd", 89): (4, SIZED_FOR_PINNED),
         ("stlm_attention_bwd_kv", 89): (15, f"at K = 48; {SIZED_FOR_PINNED}"),
     },
     "3.9": {
@@ -58,7 +57,6 @@ LATER: dict[str, Spills] = {
             4,
             f"16 bytes, under autocast; {SIZED_FOR_PINNED}",
         ),
-        ("stlm_ema_unpool_fwd", 89): (4, SIZED_FOR_PINNED),
         ("stlm_attention_bwd_kv", 89): (19, f"at K = 48; {SIZED_FOR_PINNED}"),
     },
 }
