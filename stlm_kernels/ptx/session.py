@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from triton.runtime.autotuner import Autotuner
-from triton.runtime.jit import JITFunction
 
 from .. import _launch, runtime
 from ..testing import fresh_memory
@@ -156,6 +154,9 @@ def _torch_ops_to(session: Session, skips_products: bool) -> Iterator[None]:
 @contextmanager
 def _launches_of_triton(launch: Callable[..., None]) -> Iterator[None]:
     """Pass every `kernel[grid](...)` to `launch`; compiling alone stays triton's."""
+    from triton.runtime.autotuner import Autotuner
+    from triton.runtime.jit import JITFunction
+
     compile_or_run, bench = JITFunction.run, Autotuner._bench
 
     def run_here(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:

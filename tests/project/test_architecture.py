@@ -168,7 +168,7 @@ def test_kernels_stay_small(kernel: ast.FunctionDef) -> None:
     assert len(flags) <= MAX_KERNEL_FLAGS
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+@pytest.mark.parametrize("path", ALL_SOURCES, ids=name_of)
 def test_files_stay_readable(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= MAX_FILE_LINES
 
