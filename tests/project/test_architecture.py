@@ -192,3 +192,9 @@ def test_the_gpu_lane_is_spread_where_xdist_is_there(python: str, there: bool) -
     assert all("pytest a_test.py -q --lane gpu" in run for run in runs)
     assert [f" -n {n} " in run for n, run in zip((7, 1), runs, strict=True)] == [there, there]
     assert all(("--timeout" in run) is there for run in runs)
+
+
+def test_names_of_test_files_are_unique() -> None:
+    """Pytest imports a test by its bare name."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
