@@ -36,14 +36,14 @@ def looped(inputs: Inputs, upstream: Tensor) -> dict[str, Tensor]:
     gains = np.ones((1, weight.shape[1]))
     if gain is not None:
         gains = as_array(gain.to(inputs["weight"].dtype))
-    ids, borders = inputs["byte_ids"].tolist(), inputs["cu_patchlens"].tolist()
-    out = np.zeros((len(borders) - 1, weight.shape[1]))
+    ids, boundaries = inputs["byte_ids"].tolist(), inputs["cu_patchlens"].tolist()
+    out = np.zeros((len(boundaries) - 1, weight.shape[1]))
     dweight, dgain = np.zeros_like(weight), np.zeros_like(gains)
-    for p in range(len(borders) - 1):
-        length = borders[p + 1] - borders[p]
+    for p in range(len(boundaries) - 1):
+        length = boundaries[p + 1] - boundaries[p]
         scale = 1.0 / max(length, 1) if inputs["mode"] == "mean" else 1.0
         for k in range(length):
-            byte, slot = ids[borders[p] + k], min(k, len(gains) - 1)
+            byte, slot = ids[boundaries[p] + k], min(k, len(gains) - 1)
             if not 0 <= byte < len(weight):
                 out[p] = np.nan
                 continue
@@ -91,7 +91,7 @@ def assert_right(inputs: Inputs, impl: str, upstream: Tensor | None = None) -> N
     upstream = upstream_for(inputs) if upstream is None else upstream
     with poisoned_memory():
         got = with_gradients(byte_pool, inputs, upstream, impl=impl)
-    stock = with_gradients(yardstick, inputs, upstream)
+    yard = with_gradients(yardstick, inputs, upstream)
     want = looped(inputs, upstream)
     for name, x in got.items():
         assert x.dtype == (inputs["weight"] if name == "out" else inputs[name]).dtype
@@ -99,7 +99,7 @@ def assert_right(inputs: Inputs, impl: str, upstream: Tensor | None = None) -> N
             # The loop rounds like the result, so the rule would compare two rounding errors.
             torch.testing.assert_close(x.cpu(), want[name], rtol=1e-12, atol=1e-12)
             continue
-        assert_matches(x, want[name], stock[name], name=name, rows=name == "weight")
+        assert_matches(x, want[name], yard[name], name=name, rows=name == "weight")
 
 
 def pool_inputs(
@@ -117,11 +117,11 @@ def pool_inputs(
     """Arguments with these patch lengths, and `tail` bytes that belong to no patch."""
     rng = torch.Generator().manual_seed(seed)
     used = min(vocab, 256) if ids == torch.uint8 else vocab
-    borders = np.cumsum([0, *lengths])
+    boundaries = np.cumsum([0, *lengths])
     inputs: Inputs = {
-        "byte_ids": random_ids(int(borders[-1]) + tail, used, ids, rng).to(way.device),
+        "byte_ids": random_ids(int(boundaries[-1]) + tail, used, ids, rng).to(way.device),
         "weight": torch.randn(vocab, width, generator=rng).to(way.device, way.dtype),
-        "cu_patchlens": torch.from_numpy(borders).int().to(way.device),
+        "cu_patchlens": torch.from_numpy(boundaries).int().to(way.device),
         "mode": mode,
     }
     if slots is not None:

@@ -21,8 +21,8 @@ def varied(config: ModelConfig = TINY, core: nn.Module | None = None) -> STLM:
 def full_states(model: STLM, windows: list[list[int]]) -> Tensor:
     """The states at the last id of each window, from one full run over all of them."""
     ids = torch.tensor([i for window in windows for i in window])
-    borders = torch.tensor([0, *map(len, windows)]).cumsum(0).int()
-    return model.hidden(ids, cu_seqlens=borders)[borders[1:].long() - 1]
+    boundaries = torch.tensor([0, *map(len, windows)]).cumsum(0).int()
+    return model.hidden(ids, cu_seqlens=boundaries)[boundaries[1:].long() - 1]
 
 
 def seen_ids(prompts: list[bytes]) -> list[list[int]]:

@@ -39,9 +39,9 @@ class Part(NamedTuple):
 
 def runs(starts: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
     """The rows from each start to its end, one run after the other, and the borders of the runs."""
-    pieces = [torch.arange(a, b) for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
-    borders = torch.tensor([0, *(len(piece) for piece in pieces)]).cumsum(0).int()
-    return torch.cat(pieces), borders
+    rows = [torch.arange(a, b) for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
+    boundaries = torch.tensor([0, *map(len, rows)]).cumsum(0).int()
+    return torch.cat(rows), boundaries
 
 
 def picked(x: Tensor, rows: Tensor) -> Tensor:
@@ -50,14 +50,14 @@ def picked(x: Tensor, rows: Tensor) -> Tensor:
 
 def document_starts(rows: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Where the document of each row begins."""
-    borders = cu_seqlens.cpu().long()
-    return borders[torch.searchsorted(borders, rows, right=True) - 1]
+    boundaries = cu_seqlens.cpu().long()
+    return boundaries[torch.searchsorted(boundaries, rows, right=True) - 1]
 
 
 def whole_patches(spec: OpSpec, inputs: Inputs, rows: Tensor, by_byte: tuple[str, ...]) -> Part:
     """Patches `rows`: nothing outside them counts."""
-    borders = inputs["cu_patchlens"].cpu().long()
-    taken, cu_patchlens = runs(borders[rows], borders[rows + 1])
+    boundaries = inputs["cu_patchlens"].cpu().long()
+    taken, cu_patchlens = runs(boundaries[rows], boundaries[rows + 1])
     small = {name: picked(inputs[name], taken) for name in by_byte}
     arguments: dict[str, tuple[str, Tensor | None]] = {name: (name, taken) for name in by_byte}
     part = Part(spec, inputs | small | {"cu_patchlens": cu_patchlens}, rows, rows, arguments)
@@ -81,8 +81,8 @@ def attention_pool(inputs: Inputs, rows: Tensor) -> Part:
 
 def patch_attention(inputs: Inputs, rows: Tensor) -> Part:
     """The patches of the bytes `rows`."""
-    borders = inputs["cu_patchlens"].cpu().long()
-    patches = (torch.searchsorted(borders, rows, right=True) - 1).unique()
+    boundaries = inputs["cu_patchlens"].cpu().long()
+    patches = (torch.searchsorted(boundaries, rows, right=True) - 1).unique()
     part = whole_patches(OPS["patch_attention"], inputs, patches, ("q", "k", "v"))
     taken = part.arguments["q"][1]
     assert taken is not None

@@ -61,10 +61,10 @@ class Margins:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, Any, Any]:
-        stock = torch.testing.assert_close
+        assert_close = torch.testing.assert_close
 
         def measured(got: Any, want: Any, **options: Any) -> None:
-            stock(got, want, **options)
+            assert_close(got, want, **options)
             figure = margin(got, want, options.get("rtol"), options.get("atol"))
             found.append(("assert_close", figure))
 

@@ -56,6 +56,6 @@ def ids_of(text: bytes) -> Tensor:
 
 
 def packed(texts: list[bytes]) -> tuple[Tensor, Tensor]:
-    pieces = [ids_of(text) for text in texts]
-    lengths = torch.tensor([0, *map(len, pieces)])
-    return torch.cat(pieces), lengths.cumsum(0).int()
+    parts = [ids_of(text) for text in texts]
+    lengths = torch.tensor([0, *map(len, parts)])
+    return torch.cat(parts), lengths.cumsum(0).int()

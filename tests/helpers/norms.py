@@ -59,16 +59,16 @@ def pooled_error(got: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> floa
 
 
 def assert_as_right(
-    ours: Mapping[str, Tensor], stock: Mapping[str, Tensor], exact: Mapping[str, Tensor]
+    ours: Mapping[str, Tensor], baseline: Mapping[str, Tensor], exact: Mapping[str, Tensor]
 ) -> None:
     """Neither of two runs of one dtype is more than twice as wrong as the other, against fp64.
 
     A floor is added, for a run that is right by luck.
     """
     dtype = next(iter(ours.values())).dtype
-    errors = {"ours": pooled_error(ours, exact), "stock": pooled_error(stock, exact)}
+    errors = {"ours": pooled_error(ours, exact), "baseline": pooled_error(baseline, exact)}
     floor = RMS_FLOOR.get(dtype, torch.finfo(dtype).eps / 4)
-    for one, other in (("ours", "stock"), ("stock", "ours")):
+    for one, other in (("ours", "baseline"), ("baseline", "ours")):
         hold(f"relative error of {one}", errors[one], 2 * errors[other] + floor)
 
 

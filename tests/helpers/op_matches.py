@@ -19,9 +19,9 @@ from stlm_kernels.testing import assert_matches, poisoned_memory
 def assert_op_matches(spec: OpSpec, case: Case, way: Way, seed: int = 0) -> None:
     inputs = inputs_of(spec, case, way, seed)
     wide = in_fp64(spec, inputs)
-    stock = as_leaves(spec, inputs)
+    narrow = as_leaves(spec, inputs)
     want, want_grads = run(spec, spec.reference, wide)
-    allowed, allowed_grads = run(spec, spec.yardstick, stock)
+    allowed, allowed_grads = run(spec, spec.yardstick, narrow)
     with poisoned_memory():
         got, got_grads = run(spec, spec.op, inputs, impl=way.impl)
     exact, terms = spec.exact(case), terms_of(spec, wide, want)

@@ -29,7 +29,7 @@ EVERY_LANE = pytest.mark.lanes("cpu", "interpret", "gpu")
 
 # ---- isolation --------------------------------------------------------------------------------
 
-BORDERS = ints(0, 6, 6, 9, 36, 44)
+BOUNDARIES = ints(0, 6, 6, 9, 36, 44)
 
 
 @EVERY_LANE
@@ -47,7 +47,7 @@ BORDERS = ints(0, 6, 6, 9, 36, 44)
 def test_nan_reaches_only_what_sees_it(
     way: Way, where: str, poison: float, window: int | None
 ) -> None:
-    options = {"cu_seqlens": BORDERS, "window": window}
+    options = {"cu_seqlens": BOUNDARIES, "window": window}
     operands = example((50,), 1, 1, 16, way)
     upstream = torch.randn(50, 1, 16).to(operands[0])
     clean = with_gradients(operands, way, upstream, **options)
@@ -94,7 +94,7 @@ def test_rows_of_no_document_are_never_read(way: Way, window: int | None) -> Non
 def test_a_document_alone_and_among_others(way: Way) -> None:
     operands = example((50,), 2, 1, 16, way)
     upstream = torch.randn(50, 2, 16).to(operands[0])
-    together = with_gradients(operands, way, upstream, cu_seqlens=BORDERS, window=20)
+    together = with_gradients(operands, way, upstream, cu_seqlens=BOUNDARIES, window=20)
     part = [x[9:36] for x in operands]
     alone = with_gradients(part, way, upstream[9:36], window=20)
     for name, x in alone.items():
@@ -128,8 +128,8 @@ def test_documents_of_one_row(way: Way) -> None:
 @EVERY_LANE
 def test_documents_of_two_rows(way: Way) -> None:
     """Where a rounded output shows most in the backward."""
-    borders = torch.arange(0, 61, 2, dtype=torch.int32)
-    assert_close_to_oracle(example((60,), 2, 1, 16, way), way, cu_seqlens=borders)
+    boundaries = torch.arange(0, 61, 2, dtype=torch.int32)
+    assert_close_to_oracle(example((60,), 2, 1, 16, way), way, cu_seqlens=boundaries)
 
 
 @EVERY_LANE
@@ -167,9 +167,9 @@ def test_ragged_documents(
     way: Way, lengths: list[int], tail: int, window: int | None, kv_heads: int
 ) -> None:
     # The gradient of q in a document of one row is zero: the rest gives the errors their scale.
-    borders = torch.tensor([0, *lengths, 12]).cumsum(0).int()
-    operands = example((int(borders[-1]) + tail,), 2, kv_heads, 16, way)
-    assert_close_to_oracle(operands, way, cu_seqlens=borders, window=window)
+    boundaries = torch.tensor([0, *lengths, 12]).cumsum(0).int()
+    operands = example((int(boundaries[-1]) + tail,), 2, kv_heads, 16, way)
+    assert_close_to_oracle(operands, way, cu_seqlens=boundaries, window=window)
 
 
 @EVERY_LANE

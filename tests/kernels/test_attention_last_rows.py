@@ -67,13 +67,13 @@ def test_a_batch_is_documents_of_one_length(way: Way) -> None:
     q, k, v = example(way, 3 * 21, 3 * 40)
     batch = [q.view(3, 21, 2, 16), *(x.view(3, 40, 1, 16) for x in (k, v))]
     upstream = torch.randn(3, 21, 2, 16).to(q)
-    borders: dict[str, Any] = {
+    boundaries: dict[str, Any] = {
         "cu_seqlens": ints(0, 21, 42, 63),
         "cu_seqlens_k": ints(0, 40, 80, 120),
     }
-    borders = {name: x.to(way.device) for name, x in borders.items()}
+    boundaries = {name: x.to(way.device) for name, x in boundaries.items()}
     dense = with_gradients(batch, way, upstream, window=30)
-    flat = with_gradients([q, k, v], way, upstream.flatten(0, 1), window=30, **borders)
+    flat = with_gradients([q, k, v], way, upstream.flatten(0, 1), window=30, **boundaries)
     for name, x in dense.items():
         assert_close(x.flatten(0, 1), flat[name], way)
 
@@ -175,10 +175,10 @@ def test_compiled(options: dict[str, Any], documents: bool, full: bool) -> None:
         pytest.skip("each choice with and without documents: --full")
     way = Way("torch", "cpu", torch.float32)
     operands: Any = [x.requires_grad_() for x in example(way)]
-    borders = packed(way) if documents else {}
+    boundaries = packed(way) if documents else {}
     torch._dynamo.reset()
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
-    want, got = (function(*operands, **borders, **options) for function in (attention, compiled))
+    want, got = (function(*operands, **boundaries, **options) for function in (attention, compiled))
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     upstream = torch.randn_like(want)
     for a, b in zip(
@@ -192,12 +192,12 @@ def test_compiled(options: dict[str, Any], documents: bool, full: bool) -> None:
 def test_derivatives(options: dict[str, Any], documents: bool) -> None:
     way = Way("torch", "cpu", torch.float64)
     operands = [x.requires_grad_() for x in example(way, 6, 9)]
-    borders: dict[str, Any] = (
+    boundaries: dict[str, Any] = (
         {"cu_seqlens": ints(0, 2, 5), "cu_seqlens_k": ints(0, 4, 8)} if documents else {}
     )
 
     def attend(*operands: Tensor) -> Tensor:
-        return attention(*operands, **borders, **options)
+        return attention(*operands, **boundaries, **options)
 
     assert torch.autograd.gradcheck(attend, operands, fast_mode=True)
     assert torch.autograd.gradgradcheck(attend, operands, atol=1e-4, fast_mode=True)
@@ -230,11 +230,11 @@ def test_a_large_mask_is_not_formed(monkeypatch: pytest.MonkeyPatch) -> None:
     from stlm_kernels.ops.attention import documents
 
     way = Way("torch", "cpu", torch.float32)
-    operands, borders = example(way), packed(way)
-    want = [attention(*operands, **each) for each in ({}, borders)]
+    operands, boundaries = example(way), packed(way)
+    want = [attention(*operands, **each) for each in ({}, boundaries)]
     monkeypatch.setattr(documents, "MASK_ENTRIES", 10)
     monkeypatch.setattr(documents, "lower_right", None)
-    for each, x in zip(({}, borders), want, strict=True):
+    for each, x in zip(({}, boundaries), want, strict=True):
         assert_close(attention(*operands, **each), x, way)
 
 

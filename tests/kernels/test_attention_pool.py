@@ -23,7 +23,7 @@ from stlm_kernels.testing import poisoned_memory
 
 EVERY_LANE = pytest.mark.lanes("cpu", "interpret", "gpu")
 NAMES = ("query", "key", "value")
-BORDERS = (0, 6, 6, 9, 16, 25, 37)
+BOUNDARIES = (0, 6, 6, 9, 16, 25, 37)
 OTHERS = [*range(9), *range(16, 37)]
 SICK = 3
 """The patch of rows 9 to 15 in BORDERS."""
@@ -39,7 +39,7 @@ def example(
 
 def with_gradients(
     operands: list[Tensor],
-    borders: Tensor,
+    boundaries: Tensor,
     way: Way,
     upstream: Tensor | None = None,
     **options: Any,
@@ -48,17 +48,17 @@ def with_gradients(
     named = dict(zip(NAMES, operands, strict=True))
     options |= {"impl": way.impl, "upstream": upstream}
     with poisoned_memory():
-        return tensors.with_gradients(attention_pool, named, borders.to(way.device), **options)
+        return tensors.with_gradients(attention_pool, named, boundaries.to(way.device), **options)
 
 
 def assert_close_to_oracle(
-    operands: list[Tensor], borders: Tensor, way: Way, **options: Any
+    operands: list[Tensor], boundaries: Tensor, way: Way, **options: Any
 ) -> dict[str, Tensor]:
     """Apply the tolerance rule to the result and all gradients."""
-    got = with_gradients(operands, borders, way, **options)
+    got = with_gradients(operands, boundaries, way, **options)
     options["upstream"] = random_upstream(got["out"].shape, got["out"])
     named = dict(zip(NAMES, operands, strict=True))
-    tensors.assert_close_to_oracle(got, oracle, named, borders, **options)
+    tensors.assert_close_to_oracle(got, oracle, named, boundaries, **options)
     return got
 
 
@@ -78,11 +78,11 @@ def assert_near(got: Tensor, want: Tensor, ulps: int = 16, **options: Any) -> No
 def test_nan_stays_in_its_own_patch(way: Way, where: str, poison: float) -> None:
     operands = example(37, 2, 1, 16, way, patches=6)
     upstream = random_upstream((6, 2, 16), operands[0])
-    clean = with_gradients(operands, ints(*BORDERS), way, upstream)
+    clean = with_gradients(operands, ints(*BOUNDARIES), way, upstream)
     sick = dict(zip((*NAMES, "upstream"), [x.clone() for x in (*operands, upstream)], strict=True))
     sick[where][SICK if where in ("query", "upstream") else 12, 0, 5] = poison
     upstream = sick.pop("upstream")
-    got = with_gradients(list(sick.values()), ints(*BORDERS), way, upstream)
+    got = with_gradients(list(sick.values()), ints(*BOUNDARIES), way, upstream)
     for name, x in got.items():
         healthy = OTHERS if name in ("key", "value") else [0, 1, 2, 4, 5]
         assert_near(x[healthy], clean[name][healthy], msg=f"{name} of {where}")
@@ -97,13 +97,13 @@ def test_nan_stays_in_its_own_patch(way: Way, where: str, poison: float) -> None
 @EVERY_LANE
 @pytest.mark.parametrize("own", [False, True])
 def test_rows_of_no_patch_are_never_read(way: Way, own: bool) -> None:
-    borders = ints(0, 10, 10, 25)
+    boundaries = ints(0, 10, 10, 25)
     operands = example(60, 2, 2, 16, way, patches=3 if own else None)
-    clean = with_gradients(operands, borders, way)
+    clean = with_gradients(operands, boundaries, way)
     assert (clean["out"][1] == 0).all()
     for x in operands[1:]:
         x[25:] = math.nan
-    got = with_gradients(operands, borders, way)
+    got = with_gradients(operands, boundaries, way)
     for name, x in got.items():
         assert_near(x, clean[name])
     for name in ("key", "value"):
@@ -127,7 +127,7 @@ def test_nan_upstream_at_an_empty_patch_reaches_nothing(way: Way, own: bool) -> 
 def test_a_patch_alone_and_among_others(way: Way) -> None:
     operands = example(37, 2, 1, 16, way)
     upstream = random_upstream((6, 2, 16), operands[0])
-    together = with_gradients(operands, ints(*BORDERS), way, upstream)
+    together = with_gradients(operands, ints(*BOUNDARIES), way, upstream)
     part = [operands[0], *(x[16:25] for x in operands[1:])]
     alone = with_gradients(part, ints(0, 9), way, upstream[4:5])
     assert_near(alone["out"], together["out"][4:5])
@@ -165,8 +165,8 @@ def test_large_scores_neither_overflow_nor_vanish(way: Way, sign: int) -> None:
 @EVERY_LANE
 def test_equal_scores_give_the_mean(way: Way) -> None:
     query, key, value = example(40, 1, 1, 16, way)
-    borders = ints(0, 40).to(way.device)
-    out = attention_pool(query, key, value, borders, scale=0.0, impl=way.impl)
+    boundaries = ints(0, 40).to(way.device)
+    out = attention_pool(query, key, value, boundaries, scale=0.0, impl=way.impl)
     assert_near(out, value.double().mean(0, keepdim=True), ulps=4)
 
 
@@ -174,12 +174,12 @@ def test_equal_scores_give_the_mean(way: Way) -> None:
 @pytest.mark.parametrize("width", [8, 24])
 def test_query_heads_share_key_heads_in_order(way: Way, width: int) -> None:
     query, key, value = example(30, 6, 2, width, way)
-    borders = ints(0, 12, 30).to(way.device)
-    together = attention_pool(query, key, value, borders, impl=way.impl)
+    boundaries = ints(0, 12, 30).to(way.device)
+    together = attention_pool(query, key, value, boundaries, impl=way.impl)
     for head in range(6):
         shared = slice(head // 3, head // 3 + 1)
         one = attention_pool(
-            query[head : head + 1], key[:, shared], value[:, shared], borders, impl=way.impl
+            query[head : head + 1], key[:, shared], value[:, shared], boundaries, impl=way.impl
         )
         assert_near(one[:, 0], together[:, head])
 
@@ -194,17 +194,17 @@ def test_query_heads_share_key_heads_in_order(way: Way, width: int) -> None:
 )
 def test_ragged_patches(way: Way, lengths: list[int], tail: int, own: bool, kv_heads: int) -> None:
     # The gradient of key in a patch of one byte is zero: the rest gives the errors their scale.
-    borders = torch.tensor([0, *lengths, 12]).cumsum(0).int()
+    boundaries = torch.tensor([0, *lengths, 12]).cumsum(0).int()
     patches = len(lengths) + 1 if own else None
-    operands = example(int(borders[-1]) + tail, 2, kv_heads, 16, way, patches)
-    assert_close_to_oracle(operands, borders, way)
+    operands = example(int(boundaries[-1]) + tail, 2, kv_heads, 16, way, patches)
+    assert_close_to_oracle(operands, boundaries, way)
 
 
 @EVERY_LANE
 def test_a_shared_query_is_every_patchs_own(way: Way) -> None:
     shared = example(37, 4, 2, 16, way)
     own = [shared[0].expand(6, 4, 16), *shared[1:]]
-    a, b = (with_gradients(operands, ints(*BORDERS), way) for operands in (shared, own))
+    a, b = (with_gradients(operands, ints(*BOUNDARIES), way) for operands in (shared, own))
     for name in ("out", "key", "value"):
         assert_near(a[name], b[name])
     total = b["query"].double().sum(0)
@@ -223,9 +223,9 @@ def test_runs_of_patches_add_up(way: Way, programs: int, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(triton_impl, "RUNS_ADDED_AT_ONCE", 4)
     config = {"ROWS": 4, "BLOCK_H": 1, "PROGRAMS": programs, "num_warps": 1}
-    borders = torch.arange(0, 31, 2, dtype=torch.int32)
+    boundaries = torch.arange(0, 31, 2, dtype=torch.int32)
     with _launch.overriding({"attention_pool_bwd": config}):
-        assert_close_to_oracle(example(33, 1, 1, 8, way), borders, way)
+        assert_close_to_oracle(example(33, 1, 1, 8, way), boundaries, way)
 
 
 @pytest.mark.lanes("cpu", "gpu")
@@ -233,8 +233,8 @@ def test_far_more_patches_than_a_grid_has_rows(way: Way) -> None:
     """65,535 is where the second dimension of a CUDA grid stops."""
     total = 140_000
     query, key, value = example(total, 1, 1, 8, way)
-    borders = torch.arange(0, total + 1, 2, dtype=torch.int32)
-    got = with_gradients([query, key, value], borders, way)
+    boundaries = torch.arange(0, total + 1, 2, dtype=torch.int32)
+    got = with_gradients([query, key, value], boundaries, way)
     pairs = [x.view(-1, 2, 8).double() for x in (key, value)]
     weights = (pairs[0] @ query[0].double() * 8**-0.5).softmax(1)
     assert_near(got["out"], (weights[..., None] * pairs[1]).sum(1)[:, None], ulps=8)
@@ -256,10 +256,10 @@ class Sizes(TorchDispatchMode):
 
 def test_one_long_patch_among_short_ones_costs_its_bytes() -> None:
     way = Way("torch", "cpu", torch.float32)
-    borders = torch.cat([torch.arange(2000), ints(6000)]).int()
+    boundaries = torch.cat([torch.arange(2000), ints(6000)]).int()
     operands = example(6000, 2, 2, 8, way, patches=2000)
     with Sizes() as sizes:
-        with_gradients(operands, borders, way)
+        with_gradients(operands, boundaries, way)
     assert sizes.largest <= 6000 * 2 * 8
 
 
@@ -270,13 +270,13 @@ def test_one_long_patch_among_short_ones_costs_its_bytes() -> None:
 def test_packed_and_expanded_operands(way: Way) -> None:
     rng = torch.Generator().manual_seed(0)
     packed = torch.randn(40, 2, 2, 16, generator=rng).to(way.device, way.dtype)
-    query, borders = example(0, 2, 2, 16, way)[0], ints(0, 7, 30, 38)
+    query, boundaries = example(0, 2, 2, 16, way)[0], ints(0, 7, 30, 38)
     slices = list(packed.unbind(1))
     assert not slices[0].is_contiguous()
     expanded = [x[:1].expand(40, 2, 16) for x in slices]
     for operands in (slices, expanded):
-        plain = with_gradients([query, *(x.contiguous() for x in operands)], borders, way)
-        for name, x in with_gradients([query, *operands], borders, way).items():
+        plain = with_gradients([query, *(x.contiguous() for x in operands)], boundaries, way)
+        for name, x in with_gradients([query, *operands], boundaries, way).items():
             assert_near(x, plain[name])
 
 
@@ -285,35 +285,35 @@ def test_a_float32_query_beside_16_bit_keys(way: Way) -> None:
     if way.dtype not in (torch.float16, torch.bfloat16):
         pytest.skip("about 16-bit keys")
     operands = example(37, 2, 1, 16, way)
-    narrow = with_gradients(operands, ints(*BORDERS), way)
+    narrow = with_gradients(operands, ints(*BOUNDARIES), way)
     finer = operands[0].float() * (1 + torch.finfo(way.dtype).eps / 8)
-    wide = with_gradients([finer, *operands[1:]], ints(*BORDERS), way)
+    wide = with_gradients([finer, *operands[1:]], ints(*BOUNDARIES), way)
     assert wide["query"].dtype == torch.float32
     for name in ("out", "key", "value"):
         assert torch.equal(narrow[name], wide[name])
     assert torch.equal(narrow["query"], wide["query"].to(way.dtype))
     with pytest.raises(ValueError, match="query: expected dtype"):
-        with_gradients([finer.expand(6, 2, 16), *operands[1:]], ints(*BORDERS), way)
+        with_gradients([finer.expand(6, 2, 16), *operands[1:]], ints(*BOUNDARIES), way)
 
 
 @EVERY_LANE
 @pytest.mark.parametrize(
-    ("borders", "meaning"),
+    ("boundaries", "meaning"),
     [((0, 25, 13, 30), (0, 25, 25, 30)), ((-4, 12, 99), (0, 12, 36)), ((0, 10, 30), (0, 10, 30))],
 )
 @pytest.mark.parametrize("own", [False, True])
-def test_unread_borders_stay_in_bounds(
-    way: Way, own: bool, borders: tuple[int, ...], meaning: tuple[int, ...]
+def test_unread_boundaries_stay_in_bounds(
+    way: Way, own: bool, boundaries: tuple[int, ...], meaning: tuple[int, ...]
 ) -> None:
     """Where values are not looked at, offsets are clamped."""
     if way.dtype != torch.float32:
         pytest.skip("one dtype shows where the borders go")
-    if way.impl == "triton" and borders[1] > borders[2]:
+    if way.impl == "triton" and boundaries[1] > boundaries[2]:
         pytest.skip("which patch a row of overlapping ranges is in is the kernels' own choice")
-    operands = example(36, 2, 1, 16, way, patches=len(borders) - 1 if own else None)
+    operands = example(36, 2, 1, 16, way, patches=len(boundaries) - 1 if own else None)
 
     def loss(key: Tensor) -> tuple[Tensor, Tensor]:
-        offsets = ints(*borders).to(way.device)
+        offsets = ints(*boundaries).to(way.device)
         out = attention_pool(operands[0], key, operands[2], offsets, impl=way.impl)
         return out.square().sum(), out
 
@@ -327,13 +327,13 @@ def test_unread_borders_stay_in_bounds(
 
 
 @EVERY_LANE
-def test_unread_rows_before_the_first_border_get_no_gradient(way: Way) -> None:
+def test_unread_rows_before_the_first_boundary_get_no_gradient(way: Way) -> None:
     query, key, value = example(9, 1, 1, 8, way)
-    borders, outside = ints(4, 7).to(way.device), [0, 1, 2, 3, 7, 8]
+    boundaries, outside = ints(4, 7).to(way.device), [0, 1, 2, 3, 7, 8]
     key[outside] = value[outside] = math.nan
 
     def loss(query: Tensor, key: Tensor) -> Tensor:
-        return attention_pool(query, key, value, borders, impl=way.impl).sum()
+        return attention_pool(query, key, value, boundaries, impl=way.impl).sum()
 
     with poisoned_memory():
         of_query, of_key = torch.func.grad(loss, argnums=(0, 1))(query, key)
@@ -342,16 +342,16 @@ def test_unread_rows_before_the_first_border_get_no_gradient(way: Way) -> None:
     assert of_query.isfinite().all()
 
 
-def test_nan_stays_in_its_patch_where_borders_are_not_read() -> None:
+def test_nan_stays_in_its_patch_where_boundaries_are_not_read() -> None:
     way = Way("torch", "cpu", torch.float32)
     operands = example(37, 2, 1, 16, way)
-    borders = ints(*BORDERS[:-1], 30)
-    clean = with_gradients(operands, borders, way)
+    boundaries = ints(*BOUNDARIES[:-1], 30)
+    clean = with_gradients(operands, boundaries, way)
     for x in operands[1:]:
         x[12, 0, 5] = x[30:] = math.nan
     leaves = [x.requires_grad_() for x in operands]
     torch._dynamo.reset()
-    out = torch.compile(attention_pool, fullgraph=True, backend="aot_eager")(*leaves, borders)
+    out = torch.compile(attention_pool, fullgraph=True, backend="aot_eager")(*leaves, boundaries)
     grads = torch.autograd.grad(out, leaves, random_upstream(out.shape, out))
     for name, x in zip(NAMES[1:], grads[1:], strict=True):
         torch.testing.assert_close(x[OTHERS], clean[name][OTHERS], rtol=1e-5, atol=1e-5)

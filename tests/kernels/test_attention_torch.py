@@ -19,7 +19,7 @@ from stlm_kernels.ops.attention import banded, documents, torch_impl
 from stlm_kernels.ops.attention.reference import reference
 
 CPU = Way("torch", "cpu", torch.float32)
-BORDERS = ints(0, 6, 6, 9)
+BOUNDARIES = ints(0, 6, 6, 9)
 
 
 OPTIONS = [
@@ -41,8 +41,8 @@ def test_options(way: Way, options: dict[str, Any]) -> None:
 
 def test_full_attention_of_documents_is_patch_attention() -> None:
     operands = example((40,), 2, 1, 16, CPU)
-    out = attention(*operands, causal=False, cu_seqlens=BORDERS)
-    torch.testing.assert_close(out, patch_attention(*operands, BORDERS))
+    out = attention(*operands, causal=False, cu_seqlens=BOUNDARIES)
+    torch.testing.assert_close(out, patch_attention(*operands, BOUNDARIES))
 
 
 @pytest.mark.parametrize(
@@ -74,11 +74,11 @@ def test_a_query_of_nan_shows(length: int, packed: bool) -> None:
     """Torch's flash attention for CPUs gives zeros there for less than 16 keys."""
     q, k, v = example((length,), 2, 1, 16, CPU)
     q[-1, 1, 3] = torch.nan
-    borders = ints(0, length)
-    documents = {"cu_seqlens": borders} if packed else {}
+    boundaries = ints(0, length)
+    documents = {"cu_seqlens": boundaries} if packed else {}
     for causal in (False, True):
         assert attention(q, k, v, causal=causal, **documents)[-1, 1].isnan().all()
-        assert patch_attention(q, k, v, borders, causal=causal)[-1, 1].isnan().all()
+        assert patch_attention(q, k, v, boundaries, causal=causal)[-1, 1].isnan().all()
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -87,11 +87,11 @@ def test_documents_without_the_flash_attention_of_cpus(
 ) -> None:
     """Single ones, batches of one length, batches of several lengths: the way of other devices."""
     monkeypatch.setattr(documents, "_has_flash", lambda x: False)
-    borders = ints(0, 3, 3, 70, 110, 150, 160, 169, 200)
+    boundaries = ints(0, 3, 3, 70, 110, 150, 160, 169, 200)
     operands = example((210,), 4, 2, 8, CPU)
-    assert_close_to_oracle(operands, CPU, cu_seqlens=borders, causal=causal)
-    plain = attention(*operands, cu_seqlens=borders, causal=causal)
-    want = reference(*[x.double() for x in operands], cu_seqlens=borders, causal=causal)
+    assert_close_to_oracle(operands, CPU, cu_seqlens=boundaries, causal=causal)
+    plain = attention(*operands, cu_seqlens=boundaries, causal=causal)
+    want = reference(*[x.double() for x in operands], cu_seqlens=boundaries, causal=causal)
     torch.testing.assert_close(plain.double(), want, rtol=1e-5, atol=1e-5)
 
 
@@ -152,16 +152,16 @@ def test_blocks_of_any_size(
     monkeypatch.setattr(attention_blocks, "BLOCK_SCORES", budget)
     monkeypatch.setattr(torch_impl, "LEAST_ROWS", 3)
     monkeypatch.setattr(torch_impl, "LEAST_BLOCK", 10)
-    borders = ints(0, 3, 4, 4, 41, 44, 80)
-    assert_close_to_oracle(example((90,), 2, 1, 16, CPU), CPU, cu_seqlens=borders, **options)
+    boundaries = ints(0, 3, 4, 4, 41, 44, 80)
+    assert_close_to_oracle(example((90,), 2, 1, 16, CPU), CPU, cu_seqlens=boundaries, **options)
 
 
 def scores_formed(total: int, **options: Any) -> int:
     q = torch.empty(1, total, 8, 64, device="cpu")
     window = options.get("window")
     given = torch_impl.Options(None if window is None else window - 1, 0, 1.0, None, 0.0)
-    borders, count = torch_impl.Boundaries(options.get("cu_seqlens"), None), 0
-    for block in torch_impl._cutter(q, q, borders, given)(False):
+    boundaries, count = torch_impl.Boundaries(options.get("cu_seqlens"), None), 0
+    for block in torch_impl._cutter(q, q, boundaries, given)(False):
         size = 8 * attention_blocks.length_of(block.rows) * attention_blocks.length_of(block.keys)
         assert size <= 2 * attention_blocks.BLOCK_SCORES
         count += size
@@ -184,8 +184,8 @@ def test_windows_in_blocks_and_calls(
     monkeypatch.setattr(banded, "MASK_ENTRIES", entries)
     cut = banded.Bands.of(150, window - 1, 0, 2)
     assert len(list(cut.spans())) > 1
-    borders = ints(0, 3, 3, 110, 147)
-    assert_close_to_oracle(example((150,), 4, 2, 8, CPU), CPU, window=window, cu_seqlens=borders)
+    boundaries = ints(0, 3, 3, 110, 147)
+    assert_close_to_oracle(example((150,), 4, 2, 8, CPU), CPU, window=window, cu_seqlens=boundaries)
 
 
 @pytest.mark.parametrize(("total", "window"), [(16_384, 512), (8192, 4096)])
@@ -213,7 +213,7 @@ def test_long_windows_fit_in_a_gibibyte(full: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "borders"),
+    ("options", "boundaries"),
     [
         ({"window": 9}, (0, 25, 13, 39)),
         ({}, (-4, 12, 99)),
@@ -221,13 +221,13 @@ def test_long_windows_fit_in_a_gibibyte(full: bool) -> None:
     ],
     ids=str,
 )
-def test_compiled_documents(options: dict[str, Any], borders: tuple[int, ...]) -> None:
+def test_compiled_documents(options: dict[str, Any], boundaries: tuple[int, ...]) -> None:
     """Offsets are not looked at there: clamped, and a torch path of static shape."""
-    meaning = {39: (0, 25, 25, 36), 99: (0, 12, 36), 30: (0, 10, 30)}[borders[-1]]
+    meaning = {39: (0, 25, 25, 36), 99: (0, 12, 36), 30: (0, 10, 30)}[boundaries[-1]]
     operands = [x.requires_grad_() for x in example((36,), 2, 1, 16, CPU)]
     torch._dynamo.reset()
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
-    out = compiled(*operands, cu_seqlens=ints(*borders), **options)
+    out = compiled(*operands, cu_seqlens=ints(*boundaries), **options)
     want = reference(*[x.double() for x in operands], cu_seqlens=ints(*meaning), **options)
     torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-5)
     upstream = torch.randn_like(out)
@@ -237,9 +237,9 @@ def test_compiled_documents(options: dict[str, Any], borders: tuple[int, ...]) -
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_stock_sdpa_is_what_dense_calls_get() -> None:
+def test_dense_calls_get_sdpa_of_torch() -> None:
     q, k, v = example((2, 33), 4, 2, 24, CPU)
-    stock = F.scaled_dot_product_attention(
+    baseline = F.scaled_dot_product_attention(
         *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, enable_gqa=True
     )
-    assert torch.equal(attention(q, k, v), stock.transpose(1, 2))
+    assert torch.equal(attention(q, k, v), baseline.transpose(1, 2))

@@ -105,7 +105,7 @@ def test_named_edges(way: Way, lengths: list[int], tail: int, options: dict[str,
 
 @RESULT_LANES
 @pytest.mark.parametrize("mode", ["sum", "mean"])
-def test_patches_longer_than_a_count_piece(way: Way, mode: str) -> None:
+def test_patches_longer_than_a_bf16_count(way: Way, mode: str) -> None:
     """Counts above 256 are no bf16 numbers: pieces of a long patch must all arrive, each once."""
     if interpreted(way) and mode == "mean":
         pytest.skip("slow in the interpreter")
@@ -290,13 +290,13 @@ def without_tail(x: Tensor) -> Tensor:
     return torch.cat([x[:-1], torch.zeros_like(x[-1:])])
 
 
-def one_less(borders: Tensor) -> Tensor:
-    return torch.cat([borders[:1], (borders[1:] - 1).clamp(0)])
+def one_less(boundaries: Tensor) -> Tensor:
+    return torch.cat([boundaries[:1], (boundaries[1:] - 1).clamp(0)])
 
 
-def emptied(borders: Tensor) -> Tensor:
+def emptied(boundaries: Tensor) -> Tensor:
     """The last patch holds nothing."""
-    return torch.cat([borders[:-1], borders[-2:-1]])
+    return torch.cat([boundaries[:-1], boundaries[-2:-1]])
 
 
 SPOILED_VALUES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -324,12 +324,12 @@ def test_planted_mutations_are_rejected(
     inputs = english_inputs(seed, dtype, patches, width)
     upstream = upstream_for(inputs, seed=seed)
     want = looped(inputs, upstream)
-    stock = with_gradients(yardstick, inputs, upstream)
+    yard = with_gradients(yardstick, inputs, upstream)
     right = with_gradients(byte_pool, inputs, upstream)
 
     def judge(found: dict[str, Tensor]) -> None:
         for name, x in found.items():
-            assert_matches(x, want[name], stock[name], name=name, rows=name == "weight")
+            assert_matches(x, want[name], yard[name], name=name, rows=name == "weight")
 
     judge(right)
     spoiled = {f"out {k}": {"out": f(right["out"])} for k, f in SPOILED_OUT.items()}

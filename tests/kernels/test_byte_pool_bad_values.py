@@ -47,13 +47,13 @@ def test_unseen_bad_ids(way: Way, slots: int | None, vocab: int, ids: torch.dtyp
     if ids == torch.int64:
         inputs["byte_ids"][14] = 2**32  # the low half alone would be a good id
     upstream = upstream_for(inputs)
-    stock_inputs = {**inputs, "byte_ids": inputs["byte_ids"].long().clamp(0, vocab - 1)}
-    stock = with_gradients(yardstick, stock_inputs, upstream)
+    clamped = {**inputs, "byte_ids": inputs["byte_ids"].long().clamp(0, vocab - 1)}
+    yard = with_gradients(yardstick, clamped, upstream)
     got = with_gradients(unseen(way), inputs, upstream, impl=way.impl)
     want = looped(inputs, upstream)
     assert got["out"].isnan().all(1).tolist() == [False, True, False, False, True, False]
     for name, x in got.items():
-        assert_matches(x, want[name], stock[name], name=name)
+        assert_matches(x, want[name], yard[name], name=name)
 
 
 BAD_OFFSETS: list[tuple[list[int], list[int] | None]] = [

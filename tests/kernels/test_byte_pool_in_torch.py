@@ -53,12 +53,12 @@ def test_autocast(way: Way, lower: torch.dtype, slots: int | None, upstream_kind
         # The rule would forgive digits that the rounded table does not have.
         assert_same(with_gradients(byte_pool, held, upstream, impl=way.impl), got)
     want = looped(held, upstream)
-    stock = with_gradients(yardstick, held, upstream)
-    stock["out"] = stock["out"].to(lower)
+    yard = with_gradients(yardstick, held, upstream)
+    yard["out"] = yard["out"].to(lower)
     assert got["out"].dtype == lower
     for name, x in got.items():
         assert name == "out" or x.dtype == FP32
-        assert_matches(x, want[name], stock[name], name=name, rows=name == "weight")
+        assert_matches(x, want[name], yard[name], name=name, rows=name == "weight")
 
 
 @ON_CPU

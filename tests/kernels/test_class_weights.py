@@ -64,10 +64,10 @@ def test_all_of_torch_s_combinations(way: Way, vocab: int) -> None:
             valid_vocab=valid, **rest,
         )  # fmt: skip
         logits = F.linear(*wide, None if shift is None else shift.double())[:, :valid]
-        stock = F.cross_entropy(logits, target, weight=classes[:valid].double(), **rest)
+        baseline = F.cross_entropy(logits, target, weight=classes[:valid].double(), **rest)
         got = torch.autograd.grad(ours.sum(), (hidden, table))
-        want = torch.autograd.grad(stock.sum(), wide)
-        assert_close((ours, *got), (stock, *want), way)
+        want = torch.autograd.grad(baseline.sum(), wide)
+        assert_close((ours, *got), (baseline, *want), way)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -79,10 +79,10 @@ def test_torch_s_function_of_the_same_name(reduction: str, smoothing: float) -> 
     hidden, table, target, classes = example(50, way)
     options: dict[str, Any] = {"reduction": reduction, "label_smoothing": smoothing}
     ours = linear_cross_entropy(hidden, table, target, weight=classes, **options)
-    stock = F.linear_cross_entropy(hidden, table, target, weight=classes, **options)
+    baseline = F.linear_cross_entropy(hidden, table, target, weight=classes, **options)
     got = torch.autograd.grad(ours.sum(), (hidden, table))
-    want = torch.autograd.grad(stock.sum(), (hidden, table))
-    assert_close((ours, *got), (stock, *want), way)
+    want = torch.autograd.grad(baseline.sum(), (hidden, table))
+    assert_close((ours, *got), (baseline, *want), way)
 
 
 @EVERY_LANE
@@ -115,7 +115,7 @@ def test_loss_and_lse_together(way: Way, vocab: int, reduction: str) -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_an_lse_that_nobody_differentiates_costs_no_product(reduction: str) -> None:
+def test_an_lse_that_is_not_differentiated_costs_no_product(reduction: str) -> None:
     way = Way("torch", "cpu", torch.float32)
     hidden, table, target, _ = example(50, way)
 

@@ -203,7 +203,7 @@ def test_the_result_never_requires_a_gradient(way: Way) -> None:
 
 
 @EVERY_LANE
-def test_lengths_out_of_range_are_clamped_where_nobody_looks(way: Way) -> None:
+def test_unchecked_lengths_out_of_range_are_clamped(way: Way) -> None:
     q, k, v = (x.float() for x in example(3, 20, 2, 1, 16, way))
     bad, meant = (x.to(way.device) for x in (ints(-5, 21, 2**31 - 1), ints(0, 20, 20)))
     for window in (None, 3):

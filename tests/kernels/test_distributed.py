@@ -41,32 +41,32 @@ def data() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def rank(index: int) -> None:
-    mine = slice(index * ROWS // WORLD, (index + 1) * ROWS // WORLD)
-    divided_rows_give_the_whole_gradient(mine)
-    the_root_group_holds_the_table(mine)
+    own_rows = slice(index * ROWS // WORLD, (index + 1) * ROWS // WORLD)
+    divided_rows_give_the_whole_gradient(own_rows)
+    the_root_group_holds_the_table(own_rows)
     a_sharded_table_is_refused()
 
 
-def divided_rows_give_the_whole_gradient(mine: slice) -> None:
+def divided_rows_give_the_whole_gradient(own_rows: slice) -> None:
     _, targets, hidden, weight = data()
     whole_h, whole_w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     whole = linear_cross_entropy(whole_h, whole_w, targets)
     whole.backward()
 
-    part_h, part_w = hidden[mine].clone().requires_grad_(), weight.clone().requires_grad_()
-    count = (targets[mine] != -100).sum()
+    part_h, part_w = hidden[own_rows].clone().requires_grad_(), weight.clone().requires_grad_()
+    count = (targets[own_rows] != -100).sum()
     dist.all_reduce(count)
-    loss = linear_cross_entropy(part_h, part_w, targets[mine], reduction="sum") / count
+    loss = linear_cross_entropy(part_h, part_w, targets[own_rows], reduction="sum") / count
     loss.backward()
     total = loss.detach().clone()
     dist.all_reduce(total)
     dist.all_reduce(part_w.grad)
     torch.testing.assert_close(total, whole.detach())
     torch.testing.assert_close(part_w.grad, whole_w.grad)
-    torch.testing.assert_close(part_h.grad, whole_h.grad[mine])
+    torch.testing.assert_close(part_h.grad, whole_h.grad[own_rows])
 
 
-def the_root_group_holds_the_table(mine: slice) -> None:
+def the_root_group_holds_the_table(own_rows: slice) -> None:
     from torch.distributed.fsdp import fully_shard
 
     ids, targets, _, _ = data()
@@ -74,7 +74,7 @@ def the_root_group_holds_the_table(mine: slice) -> None:
     alone(ids, targets).backward()
     fully_shard(sharded.block)
     fully_shard(sharded)
-    sharded(ids[mine], targets[mine]).backward()
+    sharded(ids[own_rows], targets[own_rows]).backward()
     # FSDP averages over the ranks; the losses are sums.
     got = {n: p.grad.full_tensor() * WORLD for n, p in sharded.named_parameters()}
     assert_same_gradients(got, {name: p.grad for name, p in alone.named_parameters()})

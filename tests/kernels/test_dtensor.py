@@ -92,8 +92,8 @@ def divided_rows_equal_one_process(
             want, want_grads = by_one_process(impl, vocab, name)
             got, grads = with_gradients(loss, as_dtensors(tensors, mesh, rows))
             where = f"{impl}, V = {vocab}, {name}"
-            for mine, whole in zip([got, *grads], [want, *want_grads], strict=True):
-                off = (mine.full_tensor() - whole).abs().max()
+            for shared, whole in zip([got, *grads], [want, *want_grads], strict=True):
+                off = (shared.full_tensor() - whole).abs().max()
                 assert off <= 1e-6 * whole.abs().max(), where
             summed = tuple(Partial() if p.is_shard() else p for p in rows)
             assert [x.placements for x in grads] == [tuple(rows), summed, summed], where

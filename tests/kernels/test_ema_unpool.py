@@ -114,10 +114,10 @@ def test_nan_upstream_reaches_no_later_patch_and_no_other_document(way: Way) -> 
 
 @BOTH_IMPLEMENTATIONS
 @pytest.mark.parametrize(
-    ("kind", "borders"),
+    ("kind", "boundaries"),
     [("tiny", (0, 40)), ("zero", (0, 40)), ("half", (0, 37, 37, 40)), ("edges", (0, 5, 38))],
 )
-def test_any_gate_over_long_documents(way: Way, kind: str, borders: tuple[int, ...]) -> None:
+def test_any_gate_over_long_documents(way: Way, kind: str, boundaries: tuple[int, ...]) -> None:
     """Look-backs of every length, across blocks of them and of rows, and their gradients."""
     if way.dtype != torch.float32:
         pytest.skip("one dtype shows the look-back")
@@ -129,7 +129,8 @@ def test_any_gate_over_long_documents(way: Way, kind: str, borders: tuple[int, .
         "half": torch.full((40,), 0.5),
     }[kind]
     given = dict(zip(("patch_states", "gate", "read_ids", "cu_seqlens"),
-                     [torch.randn(40, 3), gate, torch.arange(-3, 38).clamp(min=-1), ints(*borders)],
+                     [torch.randn(40, 3), gate, torch.arange(-3, 38).clamp(min=-1),
+                      ints(*boundaries)],
                      strict=True))  # fmt: skip
     upstream = torch.randn(41, 3)
 
@@ -141,8 +142,8 @@ def test_any_gate_over_long_documents(way: Way, kind: str, borders: tuple[int, .
         return [out, *torch.autograd.grad(out, leaves, upstream.to(out))]
 
     got = run(ema_unpool, way.dtype, way.device, impl=way.impl)
-    wide, stock = run(reference, torch.float64, "cpu"), run(yardstick, way.dtype, "cpu")
-    for name, a, b, c in zip(("out", "dstates", "dgate"), got, wide, stock, strict=True):
+    wide, yard = run(reference, torch.float64, "cpu"), run(yardstick, way.dtype, "cpu")
+    for name, a, b, c in zip(("out", "dstates", "dgate"), got, wide, yard, strict=True):
         assert_matches(a, b, c, name=name)
 
 
@@ -169,10 +170,10 @@ def test_unchecked_ids_out_of_range_are_loud_and_in_bounds(way: Way) -> None:
 def test_unchecked_offsets_stay_in_bounds(way: Way) -> None:
     states, gate = placed(way, torch.ones(5, 2), torch.full((5,), 0.5))
     reads = torch.arange(5, device=way.device)
-    for borders in (ints(2, 900, -7, 3), ints(0, 3, 2**31 - 1)):
+    for boundaries in (ints(2, 900, -7, 3), ints(0, 3, 2**31 - 1)):
 
-        def total(states: Tensor, gate: Tensor, borders: Tensor = borders) -> Tensor:
-            documents = borders.to(way.device)
+        def total(states: Tensor, gate: Tensor, boundaries: Tensor = boundaries) -> Tensor:
+            documents = boundaries.to(way.device)
             return ema_unpool(states, gate, reads, cu_seqlens=documents, impl=way.impl).sum()
 
         with poisoned_memory():
@@ -262,12 +263,12 @@ def test_equals_the_oracle(call: dict[str, Any]) -> None:
 def test_derivatives(documents: tuple[int, ...] | None) -> None:
     patches = CHUNK + 6
     reads = torch.arange(-1, patches).repeat_interleave(2)
-    borders = None if documents is None else ints(*documents)
+    boundaries = None if documents is None else ints(*documents)
     leaves = [leaf(patches, 2, dtype=torch.float64), gates(patches, dtype=torch.float64)]
     leaves.append(leaf(len(reads), 2, dtype=torch.float64))
 
     def function(states: Tensor, gate: Tensor, residual: Tensor) -> Tensor:
-        return ema_unpool(states, gate, reads[1:], cu_seqlens=borders, residual=residual[1:])
+        return ema_unpool(states, gate, reads[1:], cu_seqlens=boundaries, residual=residual[1:])
 
     assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
     assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
@@ -275,7 +276,7 @@ def test_derivatives(documents: tuple[int, ...] | None) -> None:
 
 @pytest.mark.parametrize("batched", [(0, None, None), (None, 0, None), (0, 0, 0)])
 def test_torch_func(batched: tuple[int | None, ...]) -> None:
-    reads, borders = ints(-1, 0, 0, 1, 1, -1, 2), ints(0, 2, 3)
+    reads, boundaries = ints(-1, 0, 0, 1, 1, -1, 2), ints(0, 2, 3)
     shapes = ((3, 2), (3,), (7, 2))
     given = [
         torch.rand(shape if axis is None else (4, *shape))
@@ -283,7 +284,7 @@ def test_torch_func(batched: tuple[int | None, ...]) -> None:
     ]
 
     def square(states: Tensor, gate: Tensor, residual: Tensor) -> Tensor:
-        out = ema_unpool(states, gate, reads, cu_seqlens=borders, residual=residual)
+        out = ema_unpool(states, gate, reads, cu_seqlens=boundaries, residual=residual)
         return out.square().sum()
 
     def by_hand(index: int) -> tuple[Tensor, ...]:
@@ -304,9 +305,9 @@ def test_compiles_once_for_sizes_of_a_kind() -> None:
     compiled = torch.compile(ema_unpool, fullgraph=True, backend=counter, dynamic=True)
     for patches in (41, 48, 60):
         leaves = [leaf(patches, 3), gates(patches), leaf(2 * patches, 3)]
-        reads, borders = torch.arange(2 * patches).int() // 2, ints(0, 30, patches - 4)
-        out = compiled(leaves[0], leaves[1], reads, cu_seqlens=borders, residual=leaves[2])
-        want = ema_unpool(leaves[0], leaves[1], reads, cu_seqlens=borders, residual=leaves[2])
+        reads, boundaries = torch.arange(2 * patches).int() // 2, ints(0, 30, patches - 4)
+        out = compiled(leaves[0], leaves[1], reads, cu_seqlens=boundaries, residual=leaves[2])
+        want = ema_unpool(leaves[0], leaves[1], reads, cu_seqlens=boundaries, residual=leaves[2])
         torch.testing.assert_close(out, want)
         got = torch.autograd.grad(out.square().sum(), leaves)
         for a, b in zip(got, torch.autograd.grad(want.square().sum(), leaves), strict=True):

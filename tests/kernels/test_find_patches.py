@@ -214,8 +214,8 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
     if draw(st.booleans()):
         call["max_patch_len"] = draw(st.integers(1, 6))
     if draw(st.booleans()):
-        borders = sorted(draw(st.lists(st.integers(0, total), max_size=4)))
-        call["cu_seqlens"] = ints(0, *borders)
+        boundaries = sorted(draw(st.lists(st.integers(0, total), max_size=4)))
+        call["cu_seqlens"] = ints(0, *boundaries)
     return call
 
 
@@ -284,8 +284,8 @@ def test_prefixes_know_the_same(cut: Cut, way: Way, call: dict[str, Any]) -> Non
         got = cut(**cut_off(call, length))
         assert got.read_ids.tolist() == full.read_ids[:length].tolist()
         assert got.patch_ids.tolist() == full.patch_ids[:length].tolist()
-        borders = [b for b in full.cu_patchlens.tolist() if b < length]
-        assert [b for b in got.cu_patchlens.tolist() if b < length] == borders
+        boundaries = [b for b in full.cu_patchlens.tolist() if b < length]
+        assert [b for b in got.cu_patchlens.tolist() if b < length] == boundaries
 
 
 @given(calls(), st.none() | st.integers(1, 30))
@@ -293,13 +293,13 @@ def test_reads_are_complete_and_of_the_own_document(
     call: dict[str, Any], max_patches: int | None
 ) -> None:
     got = find_patches(**call, max_patches=max_patches)
-    ends, borders = got.cu_patchlens[1:].tolist(), got.cu_seqlens.tolist()
+    ends, boundaries = got.cu_patchlens[1:].tolist(), got.cu_seqlens.tolist()
     total = len(call["byte_ids"])
     documents = call.get("cu_seqlens", ints(0, total)).tolist()
     for t, read in enumerate(got.read_ids.tolist()):
         if read >= 0:
             document = next(d for d in range(len(documents) - 1) if t < documents[d + 1])
-            assert borders[document] <= read < borders[document + 1]
+            assert boundaries[document] <= read < boundaries[document + 1]
             assert ends[read] <= t + 1
     last = documents[-1] if got.n_patches <= len(ends) else None
     assert last is None or got.cu_patchlens[-1].item() == last
@@ -372,14 +372,14 @@ def test_synchronises_once_or_never(how: str, max_patches: int | None, count: in
 
 @RESULT_LANES
 @pytest.mark.parametrize(
-    "borders", [(0, 5, 3, 9), (2, 6), (0, 1000), (-7, 4), (0, -5, 20), (0, 14, 2)]
+    "boundaries", [(0, 5, 3, 9), (2, 6), (0, 1000), (-7, 4), (0, -5, 20), (0, 14, 2)]
 )
-def test_unchecked_borders_stay_in_bounds(way: Way, borders: tuple[int, ...]) -> None:
+def test_unchecked_boundaries_stay_in_bounds(way: Way, boundaries: tuple[int, ...]) -> None:
     """Compiled code does not look at values: results are then unspecified, but in range."""
     if way.dtype != torch.float32:
         pytest.skip("no floats here")
     compiled = torch.compile(find_patches, fullgraph=True, backend="eager", dynamic=False)
-    ids, offsets = text_ids().to(way.device), ints(*borders).to(way.device)
+    ids, offsets = text_ids().to(way.device), ints(*boundaries).to(way.device)
     with _launch.overriding(small_blocks(way.device)):
         got = compiled(ids, rule="space", cu_seqlens=offsets, max_patches=6, impl=way.impl)
     total = len(TEXT)
@@ -448,7 +448,7 @@ def test_negative_ids() -> None:
     assert find_patches(ids, rule="fixed", patch_size=2).n_patches.item() == 2
 
 
-def test_who_takes_the_call() -> None:
+def test_which_path_takes_the_call() -> None:
     with pytest.raises(NotImplementedError, match="the tensors are on cpu"):
         find_patches(IDS, rule="space", impl="triton")
     assert explain("find_patches", IDS, rule="space", impl="torch")[0].startswith("impl='torch'")

@@ -121,10 +121,10 @@ def test_forward_over_reverse(spec: OpSpec, case: Case) -> None:
 def test_hessian(mode: str) -> None:
     """torch.func.hessian is forward over reverse, many directions at once."""
     x = torch.randn(6, 2, dtype=torch.float64)
-    borders = torch.tensor([0, 2, 2, 5], dtype=torch.int32)
+    boundaries = torch.tensor([0, 2, 2, 5], dtype=torch.int32)
 
     def loss(x: Tensor) -> Tensor:
-        return segment_pool(x, borders, mode=mode).pow(3).sum()
+        return segment_pool(x, boundaries, mode=mode).pow(3).sum()
 
     want = torch.autograd.functional.hessian(loss, x)
     torch.testing.assert_close(torch.func.hessian(loss)(x), want)
@@ -186,8 +186,10 @@ def test_the_kernels_refuse(spec: OpSpec, case: Case, take: Any, way: Way) -> No
 
 
 def test_explain_says_so() -> None:
-    x, borders = torch.randn(4, 2), torch.tensor([0, 4], dtype=torch.int32)
+    x, boundaries = torch.randn(4, 2), torch.tensor([0, 4], dtype=torch.int32)
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(x, x)
-        assert any("forward-mode" in reason for reason in explain("segment_pool", dual, borders))
-        assert not any("forward-mode" in reason for reason in explain("segment_pool", x, borders))
+        assert any("forward-mode" in reason for reason in explain("segment_pool", dual, boundaries))
+        assert not any(
+            "forward-mode" in reason for reason in explain("segment_pool", x, boundaries)
+        )

@@ -124,9 +124,9 @@ def assert_sampled_rows_match(
     assert part.out_rows[-1] == count - 1
     small = map_tensors(part.inputs, lambda x: x.detach().cpu())
     wide = in_fp64(part.spec, small)
-    stock = as_leaves(part.spec, small)
+    narrow = as_leaves(part.spec, small)
     want = results(part.spec.reference(**wide))
-    allowed = results(part.spec.yardstick(**stock))
+    allowed = results(part.spec.yardstick(**narrow))
     ups = upstream_of({name: x[part.own_rows] for name, x in allowed.items()})
     for (name, x), y, z in zip(outputs.items(), want.values(), allowed.values(), strict=True):
         got = x.detach()[part.out_rows.to(x.device)]
@@ -149,7 +149,7 @@ def assert_sampled_rows_match(
     own_names = [own for own, _ in part.arguments.values()]
     whole = grads_of(inputs, outputs.values(), part.out_rows, list(part.arguments))
     exact = grads_of(wide, want.values(), part.own_rows, own_names)
-    yard = grads_of(stock, allowed.values(), part.own_rows, own_names)
+    yard = grads_of(narrow, allowed.values(), part.own_rows, own_names)
     for got, y, z, (name, (_, rows)) in zip(
         whole, exact, yard, part.arguments.items(), strict=True
     ):
@@ -199,11 +199,11 @@ def test_rehearsal_of_the_sampled_rows(name: str, way: Way, full: bool) -> None:
 def test_every_huge_case_is_rehearsed_with_its_options() -> None:
     for name, spec in OPS.items():
         for huge in spec.tagged("huge"):
-            mine, its = (
+            rehearsed, named = (
                 {k: v for k, v in x.sizes.items() if isinstance(v, str)}
                 for x in (REHEARSED[name], huge)
             )
-            assert (mine, REHEARSED[name].sizes.keys()) == (its, huge.sizes.keys()), name
+            assert (rehearsed, REHEARSED[name].sizes.keys()) == (named, huge.sizes.keys()), name
 
 
 @pytest.mark.lanes("cpu", "gpu")

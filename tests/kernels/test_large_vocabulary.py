@@ -190,8 +190,8 @@ def test_a_bias_that_rules_out_whole_blocks(way: Way, many_chunks: None) -> None
     bias[:300] = -torch.inf
     target[target >= 0] = 400
     loss = linear_cross_entropy(hidden, weight, target, linear_bias=bias, impl="triton")
-    stock = linear_cross_entropy(hidden, weight[300:], target.clamp(max=100), impl="torch")
-    torch.testing.assert_close(loss, stock, rtol=1e-5, atol=1e-5)
+    baseline = linear_cross_entropy(hidden, weight[300:], target.clamp(max=100), impl="torch")
+    torch.testing.assert_close(loss, baseline, rtol=1e-5, atol=1e-5)
     assert all(g.isfinite().all() for g in torch.autograd.grad(loss, (hidden, weight)))
 
 

@@ -71,10 +71,10 @@ def test_a_caller_may_change_what_it_gets(tuned: Path) -> None:
 
 
 def test_overriding_names_kernels_and_ends(tuned: Path) -> None:
-    mine = {"BLOCK": 1, "num_warps": 1}
-    with _launch.overriding({"op_fwd": mine}):
-        assert _launch.config_for("op_fwd", "D64-bfloat16", DEFAULT, CUDA) == mine
-        assert _launch.config_for("op_fwd", "D64-bfloat16", DEFAULT, CPU) == mine
+    chosen = {"BLOCK": 1, "num_warps": 1}
+    with _launch.overriding({"op_fwd": chosen}):
+        assert _launch.config_for("op_fwd", "D64-bfloat16", DEFAULT, CUDA) == chosen
+        assert _launch.config_for("op_fwd", "D64-bfloat16", DEFAULT, CPU) == chosen
         assert _launch.config_for("op_bwd", "D64-bfloat16", DEFAULT, CUDA) == DEFAULT
     assert _launch.config_for("op_fwd", "D64-bfloat16", DEFAULT, CUDA) == TUNED
 

@@ -149,21 +149,21 @@ def masked(ids: Tensor, closes: Tensor) -> Tensor:
     return logits(states, patches.read_ids, embedded(ids))
 
 
-def borders_from_bytes_seen(ids: Tensor) -> Tensor:
+def boundaries_from_bytes_seen(ids: Tensor) -> Tensor:
     return masked(ids, spaces(ids))
 
 
-def borders_before(byte: int) -> Model:
+def boundaries_before(byte: int) -> Model:
     """A patch ends where this byte follows: its last byte would know that it does."""
 
     def model(ids: Tensor) -> Tensor:
         return masked(ids, torch.cat([ids[1:] == byte, torch.tensor([False])]))
 
-    model.__name__ = f"borders_before_{byte}"
+    model.__name__ = f"boundaries_before_{byte}"
     return model
 
 
-def borders_from_the_whole_text(ids: Tensor) -> Tensor:
+def boundaries_from_the_whole_text(ids: Tensor) -> Tensor:
     """The text's most frequent id closes patches: a rule that needs the text's end."""
     return masked(ids, ids == ids.bincount().argmax())
 
@@ -177,7 +177,7 @@ HONEST = [
     starts_read_one_patch_back,
     causal_states_as_residual,
     bidirectional_states_pooled,
-    borders_from_bytes_seen,
+    boundaries_from_bytes_seen,
 ]
 LEAKING = [
     fixed_patches_read_while_open,
@@ -185,8 +185,8 @@ LEAKING = [
     *(pool_read_through(mode, "patch_ids") for mode in POOLS),
     starts_read_at_the_byte_before,
     bidirectional_states_as_residual,
-    *(borders_before(byte) for byte in (SPACE, *b"\n.7", 0xC3, 0)),
-    borders_from_the_whole_text,
+    *(boundaries_before(byte) for byte in (SPACE, *b"\n.7", 0xC3, 0)),
+    boundaries_from_the_whole_text,
 ]
 
 

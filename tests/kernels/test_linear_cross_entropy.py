@@ -27,9 +27,9 @@ def test_agrees_with_torch(way: Way, reduction: str) -> None:
     ours = linear_cross_entropy(hidden, weight, target, reduction=reduction, impl=way.impl)
     wide = torch.promote_types(way.dtype, torch.float32)
     logits = F.linear(hidden.to(wide), weight.to(wide))
-    stock = F.cross_entropy(logits, target, reduction=reduction)
+    baseline = F.cross_entropy(logits, target, reduction=reduction)
     assert ours.dtype == wide
-    torch.testing.assert_close(ours, stock, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours, baseline, rtol=1e-5, atol=1e-5)
 
 
 @EVERY_LANE
@@ -144,10 +144,10 @@ def test_any_shape(
         target[rows // 2] = -100
     options: dict[str, Any] = {"reduction": "sum", "label_smoothing": smoothing}
     ours = linear_cross_entropy(hidden, weight, target, impl=way.impl, **options)
-    stock = F.cross_entropy(F.linear(hidden, weight), target, **options)
-    torch.testing.assert_close(ours, stock, rtol=1e-5, atol=1e-4)
+    baseline = F.cross_entropy(F.linear(hidden, weight), target, **options)
+    torch.testing.assert_close(ours, baseline, rtol=1e-5, atol=1e-4)
     got = torch.autograd.grad(ours, (hidden, weight))
-    want = torch.autograd.grad(stock, (hidden, weight))
+    want = torch.autograd.grad(baseline, (hidden, weight))
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
@@ -248,7 +248,7 @@ def test_evaluation_forms_no_gradient() -> None:
     assert products.count == 3
 
 
-def test_training_with_it_follows_stock_torch() -> None:
+def test_training_with_it_follows_plain_torch() -> None:
     """The same model, the same steps: the same losses."""
     rng = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 30, (64,), generator=rng)
@@ -268,9 +268,9 @@ def test_training_with_it_follows_stock_torch() -> None:
             found.append(loss.item())
         return found
 
-    ours, stock = losses(fused=True), losses(fused=False)
-    assert stock[-1] < stock[0] / 2
-    torch.testing.assert_close(torch.tensor(ours), torch.tensor(stock), rtol=5e-3, atol=0)
+    ours, baseline = losses(fused=True), losses(fused=False)
+    assert baseline[-1] < baseline[0] / 2
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(baseline), rtol=5e-3, atol=0)
 
 
 @pytest.mark.parametrize(

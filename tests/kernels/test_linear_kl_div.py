@@ -30,9 +30,9 @@ def test_agrees_with_torch(way: Way, temperature: float) -> None:
     ours = linear_kl_div(hidden, weight, teacher, temperature=temperature)
     logq = (F.linear(hidden.to(wide), weight.to(wide)) / temperature).log_softmax(1)
     p = (teacher.to(wide) / temperature).softmax(1)
-    stock = F.kl_div(logq, p, reduction="batchmean") * temperature**2
+    baseline = F.kl_div(logq, p, reduction="batchmean") * temperature**2
     assert ours.dtype == wide
-    torch.testing.assert_close(ours, stock, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours, baseline, rtol=1e-5, atol=1e-6)
 
 
 def test_a_student_like_its_teacher_has_no_loss() -> None:

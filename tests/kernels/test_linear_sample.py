@@ -146,7 +146,7 @@ def test_ties_go_to_the_lowest_ids(way: Way) -> None:
 
 
 @EVERY_LANE
-def test_the_border_of_top_p_is_kept(way: Way) -> None:
+def test_the_boundary_of_top_p_is_kept(way: Way) -> None:
     """The set whose mass is just p is the smallest that reaches it."""
     if way.dtype not in (torch.float32, torch.float64):
         pytest.skip("what is kept does not know the dtype of the operands")

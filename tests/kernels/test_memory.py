@@ -44,4 +44,4 @@ def extra_kib(way: str, rows: int) -> int:
 def test_large_vocabulary_needs_a_fraction(rows: int, share: float, full: bool) -> None:
     if not full:
         pytest.skip("seconds to minutes of products: with --full")
-    assert extra_kib("ours", rows) <= share * extra_kib("stock", rows)
+    assert extra_kib("ours", rows) <= share * extra_kib("baseline", rows)

@@ -334,12 +334,12 @@ def test_unchecked_negative_ids_are_loud_and_left_out(way: Way, documents: bool)
         assert grad.sum().item() == 8 - len(bad)
 
 
-def test_unchecked_borders_stay_in_bounds() -> None:
+def test_unchecked_boundaries_stay_in_bounds() -> None:
     def total(table: Tensor) -> Tensor:
         return ngram_embedding(ints(1, 1, 1, 1), [table], ngram_sizes=(2,), cu_seqlens=cu).sum()
 
-    for borders in ((0, 3, 1, 99), (-5, 2), (2, 3), (4, 0), (0,)):
-        cu = ints(*borders)
+    for boundaries in ((0, 3, 1, 99), (-5, 2), (2, 3), (4, 0), (0,)):
+        cu = ints(*boundaries)
         assert torch.func.grad(total)(torch.ones(4, 1)).isfinite().all()
     cu = ints(1, 3)  # the first byte belongs to no document
     assert torch.func.grad(total)(torch.ones(4, 1)).sum().item() == 2

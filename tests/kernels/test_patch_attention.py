@@ -34,7 +34,7 @@ def example(total: int, heads: int, kv_heads: int, width: int, way: Way, seed: i
 
 def with_gradients(
     operands: list[Tensor],
-    borders: Tensor,
+    boundaries: Tensor,
     way: Way,
     upstream: Tensor | None = None,
     **options: Any,
@@ -42,23 +42,23 @@ def with_gradients(
     """Return the result and the gradients of q, k and v by name."""
     named = dict(zip(NAMES, operands, strict=True))
     options |= {"impl": way.impl, "upstream": upstream}
-    return tensors.with_gradients(patch_attention, named, borders.to(way.device), **options)
+    return tensors.with_gradients(patch_attention, named, boundaries.to(way.device), **options)
 
 
 def assert_close_to_oracle(
-    operands: list[Tensor], borders: Tensor, way: Way, **options: Any
+    operands: list[Tensor], boundaries: Tensor, way: Way, **options: Any
 ) -> dict[str, Tensor]:
     """Apply the tolerance rule to the result and all gradients."""
     upstream = random_upstream(operands[0].shape, operands[0])
-    got = with_gradients(operands, borders, way, upstream, **options)
+    got = with_gradients(operands, boundaries, way, upstream, **options)
     named, options["upstream"] = dict(zip(NAMES, operands, strict=True)), upstream
-    tensors.assert_close_to_oracle(got, oracle, named, borders, **options)
+    tensors.assert_close_to_oracle(got, oracle, named, boundaries, **options)
     return got
 
 
 # ---- isolation --------------------------------------------------------------------------------
 
-BORDERS = ints(0, 6, 6, 9, 16, 25, 40)
+BOUNDARIES = ints(0, 6, 6, 9, 16, 25, 40)
 
 
 @EVERY_LANE
@@ -71,12 +71,12 @@ BORDERS = ints(0, 6, 6, 9, 16, 25, 40)
 def test_nan_stays_in_its_own_patch(way: Way, where: str, poison: float, causal: bool) -> None:
     operands = [x.detach() for x in example(40, 2, 1, 16, way)]
     upstream = torch.randn(40, 2, 16).to(operands[0])
-    clean = with_gradients(operands, BORDERS, way, upstream, causal=causal)
+    clean = with_gradients(operands, BOUNDARIES, way, upstream, causal=causal)
     sick = dict(zip((*NAMES, "upstream"), [*operands, upstream], strict=True))
     sick[where] = sick[where].clone()
     sick[where][12, 0, 5] = poison  # in the patch of rows 9 to 15
     upstream = sick.pop("upstream")
-    got = with_gradients(list(sick.values()), BORDERS, way, upstream, causal=causal)
+    got = with_gradients(list(sick.values()), BOUNDARIES, way, upstream, causal=causal)
     others = [*range(9), *range(16, 40)]
     eps = torch.finfo(way.dtype).eps
     for name, x in got.items():
@@ -98,13 +98,13 @@ def test_nan_stays_in_its_own_patch(way: Way, where: str, poison: float, causal:
 @pytest.mark.one_dtype
 @BOTH_MASKS
 def test_rows_of_no_patch_are_never_read(way: Way, causal: bool) -> None:
-    borders = ints(0, 10, 10, 25)
+    boundaries = ints(0, 10, 10, 25)
     operands = [x.detach() for x in example(70, 2, 2, 16, way)]
     upstream = torch.randn(70, 2, 16).to(operands[0])
-    clean = with_gradients(operands, borders, way, upstream, causal=causal)
+    clean = with_gradients(operands, boundaries, way, upstream, causal=causal)
     for x in (*operands, upstream):
         x[25:] = math.nan
-    got = with_gradients(operands, borders, way, upstream, causal=causal)
+    got = with_gradients(operands, boundaries, way, upstream, causal=causal)
     eps = torch.finfo(way.dtype).eps
     for name, x in got.items():
         torch.testing.assert_close(x, clean[name], rtol=8 * eps, atol=8 * eps)
@@ -116,7 +116,7 @@ def test_rows_of_no_patch_are_never_read(way: Way, causal: bool) -> None:
 def test_a_patch_alone_and_among_others(way: Way, causal: bool) -> None:
     operands = example(40, 2, 1, 16, way)
     upstream = torch.randn(40, 2, 16).to(operands[0])
-    together = with_gradients(operands, BORDERS, way, upstream, causal=causal)
+    together = with_gradients(operands, BOUNDARIES, way, upstream, causal=causal)
     part = [x[16:25] for x in operands]
     alone = with_gradients(part, ints(0, 9), way, upstream[16:25], causal=causal)
     eps = torch.finfo(way.dtype).eps
@@ -127,11 +127,11 @@ def test_a_patch_alone_and_among_others(way: Way, causal: bool) -> None:
 @EVERY_LANE
 def test_causal_sees_no_later_byte(way: Way) -> None:
     operands = [x.detach() for x in example(50, 1, 1, 16, way)]
-    borders = ints(0, 45, 50).to(way.device)
-    before = patch_attention(*operands, borders, causal=True, impl=way.impl)
+    boundaries = ints(0, 45, 50).to(way.device)
+    before = patch_attention(*operands, boundaries, causal=True, impl=way.impl)
     for x in operands:
         x[30:] += 1
-    after = patch_attention(*operands, borders, causal=True, impl=way.impl)
+    after = patch_attention(*operands, boundaries, causal=True, impl=way.impl)
     eps = torch.finfo(way.dtype).eps
     torch.testing.assert_close(before[:30], after[:30], rtol=8 * eps, atol=8 * eps)
     assert (before[30:45] != after[30:45]).any()
@@ -168,8 +168,8 @@ def test_large_scores_neither_overflow_nor_vanish(way: Way, sign: int) -> None:
 @EVERY_LANE
 def test_equal_scores_give_the_mean(way: Way) -> None:
     q, k, v = example(80, 1, 1, 16, way)
-    borders = ints(0, 80).to(way.device)
-    out = patch_attention(q, k, v, borders, scale=0.0, impl=way.impl)
+    boundaries = ints(0, 80).to(way.device)
+    out = patch_attention(q, k, v, boundaries, scale=0.0, impl=way.impl)
     mean = v.detach().double().mean(0).expand(80, 1, 16).to(out.dtype)
     eps = torch.finfo(way.dtype).eps
     torch.testing.assert_close(out.detach(), mean, rtol=4 * eps, atol=eps)
@@ -180,9 +180,9 @@ def test_equal_scores_give_the_mean(way: Way) -> None:
 def test_a_negative_scale_turns_the_scores_around(way: Way, causal: bool) -> None:
     """Stock SDPA on a CPU gives NaN there: its mask changes sign as well."""
     q, k, v = (x.detach() for x in example(30, 1, 1, 16, way))
-    borders = ints(0, 12, 30)
-    want = with_gradients([-q, k, v], borders, way, scale=0.5, causal=causal)
-    got = with_gradients([q, k, v], borders, way, scale=-0.5, causal=causal)
+    boundaries = ints(0, 12, 30)
+    want = with_gradients([-q, k, v], boundaries, way, scale=0.5, causal=causal)
+    got = with_gradients([q, k, v], boundaries, way, scale=-0.5, causal=causal)
     want["q"] = -want["q"]
     eps = torch.finfo(way.dtype).eps
     for name, x in got.items():
@@ -195,12 +195,12 @@ def test_query_heads_share_key_heads_in_order(way: Way, heads: int, kv_heads: in
     operands = example(30, heads, kv_heads, 16, way)
     got = assert_close_to_oracle(operands, ints(0, 12, 30), way)
     q, k, v = (x.detach() for x in operands)
-    group, borders = heads // kv_heads, ints(0, 12, 30).to(way.device)
+    group, boundaries = heads // kv_heads, ints(0, 12, 30).to(way.device)
     eps = torch.finfo(way.dtype).eps
     for head in range(heads):
         shared = slice(head // group, head // group + 1)
         one = patch_attention(
-            q[:, head : head + 1], k[:, shared], v[:, shared], borders, impl=way.impl
+            q[:, head : head + 1], k[:, shared], v[:, shared], boundaries, impl=way.impl
         )
         torch.testing.assert_close(one[:, 0], got["out"][:, head], rtol=16 * eps, atol=16 * eps)
 
@@ -217,9 +217,9 @@ def test_ragged_patches(
     way: Way, lengths: list[int], tail: int, causal: bool, kv_heads: int
 ) -> None:
     # The gradient of q in a patch of one byte is zero: the rest gives the errors their scale.
-    borders = torch.tensor([0, *lengths, 12]).cumsum(0).int()
-    operands = example(int(borders[-1]) + tail, 2, kv_heads, 16, way)
-    assert_close_to_oracle(operands, borders, way, causal=causal)
+    boundaries = torch.tensor([0, *lengths, 12]).cumsum(0).int()
+    operands = example(int(boundaries[-1]) + tail, 2, kv_heads, 16, way)
+    assert_close_to_oracle(operands, boundaries, way, causal=causal)
 
 
 @pytest.mark.lanes("cpu", "gpu")
@@ -251,10 +251,12 @@ def test_the_blocks_of_a_long_patch_stay_small(causal: bool) -> None:
     assert covered == total
 
 
-@pytest.mark.parametrize("borders", [(0, 6, 12, 18), (0, 4, 4, 8, 13, 18)], ids=str)
-def test_patches_of_one_length_behind_each_other_are_not_gathered(borders: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("boundaries", [(0, 6, 12, 18), (0, 4, 4, 8, 13, 18)], ids=str)
+def test_patches_of_one_length_behind_each_other_are_not_gathered(
+    boundaries: tuple[int, ...],
+) -> None:
     seen = [False] * 18
-    for rows, length in folded.folds_of(ints(*borders)):
+    for rows, length in folded.folds_of(ints(*boundaries)):
         assert isinstance(rows, slice)
         assert (rows.stop - rows.start) % length == 0
         for t in range(rows.start, rows.stop):
@@ -262,7 +264,7 @@ def test_patches_of_one_length_behind_each_other_are_not_gathered(borders: tuple
             seen[t] = True
     assert all(seen)
     way = Way("torch", "cpu", torch.float32)
-    assert_close_to_oracle(example(20, 2, 1, 16, way), ints(*borders), way)
+    assert_close_to_oracle(example(20, 2, 1, 16, way), ints(*boundaries), way)
 
 
 @pytest.mark.lanes("cpu", "gpu")
@@ -270,8 +272,8 @@ def test_far_more_patches_than_a_grid_has_rows(way: Way) -> None:
     """65,535 is where the second dimension of a CUDA grid stops."""
     total = 140_000
     q, k, v = example(total, 1, 1, 16, way)
-    borders = torch.arange(0, total + 1, 2, dtype=torch.int32)
-    got = with_gradients([q, k, v], borders, way)
+    boundaries = torch.arange(0, total + 1, 2, dtype=torch.int32)
+    got = with_gradients([q, k, v], boundaries, way)
     pairs = [x.detach().view(-1, 2, 16).double() for x in (q, k, v)]
     weights = (pairs[0] @ pairs[1].transpose(1, 2) / 4).softmax(2)
     want = (weights @ pairs[2]).view(total, 1, 16).to(way.dtype)
@@ -287,37 +289,37 @@ def test_far_more_patches_than_a_grid_has_rows(way: Way) -> None:
 def test_packed_and_expanded_operands(way: Way) -> None:
     rng = torch.Generator().manual_seed(0)
     packed = torch.randn(60, 3, 2, 16, generator=rng).to(way.device, way.dtype)
-    borders = ints(0, 7, 30, 60)
+    boundaries = ints(0, 7, 30, 60)
     slices = list(packed.unbind(1))
     assert not slices[0].is_contiguous()
-    plain = with_gradients([x.contiguous() for x in slices], borders, way)
+    plain = with_gradients([x.contiguous() for x in slices], boundaries, way)
     eps = torch.finfo(way.dtype).eps
-    for name, x in with_gradients(slices, borders, way).items():
+    for name, x in with_gradients(slices, boundaries, way).items():
         torch.testing.assert_close(x, plain[name], rtol=8 * eps, atol=8 * eps)
     one = [x[:1].expand(60, 2, 16) for x in slices]
-    same = with_gradients([x.contiguous() for x in one], borders, way)
-    for name, x in with_gradients(one, borders, way).items():
+    same = with_gradients([x.contiguous() for x in one], boundaries, way)
+    for name, x in with_gradients(one, boundaries, way).items():
         torch.testing.assert_close(x, same[name], rtol=8 * eps, atol=8 * eps)
 
 
 @EVERY_LANE
 @BOTH_MASKS
 @pytest.mark.parametrize(
-    ("borders", "meaning"),
+    ("boundaries", "meaning"),
     [((0, 25, 13, 39), (0, 25, 25, 36)), ((-4, 12, 99), (0, 12, 36)), ((0, 10, 30), (0, 10, 30))],
 )
-def test_unread_borders_stay_in_bounds(
-    way: Way, causal: bool, borders: tuple[int, ...], meaning: tuple[int, ...]
+def test_unread_boundaries_stay_in_bounds(
+    way: Way, causal: bool, boundaries: tuple[int, ...], meaning: tuple[int, ...]
 ) -> None:
     """Where values are not looked at: offsets are clamped, and a torch path of static shape."""
     if way.dtype != torch.float32:
         pytest.skip("one dtype shows where the borders go")
-    if way.impl == "triton" and borders[1] > borders[2]:
+    if way.impl == "triton" and boundaries[1] > boundaries[2]:
         pytest.skip("which patch a row of overlapping ranges is in is the kernels' own choice")
     operands = [x.detach() for x in example(36, 2, 1, 16, way)]
 
     def loss(q: Tensor) -> tuple[Tensor, Tensor]:
-        offsets = ints(*borders).to(way.device)
+        offsets = ints(*boundaries).to(way.device)
         out = patch_attention(q, *operands[1:], offsets, causal=causal, impl=way.impl)
         return out.square().sum(), out
 
@@ -330,15 +332,15 @@ def test_unread_borders_stay_in_bounds(
 
 
 @BOTH_MASKS
-def test_nan_stays_in_its_patch_where_borders_are_not_read(causal: bool) -> None:
+def test_nan_stays_in_its_patch_where_boundaries_are_not_read(causal: bool) -> None:
     way = Way("torch", "cpu", torch.float32)
     operands = [x.detach() for x in example(40, 2, 1, 16, way)]
-    clean = with_gradients(operands, BORDERS, way, causal=causal)
+    clean = with_gradients(operands, BOUNDARIES, way, causal=causal)
     operands[2][12, 0, 5] = operands[1][10, 0, 2] = math.nan
     leaves = [x.requires_grad_() for x in operands]
     torch._dynamo.reset()
     compiled = torch.compile(patch_attention, fullgraph=True, backend="aot_eager")
-    out = compiled(*leaves, BORDERS, causal=causal)
+    out = compiled(*leaves, BOUNDARIES, causal=causal)
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
     upstream[2] = math.nan
     grads = torch.autograd.grad(out, leaves, upstream)
@@ -351,10 +353,10 @@ def test_nan_stays_in_its_patch_where_borders_are_not_read(causal: bool) -> None
 def test_derivatives(causal: bool) -> None:
     way = Way("torch", "cpu", torch.float64)
     operands = example(9, 2, 1, 3, way)
-    borders = ints(0, 1, 1, 4, 8)
+    boundaries = ints(0, 1, 1, 4, 8)
 
     def attend(*operands: Tensor) -> Tensor:
-        return patch_attention(*operands, borders, causal=causal)
+        return patch_attention(*operands, boundaries, causal=causal)
 
     assert torch.autograd.gradcheck(attend, operands)
     assert torch.autograd.gradgradcheck(attend, operands, atol=1e-4)
@@ -411,8 +413,8 @@ def test_short_patches_take_small_tiles_in_both_passes(patches: int, block: int)
     triton_impl = pytest.importorskip("stlm_kernels.ops.patch_attention.triton_impl")
     blocks: list[int] = []
     q = torch.zeros(1024, 2, 16, dtype=torch.bfloat16)
-    borders = torch.linspace(0, 1024, patches + 1).to(torch.int32)
+    boundaries = torch.linspace(0, 1024, patches + 1).to(torch.int32)
     with _launch.recording(lambda *call: blocks.append(call[3]["BLOCK"])):
-        out, lse, bounds = triton_impl.launch_fwd(q, q, q, borders, False, 1.0, q.dtype)
+        out, lse, bounds = triton_impl.launch_fwd(q, q, q, boundaries, False, 1.0, q.dtype)
         triton_impl.launch_bwd(out, q, q, q, out, lse, bounds, patches, False, 1.0)
     assert blocks[1:] == 3 * [block]  # the first notes the bounds

@@ -75,14 +75,14 @@ def test_warps_count_by_themselves_whatever_lanes_they_have() -> None:
         costs.shared_access("load", addresses, size, warps)
         sectors, ideal, passes = 0, 0, 0
         for warp in np.unique(warps):
-            mine = addresses[warps == warp]
-            sectors += len({place // 32 for place in mine})
-            ideal += -(-len(set(mine.tolist())) * size // 32)
+            own = addresses[warps == warp]
+            sectors += len({place // 32 for place in own})
+            ideal += -(-len(set(own.tolist())) * size // 32)
             step = min(32, 128 // size)
-            for begin in range(0, len(mine), step):
+            for begin in range(0, len(own), step):
                 words = {
                     (place + byte) // 4
-                    for place in mine[begin : begin + step]
+                    for place in own[begin : begin + step]
                     for byte in range(0, max(size, 4), 4)
                 }
                 banks = [word % 32 for word in words]

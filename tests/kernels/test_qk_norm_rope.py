@@ -68,9 +68,9 @@ def assert_close_to_oracle(call: dict[str, Any], way: Way) -> dict[str, Tensor]:
         return found
 
     want = with_gradients(stored(torch.float64), reference)
-    stock = with_gradients(stored(None), yardstick)
+    yard = with_gradients(stored(None), yardstick)
     for name, x in got.items():
-        assert_matches(x, want[name], stock[name], name=name)
+        assert_matches(x, want[name], yard[name], name=name)
     return got
 
 
@@ -157,7 +157,7 @@ def test_chunks_of_a_batch_and_of_a_row(
     assert_close_to_oracle(call | {"interleaved": interleaved}, way)
 
 
-def test_pieces_are_differentiated_twice_and_many_times_at_once(
+def test_blocks_are_differentiated_twice_and_many_times_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch_impl, "CHUNK_ELEMENTS", 8)
@@ -215,7 +215,7 @@ def test_tables_and_weights_of_either_width(way: Way) -> None:
 
 
 @EVERY_LANE
-def test_a_bad_position_is_loud_where_nobody_looks(way: Way) -> None:
+def test_an_unchecked_bad_position_is_loud(way: Way) -> None:
     if way.dtype != torch.float32:
         pytest.skip("positions do not know the dtype")
     call: dict[str, Any] = example(6, heads=2, kv_heads=1, width=16, way=way)

@@ -31,10 +31,10 @@ def column(*values: float, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def pooled_with_gradient(
-    x: Tensor, borders: Tensor, mode: str, upstream: Tensor | None = None, way: Way = TORCH
+    x: Tensor, boundaries: Tensor, mode: str, upstream: Tensor | None = None, way: Way = TORCH
 ) -> tuple[Tensor, Tensor]:
     """On the way's device and back."""
-    out = segment_pool(x.to(way.device), borders.to(way.device), mode=mode, impl=way.impl)
+    out = segment_pool(x.to(way.device), boundaries.to(way.device), mode=mode, impl=way.impl)
     upstream = torch.ones_like(out) if upstream is None else upstream.to(out)
     (gradient,) = torch.autograd.grad(out, x, upstream)
     return out.cpu(), gradient
@@ -96,13 +96,13 @@ def _recording(function: Any, seen: list[Any]) -> Any:
 @EVERY_LANE
 @pytest.mark.parametrize("mode", MODES)
 def test_nan_stays_in_its_own_patch(way: Way, mode: str) -> None:
-    borders = ints(0, 3, 5, 9)
+    boundaries = ints(0, 3, 5, 9)
     x = torch.randn(9, 3).to(way.dtype).requires_grad_()
-    clean, _ = pooled_with_gradient(x, borders, mode, way=way)
+    clean, _ = pooled_with_gradient(x, boundaries, mode, way=way)
     x.data[3:5] = NAN
     upstream = torch.randn(3, 3).to(way.dtype)
     upstream[1] = NAN
-    out, gradient = pooled_with_gradient(x, borders, mode, upstream, way)
+    out, gradient = pooled_with_gradient(x, boundaries, mode, upstream, way)
     assert out[1].isnan().all()
     assert torch.equal(out[[0, 2]], clean[[0, 2]])
     assert gradient[[0, 1, 2, 5, 6, 7, 8]].isfinite().all()
@@ -126,18 +126,18 @@ def test_bytes_of_no_patch_are_never_read(way: Way, mode: str) -> None:
 @EVERY_LANE
 @ONE_DTYPE
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("borders", [(0, 0, 2, 2, 3, 3), (0, 0, 0), (0, 3, 3), (0, 0, 2)])
+@pytest.mark.parametrize("boundaries", [(0, 0, 2, 2, 3, 3), (0, 0, 0), (0, 3, 3), (0, 0, 2)])
 def test_empty_patches_are_zero_and_take_no_gradient(
-    way: Way, mode: str, borders: tuple[int, ...]
+    way: Way, mode: str, boundaries: tuple[int, ...]
 ) -> None:
-    offsets = ints(*borders)
+    offsets = ints(*boundaries)
     empty = offsets.diff() == 0
     upstream = torch.where(empty[:, None], NAN, torch.ones(len(empty), 2))
     x = torch.randn(3, 2, requires_grad=True)
     out, gradient = pooled_with_gradient(x, offsets, mode, upstream, way)
     assert torch.equal(out[empty], torch.zeros(int(empty.sum()), 2))
     assert gradient.isfinite().all()
-    assert torch.equal(gradient[borders[-1] :], torch.zeros(3 - borders[-1], 2))
+    assert torch.equal(gradient[boundaries[-1] :], torch.zeros(3 - boundaries[-1], 2))
 
 
 # ---- precision --------------------------------------------------------------------------------
@@ -174,17 +174,17 @@ def test_the_gradient_of_a_mean_divides_by_the_exact_length() -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_autocast_rounds_once_and_keeps_the_gradient_wide(mode: str) -> None:
     x = torch.randn(7, 4, requires_grad=True)
-    borders = ints(0, 3, 7)
+    boundaries = ints(0, 3, 7)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = segment_pool(x, borders, mode=mode)
-    assert torch.equal(out, segment_pool(x.bfloat16(), borders, mode=mode))
+        out = segment_pool(x, boundaries, mode=mode)
+    assert torch.equal(out, segment_pool(x.bfloat16(), boundaries, mode=mode))
     (gradient,) = torch.autograd.grad(out.float().sum(), x)
     assert gradient.dtype == torch.float32
     if mode == "mean":
         assert gradient[0, 0].item() == pytest.approx(1 / 3, rel=1e-6)
     wide = torch.randn(7, 4, dtype=torch.float64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert segment_pool(wide, borders, mode=mode).dtype == torch.float64
+        assert segment_pool(wide, boundaries, mode=mode).dtype == torch.float64
 
 
 # ---- against the oracle -----------------------------------------------------------------------
@@ -196,10 +196,10 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
     total, width = draw(st.integers(0, 20)), draw(st.integers(1, 3))
     value = st.sampled_from([0.0, 1.0, 1.0, -2.0, 3.0, NAN, INF, -INF])
     values = draw(st.lists(value, min_size=total * width, max_size=total * width))
-    borders = sorted(draw(st.lists(st.integers(0, total), max_size=8)))
+    boundaries = sorted(draw(st.lists(st.integers(0, total), max_size=8)))
     return {
         "x": torch.tensor(values).view(total, width),
-        "cu_patchlens": ints(0, *borders),
+        "cu_patchlens": ints(0, *boundaries),
         "mode": draw(st.sampled_from(MODES)),
     }
 
@@ -242,18 +242,18 @@ def test_far_more_patches_than_a_grid_has_rows(way: Way) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_derivatives(mode: str) -> None:
     x = torch.randn(9, 2, dtype=torch.float64, requires_grad=True)
-    borders = ints(0, 2, 2, 3, 7)
-    assert torch.autograd.gradcheck(lambda x: segment_pool(x, borders, mode=mode), x)
-    assert torch.autograd.gradgradcheck(lambda x: segment_pool(x, borders, mode=mode), x)
+    boundaries = ints(0, 2, 2, 3, 7)
+    assert torch.autograd.gradcheck(lambda x: segment_pool(x, boundaries, mode=mode), x)
+    assert torch.autograd.gradgradcheck(lambda x: segment_pool(x, boundaries, mode=mode), x)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_torch_func(mode: str) -> None:
-    borders = ints(0, 2, 2, 3, 7)
+    boundaries = ints(0, 2, 2, 3, 7)
     batch = torch.randn(3, 9, 2).round()  # with ties
 
     def pool(x: Tensor) -> Tensor:
-        return segment_pool(x, borders, mode=mode)
+        return segment_pool(x, boundaries, mode=mode)
 
     def gradient(x: Tensor) -> Tensor:
         return torch.func.grad(lambda x: pool(x).sum())(x)
@@ -261,7 +261,7 @@ def test_torch_func(mode: str) -> None:
     outs = torch.stack([pool(x) for x in batch])
     torch.testing.assert_close(torch.func.vmap(pool)(batch), outs)
     grads = torch.stack(
-        [pooled_with_gradient(x.clone().requires_grad_(), borders, mode)[1] for x in batch]
+        [pooled_with_gradient(x.clone().requires_grad_(), boundaries, mode)[1] for x in batch]
     )
     torch.testing.assert_close(torch.func.vmap(gradient)(batch), grads)
     whole = torch.func.grad(lambda b: torch.func.vmap(pool)(b).sum())(batch)
@@ -272,17 +272,17 @@ def test_torch_func(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
-    ("borders", "meaning"),
+    ("boundaries", "meaning"),
     [((0, 5, 3, 9), (0, 5, 5, 8)), ((-4, 2, 99), (0, 2, 8)), ((3, 5), (3, 5))],
 )
-def test_unchecked_borders_stay_in_bounds(
-    mode: str, borders: tuple[int, ...], meaning: tuple[int, ...]
+def test_unchecked_boundaries_stay_in_bounds(
+    mode: str, boundaries: tuple[int, ...], meaning: tuple[int, ...]
 ) -> None:
     """Under torch.func nothing looks at values: they are clamped, a negative length is empty."""
     x = torch.randn(8, 2)
 
     def loss(x: Tensor) -> tuple[Tensor, Tensor]:
-        out = segment_pool(x, ints(*borders), mode=mode)
+        out = segment_pool(x, ints(*boundaries), mode=mode)
         return out.square().sum(), out
 
     gradient, out = torch.func.grad(loss, has_aux=True)(x)
@@ -300,8 +300,8 @@ def test_compiles_once_for_all_sizes(mode: str) -> None:
     compiled = torch.compile(segment_pool, fullgraph=True, backend=counter, dynamic=True)
     for total in (40, 33, 57):
         x = torch.randn(total, 5, requires_grad=True)
-        borders = torch.arange(0, total, 7, dtype=torch.int32)  # with a tail
-        out, want = compiled(x, borders, mode=mode), segment_pool(x, borders, mode=mode)
+        boundaries = torch.arange(0, total, 7, dtype=torch.int32)  # with a tail
+        out, want = compiled(x, boundaries, mode=mode), segment_pool(x, boundaries, mode=mode)
         torch.testing.assert_close(out, want)
         for got, wanted in zip(
             torch.autograd.grad(out.square().sum(), x),

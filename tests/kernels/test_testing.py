@@ -66,13 +66,13 @@ def test_a_rare_row_is_judged_by_its_own_size(dtype: torch.dtype) -> None:
     want[20:] /= 4
     want[:20] *= 2e5 if dtype == torch.float32 else 2000  # where the whole tensor's rule is blind
     want[39] = 0
-    stock = want.to(dtype)
-    assert_matches(stock, want, stock, rows=True)
+    yard = want.to(dtype)
+    assert_matches(yard, want, yard, rows=True)
     for row, value in ((38, 0.0), (39, 1e-3)):
-        got = stock.clone()
+        got = yard.clone()
         got[row] = value
         with pytest.raises(AssertionError, match=rf"rows \[{row}\]"):
-            assert_matches(got, want, stock, rows=True)
+            assert_matches(got, want, yard, rows=True)
 
 
 @pytest.mark.parametrize("planted", [float("nan"), float("inf"), -float("inf")])

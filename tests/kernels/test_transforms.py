@@ -43,7 +43,7 @@ from stlm_models.layers.rotary import rotary_tables
 
 WAY = Way("torch", "cpu", torch.float32)
 RESULT_LANES = pytest.mark.lanes("cpu", "interpret", "gpu")
-BORDERS = torch.tensor([0, 2, 5], dtype=torch.int32)
+BOUNDARIES = torch.tensor([0, 2, 5], dtype=torch.int32)
 IDS = torch.arange(5)
 
 
@@ -131,11 +131,11 @@ def test_many_gradients_at_once(spec: OpSpec, case: Case, take: Any) -> None:
 
 
 TWICE: dict[str, Callable[..., Tensor]] = {
-    "attention_pool": lambda x, **impl: attention_pool(x[0], x, x, BORDERS, **impl),
+    "attention_pool": lambda x, **impl: attention_pool(x[0], x, x, BOUNDARIES, **impl),
     "ngram_embedding": lambda x, **impl: ngram_embedding(
         IDS, [x[:, 0]] * 2, ngram_sizes=[2, 3], **impl
     ),
-    "patch_attention": lambda x, **impl: patch_attention(x, x, x, BORDERS, **impl),
+    "patch_attention": lambda x, **impl: patch_attention(x, x, x, BOUNDARIES, **impl),
     "attention": lambda x, **impl: attention(*[x[None]] * 3, window=2, **impl),
 }
 
@@ -167,17 +167,17 @@ def test_one_tensor_for_two_arguments_compiles(name: str, way: Way) -> None:
 
 
 @pytest.mark.parametrize("mode", ["mean", "sum", "max", "min", "first", "last"])
-def test_borders_of_many_texts_at_once(mode: str) -> None:
+def test_boundaries_of_many_texts_at_once(mode: str) -> None:
     """vmap over the borders alone, and over them and the states."""
     x = torch.randn(2, 5, 3)
-    several = torch.stack([BORDERS, torch.tensor([0, 0, 3], dtype=torch.int32)])
+    several = torch.stack([BOUNDARIES, torch.tensor([0, 0, 3], dtype=torch.int32)])
 
-    def loss(x: Tensor, borders: Tensor) -> Tensor:
-        return segment_pool(x, borders, mode=mode).square().sum()
+    def loss(x: Tensor, boundaries: Tensor) -> Tensor:
+        return segment_pool(x, boundaries, mode=mode).square().sum()
 
     got = torch.func.vmap(torch.func.grad(loss), (None, 0))(x[0], several)
-    for one, borders in zip(got, several, strict=True):
-        torch.testing.assert_close(one, torch.func.grad(loss)(x[0], borders))
+    for one, boundaries in zip(got, several, strict=True):
+        torch.testing.assert_close(one, torch.func.grad(loss)(x[0], boundaries))
     got = torch.func.vmap(torch.func.grad(loss))(x, several)
     for one, *arguments in zip(got, x, several, strict=True):
         torch.testing.assert_close(one, torch.func.grad(loss)(*arguments))
@@ -217,10 +217,10 @@ def test_a_model_of_shapes_alone(name: str, where: str, packed: bool) -> None:
     with torch.device("meta") if where == "meta" else FakeTensorMode():
         model = STLM(config).train()
         ids = torch.randint(32, 123, (40,) if packed else (2, 20))
-        borders = torch.tensor([0, 7, 40], dtype=torch.int32) if packed else None
-        loss, count = model(ids, ids, cu_seqlens=borders)
+        boundaries = torch.tensor([0, 7, 40], dtype=torch.int32) if packed else None
+        loss, count = model(ids, ids, cu_seqlens=boundaries)
         loss.backward()
-        logits = model(ids, cu_seqlens=borders)
+        logits = model(ids, cu_seqlens=boundaries)
     assert loss.shape == count.shape == ()
     assert logits.shape == (*ids.shape, config.vocab_size)
     assert all(x.grad is not None and x.grad.shape == x.shape for x in model.parameters())

@@ -162,7 +162,7 @@ class TestWhatIsTheUsers:
         root.mkdir()
         taken = root / "step-00000007"
         if kind == "file":
-            taken.write_text("mine")
+            taken.write_text("ours")
         elif kind == "folder":
             taken.mkdir()
         else:
@@ -186,13 +186,13 @@ def of_run(run_id: str | None, step: int) -> Checkpoint:
 
 class TestRuns:
     @pytest.mark.parametrize("step", [5, 1000, 2000])
-    @pytest.mark.parametrize(("mine", "theirs"), [("a", "b"), ("a", None), (None, "b")])
+    @pytest.mark.parametrize(("ours", "theirs"), [("a", "b"), ("a", None), (None, "b")])
     def test_a_folder_of_another_run(
-        self, tmp_path: Path, mine: str | None, theirs: str | None, step: int
+        self, tmp_path: Path, ours: str | None, theirs: str | None, step: int
     ) -> None:
         save_checkpoint(tmp_path, of_run(theirs, 1000))
         with pytest.raises(FileExistsError, match="step-00001000 is of another run: move it"):
-            save_checkpoint(tmp_path, of_run(mine, step))
+            save_checkpoint(tmp_path, of_run(ours, step))
         assert names_in(tmp_path) == ["step-00001000"]
 
     @pytest.mark.parametrize("run_id", ["a", None])

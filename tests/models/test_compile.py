@@ -59,6 +59,6 @@ def test_kernels_need_one_variant_for_all_numbers_of_patches_and_documents(
         if hasattr(module, "use_triton") and name != "find_patches":
             monkeypatch.setattr(module, "use_triton", lambda *args, **options: True)
     _, shapes = losses(2, compile=True)
-    assert len({borders for borders, _ in shapes}) > 1
+    assert len({boundaries for boundaries, _ in shapes}) > 1
     assert len({offsets for _, offsets in shapes}) > 1
     assert variants.frame_count == 1

@@ -35,7 +35,7 @@ from stlm_models.decompress import main as decompress_main
 from stlm_models.generation.engine import fit_context
 
 TOTAL = 1 << TOTAL_BITS
-MINE, OTHERS = "ab" * 32, "cd" * 32
+OURS, OTHERS = "ab" * 32, "cd" * 32
 WORDS = b"some words, and more words; " * 5
 
 
@@ -150,7 +150,7 @@ def test_any_file_comes_back(model: STLM, name: str, streams: int) -> None:
     threads = torch.get_num_threads()
     done = [0]
     model.train()
-    file = compress(model, data, checkpoint=MINE, streams=streams, on_progress=done.append)
+    file = compress(model, data, checkpoint=OURS, streams=streams, on_progress=done.append)
     assert len(unpack(file).codes) == streams
     # Each byte once: a stream that has ended is asked for no more.
     assert done[-1] == len(data)
@@ -158,7 +158,7 @@ def test_any_file_comes_back(model: STLM, name: str, streams: int) -> None:
     model.eval()
     torch.set_num_threads(2)
     with torch.autocast("cpu"):
-        assert decompress(model, file, checkpoint=MINE) == data
+        assert decompress(model, file, checkpoint=OURS) == data
     assert torch.get_num_threads() == 2
     assert not model.training
     torch.set_num_threads(threads)
@@ -192,28 +192,28 @@ class TestSize:
         data = WORDS[: 4 * (TINY.context - 1)]
         streams = [data[begin:end] for begin, end in pairwise(stream_boundaries(len(data), 4))]
         bits = len(data) * bits_per_byte(model, streams)
-        got = code_bits(compress(model, data, checkpoint=MINE, streams=4))
+        got = code_bits(compress(model, data, checkpoint=OURS, streams=4))
         assert bits - 8 * 4 < got < bits * 1.001 + 8 * 4
 
     def test_beyond_the_context(self, model: STLM) -> None:
         exact = stepwise_bits(model, WORDS)
-        got = code_bits(compress(model, WORDS, checkpoint=MINE, streams=1))
+        got = code_bits(compress(model, WORDS, checkpoint=OURS, streams=1))
         assert exact - 8 < got < exact * 1.001 + 8
 
     def test_a_leak_is_found_out(self, model: STLM) -> None:
         leaking = LookingAhead(TINY)
         leaking.load_state_dict(model.state_dict())
-        file = compress(leaking, WORDS, checkpoint=MINE, streams=1)
+        file = compress(leaking, WORDS, checkpoint=OURS, streams=1)
         promised = len(WORDS) * bits_per_byte(leaking, WORDS)
         assert code_bits(file) > 1.5 * promised
         # Its bytes are worth no more than those of the honest model, and come back as well.
-        assert file == compress(model, WORDS, checkpoint=MINE, streams=1)
-        assert decompress(leaking, file, checkpoint=MINE) == WORDS
+        assert file == compress(model, WORDS, checkpoint=OURS, streams=1)
+        assert decompress(leaking, file, checkpoint=OURS) == WORDS
 
 
 @pytest.fixture(scope="module", name="file")
 def one_file(model: STLM) -> bytes:
-    return compress(model, TEXT, checkpoint=MINE)
+    return compress(model, TEXT, checkpoint=OURS)
 
 
 class TestRefusals:
@@ -222,10 +222,10 @@ class TestRefusals:
             broken = bytearray(file)
             broken[at] ^= 4
             with pytest.raises(ValueError, match="file: damaged, its checksum"):
-                decompress(model, bytes(broken), checkpoint=MINE)
+                decompress(model, bytes(broken), checkpoint=OURS)
         for cut in (file[:-1], file + b"\0"):
             with pytest.raises(ValueError, match="file: damaged"):
-                decompress(model, cut, checkpoint=MINE)
+                decompress(model, cut, checkpoint=OURS)
         with pytest.raises(ValueError, match="file: damaged, it ends after 6 bytes"):
             unpack(file[:6])
 
@@ -253,29 +253,29 @@ class TestRefusals:
         """And no memory is asked for what a header promises."""
         packed = Compressed(**{**vars(unpack(file)), "length": length, "codes": (b"ab",)})
         with pytest.raises(ValueError, match=f"file: damaged, its 2 bytes .* got {length}"):
-            decompress(model, packed.pack(), checkpoint=MINE)
+            decompress(model, packed.pack(), checkpoint=OURS)
 
     def test_another_checkpoint(self, model: STLM, file: bytes) -> None:
-        with pytest.raises(ValueError, match=f"checkpoint: expected {MINE}, .* got {OTHERS}"):
+        with pytest.raises(ValueError, match=f"checkpoint: expected {OURS}, .* got {OTHERS}"):
             decompress(model, file, checkpoint=OTHERS)
 
     def test_another_context(self, model: STLM, file: bytes) -> None:
         packed = unpack(file)
         longer = Compressed(**{**vars(packed), "context": 33})
         with pytest.raises(ValueError, match="context: expected 33, which made the file, got 32"):
-            decompress(model, longer.pack(), checkpoint=MINE)
+            decompress(model, longer.pack(), checkpoint=OURS)
 
     def test_other_arithmetic_is_never_returned_as_data(self, model: STLM, file: bytes) -> None:
         elsewhere = copy.deepcopy(model)
         elsewhere.to_output.weight.data *= 1.01
         expected = rf"expected torch .* on cpu \(.*\), got torch {torch.__version__[:4]}"
         with pytest.raises(ValueError, match=expected):
-            decompress(elsewhere, file, checkpoint=MINE)
+            decompress(elsewhere, file, checkpoint=OURS)
 
     @pytest.mark.parametrize("streams", [0, -1, len(TEXT) + 1])
     def test_streams(self, model: STLM, streams: int) -> None:
         with pytest.raises(ValueError, match="streams: expected 1 to the number of bytes"):
-            compress(model, TEXT, checkpoint=MINE, streams=streams)
+            compress(model, TEXT, checkpoint=OURS, streams=streams)
 
 
 class TestCommands:

@@ -94,7 +94,7 @@ class TestEachFileOnce:
 
 
 class TestWalks:
-    def test_leave_out_what_nobody_means_and_say_so(self, tmp_path: Path) -> None:
+    def test_leave_out_what_is_not_meant_and_say_so(self, tmp_path: Path) -> None:
         write(tmp_path, "a.txt", "b/c.txt", ".git/config", ".venv/x.py", "b/.hidden", "b/.d/x")
         write(tmp_path, "runs/x/metrics.jsonl", "runs/x/checkpoints/step-00000001/config.json")
         write(tmp_path, "runs/y/checkpoints/step-00000001/manifest.json", "runs/notes.md")

@@ -129,8 +129,8 @@ class TestDocumentStream:
         words = [np.array([300, 7, 50_000], np.int32), np.array([256 + 9], np.int32)]
         for documents, dtype in ((DOCUMENTS[:4], np.int16), (words, np.int32)):
             stream = DocumentStream(documents)
-            pieces = [[BOS_ID, *document] for document in documents]
-            whole = np.concatenate(pieces).astype(dtype)
+            parts = [[BOS_ID, *document] for document in documents]
+            whole = np.concatenate(parts).astype(dtype)
             assert len(stream) == len(whole)
             for start, stop in itertools.combinations_with_replacement(range(len(whole) + 1), 2):
                 got = stream[start:stop]

@@ -127,7 +127,7 @@ class TestConfig:
             ModelConfig(**values)
 
     @pytest.mark.parametrize("name", SIZES)
-    def test_twins_are_fair(self, name: str) -> None:
+    def test_baselines_are_fair(self, name: str) -> None:
         pooled, flat, words = (PRESETS[name + kind] for kind in ("", "-flat", "-word"))
         with torch.device("meta"):
             sizes = [
@@ -137,6 +137,6 @@ class TestConfig:
         assert sizes[1:] == [pytest.approx(sizes[0], rel=0.02)] * 2
         assert flat.context == pooled.context
         assert words.context == round(pooled.context / BYTES_PER_WORD)
-        for twin in (flat, words):
-            assert twin.decoder_window is None
-            assert twin.byte_dim == 64 * twin.decoder_heads
+        for baseline in (flat, words):
+            assert baseline.decoder_window is None
+            assert baseline.byte_dim == 64 * baseline.decoder_heads

@@ -114,7 +114,7 @@ class TestGenerate:
         ]
         assert any(text != model.generate(long, max_new_bytes=9, seed=1) for text in changed)
 
-    def test_the_cut_is_at_a_patch_border_in_the_last_half(self, model: STLM) -> None:
+    def test_the_cut_is_at_a_patch_boundary_in_the_last_half(self, model: STLM) -> None:
         window = [BOS_ID, *b"some words and more words " * 3][: TINY.context + 1]
         cut = fit_context(model, window)
         assert cut == window[-len(cut) :]
@@ -123,7 +123,7 @@ class TestGenerate:
         assert len(window) - len(cut) in starts
         assert fit_context(model, window[:-1]) == window[:-1]
 
-    def test_a_cut_without_a_border(self) -> None:
+    def test_a_cut_without_a_boundary(self) -> None:
         config = dataclasses.replace(TINY, patch_rule="fixed", patch_size=500, max_patch_len=None)
         window = list(range(TINY.context + 1))
         assert fit_context(scrambled(config), window) == window[-TINY.context // 2 :]
@@ -176,15 +176,15 @@ def saying_a_script(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 class TestStream:
-    def test_pieces_are_whole_characters(self, scripted: Any) -> None:
+    def test_chunks_are_whole_characters(self, scripted: Any) -> None:
         script = "Zoë € 𝄞!".encode() + b"\xff\xc3"
-        pieces = list(scripted(script).stream(b"", max_new_bytes=len(script)))
-        assert pieces == [*"Zoë € 𝄞!", "\ufffd", "\ufffd"]
+        chunks = list(scripted(script).stream(b"", max_new_bytes=len(script)))
+        assert chunks == [*"Zoë € 𝄞!", "\ufffd", "\ufffd"]
 
     def test_a_possible_stop_is_held_back(self, scripted: Any) -> None:
         script = b"one\n\ntwo\n\n\nthree"
-        pieces = list(scripted(script).stream(b"", max_new_bytes=len(script), stop=b"\n\n\n"))
-        assert pieces == ["o", "n", "e", "\n\nt", "w", "o"]
+        chunks = list(scripted(script).stream(b"", max_new_bytes=len(script), stop=b"\n\n\n"))
+        assert chunks == ["o", "n", "e", "\n\nt", "w", "o"]
         told = scripted(script).generate(b"", max_new_bytes=len(script), stop=b"\n\n\n")
         assert told == b"one\n\ntwo"
         ends_open = list(scripted(script).stream(b"", max_new_bytes=4, stop=[b"\nx", b"z"]))
@@ -192,8 +192,8 @@ class TestStream:
 
     def test_same_as_generate(self, model: STLM) -> None:
         text = model.generate(b"a", max_new_bytes=40, seed=2)
-        pieces = model.stream(b"a", max_new_bytes=40, seed=2)
-        assert "".join(pieces) == codecs.decode(text, "utf-8", "replace")
+        chunks = model.stream(b"a", max_new_bytes=40, seed=2)
+        assert "".join(chunks) == codecs.decode(text, "utf-8", "replace")
 
 
 def sample_ids(logits: Tensor, **options: Any) -> Tensor:

@@ -43,7 +43,7 @@ def state_of(model: STLM) -> tuple[object, ...]:
     )
 
 
-def pieces(model: STLM, length: int = 40, **options: Any) -> Iterator[str]:
+def chunks(model: STLM, length: int = 40, **options: Any) -> Iterator[str]:
     return model.stream(PROMPT, max_new_bytes=length, **{"temperature": 0, "seed": 1} | options)
 
 
@@ -62,15 +62,15 @@ class Failing(nn.Module):
 
 
 class TestState:
-    def test_between_two_pieces(self, model: STLM) -> None:
+    def test_between_two_chunks(self, model: STLM) -> None:
         before = state_of(model)
-        for _ in pieces(model):
+        for _ in chunks(model):
             assert state_of(model) == before
         assert state_of(model) == before
 
     def test_a_paused_stream_lets_the_model_train(self, model: STLM) -> None:
-        expected = "".join(pieces(model))
-        paused = pieces(model)
+        expected = "".join(chunks(model))
+        paused = chunks(model)
         text = next(paused)
         loss, _ = model(torch.tensor([1, 2, 3]), torch.tensor([2, 3, 4]))
         loss.backward()
@@ -79,7 +79,7 @@ class TestState:
         assert text + "".join(paused) == expected
 
     def test_what_the_caller_changes_meanwhile_stays(self, model: STLM) -> None:
-        paused = pieces(model)
+        paused = chunks(model)
         next(paused)
         model.eval()
         next(paused)
@@ -91,7 +91,7 @@ class TestState:
     @pytest.mark.parametrize("end", ["close", "del", "throw"])
     def test_a_stream_that_is_left(self, model: STLM, end: str) -> None:
         before = state_of(model)
-        paused: Any = pieces(model)
+        paused: Any = chunks(model)
         next(paused)
         if end == "close":
             paused.close()
@@ -112,7 +112,7 @@ class TestState:
         ways: dict[str, Callable[[], object]] = {
             "generate": lambda: model.generate(PROMPT, max_new_bytes=99, seed=1),
             "batch": lambda: model.generate_batch([PROMPT, b""], max_new_bytes=99, seed=1),
-            "stream": lambda: list(pieces(model, 99, temperature=1.0)),
+            "stream": lambda: list(chunks(model, 99, temperature=1.0)),
             "bits": lambda: bits_per_byte(model, [text, text], context=8, stride=2),
             "compress": lambda: compress(model, text, checkpoint="00" * 32),
         }
@@ -163,9 +163,9 @@ class TestInferenceMode:
     """A stream may begin in it and go on outside, or the other way round."""
 
     def test_begun_inside_and_read_outside(self, model: STLM) -> None:
-        expected = "".join(pieces(model))
+        expected = "".join(chunks(model))
         with torch.inference_mode():
-            paused = pieces(model)
+            paused = chunks(model)
             text = next(paused)
         text += next(paused)
         with torch.inference_mode():
@@ -188,10 +188,10 @@ class TestInferenceMode:
         assert not run.hidden.requires_grad
 
     def test_a_model_made_inside(self) -> None:
-        expected = "".join(pieces(varied()))
+        expected = "".join(chunks(varied()))
         with torch.inference_mode():
             model = varied()
-            paused = pieces(model)
+            paused = chunks(model)
             text = next(paused)
         assert text + "".join(paused) == expected
 
@@ -219,9 +219,9 @@ class TestListsOfTheUser:
         assert prompts == [b"a", "b", b""]
 
     def test_a_list_that_changes_while_a_stream_is_read(self, model: STLM) -> None:
-        expected = "".join(pieces(model))
+        expected = "".join(chunks(model))
         stops = [b"\x00never\x00"]
-        paused = pieces(model, stop=stops)
+        paused = chunks(model, stop=stops)
         text = next(paused)
         stops += [bytes([byte]) for byte in range(256)]
         assert text + "".join(paused) == expected
@@ -294,7 +294,7 @@ class TestLostLogits:
         for generate in (
             lambda: model.generate(PROMPT, max_new_bytes=3, **options),
             lambda: model.generate_batch([PROMPT, b""], max_new_bytes=3, **options),
-            lambda: list(pieces(model, 3, **options)),
+            lambda: list(chunks(model, 3, **options)),
         ):
             with pytest.raises(FloatingPointError, match=message):
                 generate()

@@ -90,8 +90,8 @@ class TestALoopOfOnesOwn:
         assert_same(first.logits, whole.logits[:, :4])
         second = model(ids[:, 4:], output_hidden_states=True, **{CACHE: first[CACHE]})
         assert_same(second.logits, whole.logits[:, 4:])
-        for mine, all_of_them in zip(second.hidden_states, whole.hidden_states, strict=True):
-            assert_same(mine, all_of_them[:, 4:])
+        for ours, all_of_them in zip(second.hidden_states, whole.hidden_states, strict=True):
+            assert_same(ours, all_of_them[:, 4:])
         assert second[CACHE].get_seq_length() == ids.shape[1]
 
     def test_what_is_refused(self, model: STLMForCausalLM) -> None:

@@ -127,8 +127,8 @@ class TestCheckpointing:
         assert model.is_gradient_checkpointing
         sparing, gradients = self.kept(model)
         assert sparing < 0.6 * plainly
-        for mine, theirs in zip(gradients, expected, strict=True):
-            assert_same(mine, theirs)
+        for ours, theirs in zip(gradients, expected, strict=True):
+            assert_same(ours, theirs)
         model.gradient_checkpointing_disable()
         assert self.kept(model)[0] == plainly
 

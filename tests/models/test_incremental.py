@@ -87,7 +87,7 @@ def assert_pooled(actual: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize("options", RULES, ids=str)
 @given(rows=ROWS, shares=st.lists(st.floats(0, 1), min_size=4, max_size=4))
-def test_borders_and_pooled_states(
+def test_boundaries_and_pooled_states(
     options: dict[str, Any], rows: list[list[int]], shares: list[float]
 ) -> None:
     full, shown = Run.over(rows, options), prefixes(rows, shares)
@@ -113,9 +113,9 @@ def test_borders_and_pooled_states(
 
 @given(row=st.lists(IDS, min_size=2, max_size=30), lengths=st.lists(st.integers(1, 6), min_size=30))
 def test_documents_behind_each_other(row: list[int], lengths: list[int]) -> None:
-    borders = [b for b in torch.tensor(lengths).cumsum(0).tolist() if b < len(row)]
+    boundaries = [b for b in torch.tensor(lengths).cumsum(0).tolist() if b < len(row)]
     ids = torch.tensor(row, dtype=torch.int16)
-    cu_seqlens = torch.tensor([0, *borders, len(row)], dtype=torch.int32)
+    cu_seqlens = torch.tensor([0, *boundaries, len(row)], dtype=torch.int32)
     x = states(len(row))
     for options in RULES[:5]:
         patches = find_patches(ids, cu_seqlens=cu_seqlens, **options)
@@ -131,7 +131,7 @@ def test_documents_behind_each_other(row: list[int], lengths: list[int]) -> None
         )
         for t in range(len(row)):
             # Row 1 is one document throughout: a border belongs to its row.
-            begins = torch.tensor([t in borders, False])
+            begins = torch.tensor([t in boundaries, False])
             for state in (patching, pool, ngrams):
                 state.begin_documents(begins)
             closed = patching.step(ids[t].expand(2))

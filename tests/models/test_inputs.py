@@ -23,7 +23,7 @@ GIVEN = dataclasses.replace(TINY, patch_rule="external")
 WORDS = dataclasses.replace(
     TINY, tokens="words", patch_rule="none", core_layers=0, max_patch_len=None
 )
-BORDERS = torch.tensor([0, 10, 20], dtype=torch.int32)
+BOUNDARIES = torch.tensor([0, 10, 20], dtype=torch.int32)
 
 
 class TestIds:
@@ -65,12 +65,12 @@ class TestPatches:
     ids = ids_of(TEXT)[:20].long()
 
     def patches(self, **changed: Tensor) -> Patches:
-        found = find_patches(self.ids, rule="fixed", patch_size=5, cu_seqlens=BORDERS)
+        found = find_patches(self.ids, rule="fixed", patch_size=5, cu_seqlens=BOUNDARIES)
         return found._replace(**changed)
 
     def refuses(self, error: type[Exception], message: str, **changed: Tensor) -> None:
         with pytest.raises(error, match=message):
-            scrambled(GIVEN)(self.ids, cu_seqlens=BORDERS, patches=self.patches(**changed))
+            scrambled(GIVEN)(self.ids, cu_seqlens=BOUNDARIES, patches=self.patches(**changed))
 
     @pytest.mark.parametrize("wrong", [[0, 0, 4], [0, 3, 4], [0, 2, 3], [1, 2, 4], [0, 2, 5]])
     def test_documents_of_the_core_are_those_of_the_bytes(self, wrong: list[int]) -> None:
@@ -79,11 +79,11 @@ class TestPatches:
         self.refuses(ValueError, "patches.cu_seqlens: expected entry", cu_seqlens=cu_seqlens)
 
     @pytest.mark.parametrize("max_patches", [1, 2, 3, 4, 9])
-    def test_lost_patches_are_no_wrong_borders(self, max_patches: int) -> None:
+    def test_lost_patches_are_no_wrong_boundaries(self, max_patches: int) -> None:
         found = find_patches(
-            self.ids, rule="fixed", patch_size=5, cu_seqlens=BORDERS, max_patches=max_patches
+            self.ids, rule="fixed", patch_size=5, cu_seqlens=BOUNDARIES, max_patches=max_patches
         )
-        assert scrambled(GIVEN)(self.ids, cu_seqlens=BORDERS, patches=found).isfinite().all()
+        assert scrambled(GIVEN)(self.ids, cu_seqlens=BOUNDARIES, patches=found).isfinite().all()
 
     @pytest.mark.parametrize("output", ["autoregressive", "parallel"])
     @pytest.mark.parametrize("bad", [4, -2])
@@ -93,7 +93,7 @@ class TestPatches:
         read_ids[-1] = bad
         message = rf"patches.read_ids: expected values in \[-1, 3\], got {bad} at position 19"
         with pytest.raises(IndexError, match=message):
-            model(self.ids, cu_seqlens=BORDERS, patches=self.patches(read_ids=read_ids))
+            model(self.ids, cu_seqlens=BOUNDARIES, patches=self.patches(read_ids=read_ids))
 
     def test_an_empty_patch_leaves_the_running_average(self) -> None:
         torch.manual_seed(0)
@@ -101,7 +101,7 @@ class TestPatches:
         model = STLM(dataclasses.replace(GIVEN, unpooling="ema", core_dim=16), core)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
-        borders, found = torch.tensor([0, 20], dtype=torch.int32), []
+        boundaries, found = torch.tensor([0, 20], dtype=torch.int32), []
         for offsets in ([0, 5, 10, 20], [0, 5, 5, 10, 10, 20]):
             cu_patchlens = torch.tensor(offsets, dtype=torch.int32)
             ends = torch.arange(1, 21)
@@ -114,7 +114,7 @@ class TestPatches:
                 torch.tensor(len(offsets) - 1, dtype=torch.int32),
                 torch.tensor([0, len(offsets) - 1], dtype=torch.int32),
             )
-            found.append(model(self.ids, cu_seqlens=borders, patches=patches))
+            found.append(model(self.ids, cu_seqlens=boundaries, patches=patches))
         assert_same_rows(found[1], found[0])
 
 
@@ -229,14 +229,14 @@ class TestRowsOfNoDocument:
     )
     def test_their_targets_do_not_count(self, options: dict[str, Any], dtype: torch.dtype) -> None:
         model = scrambled(dataclasses.replace(TINY, **options)).train()
-        ids, borders = torch.tensor([*TEXT]), torch.tensor([0, 9, 30], dtype=torch.int32)
+        ids, boundaries = torch.tensor([*TEXT]), torch.tensor([0, 9, 30], dtype=torch.int32)
         targets = ids.roll(-1).to(dtype)
-        want, n_wanted = model(ids[:30], targets[:30], cu_seqlens=borders)
+        want, n_wanted = model(ids[:30], targets[:30], cu_seqlens=boundaries)
         wanted = torch.autograd.grad(want, list(model.parameters()), allow_unused=True)
         assert n_wanted == 30
         for there in (0, 100):
             targets[30:] = there
-            got, n_valid = model(ids, targets, cu_seqlens=borders)
+            got, n_valid = model(ids, targets, cu_seqlens=boundaries)
             assert n_valid == 30
             torch.testing.assert_close(got, want)
             found = torch.autograd.grad(got, list(model.parameters()), allow_unused=True)
@@ -246,8 +246,8 @@ class TestRowsOfNoDocument:
         model, ids = scrambled(), torch.tensor([*TEXT])
         targets = torch.full_like(ids, 9999)
         targets[:30] = 7
-        borders = torch.tensor([0, 30], dtype=torch.int32)
-        assert model(ids, targets, cu_seqlens=borders)[1] == 30
+        boundaries = torch.tensor([0, 30], dtype=torch.int32)
+        assert model(ids, targets, cu_seqlens=boundaries)[1] == 30
         with pytest.raises(IndexError, match="got 9999 at position 30"):
             model(ids, targets)
 
@@ -258,7 +258,7 @@ class TestRowsOfNoDocument:
 
     def test_compiled_whole(self) -> None:
         compiled = torch.compile(targets_of_documents, fullgraph=True, backend="aot_eager")
-        targets, borders = torch.arange(9, dtype=torch.int16), torch.tensor([0, 3, 7]).int()
+        targets, boundaries = torch.arange(9, dtype=torch.int16), torch.tensor([0, 3, 7]).int()
         want = torch.tensor([*range(7), -100, -100])
-        assert torch.equal(compiled(targets, borders), want)
-        assert torch.equal(targets_of_documents(targets, borders), want)
+        assert torch.equal(compiled(targets, boundaries), want)
+        assert torch.equal(targets_of_documents(targets, boundaries), want)

@@ -21,7 +21,7 @@ USES, LETTERS, WIDTH = 8192, 10, 8
 NARROW = [torch.bfloat16, torch.float16]
 IDS = torch.randint(0, LETTERS, (USES,), generator=torch.Generator().manual_seed(0))
 ONE_EACH = find_patches(IDS, rule="fixed", patch_size=1)
-BORDERS = torch.tensor([0, USES], dtype=torch.int32)
+BOUNDARIES = torch.tensor([0, USES], dtype=torch.int32)
 Read = Callable[[Tensor], Tensor]
 
 
@@ -49,7 +49,7 @@ def pools() -> tuple[Tensor, Read]:
 
 def reads_ngrams() -> tuple[Tensor, Read]:
     ngrams = NgramPooling((1,), LETTERS, WIDTH, WIDTH)
-    return ngrams.tables[0], lambda table: ngrams.rows(IDS, BORDERS)
+    return ngrams.tables[0], lambda table: ngrams.rows(IDS, BOUNDARIES)
 
 
 def embeds_ngrams() -> tuple[Tensor, Read]:
@@ -122,7 +122,7 @@ def test_of_the_parallel_output(dtype: torch.dtype, monkeypatch: pytest.MonkeyPa
     """Until a document's first patch is complete, bytes read the row of the null state."""
     config = dataclasses.replace(TINY, output="parallel", decoder_window=None)
     model, ids = scrambled(config).to(dtype), torch.tensor([*b"ab"] * 600)
-    borders = torch.arange(0, len(ids) + 1, 2, dtype=torch.int32)
+    boundaries = torch.arange(0, len(ids) + 1, 2, dtype=torch.int32)
     decode_slots, kept = model.decode_slots, []
 
     def decode_and_keep(states: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ def test_of_the_parallel_output(dtype: torch.dtype, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(model, "decode_slots", decode_and_keep)
     monkeypatch.setattr(model, "output_states", lambda rows: rows)
-    model.hidden(ids, cu_seqlens=borders).sum().backward()
+    model.hidden(ids, cu_seqlens=boundaries).sum().backward()
     (slots,) = kept
     assert slots.grad[-1, 1].tolist() == [600] * TINY.byte_dim
 

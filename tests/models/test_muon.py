@@ -37,10 +37,10 @@ def fresh() -> list[Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_step_is_that_of_torch(dtype: torch.dtype) -> None:
-    ours, stock, before = fresh(), fresh(), fresh()
+    ours, baseline, before = fresh(), fresh(), fresh()
     steps(Muon(ours, lr=0.1, weight_decay=0.2, dtype=dtype), ours)
-    steps(torch.optim.Muon(stock, lr=0.1, weight_decay=0.2), stock)
-    for got, want, start in zip(ours, stock, before, strict=True):
+    steps(torch.optim.Muon(baseline, lr=0.1, weight_decay=0.2), baseline)
+    for got, want, start in zip(ours, baseline, before, strict=True):
         # Torch's multiplies in bf16, whatever ours does.
         off, moved = (got - want).norm(), (want - start).norm()
         assert off <= 4 * torch.finfo(torch.bfloat16).eps * moved
@@ -86,12 +86,12 @@ def test_zero_and_missing_gradients() -> None:
 
 def test_state_of_torchs_muon_goes_on() -> None:
     """Checkpoints of runs that began with torch's optimiser hold the same momenta."""
-    ours, stock = fresh(), fresh()
-    first = torch.optim.Muon(stock, lr=0.1, weight_decay=0.2)
-    steps(first, stock, count=1)
+    ours, baseline = fresh(), fresh()
+    first = torch.optim.Muon(baseline, lr=0.1, weight_decay=0.2)
+    steps(first, baseline, count=1)
     second = Muon(ours, lr=0.1, weight_decay=0.2, dtype=torch.float32)
     steps(second, ours, count=1)
-    for a, b in zip(stock, ours, strict=True):
+    for a, b in zip(baseline, ours, strict=True):
         assert first.state[a].keys() == second.state[b].keys()
         torch.testing.assert_close(
             first.state[a]["momentum_buffer"], second.state[b]["momentum_buffer"]

@@ -41,10 +41,10 @@ def small(seed: int) -> STLM:
     return STLM(dataclasses.replace(TINY, core_layers=1, decoder_layers=1))
 
 
-def next_bytes(ids: Tensor, borders: Tensor) -> Tensor:
+def next_bytes(ids: Tensor, boundaries: Tensor) -> Tensor:
     """What follows each id; nothing after the last one of a document."""
     targets = ids.long().roll(-1)
-    targets[borders[1:].long() - 1] = IGNORED
+    targets[boundaries[1:].long() - 1] = IGNORED
     return targets
 
 
@@ -73,8 +73,8 @@ class TestMultiByteHeads:
         targets = torch.randint(0, 256, (15,))
         targets[[3, 12]] = IGNORED
         wanted = [hidden, embedding.weight, *heads.parameters()]
-        borders = torch.tensor(self.DOCUMENTS, dtype=torch.int32)
-        loss, n_valid = heads(hidden, targets, embedding, cu_seqlens=borders)
+        boundaries = torch.tensor(self.DOCUMENTS, dtype=torch.int32)
+        loss, n_valid = heads(hidden, targets, embedding, cu_seqlens=boundaries)
         expected, n = self.plain(heads, hidden, targets, embedding.weight)
         assert n_valid == n == (9 - 3) + (15 - 3)
         torch.testing.assert_close(loss, expected)
@@ -88,9 +88,9 @@ class TestMultiByteHeads:
         nn.init.normal_(heads.heads[0].weight)
         hidden = torch.randn(2, 6, 8, dtype=torch.float64)
         targets = torch.randint(0, 256, (2, 6))
-        borders = torch.tensor([0, 6, 12], dtype=torch.int32)
+        boundaries = torch.tensor([0, 6, 12], dtype=torch.int32)
         dense = heads(hidden, targets, embedding)
-        flat = heads(hidden.flatten(0, 1), targets.flatten(), embedding, cu_seqlens=borders)
+        flat = heads(hidden.flatten(0, 1), targets.flatten(), embedding, cu_seqlens=boundaries)
         assert dense == flat
         assert dense[1] == 2 * (5 + 4)
         alone = heads(hidden[0], targets[0].short(), embedding)
@@ -99,20 +99,20 @@ class TestMultiByteHeads:
 
     def test_they_learn(self) -> None:
         model, heads = small(0), MultiByteHeads(16, 3)
-        ids, borders = packed([b"abcabcabcabc", b"cabcabcab"])
-        targets = next_bytes(ids, borders)
+        ids, boundaries = packed([b"abcabcabcabc", b"cabcabcab"])
+        targets = next_bytes(ids, boundaries)
 
         def loss() -> Tensor:
-            hidden = model.hidden(ids, cu_seqlens=borders)
+            hidden = model.hidden(ids, cu_seqlens=boundaries)
             byte_sum, n_valid = model.embedding.loss(hidden, targets)
-            extra, n = heads(hidden, targets, model.embedding, cu_seqlens=borders)
+            extra, n = heads(hidden, targets, model.embedding, cu_seqlens=boundaries)
             return byte_sum / n_valid + extra / n
 
         before = float(loss().detach())
         assert math.isclose(before, 2 * math.log(257), rel_tol=1e-4)
         steps([*model.parameters(), *heads.parameters()], loss, 30)
-        hidden = model.hidden(ids, cu_seqlens=borders)
-        extra, n = heads(hidden, targets, model.embedding, cu_seqlens=borders)
+        hidden = model.hidden(ids, cu_seqlens=boundaries)
+        extra, n = heads(hidden, targets, model.embedding, cu_seqlens=boundaries)
         assert extra / n < 0.6 * math.log(257)
 
     def test_wrong_arguments(self) -> None:
@@ -154,16 +154,16 @@ class TestDistillation:
             distillation_loss(embedding, hidden, targets, teacher, weight=1.5)
 
     def test_rows_of_no_document_do_not_count(self) -> None:
-        embedding, borders = table(), torch.tensor([0, 4, 7], dtype=torch.int32)
+        embedding, boundaries = table(), torch.tensor([0, 4, 7], dtype=torch.int32)
         hidden, teacher = torch.randn(9, 8).double(), torch.randn(9, 257).double()
         targets = torch.randint(0, 256, (9,))
         want, n_wanted = distillation_loss(embedding, hidden[:7], targets[:7], teacher[:7])
-        got, n_valid = distillation_loss(embedding, hidden, targets, teacher, cu_seqlens=borders)
+        got, n_valid = distillation_loss(embedding, hidden, targets, teacher, cu_seqlens=boundaries)
         assert n_valid == n_wanted == 7
         torch.testing.assert_close(got, want)
         with pytest.raises(ValueError, match="cu_seqlens: expected None with dense targets"):
             distillation_loss(
-                embedding, hidden[None], targets[None], teacher[None], cu_seqlens=borders
+                embedding, hidden[None], targets[None], teacher[None], cu_seqlens=boundaries
             )
 
     def test_byte_156_is_a_target(self) -> None:
@@ -177,13 +177,13 @@ class TestDistillation:
     def test_the_student_comes_nearer(self) -> None:
         student, teacher = small(0), small(1)
         nn.init.normal_(teacher.to_output.weight)
-        ids, borders = packed([TEXT, b"more of it"])
-        targets = next_bytes(ids, borders)
+        ids, boundaries = packed([TEXT, b"more of it"])
+        targets = next_bytes(ids, boundaries)
         with torch.no_grad():
-            wanted = teacher(ids, cu_seqlens=borders)
+            wanted = teacher(ids, cu_seqlens=boundaries)
 
         def divergence() -> Tensor:
-            hidden = student.hidden(ids, cu_seqlens=borders)
+            hidden = student.hidden(ids, cu_seqlens=boundaries)
             total, n = distillation_loss(student.embedding, hidden, targets, wanted, weight=1.0)
             return total / n
 

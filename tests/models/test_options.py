@@ -128,8 +128,8 @@ class TestParallel:
         plain, n_valid = model(ids, targets)
         both, _ = model.train()(ids, targets)
         patches = model.patcher(ids)
-        borders = torch.tensor([0, len(ids)], dtype=torch.int32)
-        ngrams = model.ngram_rows(ids, borders)
+        boundaries = torch.tensor([0, len(ids)], dtype=torch.int32)
+        ngrams = model.ngram_rows(ids, boundaries)
         inputs = model.core_inputs(*model.pool(ids, ids, patches, ngrams))
         slots = model.embedding.logits(model.output_states(model.decode_slots(inputs)))
         nats = []
@@ -148,7 +148,7 @@ class TestParallel:
         with pytest.raises(ValueError, match="patches: expected patches of at most 5 bytes"):
             scrambled(config)(ids, patches=find_patches(ids, rule="fixed", patch_size=7))
 
-    def test_borders_that_are_known_too_late_are_refused(self) -> None:
+    def test_boundaries_that_are_known_too_late_are_refused(self) -> None:
         """Of two documents, whose own ends need no border."""
         ids, cu_seqlens = packed([b"ab", b"e fg"])
         model = scrambled(dataclasses.replace(self.CONFIG, patch_rule="external"))

@@ -40,7 +40,7 @@ def test_probabilities_by_hand() -> None:
     assert routing.confidence.tolist() == [1.0] * 6
 
 
-def test_probabilities_are_those_of_stock_torch() -> None:
+def test_probabilities_are_those_of_plain_torch() -> None:
     router, x = random_router(), 3 * torch.randn(50, DIM)
     cosine = F.cosine_similarity(router.query(x[1:]), router.key(x[:-1]))
     torch.testing.assert_close(router(x).probs[1:], (1 - cosine) / 2, rtol=0, atol=1e-5)
@@ -77,9 +77,9 @@ def test_states_of_next_to_nothing_are_as_in_h_net(norm: float) -> None:
 def test_documents_are_apart_and_slots_beyond_are_never_read() -> None:
     router, x = random_router(), torch.randn(20, DIM)
     x[5], x[15:] = math.nan, math.nan
-    borders = ints(0, 6, 6, 15)
+    boundaries = ints(0, 6, 6, 15)
     x.requires_grad_()
-    routing = router(x, borders)
+    routing = router(x, boundaries)
     torch.testing.assert_close(routing.probs[6:15], router(x[6:15]).probs)
     assert routing.probs[[0, 6]].tolist() == [1, 1]
     assert not routing.probs[15:].any()
@@ -165,14 +165,14 @@ def test_states_of_zeros_have_no_gradient(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("documents", [None, (0, 7, 30)])
 def test_ratio_loss(documents: tuple[int, ...] | None) -> None:
     router = Router(DIM, target_length=5.0)
-    borders = None if documents is None else ints(*documents)
+    boundaries = None if documents is None else ints(*documents)
     count = 40 if documents is None else documents[-1]
     inside = torch.arange(40) < count
     starts = (torch.arange(40) % 5 == 0) & inside
     probs = (torch.full((40,), 0.2) * inside).requires_grad_()
-    assert router.ratio_loss(Routing(probs, starts, probs), borders).item() == pytest.approx(1)
+    assert router.ratio_loss(Routing(probs, starts, probs), boundaries).item() == pytest.approx(1)
     often = inside & (torch.arange(40) % 2 == 0)
-    loss = router.ratio_loss(Routing(probs, often, probs), borders)
+    loss = router.ratio_loss(Routing(probs, often, probs), boundaries)
     fraction, mean = often.sum() / count, 0.2
     want = 5 / 4 * (4 * fraction * mean + (1 - fraction) * (1 - mean))
     assert loss.item() == pytest.approx(want.item())
@@ -261,7 +261,7 @@ def entropies(table: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 @pytest.mark.parametrize("read", ["read_ids", "patch_ids"])
-def test_borders_where_the_next_byte_is_uncertain(read: str) -> None:
+def test_boundaries_where_the_next_byte_is_uncertain(read: str) -> None:
     """A patch ends after a byte whose successor is hard to tell, and may be read there."""
     score = entropies(3 * torch.randn(VOCAB, VOCAB, dtype=torch.float64))
     table = torch.randn(VOCAB, DIM, dtype=torch.float64)
@@ -305,10 +305,10 @@ def test_steps_equal_the_full_run(dtype: torch.dtype) -> None:
     torch.testing.assert_close(probs, want, rtol=0, atol=4e-2 if dtype.itemsize == 2 else 1e-5)
     clear = (want - 0.5).abs() > 0.05
     for name in ("starts", "confidence"):
-        mine = torch.stack([getattr(routing, name) for routing in got], 1)
+        ours = torch.stack([getattr(routing, name) for routing in got], 1)
         theirs = torch.stack([getattr(routing, name) for routing in full])
-        assert mine.dtype == theirs.dtype
-        assert torch.equal(mine[clear], theirs[clear])
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(ours[clear], theirs[clear])
     assert (probs[:, 0] == 1).all()
     assert probs[0, 5] == probs[1, 7] == 1
 

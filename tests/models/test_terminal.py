@@ -104,7 +104,7 @@ class TestCommand:
         assert main() == 130
         assert capsys.readouterr() == ("half a line", "\nstopped\n")
 
-    def test_a_verdict_that_nobody_reads(self) -> None:
+    def test_a_verdict_that_is_not_read(self) -> None:
         @command()
         def main() -> int:
             print("failed")
@@ -406,7 +406,7 @@ class TestTrain:
         if to == "out":
             assert (tmp_path / "out").read_text().endswith("sample:\n\\ufffd\n")
 
-    def test_progress_that_nobody_reads(
+    def test_progress_that_is_not_read(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """`2>&1 | head -1` ends what is shown, not the training."""

@@ -68,9 +68,9 @@ def curve(parameters: list[nn.Parameter], loss_of: Callable[[Tensor], Tensor]) -
     return torch.stack(losses)
 
 
-def assert_same_training(ours: Tensor, stock: Tensor) -> None:
-    assert stock[-1] < 0.7 * stock[0], "nothing was learnt"
-    torch.testing.assert_close(ours, stock, rtol=5e-3, atol=0)
+def assert_same_training(ours: Tensor, baseline: Tensor) -> None:
+    assert baseline[-1] < 0.7 * baseline[0], "nothing was learnt"
+    torch.testing.assert_close(ours, baseline, rtol=5e-3, atol=0)
 
 
 def mean_loss(table: TiedEmbedding, x: Tensor, targets: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ def mean_loss(table: TiedEmbedding, x: Tensor, targets: Tensor) -> Tensor:
 
 
 def test_in_a_plain_gpt() -> None:
-    stock, swapped = PlainGPT(), PlainGPT()
+    baseline, swapped = PlainGPT(), PlainGPT()
     table = table_from(swapped.wte.weight)
     del swapped.wte
 
@@ -87,7 +87,7 @@ def test_in_a_plain_gpt() -> None:
         return mean_loss(table, swapped.hidden(table.embed(ids[:, :-1])), ids[:, 1:])
 
     ours = curve([*swapped.parameters(), *table.parameters()], loss)
-    assert_same_training(ours, curve(list(stock.parameters()), stock.loss))
+    assert_same_training(ours, curve(list(baseline.parameters()), baseline.loss))
 
 
 def test_in_gpt2() -> None:
@@ -103,7 +103,7 @@ def test_in_gpt2() -> None:
         attn_pdrop=0.0,
     )
     torch.manual_seed(0)
-    stock = transformers.GPT2LMHeadModel(config)
+    baseline = transformers.GPT2LMHeadModel(config)
     torch.manual_seed(0)
     body = transformers.GPT2LMHeadModel(config).transformer
     table = table_from(body.wte.weight)
@@ -114,7 +114,7 @@ def test_in_gpt2() -> None:
         return mean_loss(table, x[:, :-1], ids[:, 1:])
 
     ours = curve([*body.parameters(), *table.parameters()], loss)
-    theirs = curve(list(stock.parameters()), lambda ids: stock(ids, labels=ids).loss)
+    theirs = curve(list(baseline.parameters()), lambda ids: baseline(ids, labels=ids).loss)
     assert_same_training(ours, theirs)
 
 
@@ -124,8 +124,8 @@ def test_logits_are_as_wide_as_the_loss(dtype: torch.dtype) -> None:
     x, targets = torch.randn(30, 16).to(dtype), torch.randint(0, VOCAB, (30,))
     logits, (loss_sum, _) = table.logits(x), table.loss(x, targets)
     assert logits.dtype == loss_sum.dtype == torch.promote_types(dtype, torch.float32)
-    stock = F.cross_entropy(logits, targets, reduction="sum")
-    torch.testing.assert_close(loss_sum, stock)
+    baseline = F.cross_entropy(logits, targets, reduction="sum")
+    torch.testing.assert_close(loss_sum, baseline)
 
 
 @pytest.mark.parametrize("way_in", ["embed", "pool"])

@@ -35,8 +35,8 @@ WORD = dataclasses.replace(
     TINY, tokens="words", vocab_size=VOCABULARY.size, patch_rule="none", core_layers=0
 )
 # Pieces that the vocabulary knows, halves of them, and any bytes at all.
-PIECES = st.sampled_from([*VOCABULARY.words, b" ", b"\n", b"th", b"a" * 70, "\u00eb".encode()])
-DATA = st.lists(PIECES | st.binary(max_size=5), max_size=40).map(b"".join)
+PARTS = st.sampled_from([*VOCABULARY.words, b" ", b"\n", b"th", b"a" * 70, "\u00eb".encode()])
+DATA = st.lists(PARTS | st.binary(max_size=5), max_size=40).map(b"".join)
 
 
 def patches_of(data: bytes) -> list[bytes]:
@@ -94,7 +94,7 @@ class TestEncode:
         assert VOCABULARY.decode(ids) == data
 
     @given(DATA, st.integers(1, 9))
-    def test_pieces_of_any_size_make_the_same_ids(self, data: bytes, size: int) -> None:
+    def test_chunks_of_any_size_make_the_same_ids(self, data: bytes, size: int) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(words, "CHUNK_BYTES", size)
             assert VOCABULARY.encode(data).tolist() == encoded_patch_by_patch(data)

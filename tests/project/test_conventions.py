@@ -162,25 +162,25 @@ def check_wrapped_target() -> None:
     assert bool((linear_cross_entropy(h, w, target, reduction="none") > 0).all())
 
 
-BORDERS = torch.tensor([0, 3, 3, 5], dtype=torch.int32)
+BOUNDARIES = torch.tensor([0, 3, 3, 5], dtype=torch.int32)
 
 
 @holds("empty patch", "zeros, in every mode")
 def check_empty_patch() -> None:
     x = torch.randn(5, 8)
     for mode in ("mean", "sum", "max", "min", "first", "last"):
-        assert bool((ops.segment_pool(x, BORDERS, mode=mode)[1] == 0).all()), mode
+        assert bool((ops.segment_pool(x, BOUNDARIES, mode=mode)[1] == 0).all()), mode
     ids, table = torch.arange(5, dtype=torch.uint8), torch.randn(256, 8)
     for mode in ("mean", "sum"):
-        assert bool((ops.byte_pool(ids, table, BORDERS, mode=mode)[1] == 0).all()), mode
+        assert bool((ops.byte_pool(ids, table, BOUNDARIES, mode=mode)[1] == 0).all()), mode
     q, k, v = torch.randn(1, 8), torch.randn(5, 1, 8), torch.randn(5, 1, 8)
-    assert bool((ops.attention_pool(q, k, v, BORDERS)[1] == 0).all())
+    assert bool((ops.attention_pool(q, k, v, BOUNDARIES)[1] == 0).all())
 
 
 @holds("equal maxima", "the first takes the gradient")
 def check_ties() -> None:
     x = torch.ones(5, 1, requires_grad=True)
-    (grad,) = gradients_of(ops.segment_pool(x, BORDERS, mode="max").sum(), x)
+    (grad,) = gradients_of(ops.segment_pool(x, BOUNDARIES, mode="max").sum(), x)
     assert grad.flatten().tolist() == [1, 0, 0, 1, 0]
 
 
@@ -188,8 +188,8 @@ def check_ties() -> None:
 def check_table_gradient() -> None:
     table = torch.zeros(256, 8, dtype=torch.bfloat16, requires_grad=True)
     ids = torch.full((1024,), 7, dtype=torch.uint8)
-    borders = torch.arange(1025, dtype=torch.int32)
-    (grad,) = gradients_of(ops.byte_pool(ids, table, borders, mode="sum").sum(), table)
+    boundaries = torch.arange(1025, dtype=torch.int32)
+    (grad,) = gradients_of(ops.byte_pool(ids, table, boundaries, mode="sum").sum(), table)
     assert bool((grad[7] == 1024).all())
 
 
@@ -197,11 +197,11 @@ def check_table_gradient() -> None:
 def check_tail() -> None:
     x = torch.randn(8, 4)
     x[5:] = math.nan
-    assert bool(ops.segment_pool(x, BORDERS, mode="mean").isfinite().all())
+    assert bool(ops.segment_pool(x, BOUNDARIES, mode="mean").isfinite().all())
     ids = torch.tensor([1, 2, 3, 4, 5, 0, 0], dtype=torch.uint8)
     table = torch.randn(256, 4)
     table[0] = math.nan
-    assert bool(ops.byte_pool(ids, table, BORDERS, mode="sum").isfinite().all())
+    assert bool(ops.byte_pool(ids, table, BOUNDARIES, mode="sum").isfinite().all())
 
 
 def seen(**options: Any) -> list[int]:
@@ -234,7 +234,7 @@ def check_window_of_two_sides() -> None:
 def check_no_document() -> None:
     x = torch.randn(7, 1, 8)
     x[5:] = math.nan
-    out = ops.attention(x, x, x, cu_seqlens=BORDERS)
+    out = ops.attention(x, x, x, cu_seqlens=BOUNDARIES)
     assert bool((out[5:] == 0).all())
     assert bool(out[:5].isfinite().all())
 

@@ -156,7 +156,7 @@ assert flop_counter.__spec__.origin == flop_counter.__file__
         "import sys, torch, stlm_kernels; sys.modules['triton'] = None",
     ],
 )
-def test_flop_formulas_are_there_whoever_imports_the_counter(imports: str) -> None:
+def test_flop_formulas_are_there_whatever_imports_the_counter(imports: str) -> None:
     lines = run(FORMULAS.format(imports=imports)).splitlines()
     assert len(lines) > 20
     assert not [line for line in lines if not line.endswith(" True")]
