@@ -147,7 +147,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call() -> Generator[None, object, object]:
-    """What went wrong on the GPU fails the test that launched it, not a later one."""
+    """A fault on the GPU fails the test that launched it, not a later one."""
     done = yield
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
@@ -184,7 +184,7 @@ def lane_is_possible(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture(autouse=True)
 def compiled_kernels_run_here(request: pytest.FixtureRequest) -> Iterator[None]:
-    """In the compiled lane a launch compiles its kernel for a GPU and executes the PTX."""
+    """Each launch of the compiled lane compiles its kernel for a GPU and executes the PTX."""
     if request.config.getoption("--lane") != "compiled":
         yield
         return
@@ -199,7 +199,7 @@ def compiled_kernels_run_here(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def is_accepted(fault: Any) -> bool:
-    """Whether a fault is one that the compiler makes, and a reason for it stands above."""
+    """Return whether the compiler makes this fault and a reason for it stands above."""
     import triton
 
     if fault.kind == "lanes":

@@ -41,7 +41,7 @@ PINNED: Spills = {
         "8 bytes, under autocast; the default tile is sized for sm_90",
     ),
 }
-"""Of triton 3.6.0 and the pinned one."""
+"""Spills of triton 3.6.0 and the pinned one."""
 
 SIZED_FOR_PINNED = "none in the pinned triton, for whose assembler the tile is sized"
 LATER: dict[str, Spills] = {
@@ -60,7 +60,7 @@ LATER: dict[str, Spills] = {
         ("stlm_attention_bwd_kv", 89): (19, f"at K = 48; {SIZED_FOR_PINNED}"),
     },
 }
-"""Where a later release has more, or others: its bounds in place of those above."""
+"""Bounds in place of those above, for later releases that have more, or others."""
 
 
 def accepted(triton_version: str) -> Spills:

@@ -1,4 +1,4 @@
-"""What the tests of attention share: operands, gradients by name, the tolerance rule."""
+"""Shared by the tests of attention: operands, gradients by name, the tolerance rule."""
 
 from __future__ import annotations
 

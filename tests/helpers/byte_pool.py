@@ -1,4 +1,4 @@
-"""What the tests of byte_pool share: an oracle that shares nothing with the library, and inputs."""
+"""Inputs for the tests of byte_pool, and an oracle that shares nothing with the library."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def looped(inputs: Inputs, upstream: Tensor) -> dict[str, Tensor]:
 
 
 def as_leaves(inputs: Inputs) -> Inputs:
-    """The same arguments, those with a gradient as fresh leaves."""
+    """Copy the arguments, those with a gradient as fresh leaves."""
     leaves = dict(inputs)
     for name in ("weight", "position_weight"):
         if leaves.get(name) is not None:

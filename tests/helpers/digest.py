@@ -1,7 +1,7 @@
 """`python tests/helpers/digest.py RESULTS.xml...`: what a long run found, on one screen.
 
 A line per test file, then why tests were skipped, then the failures, by their messages: a broken
-kernel fails in many tests, and whoever borrowed the GPU sees the end of the output first.
+kernel fails in many tests, and a user of a lent GPU sees the end of the output first.
 """
 
 from __future__ import annotations

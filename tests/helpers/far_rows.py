@@ -1,4 +1,4 @@
-"""What a program of attention sees where rows are counted beyond 2^31: no memory, only numbers."""
+"""Rows counted beyond 2^31, as a program of attention sees them: no memory, only numbers."""
 
 from __future__ import annotations
 

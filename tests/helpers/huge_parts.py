@@ -1,4 +1,4 @@
-"""Of a call too large for an oracle: the part that decides some rows of it, as a small call.
+"""Parts of calls too large for an oracle: what decides some of their rows, as a small call.
 
 What the oracle gives for the part must be what the op gave for those rows, gradients included: the
 whole call's upstream gradient is zero elsewhere.
@@ -38,7 +38,7 @@ class Part(NamedTuple):
 
 
 def runs(starts: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows from each start to its end, one run after the other, and the borders of the runs."""
+    """The rows from each start to its end, one run after the other, and the runs' boundaries."""
     rows = [torch.arange(a, b) for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
     boundaries = torch.tensor([0, *map(len, rows)]).cumsum(0).int()
     return torch.cat(rows), boundaries
@@ -49,7 +49,7 @@ def picked(x: Tensor, rows: Tensor) -> Tensor:
 
 
 def document_starts(rows: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Where the document of each row begins."""
+    """Return the row where the document of each row begins."""
     boundaries = cu_seqlens.cpu().long()
     return boundaries[torch.searchsorted(boundaries, rows, right=True) - 1]
 
@@ -157,7 +157,7 @@ def linear_logprobs(inputs: Inputs, rows: Tensor) -> Part:
 
 
 def linear_sample(inputs: Inputs, rows: Tensor) -> Part:
-    """Without noise, which is keyed by the row; it has no gradients."""
+    """Rows drawn without noise, which is keyed by the row; there are no gradients."""
     small = inputs | {"input": picked(inputs["input"], rows)}
     return Part(OPS["linear_sample"], small, rows, torch.arange(len(rows)), {})
 

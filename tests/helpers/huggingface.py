@@ -1,4 +1,4 @@
-"""What the tests of the Hugging Face extra share."""
+"""Shared by the tests of the Hugging Face extra."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def byte_logprobs(stlm: STLM, ids: list[int]) -> Tensor:
 
 
 def assert_same(got: Tensor | float, want: Tensor | float) -> None:
-    """By norms of rows, and what id 256 gets, the lowest of all numbers, exactly."""
+    """Compare by norms of rows, and id 256's logits, the lowest of all numbers, exactly."""
     a, b = (torch.as_tensor(x, dtype=torch.float32).detach() for x in (got, want))
     if a.dim() and a.shape[-1] == 257:
         assert torch.equal(a[..., 256:], b[..., 256:])

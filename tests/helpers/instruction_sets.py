@@ -30,7 +30,7 @@ SETS = {
     "OPENBLAS_CORETYPE=Zen": "avx2",
     "OPENBLAS_CORETYPE=SkylakeX": "avx512f",
 }
-"""What each needs of the CPU, as the kernel names it."""
+"""Flag of the CPU that each needs, as the kernel names it."""
 
 CRITICAL = (
     "ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 MKL_CBWR=COMPATIBLE "
@@ -70,7 +70,7 @@ FEW_VALUES = {
 
 
 def cpu_flags() -> set[str]:
-    """What the CPU can do; nothing where there is no such list."""
+    """Return the CPU's flags; none where the system does not list them."""
     listed = Path("/proc/cpuinfo")
     lines = listed.read_text().splitlines() if listed.exists() else []
     return {flag for line in lines if line.startswith("flags") for flag in line.split()[2:]}

@@ -1,4 +1,4 @@
-"""How near each test's results came to their limits: error over what was allowed.
+"""Margins of each test's results to their limits: error over what was allowed.
 
 A limit that is nearly reached here is one that another CPU, seed or release breaks. Every
 comparison that a test passes, by the tolerance rule or by `torch.testing.assert_close`, is
@@ -25,7 +25,7 @@ REASONS: dict[str, str] = {
         "the chunked kernels keep gradients of logits in bf16, and few rows average that out"
     ),
 }
-"""Why a test (a pattern of its id) may be near its limit on every machine."""
+"""Reasons why a test (a pattern of its id) may be near its limit on every machine."""
 
 # As torch.testing documents them: rtol, atol.
 DEFAULTS = {

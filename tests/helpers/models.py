@@ -1,4 +1,4 @@
-"""What the tests of the model share: a tiny one in which everything matters, and its input."""
+"""A tiny model in which everything matters, and its input, for the tests of the model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TINY = ModelConfig(
     decoder_window=7,
     context=32,
 )
-# Every kind of border: forced ones, runs of spaces, UTF-8, a space at the very beginning and end.
+# Every kind of boundary: forced ones, runs of spaces, UTF-8, a space at the very beginning and end.
 TEXT = " ab c,  de\n\n extraordinarily(x) == 'Zoë'; 12_345 ".encode()
 
 RULES = {
@@ -39,7 +39,7 @@ RULES = {
         TINY, pooling="sum", decoder_window=None, ngram_sizes=(), qk_norm=False, softcap=20.0
     ),
 }
-"""A model of each kind of border."""
+"""A model of each kind of boundary."""
 
 
 def scrambled(config: ModelConfig = TINY, core: nn.Module | None = None) -> STLM:

@@ -38,7 +38,7 @@ def assert_same_rows(got: Tensor, want: Tensor, name: str = "states") -> None:
 
 
 def assert_same_gradients(got: Mapping[Any, Tensor], want: Mapping[Any, Tensor]) -> None:
-    """Of every parameter: they differ by half the digits of its gradient's norm, at most."""
+    """Gradients of every parameter differ by half the digits of their norm, at most."""
     assert got.keys() == want.keys(), f"only in one: {sorted(got.keys() ^ want.keys())}"
     for name, x in want.items():
         error = float((got[name].detach().double() - x.detach().double()).norm())

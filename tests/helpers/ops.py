@@ -1,4 +1,4 @@
-"""What the tests over the registry share: inputs of a case, results by name, gradients."""
+"""Shared by the tests over the registry: inputs of a case, results by name, gradients."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 class ElementsMade(TorchDispatchMode):
-    """How many elements the results of aten ops have, without views and what is written in place.
+    """Count of elements in results of aten ops, without views and what is written in place.
 
     An index op's operands do not count: it reads and writes few of their rows.
     """

@@ -59,7 +59,7 @@ EXCLUDED = {
     (("rule", "external"), ("max_patches", "some")),
     (("output", "parallel"), ("window", "some")),
 }
-"""What a config refuses."""
+"""Choices that a config refuses together."""
 
 
 Choice = dict[str, str]
@@ -98,7 +98,7 @@ def config_of(choice: Choice) -> ModelConfig:
 
 
 def given_patches(ids: Tensor, cu_seqlens: Tensor | None = None) -> Patches:
-    """Borders from outside, known when they are reached."""
+    """Boundaries from outside, known when they are reached."""
     return find_patches(ids, patch_end_mask=ids % 3 == 0, max_patch_len=5, cu_seqlens=cu_seqlens)
 
 

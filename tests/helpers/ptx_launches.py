@@ -40,7 +40,7 @@ def products(
 
 
 def again(done: Execution, change: Callable[[str], str], **options: Any) -> Execution:
-    """The same launch with changed PTX."""
+    """Repeat a launch with changed PTX."""
     text = change(done.ptx)
     assert text != done.ptx, "the fault was not planted"
     return ptx.execute(text, done.grid, done.arguments, shared_bytes=done.shared_bytes, **options)

@@ -1,4 +1,4 @@
-"""What newer triton refuses, refused under the interpreter of the installed one."""
+"""Refusals of newer triton, under the interpreter of the installed one."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def dtypes(full: bool) -> list[torch.dtype]:
 
 
 def takes_floats(spec: OpSpec) -> bool:
-    """Whether the dtype changes anything of what is compiled."""
+    """Return whether the dtype changes anything of what is compiled."""
     inputs = spec.make_inputs(spec.tagged("smoke")[0], torch.float32, torch.device("cpu"), 0)
     return any(isinstance(x, torch.Tensor) and x.is_floating_point() for x in inputs.values())
 
@@ -122,7 +122,7 @@ def test_all_but_the_opcodes_comes_without_disassembling() -> None:
 
 @pytest.mark.lanes("cpu", "aot")
 def test_accepted_spills_are_bounded_for_every_release() -> None:
-    """A release that nobody tried is held to the pinned one's, and so is what a later has less."""
+    """A release that was not tried is held to the pinned one's, and so is what a later has less."""
     for release, bounds in LATER.items():
         assert accepted(f"{release}.0") == accepted(f"{release}.7+git1") == PINNED | bounds
     for bounds in (PINNED, *LATER.values()):

@@ -127,7 +127,7 @@ def test_documents_of_one_row(way: Way) -> None:
 
 @EVERY_LANE
 def test_documents_of_two_rows(way: Way) -> None:
-    """Where a rounded output shows most in the backward."""
+    """Short documents show a rounded output most in the backward."""
     boundaries = torch.arange(0, 61, 2, dtype=torch.int32)
     assert_close_to_oracle(example((60,), 2, 1, 16, way), way, cu_seqlens=boundaries)
 

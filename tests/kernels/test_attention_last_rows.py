@@ -50,7 +50,7 @@ def test_documents_with_more_keys(way: Way, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("options", CHOICES[:4], ids=str)
 @pytest.mark.parametrize("rows", [1, 35, 70])
 def test_the_last_rows_of_a_sequence(way: Way, rows: int, options: dict[str, Any]) -> None:
-    """What the same rows give among all rows: a prompt in chunks, new positions with a cache."""
+    """Last rows give what they give among all: a prompt in chunks, new positions with a cache."""
     q, k, v = example(way, 70, 70)
     upstream = torch.randn(70, 2, 16).to(q)
     upstream[: 70 - rows] = 0
@@ -152,7 +152,7 @@ def test_unused_keys_and_rows_are_never_read(way: Way) -> None:
 @EVERY_LANE
 @ONE_DTYPE
 def test_rows_before_the_first_key_are_zeros(way: Way) -> None:
-    """Where offsets are not checked, as on a GPU: here under compile."""
+    """Compiled, so that offsets are not checked, as on a GPU."""
     rows, keys = ints(0, 9, 20).to(way.device), ints(0, 4, 30).to(way.device)
     operands = [x.requires_grad_() for x in example(way, 20, 30)]
     torch._dynamo.reset()

@@ -26,7 +26,7 @@ NAMES = ("query", "key", "value")
 BOUNDARIES = (0, 6, 6, 9, 16, 25, 37)
 OTHERS = [*range(9), *range(16, 37)]
 SICK = 3
-"""The patch of rows 9 to 15 in BORDERS."""
+"""The patch of rows 9 to 15 in BOUNDARIES."""
 
 
 def example(
@@ -263,7 +263,7 @@ def test_one_long_patch_among_short_ones_costs_its_bytes() -> None:
     assert sizes.largest <= 6000 * 2 * 8
 
 
-# ---- layouts, dtypes, unread borders ----------------------------------------------------------
+# ---- layouts, dtypes, unread boundaries ----------------------------------------------------------
 
 
 @EVERY_LANE
@@ -305,9 +305,9 @@ def test_a_float32_query_beside_16_bit_keys(way: Way) -> None:
 def test_unread_boundaries_stay_in_bounds(
     way: Way, own: bool, boundaries: tuple[int, ...], meaning: tuple[int, ...]
 ) -> None:
-    """Where values are not looked at, offsets are clamped."""
+    """Unread offsets are clamped."""
     if way.dtype != torch.float32:
-        pytest.skip("one dtype shows where the borders go")
+        pytest.skip("one dtype shows where the boundaries go")
     if way.impl == "triton" and boundaries[1] > boundaries[2]:
         pytest.skip("which patch a row of overlapping ranges is in is the kernels' own choice")
     operands = example(36, 2, 1, 16, way, patches=len(boundaries) - 1 if own else None)

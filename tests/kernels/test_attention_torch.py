@@ -1,4 +1,4 @@
-"""The torch path of attention: full attention, softcap, dropout, pieces, memory, compile."""
+"""The torch path of attention: full attention, softcap, dropout, blocks, memory, compile."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def test_any_shape_against_the_loop(way: Way, data: st.DataObject) -> None:
     width = data.draw(st.integers(1, widest), label="D")
     vocab = data.draw(st.integers(1, largest), label="V")
     if way.impl == "triton" and way.dtype == BF16:
-        # One bf16 piece of scale * G is within the rule on a table, not on any single number:
+        # One bf16 part of scale * G is within the rule on a table, not on any single number:
         # a patch "aaa" has the gradient 3 * (g / 3), which stock torch happens to get exactly.
         lengths, width, vocab = [*lengths, *range(1, 40)], max(width, 16), max(vocab, 64)
     if sum(lengths) > 64:
@@ -106,7 +106,7 @@ def test_named_edges(way: Way, lengths: list[int], tail: int, options: dict[str,
 @RESULT_LANES
 @pytest.mark.parametrize("mode", ["sum", "mean"])
 def test_patches_longer_than_a_bf16_count(way: Way, mode: str) -> None:
-    """Counts above 256 are no bf16 numbers: pieces of a long patch must all arrive, each once."""
+    """Counts above 256 are no bf16 numbers: parts of a long patch must all arrive, each once."""
     if interpreted(way) and mode == "mean":
         pytest.skip("slow in the interpreter")
     longest = 270 if interpreted(way) else 530
@@ -217,7 +217,7 @@ def test_fp32_gain_beside_a_16_bit_table(way: Way) -> None:
     assert torch.equal(byte_pool(**inputs, impl=way.impl), byte_pool(**rounded, impl=way.impl))
 
 
-# ---- NaN and what belongs to nobody -----------------------------------------------------------
+# ---- NaN and what belongs to no patch ---------------------------------------------------------
 
 
 @RESULT_LANES

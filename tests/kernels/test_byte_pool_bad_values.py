@@ -1,4 +1,4 @@
-"""byte_pool and arguments that are wrong: seen, and where nobody can look at them."""
+"""byte_pool and arguments that are wrong: seen, and where values cannot be read."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from stlm_kernels import byte_pool
 from stlm_kernels.ops.byte_pool.reference import yardstick
 from stlm_kernels.testing import GuardBand, assert_matches
 
-# ---- values that nobody has looked at ---------------------------------------------------------
+# ---- values that are not looked at ----------------------------------------------------------
 
 
 @RESULT_LANES
@@ -72,7 +72,7 @@ BAD_OFFSETS: list[tuple[list[int], list[int] | None]] = [
 @RESULT_LANES
 @pytest.mark.parametrize("slots", [None, 2, 40])
 def test_unseen_bad_offsets(way: Way, slots: int | None) -> None:
-    """They are clamped, never a crash nor a wild read."""
+    """Bad offsets are clamped, never a crash nor a wild read."""
     if way.dtype != FP32 or (way.impl == "triton" and slots == 40):
         pytest.skip("one dtype shows what addresses do; only torch has a branch for many slots")
     op = unseen(way)

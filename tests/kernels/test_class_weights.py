@@ -90,7 +90,7 @@ def test_torch_s_function_of_the_same_name(reduction: str, smoothing: float) -> 
 @pytest.mark.parametrize("vocab", VOCABS)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_loss_and_lse_together(way: Way, vocab: int, reduction: str) -> None:
-    """As the loss and the lse by themselves, whichever of the two is differentiated."""
+    """Loss and lse are those of separate calls, whichever of the two is differentiated."""
     hidden, table, target, classes = example(vocab, way)
     options: dict[str, Any] = {"softcap": 4.0, "impl": way.impl}
     own: dict[str, Any] = {"reduction": reduction, "label_smoothing": 0.1, "z_loss": 0.01}

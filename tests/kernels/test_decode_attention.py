@@ -34,7 +34,7 @@ def example(
 
 
 def decode(operands: Any, lens: Tensor, way: Way, **options: Any) -> Tensor:
-    """In blocks of 16, as an ordinary call and, on the torch path, as one that reads no length."""
+    """Decode in blocks of 16; on the torch path also as a call that reads no length."""
     with _launch.overriding(SMALL):
         out = decode_attention(*operands, lens.to(way.device), impl=way.impl, **options)
     if way.impl == "torch":
@@ -192,7 +192,7 @@ def test_autocast_rounds_when_loading(way: Way) -> None:
     assert torch.equal(got, want)
 
 
-# ---- no gradient, lengths that nobody checks, splits ------------------------------------------
+# ---- no gradient, unchecked lengths, splits ---------------------------------------------------
 
 
 @EVERY_LANE

@@ -1,4 +1,4 @@
-"""Which implementation runs, and what a caller is told about it."""
+"""Dispatch: the implementation that runs, and what a caller is told about it."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_ops_without_a_kernel(machine: list[str]) -> None:
 
 @EVERY_CPU_LANE
 def test_auto_on_cpu_is_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the kernels could run, because triton is interpreted; and nothing warns."""
+    """CPU tensors never take the kernels, even where triton is interpreted; nothing warns."""
     calls: list[Tensor] = []
     path = torch_impl.byte_pool
 

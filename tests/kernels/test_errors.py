@@ -270,7 +270,7 @@ def test_no_hint_where_it_would_not_help() -> None:
 
 
 def test_valid_calls_that_look_swapped_run() -> None:
-    """As many heads as key heads, or as many rows as columns, are what they say they are."""
+    """Equal counts, of heads and key heads or rows and columns, are what they say they are."""
     x = zeros(2, 6, 5, 8)
     assert stlm_kernels.attention(x, x, x).shape == x.shape
     square = zeros(6, 16)

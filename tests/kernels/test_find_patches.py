@@ -43,7 +43,7 @@ def assert_equal(got: Patches, want: Patches) -> None:
 
 
 def small_blocks(device: str) -> dict[str, dict[str, int]]:
-    """So that short texts take several blocks, and several rounds of the scan over them."""
+    """Configurations with which short texts take several blocks and rounds of the scan."""
     bytes_, blocks = (16, 2) if device == "cpu" else (32, 32)  # a warp has 32 lanes
     return {
         "find_patches_write": {"BLOCK": bytes_, "num_warps": 1},
@@ -84,7 +84,7 @@ def test_space_rule_closes_on_the_first_spacelike_byte_of_a_run(cut: Cut) -> Non
 
 @RESULT_LANES
 def test_space_rule_classifies_every_id(way: Way) -> None:
-    """After a letter, in a document of two bytes: only a byte that closes has a patch to read."""
+    """Each id follows a letter in a document of two bytes: only one that closes reads a patch."""
     others = torch.arange(301, device=way.device)
     others[300] = 2**32 + ord("a")  # no letter, although its lower bits are one
     pairs = torch.stack([torch.full_like(others, ord("a")), others], 1)
@@ -245,7 +245,7 @@ def test_longer_texts_equal_the_oracle(cut: Cut, how: str) -> None:
 @pytest.mark.lanes("interpret", "gpu")
 @pytest.mark.parametrize("how", WAYS_TO_CUT)
 def test_default_configurations_agree_with_the_torch_path(way: Way, how: str) -> None:
-    """On a GPU over more blocks than one round of the scan takes."""
+    """Texts on a GPU have more blocks than one round of the scan takes."""
     if way.impl != "triton" or way.dtype != torch.float32:
         pytest.skip("the torch path is what is compared with")
     on_cpu = way.device == "cpu"
@@ -265,7 +265,7 @@ def test_default_configurations_agree_with_the_torch_path(way: Way, how: str) ->
 
 
 def cut_off(call: dict[str, Any], length: int) -> dict[str, Any]:
-    """The same call on the first `length` bytes."""
+    """Cut a call to the first `length` bytes."""
     short = {
         k: v[:length] if k in ("byte_ids", "patch_start_mask", "patch_end_mask") else v
         for k, v in call.items()
@@ -278,7 +278,7 @@ def cut_off(call: dict[str, Any], length: int) -> dict[str, Any]:
 @RESULT_LANES
 @given(calls())
 def test_prefixes_know_the_same(cut: Cut, way: Way, call: dict[str, Any]) -> None:
-    """Borders and reads of every prefix are those of the full run: nothing looks ahead."""
+    """Boundaries and reads of every prefix are those of the full run: nothing looks ahead."""
     full = cut(**call)
     for length in range(0, len(call["byte_ids"]), 1 if way.impl == "torch" else 11):
         got = cut(**cut_off(call, length))

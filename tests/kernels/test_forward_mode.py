@@ -51,7 +51,7 @@ def by_linearize(function: Outputs, leaves: Any, tangents: Any) -> tuple[Tensor,
 
 
 def by_dual_numbers(function: Outputs, leaves: Any, tangents: Any) -> tuple[Tensor, ...]:
-    """Of leaves that reverse mode wants gradients of as well."""
+    """Forward-mode gradients, of leaves that reverse mode wants gradients of as well."""
     with forward_ad.dual_level():
         duals = [
             forward_ad.make_dual(x.clone().requires_grad_(), dx)

@@ -1,4 +1,4 @@
-"""What only a GPU can show, for every op with kernels: no synchronisation, graphs, huge tensors.
+"""Properties that only a GPU can show, of all kernels: no synchronisation, graphs, huge tensors.
 
 The hundred repeats bit for bit are in `tests/kernels/test_ops.py`.
 
@@ -100,7 +100,7 @@ def flat(x: Tensor) -> Tensor:
 
 
 def summed_by_row(rows: Tensor, *grads: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """What parts of a row's gradient add up to: two sampled rows may look at the same one."""
+    """Sum parts of a row's gradient: two sampled rows may look at the same one."""
     unique, own = rows.unique(return_inverse=True)
     return unique, [x.new_zeros(len(unique), *x.shape[1:]).index_add(0, own, x) for x in grads]
 

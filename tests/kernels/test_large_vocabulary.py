@@ -58,7 +58,7 @@ def test_several_chunks_of_several_blocks(
 def test_the_same_as_on_one_tile(
     way: Way, reduction: str, monkeypatch: pytest.MonkeyPatch, many_chunks: None
 ) -> None:
-    """At a vocabulary that both families take."""
+    """Both families take a vocabulary of 300, and agree."""
     hidden, weight, target = example(way, vocab=300)
 
     def found() -> list[Tensor]:
@@ -101,7 +101,7 @@ def test_gradients_behave(way: Way, reduction: str) -> None:
 @EVERY_LANE
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_bad_and_ignored_rows(way: Way, reduction: str) -> None:
-    """NaN of an ignored row reaches nothing; a bad target that nobody saw is loud."""
+    """NaN of an ignored row reaches nothing; an unchecked bad target is loud."""
     if way.dtype != torch.float32:
         pytest.skip("one dtype shows where it goes")
     hidden, weight, target = example(way)

@@ -1,6 +1,6 @@
-"""Models that leak, each beside its honest twin: `assert_causal` must tell them apart.
+"""Models that leak, each beside an honest one: `assert_causal` must tell them apart.
 
-Every model is made of the library's own ops, and the twins differ in one place alone.
+Every model is made of the library's own ops, and the two of a pair differ in one place alone.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def bidirectional_states_as_residual(ids: Tensor) -> Tensor:
     return encoded(ids, pooled_from=True, residual_from=False)
 
 
-# ---- borders that look ahead -------------------------------------------------------------------
+# ---- boundaries that look ahead ----------------------------------------------------------------
 
 
 def masked(ids: Tensor, closes: Tensor) -> Tensor:
@@ -209,6 +209,6 @@ def first_leak(fn: Model) -> int:
 
 
 def test_a_leak_is_found_where_it_is() -> None:
-    """Of patches of 4 bytes, read one byte early, byte 2 is the first that knows too much."""
+    """Byte 2 is the first to know too much of patches of 4 bytes that are read one byte early."""
     assert first_leak(fixed_patches_read_one_byte_early) == 2
     assert first_leak(fixed_patches_read_while_open) == 0

@@ -1,4 +1,4 @@
-"""What is special to linear_cross_entropy: reductions, options, memory, agreement with torch."""
+"""Properties of linear_cross_entropy alone: reductions, options, memory, agreement with torch."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_the_upstream_gradient_of_each_row_counts(way: Way) -> None:
 @pytest.mark.parametrize("vocab", [40, 520])
 @pytest.mark.parametrize("scale", [2.0**-12, 2.0**9])
 def test_the_scale_costs_the_gradient_no_digits(way: Way, vocab: int, scale: float) -> None:
-    """It goes in after the products, which 16 bits would hold badly: SpaceByte's is 1 / D."""
+    """Scale is applied after the products, which 16 bits would hold badly: SpaceByte's is 1 / D."""
     rng = torch.Generator().manual_seed(0)
     hidden = torch.randint(-1, 2, (20, 16), generator=rng).to(way.device, way.dtype)
     table = torch.randn(vocab, 16, generator=rng).to(way.device)
@@ -155,7 +155,7 @@ def test_any_shape(
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize(("rows", "vocab"), [(20_000, 257), (1500, 8000)])
 def test_the_logits_never_exist(reduction: str, rows: int, vocab: int) -> None:
-    """On the torch path a chunk of them does, whatever the number of rows."""
+    """Only chunks of logits exist on the torch path, whatever the number of rows."""
     way = Way("torch", "cpu", torch.float32)
     hidden, weight, target = projection(rows, 4, vocab, way)
     with LargestTensor() as largest:
@@ -204,7 +204,7 @@ def test_numbers_may_be_traced() -> None:
 
 
 def test_a_bad_target_is_loud_where_it_is_not_seen() -> None:
-    """Under torch.func autograd differentiates the plain ops."""
+    """Autograd differentiates the plain ops under torch.func."""
     hidden, weight, target = projection(5, 4, 6, Way("torch", "cpu", torch.float32))
     target[1] = 6
 
@@ -249,7 +249,7 @@ def test_evaluation_forms_no_gradient() -> None:
 
 
 def test_training_with_it_follows_plain_torch() -> None:
-    """The same model, the same steps: the same losses."""
+    """One model, trained by the same steps, has the same losses."""
     rng = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 30, (64,), generator=rng)
     table = torch.randn(30, 16, generator=rng)

@@ -1,4 +1,4 @@
-"""What is special to linear_kl_div: agreement with torch, masks, memory, messages."""
+"""Properties of linear_kl_div alone: agreement with torch, masks, memory, messages."""
 
 from __future__ import annotations
 

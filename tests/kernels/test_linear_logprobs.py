@@ -1,4 +1,4 @@
-"""What is special to linear_logprobs: precision of rows, bad and ignored targets, messages."""
+"""Properties of linear_logprobs alone: precision of rows, bad and ignored targets, messages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def example(rows: int, width: int, vocab: int, way: Way) -> list[Tensor]:
 
 @EVERY_LANE
 def test_per_row_error_is_below_1e_5(way: Way) -> None:
-    """Of the stored inputs, whatever their dtype: logits are never rounded to 16 bits."""
+    """Rows are those of the stored inputs in any dtype: logits are never cast to 16 bits."""
     hidden, weight, target = example(64, 128, 257, way)
     logprob, lse = linear_logprobs(hidden, weight, target, impl=way.impl)
     z = hidden.double() @ weight.double().T
@@ -88,7 +88,7 @@ def test_nan_in_a_counted_row_stays_in_it_and_in_the_weight(way: Way) -> None:
 @EVERY_LANE
 @pytest.mark.parametrize("bad", [60, -1, 2**40])
 def test_an_unseen_bad_target_is_loud(way: Way, bad: int) -> None:
-    """Where values are not checked: NaN in the row, its gradient and the weight's."""
+    """Unchecked, a bad target gives NaN in the row, its gradient and the weight's."""
     if way.dtype != torch.float32:
         pytest.skip("one dtype shows where it goes")
     hidden, weight, target = example(20, 16, 60, way)

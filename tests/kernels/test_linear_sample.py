@@ -1,4 +1,4 @@
-"""What is special to linear_sample: what may be drawn, how often, and what a draw depends on."""
+"""Properties of linear_sample alone: what may be drawn, how often, and what a draw depends on."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def chi_square(counts: Tensor, probabilities: Tensor) -> float:
 
 
 def many(full: bool, way: Way) -> int:
-    """How many rows a statistic is made of; the interpreter is slow."""
+    """Return the number of rows that a statistic is made of; the interpreter is slow."""
     if way.impl == "triton" and way.device == "cpu":
         return 20_000 if full else 2000
     return 200_000 if full or way.device == "cuda" else 20_000
@@ -171,7 +171,7 @@ def bits_of(seed: int, row: int, column: int) -> int:
 @EVERY_LANE
 @pytest.mark.parametrize("options", [{}, {"top_k": 30}], ids=["plain", "cut"])
 def test_the_noise_is_a_hash_of_seed_row_and_id(way: Way, options: dict[str, Any]) -> None:
-    """Of equal logits the one with the least noise is drawn."""
+    """Noise alone decides between equal logits."""
     if way.dtype != torch.float32:
         pytest.skip("the noise does not know the dtype")
     ids = range(options.get("top_k", 50))

@@ -32,7 +32,7 @@ print(status("VmHWM") - before)
 
 
 def extra_kib(way: str, rows: int) -> int:
-    """What forward and backward need beyond their arguments, both gradients included."""
+    """Memory that forward and backward need beyond their arguments, both gradients included."""
     command = [sys.executable, "-c", MEASURE, way, str(rows)]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)

@@ -107,7 +107,7 @@ def test_a_multiplier_of_ones_own(multiplier: int, rows: int) -> None:
 
 @EVERY_RESULT_LANE
 def test_hash_functions_of_each_size(way: Way) -> None:
-    """As BLT sums them, and in any other order; each document is hashed alone by each function."""
+    """Functions are summed as BLT sums them, and in any order; each hashes each document alone."""
     documents = [list(b"aabcaab"), list(b"c"), list(b"abcabcabd")]
     sizes = (3, 1, 4)
     calls = [(n, m) for m in (*PRIMES, MOST, LEAST) for n in sizes]
@@ -189,7 +189,7 @@ def test_bytes_of_no_document_give_zeros_and_take_nothing(way: Way) -> None:
 @EVERY_RESULT_LANE
 @pytest.mark.parametrize("rows", [1, 3, 40])
 def test_hot_rows_of_many_chunks(way: Way, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs that begin, end and lie on both sides of the chunks' borders; many rows have none."""
+    """Runs that begin, end and lie on both sides of the chunks' boundaries; many rows have none."""
     if way.impl == "triton":
         from stlm_kernels.ops.ngram_embedding import triton_impl
 
@@ -320,7 +320,7 @@ def test_vmap_over_any_argument(way: Way) -> None:
 def test_unchecked_negative_ids_are_loud_and_left_out(way: Way, documents: bool) -> None:
     ids = ints(1, 2, -1, 3, 1, 2, -9, 4, dtype=torch.int64).to(way.device)
     tables = [torch.ones(4, 1, dtype=way.dtype, device=way.device) for _ in range(2)]
-    # A decreasing border and one beyond the end: in bounds all the same.
+    # A decreasing boundary and one beyond the end: in bounds all the same.
     cu = ints(0, 3, 2**31 - 1).to(way.device) if documents else None
 
     def total(*tables: Tensor) -> tuple[Tensor, Tensor]:

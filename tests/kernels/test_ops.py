@@ -1,4 +1,4 @@
-"""What every op owes in every lane: values, gradients, layouts, repeatability, compile, limits."""
+"""Every op in every lane: values, gradients, layouts, repeatability, compile, limits."""
 
 from __future__ import annotations
 
@@ -95,12 +95,12 @@ def test_long_cases(spec: OpSpec, case: Case, way: Way) -> None:
 
 
 def strided(x: Tensor) -> Tensor:
-    """The same values, every other element of a larger buffer."""
+    """Copy x to every other element of a larger buffer."""
     return torch.stack([x, torch.zeros_like(x)], dim=-1)[..., 0]
 
 
 def offset(x: Tensor) -> Tensor:
-    """The same values, one element into a larger buffer, so that nothing is aligned."""
+    """Copy x one element into a larger buffer, so that nothing is aligned."""
     return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
 
 
@@ -262,7 +262,7 @@ def test_autocast(spec: OpSpec, case: Case, way: Way) -> None:
 @ONE_DTYPE
 @pytest.mark.parametrize(("spec", "case"), op_cases("smoke"))
 def test_backward_under_autocast(spec: OpSpec, case: Case, way: Way) -> None:
-    """As loops call it that leave autocast late: the gradients do not notice."""
+    """Gradients do not depend on autocast, as loops know that leave it late."""
     skip_unless_covered(spec, way, grad=True)
     inputs = inputs_of(spec, case, way)
     with torch.autocast(way.device, torch.bfloat16):

@@ -230,7 +230,7 @@ def test_blocks_of_any_size(
 ) -> None:
     """Long patches in blocks of queries: the torch path's way to bounded memory."""
     if way.impl != "torch":
-        pytest.skip("the kernels have no pieces")
+        pytest.skip("the kernels have no such blocks")
     monkeypatch.setattr(torch_impl, "_folds", lambda *_: False)
     monkeypatch.setattr(torch_impl, "BLOCK_SCORES", budget)
     monkeypatch.setattr(torch_impl, "LEAST_ROWS", 3)
@@ -282,7 +282,7 @@ def test_far_more_patches_than_a_grid_has_rows(way: Way) -> None:
     assert all(x.isfinite().all() for x in got.values())
 
 
-# ---- layouts, unread borders ------------------------------------------------------------------
+# ---- layouts, unread boundaries ---------------------------------------------------------------
 
 
 @EVERY_LANE
@@ -311,9 +311,9 @@ def test_packed_and_expanded_operands(way: Way) -> None:
 def test_unread_boundaries_stay_in_bounds(
     way: Way, causal: bool, boundaries: tuple[int, ...], meaning: tuple[int, ...]
 ) -> None:
-    """Where values are not looked at: offsets are clamped, and a torch path of static shape."""
+    """Unread offsets are clamped, and the torch path is of static shape."""
     if way.dtype != torch.float32:
-        pytest.skip("one dtype shows where the borders go")
+        pytest.skip("one dtype shows where the boundaries go")
     if way.impl == "triton" and boundaries[1] > boundaries[2]:
         pytest.skip("which patch a row of overlapping ranges is in is the kernels' own choice")
     operands = [x.detach() for x in example(36, 2, 1, 16, way)]

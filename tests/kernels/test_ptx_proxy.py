@@ -54,7 +54,7 @@ def test_products_read_before_their_wait(kernels: Any) -> None:
 
 
 def test_a_copy_into_what_a_product_still_reads(kernels: Any) -> None:
-    """With the group before last waited for, the stage that it read may be filled again."""
+    """Wait for the group before last: the stage that it read may be filled again."""
     done, _, _ = products(kernels, 90)
     wait = r"wgmma\.wait_group\.sync\.aligned\s+1;"
     assert re.search(wait, done.ptx)

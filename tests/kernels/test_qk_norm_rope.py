@@ -148,7 +148,7 @@ def test_weights_gradients_of_several_runs(
 def test_chunks_of_a_batch_and_of_a_row(
     elements: int, places: list[int] | None, interleaved: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a CPU: a row, some rows, a document, two documents at a time; the last ones shorter."""
+    """Chunks on a CPU: a row, some rows, a document, two documents; the last ones are shorter."""
     monkeypatch.setattr(torch_impl, "CHUNK_ELEMENTS", elements)
     way = Way("torch", "cpu", torch.float32)
     call: dict[str, Any] = example(3, 5, heads=2, kv_heads=1, width=16, way=way)

@@ -33,7 +33,7 @@ def column(*values: float, dtype: torch.dtype = torch.float32) -> Tensor:
 def pooled_with_gradient(
     x: Tensor, boundaries: Tensor, mode: str, upstream: Tensor | None = None, way: Way = TORCH
 ) -> tuple[Tensor, Tensor]:
-    """On the way's device and back."""
+    """Result and gradient on the way's device, moved back."""
     out = segment_pool(x.to(way.device), boundaries.to(way.device), mode=mode, impl=way.impl)
     upstream = torch.ones_like(out) if upstream is None else upstream.to(out)
     (gradient,) = torch.autograd.grad(out, x, upstream)
@@ -192,7 +192,7 @@ def test_autocast_rounds_once_and_keeps_the_gradient_wide(mode: str) -> None:
 
 @st.composite
 def calls(draw: st.DrawFn) -> dict[str, Any]:
-    """Rows with ties, NaN and infinities; borders with empty patches and a tail."""
+    """Rows with ties, NaN and infinities; boundaries with empty patches and a tail."""
     total, width = draw(st.integers(0, 20)), draw(st.integers(1, 3))
     value = st.sampled_from([0.0, 1.0, 1.0, -2.0, 3.0, NAN, INF, -INF])
     values = draw(st.lists(value, min_size=total * width, max_size=total * width))
@@ -220,7 +220,7 @@ def test_equals_the_oracle(call: dict[str, Any], dtype: torch.dtype) -> None:
 @pytest.mark.lanes("cpu", "gpu")
 @ONE_DTYPE
 def test_far_more_patches_than_a_grid_has_rows(way: Way) -> None:
-    """There and back through 70,001 patches; 65,535 is where a grid's second dimension stops."""
+    """Pool and unpool 70,001 patches; 65,535 is where a grid's second dimension stops."""
     patches = 70_001
     ids = torch.zeros(2 * patches, dtype=torch.uint8, device=way.device)
     x = torch.arange(2 * patches, device=way.device, dtype=way.dtype)[:, None].requires_grad_()
@@ -278,7 +278,7 @@ def test_torch_func(mode: str) -> None:
 def test_unchecked_boundaries_stay_in_bounds(
     mode: str, boundaries: tuple[int, ...], meaning: tuple[int, ...]
 ) -> None:
-    """Under torch.func nothing looks at values: they are clamped, a negative length is empty."""
+    """Unread values, as under torch.func, are clamped; a negative length is empty."""
     x = torch.randn(8, 2)
 
     def loss(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -330,7 +330,7 @@ def spaces(ids: Tensor) -> Tensor:
 
 
 def last_ended_patch(ids: Tensor, ends: Tensor) -> Tensor:
-    """At each position the sum of the last patch that has ended there, given its last bytes."""
+    """Sum, for each position, the last patch that has ended there, given its last bytes."""
     sums = torch.cat([torch.zeros(1, WIDTH), running_sum(ids)])
     out, first, state = [], 0, torch.zeros(WIDTH)
     for t, ended in enumerate(ends.tolist()):
@@ -346,7 +346,7 @@ def causal_patches(ids: Tensor) -> Tensor:
 
 
 def patches_that_look_ahead(ids: Tensor) -> Tensor:
-    """A patch ends where the *next* byte is a space, which nobody knows yet."""
+    """A patch ends where the *next* byte is a space, which is not known yet."""
     following = torch.cat([ids[1:], torch.zeros(1, dtype=ids.dtype)])
     return last_ended_patch(ids, spaces(following))
 
@@ -374,7 +374,7 @@ def own_patch_up_to_its_end(ids: Tensor) -> Tensor:
 
 
 def number_of_patches(ids: Tensor) -> Tensor:
-    """Only a count leaks: a border that appears or vanishes later."""
+    """Only a count leaks: a boundary that appears or vanishes later."""
     return running_sum(ids) + spaces(ids).sum() * 1e-3
 
 

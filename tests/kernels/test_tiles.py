@@ -15,7 +15,7 @@ pytestmark = pytest.mark.lanes("interpret", "gpu")
 
 
 def guarded(x: Tensor, way: Way) -> Tensor:
-    """Between NaN, which shows where something behind a mask was read."""
+    """Place x between NaN, which shows where something behind a mask was read."""
     return GuardBand(x.to(way.device)).tensor
 
 

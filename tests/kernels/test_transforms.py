@@ -1,5 +1,5 @@
-"""What torch does with a call beside running it: shapes alone, many gradients at once, one tensor
-for two arguments, many patch borders at once."""
+"""Uses of a call beside running it: shapes alone, many gradients at once, one tensor
+for two arguments, many patch boundaries at once."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ Outputs = Callable[..., tuple[Tensor, ...]]
 
 
 def by_autograd(function: Outputs, leaves: list[Tensor], ups: tuple[Tensor, ...]) -> Any:
-    """What torch.autograd.functional vectorises with: no torch.func there."""
+    """Gradients as torch.autograd.functional vectorises them: no torch.func there."""
     return torch.autograd.grad(function(*leaves), leaves, ups, is_grads_batched=True)
 
 
@@ -168,7 +168,7 @@ def test_one_tensor_for_two_arguments_compiles(name: str, way: Way) -> None:
 
 @pytest.mark.parametrize("mode", ["mean", "sum", "max", "min", "first", "last"])
 def test_boundaries_of_many_texts_at_once(mode: str) -> None:
-    """vmap over the borders alone, and over them and the states."""
+    """vmap over the boundaries alone, and over them and the states."""
     x = torch.randn(2, 5, 3)
     several = torch.stack([BOUNDARIES, torch.tensor([0, 0, 3], dtype=torch.int32)])
 

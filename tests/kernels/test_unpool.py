@@ -288,7 +288,7 @@ def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
 
 
 def test_a_second_run_of_an_id_is_found_wherever_it_is() -> None:
-    """In every sequence of six ids out of four."""
+    """Every sequence of six ids out of four is tried."""
     for ids in itertools.product(range(-1, 3), repeat=6):
         runs = [k for k, _ in itertools.groupby(ids) if k >= 0]
         if len(set(runs)) == len(runs):

@@ -178,7 +178,7 @@ def test_noise_does_not_depend_on_finished_rows() -> None:
 
 @dataclasses.dataclass
 class Counted:
-    """What a module was shown: rows of each call."""
+    """Count of the rows that a module was shown, by call."""
 
     rows: list[int]
 

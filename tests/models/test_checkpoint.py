@@ -84,7 +84,7 @@ def test_only_the_newest_is_kept(tmp_path: Path) -> None:
 
 
 def test_fields_of_early_runs_have_todays_names(tmp_path: Path) -> None:
-    """As the first commits of 0.1.0 wrote them."""
+    """Fields are read as the first commits of 0.1.0 wrote them."""
     folder = save_checkpoint(tmp_path, checkpoint_at(3))
     config = json.loads((folder / "config.json").read_text())
     config["patch_capacity"] = config.pop("max_patches")
@@ -172,7 +172,7 @@ class TestWhatIsTheUsers:
         assert names_in(tmp_path) == ["step-00000007"]
 
     def test_the_newest_is_the_one_of_most_steps(self, tmp_path: Path) -> None:
-        """As text, step-100000000 comes before step-99999999."""
+        """Names are not compared as text: step-100000000 comes before step-99999999 there."""
         for step in (99_999_999, 100_000_000):
             folder = save_checkpoint(tmp_path, checkpoint_at(step))
             (folder / "notes.txt").touch()  # so that it stays
@@ -347,7 +347,7 @@ def test_whenever_a_save_fails_a_whole_checkpoint_loads(
 
 
 def save_until_killed(run: Path, model: STLM) -> None:
-    """In a process of its own, which only a signal ends."""
+    """Save in a process of its own, which only a signal ends."""
     try:
         for step in range(1, 1_000_000):
             save_checkpoint(run, checkpoint_at(step, model))
@@ -376,7 +376,7 @@ def test_kill_minus_nine_at_any_moment(tmp_path: Path, full: bool) -> None:
 
 
 def newest_step(run: Path) -> int:
-    """Of a folder that is being written to."""
+    """Return the newest step of a folder that is being written to."""
     folder = latest_checkpoint(run)
     return 0 if folder is None else int(folder.name.rpartition("-")[2])
 

@@ -25,7 +25,7 @@ CORPUS = Corpus("text", [TEXT * 40], [])
 
 
 def kept_bytes_and_gradients(model: STLM) -> tuple[int, dict[str, Any]]:
-    """What a step keeps for its backward pass, each storage once, and what that gives."""
+    """Bytes that a step keeps for its backward pass, each storage once, and its gradients."""
     kept: dict[int, torch.Tensor] = {}
 
     def keep(x: torch.Tensor) -> torch.Tensor:

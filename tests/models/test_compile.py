@@ -31,7 +31,7 @@ def compiled_variants(monkeypatch: pytest.MonkeyPatch) -> Any:
 def losses(
     steps: int, *, compile: bool, patcher: BytePatcher | None = None
 ) -> tuple[list[float], set[tuple[int, int]]]:
-    """Of some steps, and how long the offsets of documents and patches are in them."""
+    """Losses of some steps, and the lengths of their offsets of documents and patches."""
     options = TrainOptions(steps=steps, batch_size=2, compile=compile)
     trainer = Trainer(SMALL, CORPUS, options, patcher=patcher)
     batches = [trainer.windows.batch(step) for step in range(steps)]

@@ -92,7 +92,7 @@ class TestArithmetic:
 
     @pytest.mark.parametrize("symbol", [0, 255])
     def test_what_a_code_holds_at_most(self, symbol: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        """With coarser shares, so that a digit does not hold hundreds of thousands."""
+        """Coarser shares, so that a digit does not hold hundreds of thousands."""
         monkeypatch.setattr("stlm_models.compression.range_coder.TOTAL_BITS", 12)
         shares = [*range(symbol + 1), *range(2**12 - 255 + symbol, 2**12 + 1)]
         assert shares[symbol + 1] - shares[symbol] == 2**12 - 255
@@ -180,7 +180,7 @@ def stepwise_bits(model: STLM, data: bytes) -> float:
 
 
 class LookingAhead(STLM):
-    """In a full run it knows the next byte."""
+    """A model that knows the next byte in a full run."""
 
     def _run(self, byte_ids: Tensor, *arguments: Any) -> Any:
         honest, auxiliary = super()._run(byte_ids, *arguments)
@@ -250,7 +250,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("length", [2**62, 2**40, 365_000 * 2])
     def test_more_text_than_the_codes_can_hold(self, model: STLM, file: bytes, length: int) -> None:
-        """And no memory is asked for what a header promises."""
+        """No memory is asked for what a header promises."""
         packed = Compressed(**{**vars(unpack(file)), "length": length, "codes": (b"ab",)})
         with pytest.raises(ValueError, match=f"file: damaged, its 2 bytes .* got {length}"):
             decompress(model, packed.pack(), checkpoint=OURS)

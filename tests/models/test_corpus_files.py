@@ -1,4 +1,4 @@
-"""Which files are a corpus: each once, whatever its names; what walks leave out, and say so."""
+"""Files of a corpus: each once, whatever its names; what walks leave out, and say so."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ class TestNothing:
         assert ("left out: 1 hidden folder" in str(raised.value)) == (path in (".", "**/*.txt"))
 
     def test_an_empty_path(self) -> None:
-        """As a shell hands it over for a variable that is not set: not the current folder."""
+        """Shells hand it over for a variable that is not set: it is not the current folder."""
         with pytest.raises(ValueError, match=r"data: expected a file, a folder .* got ''"):
             find_files([""])
 

@@ -1,4 +1,4 @@
-"""What files hold: plain documents, containers that are read, and those that are refused."""
+"""Contents of files: plain documents, containers that are read, and those that are refused."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ class TestArchives:
 
     @pytest.mark.filterwarnings("ignore:Duplicate name")
     def test_of_members_of_one_name_the_last_counts(self, tmp_path: Path) -> None:
-        """As `tar -r` and `zipfile` in mode "a" update an archive, and as it is unpacked."""
+        """Archives are updated so by `tar -r` and by `zipfile` in mode "a", and unpacked so."""
         with zipfile.ZipFile(tmp_path / "z", "w") as archive:
             archive.writestr("a", NEXT)
             archive.writestr("a", TEXT)
@@ -366,7 +366,7 @@ def test_texts_are_no_containers(text: bytes) -> None:
 
 
 def test_a_file_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
-    """Whoever runs this may read every file, so it is gone, between the search and the reading."""
+    """Root may read every file, so this one is gone between the search and the reading."""
     for name in ("a", "b"):
         (tmp_path / name).write_bytes(TEXT)
     files, _ = find_files([str(tmp_path)])
@@ -390,7 +390,7 @@ class TestTokenIds:
         assert load(tmp_path, raw=True) == [packed]
 
     def test_bytes_are_read(self, tmp_path: Path) -> None:
-        """Of a text that somebody calls .bin, as nanoGPT's files of bytes."""
+        """Texts may be called .bin, as nanoGPT's files of bytes are."""
         (tmp_path / "train.bin").write_bytes(TEXT)
         assert read(tmp_path) == ([TEXT], [])
 

@@ -75,7 +75,7 @@ class TestNeighbours:
 
 
 class TestWriters:
-    """What writes files goes through `replace_file`: neighbours and links stay."""
+    """Writers of files go through `replace_file`: neighbours and links stay."""
 
     def test_of_a_run(self, tmp_path: Path) -> None:
         kept = [".loss.png", ".metrics.jsonl"]
@@ -112,7 +112,7 @@ class TestWriters:
         assert sorted(os.listdir(tmp_path)) == ["device.json", "device.part"]
 
     def test_the_place_of_a_result_is_tried_without_a_trace(self, tmp_path: Path) -> None:
-        """It was an empty file, which stayed where the work failed."""
+        """Trying left an empty file, which stayed where the work failed."""
         parser = argparse.ArgumentParser()
         path = results.result_path(tmp_path / "new" / "result.json", "name", parser)
         assert not path.exists()
@@ -182,7 +182,7 @@ class TestWhatIsNoRegularFile:
     def test_a_fifo_that_no_process_reads_from(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """It would take what is written, and nobody would ever see that."""
+        """Writing to it would lose what is written."""
         monkeypatch.setattr(stlm_models.files, "SECONDS_FOR_A_READER", 0.05)
         os.mkfifo(tmp_path / "fifo")
         with pytest.raises(OSError, match=r"No process reads from this FIFO: '.*/fifo'"):
@@ -203,7 +203,7 @@ class TestWhatIsNoRegularFile:
 
     @pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1", "link"])
     def test_standard_output_that_is_a_file(self, tmp_path: Path, name: str) -> None:
-        """It is not replaced under its name: what was written before and after stays."""
+        """Output is not replaced under its name: what was written before and after stays."""
         (tmp_path / "link").symlink_to("/dev/stdout")
         path = tmp_path / name  # which is name where that is absolute
 

@@ -1,4 +1,4 @@
-"""Models without patches: the twins of bytes and of words that a pooled model is judged by."""
+"""Models without patches: the baselines of bytes and of words that a pooled model is judged by."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def one_model() -> STLM:
 
 @pytest.fixture(scope="module", name="exact")
 def one_exact_model(model: STLM) -> STLM:
-    """In fp64, where rounding decides nothing."""
+    """A model in fp64, where rounding decides nothing."""
     return copy.deepcopy(model).double()
 
 

@@ -1,4 +1,4 @@
-"""What generation leaves behind when it ends, pauses, is closed or fails: nothing."""
+"""Generation leaves nothing behind when it ends, pauses, is closed or fails."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PROMPT = b"ab c, de"
 
 @pytest.fixture(name="model")
 def one_model() -> STLM:
-    """In training, but for a part that its user has frozen."""
+    """A model in training, but for a part that its user has frozen."""
     model = varied().train()
     model.core.eval()
     return model
@@ -134,7 +134,7 @@ class TestState:
         assert not torch.equal(torch.get_rng_state(), before)
 
     def test_a_module_with_a_mode_of_its_own(self) -> None:
-        """Such as a frozen norm: `train` of it is called, and what it decides for stays."""
+        """A frozen norm is one: `train` of it is called, and what it decides for stays."""
 
         class Frozen(PatchCore):
             def train(self, mode: bool = True) -> Frozen:
@@ -173,7 +173,7 @@ class TestInferenceMode:
         assert text + "".join(paused) == expected
 
     def test_a_run_of_its_own(self, model: STLM) -> None:
-        """As Hugging Face's `generate` has one, without `STLM.generate` around it."""
+        """Hugging Face's `generate` has one, without `STLM.generate` around it."""
         text, ids = [*PROMPT, 32], torch.tensor([32])
         with torch.inference_mode():
             run = CachedRun(model, [[*PROMPT]])

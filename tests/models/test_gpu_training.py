@@ -1,4 +1,4 @@
-"""What only a GPU can show of training: a captured step, no waiting for it, the first step's time.
+"""Training on a GPU: a captured step, no waiting for it, the first step's time.
 
 Written where no GPU is; what can run on a CPU is rehearsed there.
 """

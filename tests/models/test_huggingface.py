@@ -184,7 +184,7 @@ def test_padded_rows_are_as_if_alone(side: str) -> None:
 
 
 def test_a_second_document_start_is_padding() -> None:
-    """What lm-evaluation-harness makes of a tokenizer that begins texts itself."""
+    """Two starts are what lm-evaluation-harness makes of a tokenizer that begins texts itself."""
     model = one_model()
     ids = torch.tensor([[256, 256, *b"ab c"], [256, *b"ab cd"]])
     logits = model(ids).logits.log_softmax(-1)
@@ -222,7 +222,7 @@ class TestPackedDocuments:
         assert_same(model.train()(**batch).loss, output.loss)
 
     def test_no_document_predicts_the_next_one(self) -> None:
-        """Even where none begins with id 256 and labels say nothing of their borders."""
+        """Even where none begins with id 256 and labels say nothing of their boundaries."""
         model = one_model()
         ids = torch.tensor([[*b"abcd"]])
         positions = torch.tensor([[0, 1, 0, 1]])
@@ -266,7 +266,7 @@ class TestPackedDocuments:
 @pytest.mark.parametrize("kind", ["pooled", "flat", "untied"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_hidden_states_and_attentions(kind: str, padded: bool) -> None:
-    """They are what the result is computed from: gradients reach them, and weights are causal."""
+    """States are what the result is computed from: gradients reach them; weights are causal."""
     model = one_model(kind)
     batch = left_padded() if padded else left_padded(PROMPTS[:1])
     plain = model(**batch).logits

@@ -127,7 +127,7 @@ def test_beams_go_on_from_a_cache(model: STLMForCausalLM) -> None:
 
 
 def test_reordered_rows_go_on_from_their_own_text(model: STLMForCausalLM) -> None:
-    """What beam search asks of a cache when a beam continues another one."""
+    """Beam search asks this of a cache when a beam continues another one."""
     ids = torch.tensor([[256, *b"one row"], [256, *b"another"], [256, *b"a third"]])
     texts = model(ids, use_cache=True, logits_to_keep=1)[CACHE]
     order = torch.tensor([1, 1, 0])
@@ -143,7 +143,7 @@ class TestStops:
     def test_rows_end_behind_them(
         self, model: STLMForCausalLM, with_tokenizer: bool, of_a_character: bool
     ) -> None:
-        """Of two rows one writes the stop and the other does not: é is two bytes of it."""
+        """One of two rows writes the stop and the other does not: é is two bytes of it."""
         model.generation_config.max_new_tokens = 5
         stop = "é!" if of_a_character else "e"
         script = [[*stop.encode(), *b"....."], [*b"abcdefg"]]
@@ -184,7 +184,7 @@ def test_guidance(model: STLMForCausalLM, cached: bool) -> None:
 
 
 def test_no_special_id_is_ever_drawn(model: STLMForCausalLM) -> None:
-    """Though it would often be the likeliest, and whatever the user suppresses."""
+    """Special ids are never drawn, even the likeliest, whatever the user suppresses."""
     batch = left_padded(["a"] * 16)
     logits = model.stlm(batch["input_ids"])
     assert (logits[:, -1].argmax(-1) == 256).all()

@@ -1,4 +1,4 @@
-"""What grows byte by byte agrees with the full run: borders, pooled states, cached attention."""
+"""Incremental results agree with the full run: boundaries, pooled states, cached attention."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Run:
 
 
 def prefixes(rows: list[list[int]], shares: list[float]) -> list[int]:
-    """How many ids of each row, at least one, a share shows."""
+    """Return the number of ids of each row, at least one, that a share shows."""
     return [max(1, int(s * len(row))) for row, s in zip(rows, shares, strict=False)]
 
 
@@ -81,7 +81,7 @@ def states(count: int, dim: int = 3) -> Tensor:
 
 
 def assert_pooled(actual: Tensor, expected: Tensor) -> None:
-    """Within 1e-6 of the magnitude of what was pooled."""
+    """Compare within 1e-6 of the magnitude of what was pooled."""
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
 
 
@@ -130,7 +130,7 @@ def test_documents_behind_each_other(row: list[int], lengths: list[int]) -> None
             ids, list(layer.tables), ngram_sizes=(2, 3), cu_seqlens=cu_seqlens
         )
         for t in range(len(row)):
-            # Row 1 is one document throughout: a border belongs to its row.
+            # Row 1 is one document throughout: a boundary belongs to its row.
             begins = torch.tensor([t in boundaries, False])
             for state in (patching, pool, ngrams):
                 state.begin_documents(begins)

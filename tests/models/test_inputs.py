@@ -1,4 +1,4 @@
-"""What a model is shown: ids, patches of the caller, and models that cannot write bytes."""
+"""Inputs of a model: ids, patches of the caller, and models that cannot write bytes."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class TestPatches:
 
     @pytest.mark.parametrize("wrong", [[0, 0, 4], [0, 3, 4], [0, 2, 3], [1, 2, 4], [0, 2, 5]])
     def test_documents_of_the_core_are_those_of_the_bytes(self, wrong: list[int]) -> None:
-        """Or patches of one document would attend to those of another."""
+        """Patches of one document would attend to those of another if they differed."""
         cu_seqlens = torch.tensor(wrong, dtype=torch.int32)
         self.refuses(ValueError, "patches.cu_seqlens: expected entry", cu_seqlens=cu_seqlens)
 
@@ -214,7 +214,7 @@ def test_what_a_core_leaves_in_unused_slots_reaches_no_gradient(options: dict[st
 
 
 class TestRowsOfNoDocument:
-    """From cu_seqlens[-1] on there are none: neither ids nor targets there say anything."""
+    """Rows from cu_seqlens[-1] on belong to no document: their ids and targets say nothing."""
 
     KINDS: ClassVar[list[dict[str, Any]]] = [
         {},

@@ -119,7 +119,7 @@ def test_of_rows_that_modules_share(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", NARROW)
 def test_of_the_parallel_output(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Until a document's first patch is complete, bytes read the row of the null state."""
+    """Bytes read the row of the null state until a document's first patch is complete."""
     config = dataclasses.replace(TINY, output="parallel", decoder_window=None)
     model, ids = scrambled(config).to(dtype), torch.tensor([*b"ab"] * 600)
     boundaries = torch.arange(0, len(ids) + 1, 2, dtype=torch.int32)

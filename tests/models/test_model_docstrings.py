@@ -62,7 +62,7 @@ def test_a_module_says_what_it_holds_in_a_page(path: Path) -> None:
 
 
 def test_dir_shows_public_names_and_folders() -> None:
-    """In a fresh process, and after every module was imported."""
+    """Names are the public ones in a fresh process, and after every module was imported."""
     code = """
 import stlm_models
 print(dir(stlm_models))

@@ -42,7 +42,7 @@ def small(seed: int) -> STLM:
 
 
 def next_bytes(ids: Tensor, boundaries: Tensor) -> Tensor:
-    """What follows each id; nothing after the last one of a document."""
+    """Return what follows each id; nothing after the last one of a document."""
     targets = ids.long().roll(-1)
     targets[boundaries[1:].long() - 1] = IGNORED
     return targets
@@ -50,7 +50,7 @@ def next_bytes(ids: Tensor, boundaries: Tensor) -> Tensor:
 
 class TestMultiByteHeads:
     DOCUMENTS = (0, 5, 5, 6, 13)
-    """Of 15 rows: an empty one, one shorter than the heads look ahead, and two rows of none."""
+    """Documents in 15 rows: one empty, one shorter than the heads look ahead; two rows of none."""
 
     def plain(
         self, heads: MultiByteHeads, hidden: Tensor, targets: Tensor, weight: Tensor
@@ -167,7 +167,7 @@ class TestDistillation:
             )
 
     def test_byte_156_is_a_target(self) -> None:
-        """As a uint8 it has the bits of -100."""
+        """Byte 156 has the bits that -100 has as an int8."""
         embedding, hidden = table(), torch.randn(3, 8).double()
         teacher, targets = torch.randn(3, 257).double(), torch.tensor([156, 7, 156])
         want = distillation_loss(embedding, hidden, targets, teacher)

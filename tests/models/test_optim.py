@@ -1,4 +1,4 @@
-"""Which optimiser moves which parameter: each once, by its identity."""
+"""Optimisers and the parameters that they move: each once, by its identity."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def parts_of(model: nn.Module) -> dict[str, set[str]]:
 
 
 class Square(nn.Linear):
-    """A layer of somebody's own."""
+    """A layer that torch does not have."""
 
     def __init__(self) -> None:
         super().__init__(WIDTH, WIDTH, bias=True)
@@ -82,7 +82,7 @@ def test_a_table_that_a_linear_layer_shares_is_adamws(linear_first: bool) -> Non
 
 
 def test_a_weight_with_another_name_beside_is_adamws() -> None:
-    """Nobody knows what a list, or a module of another kind, does with it."""
+    """Lists and modules of other kinds may do anything with it."""
     model = plain()
     model["list"] = nn.ParameterList([model["a"].weight])
     assert parts_of(model)["muon"] == {"b.weight"}

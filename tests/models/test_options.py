@@ -99,7 +99,7 @@ class TestParallel:
     CONFIG = dataclasses.replace(TINY, output="parallel", decoder_window=None)
 
     def test_the_slot_of_each_byte(self) -> None:
-        """By hand: a byte's logits come from the state read before it, at its place there."""
+        """Logits of a byte come from the state read before it, at its place there."""
         model = scrambled(self.CONFIG)
         ids = ids_of(b"ab cdefgh i")[1:]
         with torch.no_grad():
@@ -149,7 +149,7 @@ class TestParallel:
             scrambled(config)(ids, patches=find_patches(ids, rule="fixed", patch_size=7))
 
     def test_boundaries_that_are_known_too_late_are_refused(self) -> None:
-        """Of two documents, whose own ends need no border."""
+        """Two documents' own ends need no boundary."""
         ids, cu_seqlens = packed([b"ab", b"e fg"])
         model = scrambled(dataclasses.replace(self.CONFIG, patch_rule="external"))
         closes = find_patches(ids, patch_end_mask=ids == ord(" "), cu_seqlens=cu_seqlens)

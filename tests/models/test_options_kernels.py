@@ -29,7 +29,7 @@ KERNELS = {
 
 @pytest.fixture(name="on_kernels")
 def dispatch_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[], set[str]]:
-    """From the call on, "auto" takes the kernels as it does on CUDA; gives the ops that did."""
+    """Dispatch "auto" to the kernels from the call on, as on CUDA; gives the ops that took them."""
     used: set[str] = set()
 
     def use_triton(

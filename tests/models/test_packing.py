@@ -35,7 +35,7 @@ SHAPE_50M = dataclasses.replace(
     core_ff=16,
     context=64,
 )
-"""As many layers as the 50m preset, each of them small."""
+"""A config of as many layers as the 50m preset, each of them small."""
 TEXTS = [TEXT, b"another document", TEXT[:20]]
 
 

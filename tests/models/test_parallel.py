@@ -50,7 +50,7 @@ def assert_same_step(got: Tensor, want: Tensor, before: Tensor, name: str) -> No
 
 
 def give_gradients(model: torch.nn.Module) -> None:
-    """The same for every process; orthogonal matrices, of which Muon amplifies no direction."""
+    """Set equal gradients in every process: orthogonal, so that Muon amplifies no direction."""
     generator = torch.Generator().manual_seed(5)
     for parameter in model.parameters():
         grad = torch.randn(parameter.shape, generator=generator)
@@ -78,7 +78,7 @@ def lost_patches(ranks: Ranks) -> Tensor | None:
 
 
 def in_two_processes(rank: int, root: Path) -> None:
-    """What only a process of two can see, written down for the tests below."""
+    """Write down what only a process of two can see, for the tests below."""
     results: dict[str, Any] = {}
     copies = DistributedDataParallel(scrambled())
     loss, results["mean"] = mean_loss(*loss_of(copies, TEXTS[rank]))
@@ -166,7 +166,7 @@ def test_checkpoints_change_the_number_of_processes(folder: Path, seen: dict[str
 def test_a_folder_that_holds_something_is_refused(
     folder: Path, seen: dict[str, Any], tmp_path: Path
 ) -> None:
-    """By every process: what is read from it would be of both."""
+    """Every process refuses it: what is read from it would be of both."""
     assert seen["refused"] == f"folder: expected an empty one, got {folder / 'by_two'}: move it"
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="folder: expected an empty one"):

@@ -72,7 +72,7 @@ def test_without_onednn_nothing_uses_the_instructions(monkeypatch: pytest.Monkey
 def test_a_gpu_is_judged_by_its_generation(
     monkeypatch: pytest.MonkeyPatch, major: int, expected: tuple[str, str]
 ) -> None:
-    """By torch's own rule, which counts emulation unless told not to; the CPU does not matter."""
+    """Torch's own rule counts emulation unless told not to; the CPU does not matter."""
     use_cpu(monkeypatch, SAPPHIRE_RAPIDS)
     properties = SimpleNamespace(major=major, name="Some GPU")
     for name, value in {
@@ -148,7 +148,7 @@ class TestCommand:
         text: Path,
         tmp_path: Path,
     ) -> None:
-        """Also on a machine that would choose otherwise."""
+        """Even a machine that would choose otherwise does this."""
         words = ["--data", text, "--steps", 1, "--batch-size", 1, "--out", tmp_path / "run"]
         parsed = stlm_models.train._parser().parse_args([*map(str, words), "--precision", "bf16"])
         trainer, run = stlm_models.train._prepare(parsed, Ranks())

@@ -52,7 +52,7 @@ class Int8Weight(nn.Module):
 
 
 class Hidden(Int8Weight):
-    """The same where neither parameters nor buffers tell: packed weights, as torch.ao has them."""
+    """Packed weights, as torch.ao has them: neither parameters nor buffers tell their dtype."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear)
@@ -86,7 +86,7 @@ def test_weights_in_int8(name: str, kind: type[Int8Weight]) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_dynamic_int8(name: str) -> None:
-    """Whose activations are quantised too, by the range of a whole call: no two calls agree."""
+    """Activations are quantised too, by the range of a whole call: no two calls agree."""
     if torch.backends.quantized.engine in ("none", ""):
         pytest.skip("this torch has no engine for quantised linear maps")
     model = varied(CONFIGS[name])

@@ -179,7 +179,7 @@ def test_ratio_loss(documents: tuple[int, ...] | None) -> None:
     (gradient,) = torch.autograd.grad(loss, probs)
     slope = 5 / 4 * (4 * fraction - (1 - fraction)) / count
     torch.testing.assert_close(gradient[:count], slope.expand(count))
-    assert slope > 0  # too many borders: p must fall
+    assert slope > 0  # too many boundaries: p must fall
 
 
 # ---- what may be read -------------------------------------------------------------------------
@@ -251,7 +251,7 @@ def test_a_packed_document_is_as_on_its_own() -> None:
 
 
 def entropies(table: Tensor) -> Callable[[Tensor], Tensor]:
-    """What a model that knows the last two bytes expects of the next one, (T,) nats."""
+    """Entropies of the next byte by a model that knows the last two, (T,) nats."""
 
     def score(ids: Tensor) -> Tensor:
         logits = table[ids] + 0.5 * table[torch.cat([ids[:1], ids[:-1]])]

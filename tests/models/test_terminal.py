@@ -40,7 +40,7 @@ WORDS = b"the cat sat on the mat, and the dog sat by the door. " * 60
 def standard_output(
     to: str | Path, encoding: str = "utf-8", errors: str = "strict"
 ) -> Iterator[Any]:
-    """A standard output of the process: "closed" is a pipe that nobody reads, else a path.
+    """A standard output of the process: "closed" is a pipe that is not read, else a path.
 
     At its end it is flushed, as the interpreter does, which would complain about what is left.
     """
@@ -114,7 +114,7 @@ class TestCommand:
             assert main() == 5
 
     def test_another_pipe_that_is_closed(self, capsys: pytest.CaptureFixture[str]) -> None:
-        """Such as one to a process that has died: that is no quiet end."""
+        """Pipes to a process that has died are no quiet end."""
 
         @command()
         def main() -> None:
@@ -146,7 +146,7 @@ class TestCommand:
         assert (tmp_path / "out").read_bytes() == b"?\n"
 
     def test_without_any_output(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """`>&-` and `2>&-`: Python has None in their places, which print takes for stdout."""
+        """None stands for outputs closed by `>&-` and `2>&-`; print takes it for stdout."""
         monkeypatch.setattr(sys, "stdout", None)
         monkeypatch.setattr(sys, "stderr", None)
 

@@ -64,7 +64,7 @@ def test_a_taken_core_is_left_and_taken_back(cores: int) -> None:
 
 
 def test_the_first_step_decides_nothing() -> None:
-    """It compiles and allocates: whatever follows looks faster."""
+    """The first step compiles and allocates: whatever follows looks faster."""
     count, now = machine(2)
     count.after_step(100.0)
     assert now == [2]

@@ -150,7 +150,7 @@ def test_the_tied_gradient_is_the_sum_of_both_ends(way_in: str) -> None:
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_are_those_of_the_losses(dtype: torch.dtype, autocast: bool) -> None:
-    """In 16 bits, by the module's dtype or autocast's, all see the table as 16 bits hold it."""
+    """Losses and logits in 16 bits, the module's or autocast's, see the table in 16 bits."""
     torch.manual_seed(0)
     table = TiedEmbedding(257, 64, softcap=20.0)
     with torch.no_grad():

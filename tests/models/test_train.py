@@ -230,7 +230,7 @@ class TestData:
     def test_of_a_folder_that_holds_its_runs(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """What a run writes, and another before it, is not what it trains on when it goes on."""
+        """Files that a run or one before it writes are not what it trains on when it goes on."""
         monkeypatch.chdir(tmp_path)
         (tmp_path / "text.txt").write_bytes(WORDS)
         (tmp_path / ".git").mkdir()

@@ -61,7 +61,7 @@ class TestParts:
         hold("gradients in parts", norm(off), bound * norm(want))
 
     def test_have_different_numbers_of_targets(self) -> None:
-        """Or the test above would not tell a mean of means from the mean."""
+        """The test above could not tell a mean of means from the mean otherwise."""
         windows = Trainer(
             TINY, CORPUS, TrainOptions(steps=9, batch_size=4, grad_accum_steps=4)
         ).windows
@@ -222,7 +222,7 @@ class TestResume:
         assert load_checkpoint(tmp_path).state["step"] == 1
 
     def test_a_run_of_version_0_1_0(self, tmp_path: Path) -> None:
-        """It wrote no id: such a run goes on without one."""
+        """Version 0.1.0 wrote no id: such a run goes on without one."""
         options = TrainOptions(steps=3, batch_size=2)
         begun = Trainer(TINY, CORPUS, options)
         begun.run_id = None
@@ -236,7 +236,7 @@ class TestResume:
         assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
 
     def test_counts_of_steps_go_to_the_device(self) -> None:
-        """Where AdamW is fused it reads them there; a checkpoint is read on the CPU."""
+        """AdamW reads them there where it is fused; a checkpoint is read on the CPU."""
         with FakeTensorMode(allow_non_fake_inputs=True):
             model = torch.nn.Linear(4, 4, device="meta")
             model.weight = torch.nn.Parameter(torch.empty(4, 4, device="cuda"))

@@ -34,7 +34,7 @@ VOCABULARY = WordVocabulary.of(TEXTS, 10_000)
 WORD = dataclasses.replace(
     TINY, tokens="words", vocab_size=VOCABULARY.size, patch_rule="none", core_layers=0
 )
-# Pieces that the vocabulary knows, halves of them, and any bytes at all.
+# Words that the vocabulary knows, halves of them, and any bytes at all.
 PARTS = st.sampled_from([*VOCABULARY.words, b" ", b"\n", b"th", b"a" * 70, "\u00eb".encode()])
 DATA = st.lists(PARTS | st.binary(max_size=5), max_size=40).map(b"".join)
 

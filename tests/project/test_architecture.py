@@ -184,7 +184,7 @@ def test_contributing_names_the_same_limits() -> None:
 
 @pytest.mark.parametrize(("python", "there"), [("true", True), ("false", False)])
 def test_the_gpu_lane_is_spread_where_xdist_is_there(python: str, there: bool) -> None:
-    """`true` imports whatever it is asked to, `false` nothing."""
+    """Command `true` imports whatever it is asked to, `false` nothing."""
     command = ["make", "-n", "gpu-test", f"GPU_PYTHON={python}", "JOBS=7", "TESTS=a_test.py"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     runs = [line for line in done.stdout.replace("\\\n", "").splitlines() if " -m pytest" in line]

@@ -142,7 +142,7 @@ for spec in OPS.values():
         packet = getattr(torch.ops.stlm, f"{{spec.library_name}}_{{way}}", None)
         if packet is not None:
             print(packet, packet in counted)
-# Whoever asks for the source of torch's counter still finds it.
+# The source of torch's counter is still found where it is asked for.
 assert "class FlopCounterMode" in inspect.getsource(flop_counter)
 assert flop_counter.__spec__.origin == flop_counter.__file__
 """

@@ -1,4 +1,4 @@
-"""What changed its meaning between triton's releases, and that no kernel depends on it.
+"""Code whose meaning changed between triton's releases: no kernel depends on it.
 
 docs/versions.md says it in words.
 """
@@ -56,7 +56,7 @@ NARROW = re.compile(
 
 
 def objections(function: ast.FunctionDef) -> list[str]:
-    """What in a kernel means something else in another release."""
+    """List what in a kernel means something else in another release."""
     found = []
     for node in ast.walk(function):
         if isinstance(node, ast.Compare) and len(node.ops) > 1:
