@@ -24,7 +24,7 @@ class Place:
         base = operand.base
         self.slot: int | None = None
         if isinstance(base, Symbol):
-            self.offset += decoder.program.shared[base.name]
+            self.offset += decoder.program.symbols[base.name]
         elif isinstance(base, Constant):
             self.offset += base.value
         else:
@@ -35,7 +35,10 @@ class Place:
         """Address for each of these threads, as int64."""
         if self.slot is None:
             return np.full(len(threads), self.offset, np.int64)
-        return state.of(self.slot, threads).astype(np.int64) + self.offset
+        base = state.of(self.slot, threads)
+        places = base.astype(np.int64) + self.offset
+        # A window of 32 bits: what was subtracted from a base comes back with the offset.
+        return places & 0xFFFFFFFF if base.dtype == np.uint32 else places
 
 
 def _space(parts: list[str]) -> str:
@@ -43,8 +46,8 @@ def _space(parts: list[str]) -> str:
         raise PtxError(f"expected memory of the block itself, got {'.'.join(parts)}")
     spaces = [part.split("::")[0] for part in parts]
     found = [space for space in spaces if space in ("global", "shared", "param", "local", "const")]
-    if len(found) != 1 or found[0] in ("local", "const"):
-        raise PtxError(f"expected global, shared or param memory, got {'.'.join(parts)}")
+    if len(found) != 1 or found[0] == "const":
+        raise PtxError(f"expected global, shared, local or param memory, got {'.'.join(parts)}")
     return found[0]
 
 
@@ -91,6 +94,8 @@ def read(state: State, place: Place, threads: Array, width: int, count: int) -> 
         return state.memory.read(
             addresses, width, count, state.block_index[threads].astype(np.int32), report
         )
+    if place.space == "local":
+        return state.local.read(addresses, width, count, threads, report)
     return state.shared.read(addresses, width, count, threads, report)
 
 
@@ -104,6 +109,8 @@ def count_access(
     warps = state.warp_index[threads]
     if space == "global":
         costs.global_access(kind, addresses, size, warps)
+    elif space == "local":
+        costs.local_access(kind, addresses, size, state.thread[threads], warps)
     else:
         costs.shared_access(kind, addresses, size, warps)
 
@@ -146,8 +153,10 @@ def write(state: State, place: Place, threads: Array, words: list[Array]) -> Non
     count_access(state, place.space, "store", addresses, size, threads)
     if place.space == "global":
         state.memory.write(addresses, words, state.block_index[threads].astype(np.int32), report)
-        return
-    state.shared.write(addresses, words, threads, report)
+    elif place.space == "local":
+        state.local.write(addresses, words, threads, report)
+    else:
+        state.shared.write(addresses, words, threads, report)
 
 
 def copy(decoder: Decoder, instruction: Instruction) -> Step | None:
@@ -209,7 +218,7 @@ def atomic(decoder: Decoder, instruction: Instruction) -> Step | None:
     names = [part for part in parts if part in _ATOMICS or part == "cas"]
     space = _space(parts)
     if (
-        space == "param"
+        space not in ("global", "shared")
         or len(names) != 1
         or kind not in ("b32", "u32", "s32", "u64", "s64", "b64", "f32", "f64")
     ):

@@ -33,6 +33,11 @@ NAMES = {
     "global_load_sectors": f"{_SECTORS}ld.sum",
     "global_store_sectors": f"{_SECTORS}st.sum",
     "global_copy_sectors": f"{_SECTORS}ldgsts.sum",
+    **{
+        f"local_{kind}_{what}": f"l1tex__t_{what}_pipe_lsu_mem_local_op_{short}.sum"
+        for kind, short in (("load", "ld"), ("store", "st"))
+        for what in ("requests", "sectors")
+    },
     "shared_load_requests": "smsp__inst_executed_op_shared_ld.sum",
     "shared_store_requests": "smsp__inst_executed_op_shared_st.sum",
     "shared_load_wavefronts": f"{_WAVEFRONTS}ld.sum",
@@ -85,6 +90,25 @@ class Costs:
                 f"global_{kind}_sectors": sectors,
                 f"global_{kind}_ideal_sectors": int((-(-useful // SECTOR)).sum()),
                 f"global_{kind}_cycles": int((-(-useful // LINE)).sum()),
+            },
+        )
+
+    def local_access(
+        self, kind: str, offsets: Array, size: int, lanes: Array, warps: Array
+    ) -> None:
+        """A request of each warp to local memory, where words of its lanes lie side by side.
+
+        Args:
+            kind: "load" or "store".
+            offsets: in the memory of each active thread, whose index in its block is in `lanes`.
+        """
+        words = (offsets[:, None] + np.arange(0, max(size, BANK_BYTES), BANK_BYTES)) // BANK_BYTES
+        places = (words * LANES + lanes[:, None] % LANES) * BANK_BYTES // SECTOR
+        by_warp = np.concatenate([_by_warp(column, warps) for column in places.T], 1)
+        self.add(
+            **{
+                f"local_{kind}_requests": len(by_warp),
+                f"local_{kind}_sectors": int(_distinct(by_warp).sum()),
             },
         )
 

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from . import accesses, collective
+from . import accesses, carry, collective
 from .arithmetic import function_of
 from .code import Code, Step
 from .operands import Decoder
 from .parse import (
+    CARRY,
     Address,
     Constant,
     Instruction,
@@ -79,6 +80,8 @@ def _step(decoder: Decoder, instruction: Instruction) -> Step | None:
     """What an instruction does; None where it is not known here."""
     name = instruction.parts[0]
     try:
+        if name in carry.TAKES or "cc" in instruction.parts:
+            return carry.step_of(decoder, instruction)
         maker = _MAKERS.get(name)
         if maker is not None:
             return maker(decoder, instruction)
@@ -288,7 +291,12 @@ def _touched(decoder: Decoder, instruction: Instruction) -> tuple[tuple[int, ...
     reads = [decoder.slots[name] for operand in sources for name in _names(operand)]
     if instruction.predicate is not None:
         reads.append(decoder.slots[instruction.predicate])
-    return tuple(reads), tuple(decoder.slots[name] for x in results for name in _names(x))
+    writes = [decoder.slots[name] for x in results for name in _names(x)]
+    if instruction.parts[0] in carry.TAKES:
+        reads.append(decoder.slots[CARRY])
+    if "cc" in instruction.parts:
+        writes.append(decoder.slots[CARRY])
+    return tuple(reads), tuple(writes)
 
 
 def _names(operand: Operand) -> Iterator[str]:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from .parse import Instruction
 
 KINDS = (
-    "outside",  # an access outside every tensor, or outside shared memory
+    "outside",  # an access outside every tensor, or outside shared or local memory
     "misaligned",  # a vector or word that does not begin at a multiple of its size
     "unwritten",  # a read of memory that nothing wrote
     "race",  # two warps, or two blocks, touch the same bytes without an order between them

@@ -133,7 +133,7 @@ def execute(
     }
     collector = Collector(frozenset(collect))
     total = x * y * z
-    memory = GlobalMemory(_storages(arguments), fresh, total)
+    memory = GlobalMemory(_storages(code.program, arguments), fresh, total)
     chosen = _sampled(total, sample)
     n_instructions = len(code.program.instructions) + 1
     counts = Counts(
@@ -168,7 +168,9 @@ def _sampled(blocks: int, sample: int | None) -> NDArray[np.int64]:
     return np.unique(np.linspace(0, blocks - 1, sample).round().astype(np.int64))
 
 
-def _storages(arguments: Sequence[Any]) -> Iterator[tuple[int, int, str]]:
+def _storages(program: Program, arguments: Sequence[Any]) -> Iterator[tuple[int, int, str]]:
+    for name, variable in program.variables.items():
+        yield program.symbols[name], len(variable), name
     for position, argument in enumerate(arguments):
         if isinstance(argument, Tensor):
             storage = argument.untyped_storage()

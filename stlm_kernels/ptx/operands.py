@@ -23,8 +23,8 @@ class Decoder:
             return self.slots[operand.name]
         if isinstance(operand, Constant):
             return self.constant(operand.value, bits)
-        if isinstance(operand, Symbol) and operand.name in self.program.shared:
-            return self.constant(self.program.shared[operand.name], bits)
+        if isinstance(operand, Symbol) and operand.name in self.program.symbols:
+            return self.constant(self.program.symbols[operand.name], bits)
         raise PtxError(f"{self.program.name}: expected a register or a number, got {operand}")
 
     def constant(self, value: int, bits: int) -> int:

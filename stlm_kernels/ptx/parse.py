@@ -10,6 +10,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
+CARRY = "CC.CF"
+"""The register of the carry, which no operand names."""
 WIDTHS = {"pred": 1, "8": 8, "16": 16, "32": 32, "64": 64, "128": 128}
 
 
@@ -85,25 +90,40 @@ class Parameter:
 
 @dataclass
 class Program:
-    """A kernel: `labels` map to the index of the instruction that follows them."""
+    """A kernel.
+
+    Args:
+        registers: name -> bits.
+        labels: name -> index of the instruction that follows.
+        symbols: name -> offset in shared or local memory, or address of a variable of the module.
+        shared_bytes, local_bytes: of a block, without the dynamic part, and of a thread.
+        variables: bytes of each variable of the module, which lie in global memory.
+    """
 
     name: str
     parameters: list[Parameter]
     threads: int
-    registers: dict[str, int] = field(default_factory=dict)  # name -> bits
+    registers: dict[str, int] = field(default_factory=lambda: {CARRY: 1})
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
-    shared: dict[str, int] = field(default_factory=dict)  # symbol -> byte offset
+    symbols: dict[str, int] = field(default_factory=dict)
     shared_bytes: int = 0
+    local_bytes: int = 0
+    variables: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
 
 
+ALIGNMENT = 128
+"""Variables of a module begin at lines of memory."""
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\((.*?)\)\s*(.*?)\{", re.S)
 _PARAMETER = re.compile(
     r"\.param\s+\.(\w+)(?:\s+\.ptr(?:\s+\.\w+)?(?:\s+\.align\s+\d+)?)?\s+([\w$]+)"
 )
 _FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', re.M)
 _LOC = re.compile(r"\s*\.loc\s+(\d+)\s+(\d+)")
-_SHARED = re.compile(r"\.shared\s+\.align\s+(\d+)\s+\.b(\d+)\s+([\w$]+)(?:\[(\d*)\])?\s*;")
+_VARIABLE = re.compile(
+    r"\.(shared|local|global)\s+(?:\.align\s+(\d+)\s+)?\.[bsuf](\d+)\s+([\w$]+)(?:\[(\d*)\])?"
+    r"\s*(?:=\s*([^;]*))?;"
+)
 _REG = re.compile(r"\.reg\s+\.(\w+)\s+(.*)", re.S)
 _PREDICATE = re.compile(r"@(!?)(%?[\w$]+)\s+")
 _LABEL = re.compile(r"([\w$]+):")
@@ -123,7 +143,7 @@ def parse(text: str) -> Program:
     if threads is None:
         raise PtxError(f"{name}: expected .reqntid or .maxntid, got neither")
     program = Program(name, _parameters(parameters), int(threads[1]))
-    _declare_shared(program, text[: entries[0].start()])
+    _declare_variables(program, text[: entries[0].start()])
     begin = entries[0].end()
     first_line = text.count("\n", 0, begin) + 1
     files = {int(number): path.rsplit("/", 1)[-1] for number, path in _FILE.findall(text)}
@@ -141,13 +161,32 @@ def _parameters(text: str) -> list[Parameter]:
     return found
 
 
-def _declare_shared(program: Program, text: str) -> None:
-    for align, bits, name, count in _SHARED.findall(text):
-        step = int(align)
-        offset = -(-program.shared_bytes // step) * step
-        program.shared[name] = offset
+def _declare_variables(program: Program, text: str) -> None:
+    for found in _VARIABLE.finditer(text):
+        space, align, bits, name, count, initial = found.groups()
+        width = int(bits) // 8
         # `name[]` is the dynamic part: it is last, and its size comes from the launch.
-        program.shared_bytes = offset + (int(count) * int(bits) // 8 if count else 0)
+        size = width * (int(count or 0) if count is not None else 1)
+        if space == "global":
+            program.variables[name] = _initialised(size, width, initial or "")
+            program.symbols[name] = program.variables[name].ctypes.data
+            continue
+        step, used = int(align or width), f"{space}_bytes"
+        offset = -(-getattr(program, used) // step) * step
+        program.symbols[name] = offset
+        setattr(program, used, offset + size)
+
+
+def _initialised(size: int, width: int, initial: str) -> NDArray[np.uint8]:
+    """Memory of a variable of the module, from the line it begins in."""
+    memory = np.zeros(size + ALIGNMENT, np.uint8)
+    begin = -memory.ctypes.data % ALIGNMENT
+    variable = memory[begin : begin + size]
+    numbers = [_constant(item).value for item in _split(initial.strip("{} "))]
+    for i, number in enumerate(numbers):
+        raw = (number % (1 << 8 * width)).to_bytes(width, "little")
+        variable[i * width : (i + 1) * width] = np.frombuffer(raw, np.uint8)
+    return variable
 
 
 class _Body:
@@ -203,8 +242,8 @@ class _Body:
             self.program.labels[statement[:-1]] = len(self.program.instructions)
         elif statement.startswith(".reg"):
             self._declare_registers(statement, line)
-        elif statement.startswith(".shared"):
-            _declare_shared(self.program, statement + ";")
+        elif _VARIABLE.fullmatch(statement + ";"):
+            _declare_variables(self.program, statement + ";")
         elif statement.startswith(".pragma"):
             pass
         elif statement.startswith("."):

@@ -9,6 +9,7 @@ from .asynchronous import Copies, Products
 from .count import Costs
 from .faults import Collector
 from .lanes import LANES
+from .local import LocalMemory
 from .memory import GlobalMemory
 from .parse import Program
 from .registers import Array, Mask
@@ -51,6 +52,7 @@ class State(Threads):
         self.special = _special_registers(self, grid)
         has_products = any(x.parts[0] == "wgmma" for x in program.instructions)
         self.memory, self.shared = memory, SharedMemory(self, shared_bytes, has_products)
+        self.local = LocalMemory(self, program.local_bytes)
         self.copies, self.products = Copies(self, self.shared), Products(self, self.shared)
         self.costs = costs
 

@@ -95,3 +95,22 @@ def multiply_batches(a_ptr, b_ptr, out_ptr, B: tl.constexpr, N: tl.constexpr):
     square = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
     places = tl.arange(0, B)[:, None, None] * N * N + square[None]
     tl.store(out_ptr + places, tl.dot(tl.load(a_ptr + places), tl.load(b_ptr + places)))
+
+
+@triton.jit
+def sines(x_ptr, out_ptr, N: tl.constexpr):
+    """Sines and cosines; large angles are reduced with an array in local memory."""
+    places = tl.arange(0, N)
+    x = tl.load(x_ptr + places)
+    tl.store(out_ptr + places, tl.sin(x))
+    tl.store(out_ptr + N + places, tl.cos(x))
+
+
+@triton.jit
+def normals(bits_ptr, out_ptr, seed, N: tl.constexpr):
+    """Random normal numbers, and the two words of bits that each is made of."""
+    places = tl.arange(0, N)
+    first, second, _, _ = tl.randint4x(seed, places)
+    tl.store(bits_ptr + places, first.to(tl.int32, bitcast=True))
+    tl.store(bits_ptr + N + places, second.to(tl.int32, bitcast=True))
+    tl.store(out_ptr + places, tl.randn(seed, places))

@@ -267,12 +267,6 @@ def test_what_is_not_known_names_the_instruction_and_the_line(kernels: Any) -> N
         )
 
 
-def test_local_memory_is_refused_by_name(kernels: Any) -> None:
-    done, _, _ = rows(kernels)
-    with pytest.raises(PtxError, match=r"line \d+: expected an instruction, got '\.local \.align"):
-        again(done, replaced(r"\n(\s*)ret;", r"\n .local .align 8 .b8 depot[8];\n ret;"))
-
-
 def test_unknown_instructions_that_are_never_reached_do_no_harm(kernels: Any) -> None:
     done, out, want = rows(kernels)
     again(done, replaced(r"\n(\s*)ret;", r"\n ret;\n tcgen05.alloc.sync %r1, 4;\n ret;"))
