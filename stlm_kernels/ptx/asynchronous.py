@@ -115,7 +115,7 @@ class Products:
                 self.batch.fault("async", None, "the product in its registers was not waited for")
 
     def _warps(self, mask: Mask) -> Array:
-        """Which warps have an active lane."""
+        """Return which warps have an active lane."""
         if mask is None:
             return np.ones(self.batch.n // LANES, bool)
         return np.asarray(mask.reshape(-1, LANES).any(1))

@@ -67,7 +67,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a launch costs.
+    """Costs of a launch.
 
     Args:
         kernel: its name.

@@ -122,7 +122,7 @@ def fence(decoder: Decoder, instruction: Instruction) -> Step | None:
 
 
 def _matrix_access(instruction: Instruction) -> tuple[int, bool] | None:
-    """How many 8 x 8 matrices of 16-bit words, and whether they are transposed."""
+    """Count of 8 x 8 matrices of 16-bit words, and whether they are transposed."""
     parts = instruction.parts
     counts = {"x1": 1, "x2": 2, "x4": 4}
     found = [counts[part] for part in parts if part in counts]

@@ -1,4 +1,4 @@
-"""What an execution costs, counted under the names that Nsight Compute gives the same quantities.
+"""Costs of an execution, counted under the names that Nsight Compute gives the same quantities.
 
 Counts are exact for the PTX that ran. Instructions here are PTX's, not the machine's; memory
 requests, sectors and wavefronts do not depend on that, except where the assembler merges or drops
@@ -172,7 +172,7 @@ def _by_warp(values: Array, warps: Array) -> Array:
 
 
 def _distinct(rows: Array) -> Array:
-    """Which values of sorted rows are the first of their kind; rows are sorted in passing."""
+    """Mark values of sorted rows that are the first of their kind; rows are sorted in passing."""
     rows.sort(1)
     first = np.ones(rows.shape, bool)
     np.not_equal(rows[:, 1:], rows[:, :-1], out=first[:, 1:])

@@ -63,7 +63,7 @@ def _flow_of(program: Program, instruction: Instruction) -> tuple[str, int] | No
 
 
 def _ends(program: Program, flow: dict[int, tuple[str, int]]) -> list[int]:
-    """For each index the end of its straight run: the next branch, barrier or label."""
+    """End of each index's straight run: the next branch, barrier or label."""
     stops = set(flow) | set(program.labels.values())
     ends = [len(program.instructions)] * (len(program.instructions) + 1)
     for index in range(len(program.instructions) - 1, -1, -1):
@@ -77,7 +77,7 @@ def _ends(program: Program, flow: dict[int, tuple[str, int]]) -> list[int]:
 
 
 def _step(decoder: Decoder, instruction: Instruction) -> Step | None:
-    """What an instruction does; None where it is not known here."""
+    """Return what an instruction does; None where it is not known here."""
     name = instruction.parts[0]
     try:
         if name in carry.TAKES or "cc" in instruction.parts:

@@ -73,7 +73,7 @@ def machine_counts(done: Execution) -> MachineCounts:
 def _copies(
     static: dict[str, tuple[int, int]], kept: Counter[str], means: dict[str, float]
 ) -> dict[str, float]:
-    """How often the machine code holds each line: lines that ran equally often share a loop."""
+    """Count copies of each line in the machine code: lines that ran equally often share a loop."""
     loops: dict[float, list[str]] = defaultdict(list)
     for line, mean in means.items():
         loops[mean].append(line)

@@ -1,4 +1,4 @@
-"""What a check found wrong in a kernel's execution."""
+"""Faults that a check found in a kernel's execution."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the 32 lanes of a warp do together: shuffles, votes, reductions, matrix loads and stores."""
+"""Work of a warp's 32 lanes together: shuffles, votes, reductions, matrix loads and stores."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def ballot(value: Array) -> Array:
 
 
 def rows_of_matrices(addresses: Array, count: int) -> Array:
-    """Where the eight rows of `count` 8 x 8 matrices begin: (warps, count, 8).
+    """Return where the eight rows of `count` 8 x 8 matrices begin: (warps, count, 8).
 
     Lanes 8 i to 8 i + 7 hold the addresses of matrix i.
     """

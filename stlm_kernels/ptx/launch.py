@@ -27,7 +27,7 @@ THREADS_AT_ONCE = 8192
 
 @dataclass
 class Execution:
-    """What a launch did."""
+    """Results of a launch."""
 
     kernel: str
     grid: tuple[int, int, int]

@@ -32,13 +32,13 @@ PATIENCE = 64
 
 @dataclass
 class Counts:
-    """How often warps issued each instruction, and what it cost where that was asked for.
+    """Counts of warps that issued each instruction, and its costs where they were asked for.
 
     Args:
         issued: by index of the instruction: warps that had an active lane.
         partial: those of them in which some lanes were switched off by a branch.
         executed_blocks, blocks: of the grid; fewer than all where blocks were sampled.
-        costs: memory and matrix work; None where nobody asked.
+        costs: memory and matrix work; None where they were not asked for.
     """
 
     issued: NDArray[np.int64]
@@ -188,7 +188,7 @@ class Machine:
         self.counts.partial[begin:end] += int((active & ~by_warp.all(1)).sum())
 
     def _predicated(self, instruction: Instruction, mask: Mask) -> Mask:
-        """Which of the active threads an instruction is on for; None for all of the batch."""
+        """Select the active threads that an instruction is on for; None for all of the batch."""
         if instruction.predicate is None:
             return mask
         predicate = self.state.values[self.code.slots[instruction.predicate]]

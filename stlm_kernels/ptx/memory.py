@@ -27,7 +27,7 @@ LAUNCH = 0
 Ints = NDArray[np.int64]
 Array = NDArray[Any]
 Shadow = NDArray[np.bool_]
-"""For each byte of a storage's lines whether something has written it; see `new_shadow`."""
+"""Flags of the bytes of a storage's lines that something has written; see `new_shadow`."""
 NO_SHADOWS: Mapping[int, Shadow] = {}
 
 
@@ -97,7 +97,7 @@ def _words(flags: Shadow, size: int) -> tuple[Array, int]:
 
 
 def marked(flags: Shadow, index: Ints, size: int) -> Array:
-    """Whether all bytes of accesses are marked; each is the `index`-th of its size."""
+    """Return whether all bytes of accesses are marked; each is the `index`-th of its size."""
     words, full = _words(flags, size)
     if words.shape[1] == 1:
         return np.asarray(words[:, 0].take(index) == full)
@@ -105,7 +105,7 @@ def marked(flags: Shadow, index: Ints, size: int) -> Array:
 
 
 def any_marked(flags: Shadow, index: Ints, size: int) -> Array:
-    """Whether any byte of accesses is marked."""
+    """Return whether any byte of accesses is marked."""
     words, _ = _words(flags, size)
     if words.shape[1] == 1:
         return np.asarray(words[:, 0].take(index) != 0)
@@ -215,7 +215,7 @@ class GlobalMemory:
             # By another thread in this instruction.
             differ |= _any_differs(gather(allocation.data, offsets, width, len(words)), words)
             if np.count_nonzero(differ):
-                detail = f"somebody else writes other values to these bytes of {allocation.name}"
+                detail = f"another thread writes other values to these bytes of {allocation.name}"
                 report("race", _among(chosen, differ, len(blocks)), detail)
             if allocation.written is not None:
                 mark(allocation.written, index, size)
@@ -238,7 +238,7 @@ def as_bytes(values: list[Array]) -> NDArray[np.uint8]:
 
 
 def _any_differs(left: list[Array], right: list[Array]) -> Array:
-    """Whether a thread's words differ in any."""
+    """Return whether a thread's words differ in any."""
     return np.logical_or.reduce([a != b for a, b in zip(left, right, strict=True)])
 
 

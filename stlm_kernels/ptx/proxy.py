@@ -25,17 +25,17 @@ class _Fences:
         self.epoch, self.number = np.full(count, NEVER), np.zeros(count, np.int64)
         self.epoch_before, self.number_before = np.full(count, NEVER), np.zeros(count, np.int64)
 
-    def note(self, who: Array, epochs: Array, number: int) -> None:
-        older = who[self.epoch[who] < epochs]
+    def note(self, owners: Array, epochs: Array, number: int) -> None:
+        older = owners[self.epoch[owners] < epochs]
         self.epoch_before[older], self.number_before[older] = self.epoch[older], self.number[older]
-        self.epoch[who], self.number[who] = epochs, number
+        self.epoch[owners], self.number[owners] = epochs, number
 
-    def before(self, who: Array, epochs: Array) -> tuple[Array, Array]:
+    def before(self, owners: Array, epochs: Array) -> tuple[Array, Array]:
         """Epoch and number of the latest fence that a barrier has followed."""
-        earlier = self.epoch[who] < epochs
+        earlier = self.epoch[owners] < epochs
         return (
-            np.where(earlier, self.epoch[who], self.epoch_before[who]),
-            np.where(earlier, self.number[who], self.number_before[who]),
+            np.where(earlier, self.epoch[owners], self.epoch_before[owners]),
+            np.where(earlier, self.number[owners], self.number_before[owners]),
         )
 
 
@@ -74,7 +74,7 @@ class ProxyOrder:
         self.of_blocks.note(blocks, self.batch.epoch[blocks], self.count)
 
     def unseen(self, index: Ints, size: int, first: Array) -> Array:
-        """Which bytes of reads have no fence on their way to the warpgroups that read them.
+        """Find bytes of reads that have no fence on their way to the warpgroups that read them.
 
         Args:
             index: (warpgroups, reads) of `size` bytes each.
@@ -108,7 +108,7 @@ class ProxyOrder:
         rows(self.read_by, size)[index] = number
 
     def is_read_by_a_product(self, index: Ints, size: int) -> Array:
-        """Which accesses meet bytes that a product on its way reads."""
+        """Return which accesses meet bytes that a product on its way reads."""
         if not self.on_their_way:
             return np.zeros(len(index), bool)
         readers = rows(self.read_by, size)[index]

@@ -46,7 +46,7 @@ class Session:
         return x
 
     def makes_integers(self, args: Iterable[Any]) -> bool:
-        """Whether all fresh tensors among these hold integers: places that later launches read."""
+        """Return whether all fresh tensors of args hold integers, places for later launches."""
         fresh = [
             x for x in args
             if isinstance(x, Tensor) and x.untyped_storage().data_ptr() in self._fresh

@@ -43,7 +43,7 @@ class SharedMemory:
         self.order = ProxyOrder(batch, total) if has_products else None
 
     def index(self, offsets: Ints, size: int, threads: Array, report: Reporter) -> Ints:
-        """Where accesses of `size` bytes by these threads lie."""
+        """Return where accesses of `size` bytes by these threads lie."""
         outside = (offsets < 0) | (offsets + size > self.size)
         if np.count_nonzero(outside):
             report("outside", outside, f"{size} bytes beyond the {self.size} of shared memory")
@@ -143,7 +143,7 @@ class SharedMemory:
         return index * size
 
     def begin_copy(self, offsets: Ints, size: int, threads: Array, report: Reporter) -> Ints:
-        """Where asynchronous copies lie that these threads begin."""
+        """Return where asynchronous copies lie that these threads begin."""
         index = self.index(offsets, size, threads, report)
         report("async", any_marked(self.pending, index, size), "two copies to the same bytes")
         races = self._note_write(index, size, threads, report)
@@ -162,7 +162,7 @@ class SharedMemory:
             self.order.write(index, size, threads)
 
     def _note_write(self, index: Ints, size: int, threads: Array, report: Reporter) -> Array:
-        """Which parts another warp touched since the last barrier."""
+        """Mark parts as written; return those that another warp touched since the last barrier."""
         races = self.touches.write(index, size, self.batch.warp[threads], self._epochs(threads))
         mark(self.written, index, size)
         if self.order is not None:

@@ -1,4 +1,4 @@
-"""What instructions read and change: registers, memory and what is on its way to them."""
+"""State that instructions read and change: registers, memory and what is on its way to them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class State(Threads):
         memory: global memory.
         shared_bytes: of each block.
         collector: where faults go.
-        costs: memory and matrix work is added to it; None where nobody asked.
+        costs: memory and matrix work is added to it; None where costs are not counted.
     """
 
     def __init__(

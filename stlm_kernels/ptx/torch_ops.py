@@ -1,6 +1,6 @@
-"""What torch's own operators between the launches move and multiply.
+"""Bytes and FLOPs of torch's own operators between the launches.
 
-Nobody has their machine code here, so they count by the least they could do: a product by its
+Their machine code is not at hand, so they count by the least they could do: a product by its
 FLOPs, and everything by the bytes of its tensors, each once.
 """
 

@@ -1,4 +1,4 @@
-"""Which warp or block wrote and read each part of a memory since a point in its program."""
+"""Warps or blocks that wrote and read each part of a memory since a point in its program."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Touches:
     """The last writer and reader of each part of a memory.
 
     Two accesses of one part by different owners in the same epoch, one of them a write, have no
-    order. An owner and an epoch make one number, the stamp: 0 is nobody, and those of an epoch are
-    larger than all of the epoch before. Untouched parts cost no memory.
+    order. An owner and an epoch make one number, the stamp: 0 is no owner, and those of an epoch
+    are larger than all of the epoch before. Untouched parts cost no memory.
 
     Args:
         size: bytes, a multiple of what any access has.
@@ -68,12 +68,12 @@ class Touches:
         self._rows(size)[0][index] = self._stamps(owners, epochs)[1]
 
     def is_last_writer(self, index: Ints, size: int, owners: Array) -> Array:
-        """Which parts these owners wrote last: (accesses, parts)."""
+        """Return which parts these owners wrote last: (accesses, parts)."""
         found = self._rows(size)[0].take(index, 0)
         return np.asarray(found % self.stamps_of_an_epoch == owners[:, None] + 1)
 
     def _stamps(self, owners: Array, epochs: Array | int) -> tuple[Array, Array]:
-        """What the stamps of the epochs exceed, and the owners' own: (accesses or 1, 1)."""
+        """Stamp that those of the epochs exceed, and the owners' stamps: (accesses or 1, 1)."""
         begin = np.asarray(epochs, np.int32).reshape(-1, 1) * np.int32(self.stamps_of_an_epoch)
         return begin, begin + (owners.astype(np.int32).reshape(-1, 1) + np.int32(1))
 

@@ -243,7 +243,7 @@ def test_blocks_that_read_one_word_and_one_that_writes_it(kernels: Any) -> None:
 
 def test_two_blocks_that_write_one_row(kernels: Any) -> None:
     done, _, _ = sums(kernels)
-    with pytest.raises(Fault, match=r"race: row_sums.*somebody else writes other values"):
+    with pytest.raises(Fault, match=r"race: row_sums.*another thread writes other values"):
         again(done, _to_one_row)
 
 
