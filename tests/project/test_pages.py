@@ -31,6 +31,8 @@ TEXT = README.read_text()
 PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
          *sorted((ROOT / "docs").glob("*.md"))]  # fmt: skip
 MOST_LINES, MOST_WORDS, INSTALL_BY_LINE = 160, 1100, 40
+SPAN = re.compile(r"`[^`\n]*\]\([^`\n]*`")
+"""Code that looks like a link, as a launch `kernel[grid](...)` does."""
 LINK = re.compile(r"\[([^\]]+)\]\(([^)\s]+)\)")
 BLOCK = re.compile(r"```(\w+)\n(.*?)```", flags=re.DOTALL)
 FOLDERS = r"(?:stlm_kernels|stlm_models|bench|tests|docs|examples|findings|\.ci)"
@@ -106,7 +108,7 @@ def test_the_layout_is_that_of_the_checkout() -> None:
 
 
 def links(page: Path) -> Iterator[tuple[str, Path, str]]:
-    for text, target in LINK.findall(BLOCK.sub("", page.read_text())):
+    for text, target in LINK.findall(SPAN.sub("", BLOCK.sub("", page.read_text()))):
         if not target.startswith(("http:", "https:", "#")):
             path, _, fragment = target.partition("#")
             yield text, page.parent / path, fragment
