@@ -99,16 +99,19 @@ def differentiable(
     keep: Callable[..., Kept] | Sequence[str],
     gradients: Callable[..., Tensor | Sequence[Tensor | None]],
     derived: int = 1,
+    public: str | None = None,
 ) -> type[Function]:
     """Make the Function of a registered op; differentiating its gradients raises.
 
     Args:
         op: what `register` returned; its schema gives the names.
+        public: the public op that errors name, where the schema names another one.
         keep: as in `function.differentiable`, or only names, those of tensors first.
         of, gradients, derived: as there.
     """
     schema = op._schema
     name = schema.name.removeprefix(f"{NAMESPACE}::").removesuffix("_fwd").removesuffix("_chunked")
+    name = public or name
     results = [result.name or str(i) for i, result in enumerate(schema.returns)]
 
     def first_order(needs: Sequence[bool], *args: Any) -> Any:

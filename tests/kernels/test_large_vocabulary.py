@@ -140,7 +140,16 @@ def test_a_second_derivative_is_refused(way: Way, reduction: str) -> None:
     hidden, weight, target = example(way)
     loss = linear_cross_entropy(hidden, weight, target, reduction=reduction, impl="triton")
     (grad,) = torch.autograd.grad(loss.sum(), hidden, create_graph=True)
-    with pytest.raises(NotImplementedError, match="impl='torch'"):
+    with pytest.raises(NotImplementedError, match=r"^linear_cross_entropy: .*impl='torch'"):
+        grad.float().square().sum().backward()
+
+
+@ON_KERNELS
+def test_a_second_derivative_of_linear_logprobs_is_refused_in_its_name(way: Way) -> None:
+    hidden, weight, target = example(way)
+    logprob, _ = linear_logprobs(hidden, weight, target, impl="triton")
+    (grad,) = torch.autograd.grad(logprob.sum(), hidden, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"^linear_logprobs: .*impl='torch'"):
         grad.float().square().sum().backward()
 
 

@@ -13,8 +13,12 @@ from ..._linear.options import RowOptions
 from ..._sharding import ROW, SUM, alike
 from ..._torch.function import Function
 
+PUBLIC = ("linear_logprobs", "linear_cross_entropy")
+"""Ops that call the kernels of row losses; errors of the backward begin with the one called."""
+
 
 def row_losses(
+    op: str,
     rows: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
     targets: Tensor,  # (N,)
@@ -25,7 +29,7 @@ def row_losses(
     """(loss, lse), each (N,) fp32; the backward forms the logits again."""
     dot_dtype = runtime.compute_dtype(rows)
     head = (rows, weight, targets, bias, class_weight)
-    loss, lse = _RowLosses.apply(*head, dot_dtype, *options)
+    loss, lse = _RowLosses[op].apply(*head, dot_dtype, *options)
     return loss, lse
 
 
@@ -179,10 +183,14 @@ _SUM = _library.register(
     per_row=("rows", "targets"),
     results=(SUM, ROW, ROW, SUM, SUM),
 )
-_RowLosses = _library.differentiable(
-    _ROWS,
-    of=("rows", "weight", "bias"),
-    keep=_library.names_of(_ROWS),
-    gradients=lambda needs, dloss, dlse, *saved: _ROWS_BWD(*alike((dloss, dlse)), *saved, *needs),
-    derived=2,
-)
+_RowLosses = {
+    op: _library.differentiable(
+        _ROWS,
+        of=("rows", "weight", "bias"),
+        keep=_library.names_of(_ROWS),
+        gradients=lambda needs, dloss, dlse, *rest: _ROWS_BWD(*alike((dloss, dlse)), *rest, *needs),
+        derived=2,
+        public=op,
+    )
+    for op in PUBLIC
+}

@@ -105,13 +105,15 @@ def losses(
     elif summed and not on_chip and not runtime.inside_torch_func():
         loss, lse = chunked_op.summed_loss(*head, options, with_lse=with_lse)
     else:
-        loss, lse = (_single_tile_losses if on_chip else chunked_op.row_losses)(*head, options)
+        row_losses = _single_tile_losses if on_chip else chunked_op.row_losses
+        loss, lse = row_losses(op, *head, options)
         loss = loss.sum() if summed else loss
     loss = loss if summed else loss.view(target.shape)
     return loss, lse.view(target.shape) if with_lse and lse is not None else None
 
 
 def _single_tile_losses(
+    op: str,
     rows: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -121,7 +123,7 @@ def _single_tile_losses(
 ) -> tuple[Tensor, Tensor]:
     dot_dtype = runtime.compute_dtype(rows)
     head = (rows, weight, targets, bias, class_weight)
-    loss, lse, *_ = _RowLosses.apply(*head, dot_dtype, *options)
+    loss, lse, *_ = _RowLosses[op].apply(*head, dot_dtype, *options)
     return loss, lse
 
 
@@ -172,10 +174,14 @@ def _gradients(
     return drows, *(_BWD_WEIGHT(*arguments) if needs[1] or needs[2] else (None, None))
 
 
-_RowLosses = _library.differentiable(
-    _FWD,
-    of=("rows", "weight", "bias"),
-    keep=_library.names_of(_BWD_ROWS)[2:],
-    gradients=_gradients,
-    derived=2,
-)
+_RowLosses = {
+    op: _library.differentiable(
+        _FWD,
+        of=("rows", "weight", "bias"),
+        keep=_library.names_of(_BWD_ROWS)[2:],
+        gradients=_gradients,
+        derived=2,
+        public=op,
+    )
+    for op in chunked_op.PUBLIC
+}
