@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from . import lanes, matrix
@@ -10,29 +12,48 @@ from .code import Step
 from .memory import gather
 from .memory import rows as rows_of
 from .operands import Decoder
-from .parse import Constant, Instruction, Operand, Register, Vector
+from .parse import Constant, Instruction, Operand, PtxError, Register, Vector
 from .registers import Array, Mask, signed, unsigned
 from .state import State
 
 WARPGROUP = 128
+EVERY_LANE = 0xFFFFFFFF
+"""A mask of lanes."""
 UNIT = 16
 """Bytes that a product reads together, whatever its swizzle."""
 
 
-def _registers(decoder: Decoder, operand: Operand) -> list[int]:
+def _registers(decoder: Decoder, operand: Operand, bits: int = 32) -> list[int]:
     assert isinstance(operand, Vector)
-    return [decoder.slot(item, 32) for item in operand.items]
+    return [decoder.slot(item, bits) for item in operand.items]
+
+
+def _members(decoder: Decoder, operand: Operand) -> Callable[[State, Mask], None]:
+    """A check that all lanes of each warp take part: by their mask, and by being there."""
+    slot = decoder.slot(operand, 32)
+
+    def check(state: State, mask: Mask) -> None:
+        state.require_whole_warps(mask)
+        if (state.of(slot, state.active(mask)) != EVERY_LANE).any():
+            at = state.current
+            raise PtxError(
+                f"{state.program.name}: {at.opcode} of some lanes is not known here"
+                f" ({at.source or 'no source line'}, PTX line {at.line}: {at.text})"
+            )
+
+    return check
 
 
 def shuffle(decoder: Decoder, instruction: Instruction) -> Step | None:
-    target, value, b, c, *_ = instruction.operands
+    target, value, b, c, lanes_of_it = instruction.operands
+    members = _members(decoder, lanes_of_it)
     mode = instruction.parts[2]
     both = target.items if isinstance(target, Vector) else (target,)
     results = [decoder.destination(item) for item in both]
     slots = [decoder.slot(x, 32) for x in (value, b, c)]
 
     def step(state: State, mask: Mask) -> None:
-        state.require_whole_warps(mask)
+        members(state, mask)
         found = lanes.shuffle(mode, *(state.whole(slot) for slot in slots))
         for result, outcome in zip(results, found, strict=False):
             if result is not None:
@@ -42,7 +63,8 @@ def shuffle(decoder: Decoder, instruction: Instruction) -> Step | None:
 
 
 def reduce(decoder: Decoder, instruction: Instruction) -> Step | None:
-    target, value, _ = instruction.operands
+    target, value, lanes_of_it = instruction.operands
+    members = _members(decoder, lanes_of_it)
     name, kind = instruction.parts[2], instruction.parts[-1]
     if kind not in ("s32", "u32", "b32"):
         return None
@@ -50,7 +72,7 @@ def reduce(decoder: Decoder, instruction: Instruction) -> Step | None:
     assert result is not None
 
     def step(state: State, mask: Mask) -> None:
-        state.require_whole_warps(mask)
+        members(state, mask)
         operand = state.whole(slot)
         operand = signed(np.ascontiguousarray(operand)) if kind == "s32" else operand
         state.set(result, unsigned(lanes.reduce(name, operand)), mask)
@@ -59,29 +81,36 @@ def reduce(decoder: Decoder, instruction: Instruction) -> Step | None:
 
 
 def vote(decoder: Decoder, instruction: Instruction) -> Step | None:
-    target, value, _ = instruction.operands
+    target, value, lanes_of_it = instruction.operands
+    members = _members(decoder, lanes_of_it)
     mode = instruction.parts[2]
     result, slot = decoder.destination(target), decoder.slot(value, 1)
-    if result is None or mode not in ("any", "all", "ballot"):
+    if result is None or mode not in ("any", "all", "uni", "ballot"):
         return None
 
     def step(state: State, mask: Mask) -> None:
-        state.require_whole_warps(mask)
+        members(state, mask)
         ballot = lanes.ballot(state.whole(slot))
-        outcome = {"any": ballot != 0, "all": ballot == 0xFFFFFFFF, "ballot": ballot}[mode]
-        state.set(result, outcome, mask)
+        outcomes = {
+            "any": ballot != 0,
+            "all": ballot == EVERY_LANE,
+            "uni": (ballot == 0) | (ballot == EVERY_LANE),
+            "ballot": ballot,
+        }
+        state.set(result, outcomes[mode], mask)
 
     return step
 
 
 def elect(decoder: Decoder, instruction: Instruction) -> Step | None:
     """elect.sync: lane 0 of a whole warp is the leader."""
-    target = instruction.operands[0]
+    target, lanes_of_it = instruction.operands
+    members = _members(decoder, lanes_of_it)
     items = target.items if isinstance(target, Vector) else (target,)
     leader, chosen = decoder.destination(items[0]), decoder.destination(items[-1])
 
     def step(state: State, mask: Mask) -> None:
-        state.require_whole_warps(mask)
+        members(state, mask)
         if len(items) == 2 and leader is not None:
             state.set(leader, np.zeros(1, np.uint32), mask)
         if chosen is not None:
@@ -105,7 +134,7 @@ def warp_barrier(decoder: Decoder, instruction: Instruction) -> Step | None:
     """bar.warp.sync; block-wide barriers are flow, those of some threads are not known here."""
     if "warp" not in instruction.parts:
         return None
-    return lambda state, mask: state.require_whole_warps(mask)
+    return _members(decoder, instruction.operands[0])
 
 
 def fence(decoder: Decoder, instruction: Instruction) -> Step | None:
@@ -192,11 +221,13 @@ def count_flops(state: State, shape: matrix.Shape, products: int) -> None:
 
 
 def multiply(decoder: Decoder, instruction: Instruction) -> Step | None:
-    """mma.sync with fp32 sums."""
+    """mma.sync."""
     shape = matrix.shape_of(instruction.opcode)
     if shape is None:
         return None
-    d, a, b, c = (_registers(decoder, operand) for operand in instruction.operands)
+    bits = shape.operand_bits
+    d, a, b, c = (_registers(decoder, operand, bits) for operand in instruction.operands)
+    rows = min(shape.m, 16)
 
     def step(state: State, mask: Mask) -> None:
         state.require_whole_warps(mask)
@@ -207,8 +238,9 @@ def multiply(decoder: Decoder, instruction: Instruction) -> Step | None:
 
         left, right = matrix.operand_a(of(a), shape), matrix.operand_b(of(b), shape)
         count_flops(state, shape, len(threads) // lanes.LANES)
-        total = matrix.product(left, right, matrix.accumulator(of(c), shape.n))
-        for slot, value in zip(d, matrix.registers_of(total, len(d)), strict=True):
+        before = matrix.accumulator(of(c), shape.n, shape.sums, rows)
+        total = matrix.product(left, right, before, shape.sums, shape.saturates)
+        for slot, value in zip(d, matrix.registers_of(total, len(d), shape.sums), strict=True):
             state.put(slot, threads, value.reshape(-1), mask)
 
     return step
@@ -242,7 +274,7 @@ class _Warpgroup:
         self.right_descriptor = decoder.slot(b, 64)
         self.scale = decoder.slot(scale, 1 if isinstance(scale, Register) else 32)
         flags = [x.value for x in rest if isinstance(x, Constant)]
-        assert flags[:2] == [1, 1], "negated operands"
+        assert flags[:2] in ([], [1, 1]), "negated operands"
         transposed = flags[2:]
         self.right_transposed = bool(transposed and transposed[-1])
         self.left_transposed = bool(len(transposed) == 2 and transposed[0])
@@ -250,7 +282,7 @@ class _Warpgroup:
     def step(self, state: State, mask: Mask) -> None:
         state.require_whole_warps(mask)
         threads = state.active(mask)
-        n, k = self.shape.n, self.shape.k
+        n, k, kind = self.shape.n, self.shape.k, self.shape.sums
         read: list[Array] = []  # units of shared memory
         if self.left is not None:
             registers = [lanes.by_warp(state.of(slot, threads)) for slot in self.left]
@@ -262,10 +294,11 @@ class _Warpgroup:
             )
         right = self._operand(state, threads, self.right_descriptor, n, self.right_transposed, read)
         sums = [lanes.by_warp(state.of(slot, threads)) for slot in self.sums]
-        before = matrix.accumulator(sums, n).reshape(-1, 64, n)
+        before = matrix.accumulator(sums, n, kind).reshape(-1, 64, n)
         scale = state.of(self.scale, threads)[::WARPGROUP, None, None]
-        total = matrix.product(left, right.swapaxes(1, 2), np.where(scale, before, np.float32(0)))
-        values = matrix.registers_of(total.reshape(-1, 16, n), len(self.sums))
+        before = np.where(scale, before, before.dtype.type(0))
+        total = matrix.product(left, right.swapaxes(1, 2), before, kind, self.shape.saturates)
+        values = matrix.registers_of(total.reshape(-1, 16, n), len(self.sums), kind)
         for slot, value in zip(self.sums, values, strict=True):
             state.put(slot, threads, value.reshape(-1), mask)
         state.products.issue(self.sums, read, UNIT, mask)
@@ -282,7 +315,7 @@ class _Warpgroup:
     ) -> Array:
         """(warpgroups, rows, k) from shared memory, as fp32; its units are added to `read`."""
         first = threads[::WARPGROUP]
-        element = 4 if self.shape.kind == "tf32" else 2
+        element = matrix.BYTES[self.shape.kind]
         offsets = matrix.descriptor_offsets(
             state.of(slot, first), rows, self.shape.k, element, depth_major=not transposed
         )
@@ -297,6 +330,4 @@ class _Warpgroup:
         shared.check_product(units, UNIT, first, report)
         read.append(units)
         words = gather(shared.data, index * element, element, 1)[0]
-        if self.shape.kind == "tf32":
-            return (words & np.uint32(0xFFFFE000)).view(np.float32)
-        return matrix.widen(words, self.shape.kind)
+        return matrix.of_words(words, self.shape.kind)

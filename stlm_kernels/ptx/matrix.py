@@ -1,8 +1,8 @@
 """Matrix products: fragments of `mma.sync`, descriptors and swizzles of `wgmma`.
 
 Layouts are those of the PTX ISA (sections on matrix fragments and on the shared memory layouts of
-asynchronous warpgroup products). Products are exact in fp64 sums and rounded to fp32 once per
-instruction, which is at least as good as the hardware's own accumulation.
+asynchronous warpgroup products). Products are exact in fp64 sums and rounded to the kind of their
+sums once per instruction, which is at least as good as the hardware's own accumulation.
 """
 
 from __future__ import annotations
@@ -14,25 +14,46 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .formats import widen
+from .formats import narrow, widen
 from .lanes import LANES
+from .memory import WORDS
 
 Array = NDArray[Any]
 _GROUP, _IN_GROUP = np.arange(LANES) // 4, np.arange(LANES) % 4
 
+BYTES = {"s8": 1, "u8": 1, "bf16": 2, "f16": 2, "tf32": 4, "f64": 8}
+"""Size of an element of each kind of operand."""
+SUMS = {
+    "s8": ("s32",), "u8": ("s32",), "bf16": ("f32",), "f16": ("f32", "f16"), "tf32": ("f32",),
+    "f64": ("f64",),
+}  # fmt: skip
+"""Kinds of sums for each kind of operands."""
+
 
 @dataclass(frozen=True)
 class Shape:
-    """m x n x k of a product of operands of a kind."""
+    """m x n x k of a product of operands of a kind, one of `BYTES`.
+
+    Args:
+        sums: kind of the sums, one of `SUMS`.
+        saturates: integer sums stay at the largest number instead of wrapping around.
+    """
 
     m: int
     n: int
     k: int
-    kind: str  # "bf16", "f16", "tf32"
+    kind: str
+    sums: str = "f32"
+    saturates: bool = False
 
     @property
     def per_register(self) -> int:
-        return 1 if self.kind == "tf32" else 2
+        return max(1, 4 // BYTES[self.kind])
+
+    @property
+    def operand_bits(self) -> int:
+        """Width of the registers that hold operands and sums."""
+        return 64 if self.kind == "f64" else 32
 
 
 def shape_of(opcode: str) -> Shape | None:
@@ -48,39 +69,48 @@ def shape_of(opcode: str) -> Shape | None:
     else:
         wanted = kinds[-3:-1]
         result = kinds[-4]
-        if "row.col" not in opcode or (m, n) != (16, 8) or kinds[-1] != "f32":
+        has_this_form = "row.col" in opcode and (m == 16 or wanted[0] == "f64") and n == 8
+        if not has_this_form or kinds[-1] != result:
             return None
-    if result != "f32" or wanted[0] != wanted[1] or wanted[0] not in ("bf16", "f16", "tf32"):
+    if wanted[0] != wanted[1] or result not in SUMS.get(wanted[0], ()):
         return None
-    return Shape(m, n, k, wanted[0])
+    return Shape(m, n, k, wanted[0], result, "satfinite" in kinds)
 
 
 def numbers(registers: list[Array], kind: str) -> Array:
-    """Operand registers (each (units, lanes)) as fp32: (units, lanes, registers, per register)."""
-    stacked = np.stack(registers, -1)
+    """Operand registers, each (units, lanes), as floats (units, lanes, registers, per register)."""
+    stacked = np.ascontiguousarray(np.stack(registers, -1))
+    return of_words(stacked.view(WORDS[BYTES[kind]]).reshape(*stacked.shape, -1), kind)
+
+
+def of_words(words: Array, kind: str) -> Array:
+    """Elements of a kind by their bits, as fp32 (fp64 where they are that): exact."""
+    if kind == "f64":
+        return words.view(np.float64)
     if kind == "tf32":
         # The low 13 bits do not count.
-        return (stacked & np.uint32(0xFFFFE000)).view(np.float32)[..., None]
-    halves = np.ascontiguousarray(stacked).view(np.uint16).reshape(*stacked.shape, 2)
-    return widen(halves, kind)
+        return (words & np.uint32(0xFFFFE000)).view(np.float32)
+    if kind in ("s8", "u8"):
+        return words.view(np.int8 if kind == "s8" else np.uint8).astype(np.float32)
+    return widen(words, kind)
 
 
 def operand_a(registers: list[Array], shape: Shape) -> Array:
-    """(warps, 16, k) from the fragment of the left operand."""
+    """(warps, 16 or m, k) from the fragment of the left operand."""
     values = numbers(registers, shape.kind)
-    result = np.zeros((len(values), 16, shape.k), np.float32)
-    step = shape.per_register
+    result = np.zeros((len(values), min(shape.m, 16), shape.k), values.dtype)
+    step, blocks = shape.per_register, result.shape[1] // 8
     for i in range(values.shape[2]):
-        rows = _GROUP + 8 * (i % 2)
+        rows = _GROUP + 8 * (i % blocks)
         for j in range(step):
-            result[:, rows, _IN_GROUP * step + j + 4 * step * (i // 2)] = values[:, :, i, j]
+            result[:, rows, _IN_GROUP * step + j + 4 * step * (i // blocks)] = values[:, :, i, j]
     return result
 
 
 def operand_b(registers: list[Array], shape: Shape) -> Array:
     """(warps, k, 8) from the fragment of the right operand."""
     values = numbers(registers, shape.kind)
-    result = np.zeros((len(values), shape.k, 8), np.float32)
+    result = np.zeros((len(values), shape.k, 8), values.dtype)
     step = shape.per_register
     for i in range(values.shape[2]):
         for j in range(step):
@@ -88,32 +118,52 @@ def operand_b(registers: list[Array], shape: Shape) -> Array:
     return result
 
 
-def accumulator(registers: list[Array], columns: int) -> Array:
-    """(warps, 16, columns) in fp32 from registers (warps, lanes) of bits, four for 8 columns."""
-    values = np.stack(registers, -1).view(np.float32)
-    result = np.zeros((len(values), 16, columns), np.float32)
+def accumulator(registers: list[Array], columns: int, sums: str = "f32", rows: int = 16) -> Array:
+    """(warps, rows, columns) from registers (warps, lanes) of bits: in fp32, fp64 or int32.
+
+    A lane has two numbers of each 8 x 8 block; a register holds one, or two fp16 numbers.
+    """
+    bits = np.ascontiguousarray(np.stack(registers, -1))
+    if sums == "f16":
+        values = widen(bits.view(np.uint16), "f16")
+    else:
+        values = bits.view({"f32": np.float32, "f64": np.float64, "s32": np.int32}[sums])
+    result = np.zeros((len(values), rows, columns), values.dtype)
     for i in range(values.shape[-1]):
-        result[:, _rows(i), _columns(i)] = values[:, :, i]
+        result[:, _rows(i, rows), _columns(i, rows)] = values[:, :, i]
     return result
 
 
-def registers_of(values: Array, count: int) -> list[Array]:
+def registers_of(values: Array, count: int, sums: str = "f32") -> list[Array]:
     """The inverse of `accumulator`: bits per lane."""
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    return [bits[:, _rows(i), _columns(i)] for i in range(count)]
+    rows = values.shape[1]
+    if sums == "f16":
+        halves = narrow(values, "f16").astype(np.uint32)
+        each = [halves[:, _rows(i, rows), _columns(i, rows)] for i in range(2 * count)]
+        pairs = zip(each[::2], each[1::2], strict=True)
+        return [low | (high << np.uint32(16)) for low, high in pairs]
+    bits = np.ascontiguousarray(values).view(WORDS[values.dtype.itemsize])
+    return [bits[:, _rows(i, rows), _columns(i, rows)] for i in range(count)]
 
 
-def _rows(i: int) -> Array:
-    return _GROUP + 8 * (i // 2 % 2)
+def _rows(i: int, rows: int) -> Array:
+    return _GROUP + 8 * (i // 2 % (rows // 8))
 
 
-def _columns(i: int) -> Array:
-    return 8 * (i // 4) + 2 * _IN_GROUP + i % 2
+def _columns(i: int, rows: int) -> Array:
+    return 8 * (i // (rows // 4)) + 2 * _IN_GROUP + i % 2
 
 
-def product(a: Array, b: Array, c: Array) -> Array:
-    """a @ b + c, rounded to fp32 once."""
-    return (a.astype(np.float64) @ b.astype(np.float64) + c).astype(np.float32)
+def product(a: Array, b: Array, c: Array, sums: str = "f32", saturates: bool = False) -> Array:
+    """a @ b + c, rounded to the kind of sums once (fp64 at each addition)."""
+    exact = a.astype(np.float64) @ b.astype(np.float64) + c
+    if sums == "f16":
+        return widen(narrow(exact, "f16"), "f16")
+    if sums == "s32":
+        limits = np.iinfo(np.int32)
+        whole = np.clip(exact, limits.min, limits.max) if saturates else exact
+        return whole.astype(np.int64).astype(np.int32)
+    return exact.astype(np.float32 if sums == "f32" else np.float64)
 
 
 SWIZZLES = {0: 1, 3: 2, 2: 4, 1: 8}

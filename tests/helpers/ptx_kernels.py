@@ -114,3 +114,14 @@ def normals(bits_ptr, out_ptr, seed, N: tl.constexpr):
     tl.store(bits_ptr + places, first.to(tl.int32, bitcast=True))
     tl.store(bits_ptr + N + places, second.to(tl.int32, bitcast=True))
     tl.store(out_ptr + places, tl.randn(seed, places))
+
+
+@triton.jit
+def product(
+    a_ptr, b_ptr, out_ptr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, SUMS: tl.constexpr
+):
+    """out (M, N) = a (M, K) @ b (K, N) with sums of a dtype."""
+    rows, columns, inner = tl.arange(0, M)[:, None], tl.arange(0, N)[None, :], tl.arange(0, K)
+    a = tl.load(a_ptr + rows * K + inner[None, :])
+    b = tl.load(b_ptr + inner[:, None] * N + columns)
+    tl.store(out_ptr + rows * N + columns, tl.dot(a, b, out_dtype=SUMS))
