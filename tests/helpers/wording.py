@@ -9,7 +9,7 @@ import ast
 import io
 import re
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -92,7 +92,7 @@ def banned_identifiers(folder: Path) -> list[Finding]:
     """The identifiers with a part that is in `IDENTIFIERS`."""
     return [
         Finding(path, token.start[0], token.string)
-        for path, token in _tokens(folder)
+        for path, token in _tokens(folder, _parts, IDENTIFIERS)
         if token.type == tokenize.NAME and set(_parts(token.string)) & set(IDENTIFIERS)
     ]
 
@@ -101,24 +101,33 @@ def banned_words(folder: Path) -> list[Finding]:
     """The comments and strings with a word that is in `WORDS`."""
     texts = {tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", -1)}
     found = []
-    for path, token in _tokens(folder):
+    for path, token in _tokens(folder, _words, WORDS):
         if token.type not in texts:
             continue
         for offset, line in enumerate(token.string.splitlines()):
-            if set(re.findall(r"[a-z]+", line.lower())) & set(WORDS):
+            if set(_words(line)) & set(WORDS):
                 found.append(Finding(path, token.start[0] + offset, line.strip()))
     return found
 
 
-def _tokens(folder: Path) -> Iterator[tuple[Path, tokenize.TokenInfo]]:
+def _tokens(
+    folder: Path, split: Callable[[str], list[str]], banned: Iterable[str]
+) -> Iterator[tuple[Path, tokenize.TokenInfo]]:
+    """The tokens of files that have a banned word anywhere; the others are not tokenized."""
     for path in sorted(folder.rglob("*.py")):
-        for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline):
-            yield path, token
+        text = path.read_text()
+        if not set(split(text)).isdisjoint(banned):
+            for token in tokenize.generate_tokens(io.StringIO(text).readline):
+                yield path, token
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[a-z]+", text.lower())
 
 
 def _parts(identifier: str) -> list[str]:
     """The lower-case parts of a name in snake or camel case."""
-    return re.findall(r"[a-z]+", re.sub(r"([A-Z][a-z])", r"_\1", identifier).lower())
+    return _words(re.sub(r"([A-Z][a-z])", r"_\1", identifier))
 
 
 def offending(folder: Path) -> list[Finding]:
