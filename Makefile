@@ -141,15 +141,15 @@ SPREAD = $(call have,xdist,-n $(1) --dist load --maxschedchunk 5)
 PATIENCE = $(call have,pytest_timeout,--timeout 100 --timeout-method thread)
 GPU_TEST = $(GPU_RUN) pytest $(TESTS) -q --lane $(LANE) --tb=short --durations=10 $(PATIENCE) \
     --ends-at $$(( $$(date +%s) + 60 * $(1) ))
-RESULTS = $(OUT)/gpu-test.xml $(OUT)/gpu-test-alone.xml
+RESULTS = $(OUT)/gpu-test.xml $(OUT)/gpu-test-exclusive.xml
 
 gpu-test: gpu-site
 	@rm -f $(RESULTS)
 	$(GPU_RUN) stlm_kernels.env 2>&1 | tee $(OUT)/gpu-test.log
-	-$(call GPU_TEST,$(GPU_MINUTES)) $(call SPREAD,$(JOBS)) -m 'not alone' \
+	-$(call GPU_TEST,$(GPU_MINUTES)) $(call SPREAD,$(JOBS)) -m 'not exclusive' \
 	    --junitxml=$(OUT)/gpu-test.xml 2>&1 | tee -a $(OUT)/gpu-test.log
-	-$(call GPU_TEST,2) $(call SPREAD,1) -m alone \
-	    --junitxml=$(OUT)/gpu-test-alone.xml 2>&1 | tee -a $(OUT)/gpu-test.log
+	-$(call GPU_TEST,2) $(call SPREAD,1) -m exclusive \
+	    --junitxml=$(OUT)/gpu-test-exclusive.xml 2>&1 | tee -a $(OUT)/gpu-test.log
 	$(WITH_SITE) tests/helpers/digest.py $(RESULTS) 2>&1 | tee -a $(OUT)/gpu-test.log
 
 gpu-bench: gpu-site

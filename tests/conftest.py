@@ -59,7 +59,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     lane = config.getoption("--lane")
     config.addinivalue_line("markers", "lanes(*names): the lanes a test belongs to (default: cpu)")
-    config.addinivalue_line("markers", "alone: wants the GPU to itself, for its memory or its time")
+    config.addinivalue_line(
+        "markers", "exclusive: wants the GPU to itself, for its memory or its time"
+    )
     config.addinivalue_line("markers", "one_dtype: float32 shows it; others only with --full")
     # Triton reads this when it decorates a kernel, so it must be set before any is imported.
     if lane == "interpret":

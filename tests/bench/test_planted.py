@@ -103,7 +103,7 @@ def test_a_slow_variant_shows() -> None:
 
 
 @pytest.mark.lanes("gpu")
-@pytest.mark.alone
+@pytest.mark.exclusive
 def test_a_slow_variant_shows_on_a_gpu() -> None:
     def slow(**inputs: Any) -> Tensor:
         from helpers.spin import spin
@@ -132,7 +132,7 @@ def test_the_clock_against_a_known_duration() -> None:
 
 
 @pytest.mark.lanes("gpu")
-@pytest.mark.alone
+@pytest.mark.exclusive
 @pytest.mark.parametrize("microseconds", [200, 2000])
 def test_events_against_a_known_duration(microseconds: int) -> None:
     from helpers.spin import spin
@@ -143,7 +143,7 @@ def test_events_against_a_known_duration(microseconds: int) -> None:
 
 
 @pytest.mark.lanes("gpu")
-@pytest.mark.alone
+@pytest.mark.exclusive
 def test_a_graph_against_a_known_duration() -> None:
     """Sixteen calls in one graph: the time of one, without the launches between them."""
     from helpers.spin import spin

@@ -162,7 +162,7 @@ def assert_sampled_rows_match(
 
 
 @ON_GPU
-@pytest.mark.alone
+@pytest.mark.exclusive
 @pytest.mark.parametrize(("spec", "case"), op_cases("huge"))
 def test_more_than_2_to_31_elements(spec: OpSpec, case: Case) -> None:
     way = Way("triton", "cuda", torch.bfloat16)

@@ -113,7 +113,7 @@ def test_forward_and_backward_wait_for_nothing() -> None:
 
 
 @ON_GPU
-@pytest.mark.alone
+@pytest.mark.exclusive
 def test_the_first_10m_step_is_there_within_a_minute() -> None:
     corpus = Corpus("words", [b"the cat sat on the mat, and the dog sat by the door. " * 4000], [])
     started = time.monotonic()

@@ -188,7 +188,8 @@ def test_the_gpu_lane_is_spread_where_xdist_is_there(python: str, there: bool) -
     command = ["make", "-n", "gpu-test", f"GPU_PYTHON={python}", "JOBS=7", "TESTS=a_test.py"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     runs = [line for line in done.stdout.replace("\\\n", "").splitlines() if " -m pytest" in line]
-    assert [re.findall(r"-m '?((?:not )?alone)", run) for run in runs] == [["not alone"], ["alone"]]
+    expressions = [re.findall(r"-m '?((?:not )?exclusive)", run) for run in runs]
+    assert expressions == [["not exclusive"], ["exclusive"]]
     assert all("pytest a_test.py -q --lane gpu" in run for run in runs)
     assert [f" -n {n} " in run for n, run in zip((7, 1), runs, strict=True)] == [there, there]
     assert all(("--timeout" in run) is there for run in runs)
