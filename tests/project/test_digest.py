@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from helpers.digest import NO_TIME, digest
+import pytest
+from helpers.digest import NO_TIME, digest, file_of
 
 
 def results(folder: Path, *tests: str) -> Path:
     file = folder / f"{len(list(folder.iterdir()))}.xml"
     cases = "".join(
-        f'<testcase classname="tests.test_a" name="t{k}" time="1.5">{inside}</testcase>'
+        f'<testcase classname="tests.kernels.test_a" name="t{k}" time="1.5">{inside}</testcase>'
         for k, inside in enumerate(tests)
     )
     file.write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
@@ -33,6 +34,19 @@ def test_counts_and_failures_that_are_alike(tmp_path: Path) -> None:
     assert "    2 failed: out: RMS error # > 1e-3 a long comparison" in lines
     assert "    1 failed: CUDA" in lines
     assert "        as in test_a::t1" in lines
+
+
+@pytest.mark.parametrize(
+    ("classname", "file"),
+    [
+        ("tests.models.test_words.TestEncode", "test_words"),
+        ("bench.bench_ops", "bench_ops"),
+        ("test_a", "test_a"),
+        ("tests.models.broken", "tests.models.broken"),
+    ],
+)
+def test_a_line_is_named_after_its_file(classname: str, file: str) -> None:
+    assert file_of(classname) == file
 
 
 def test_good_is_that_all_was_begun_and_nothing_failed(tmp_path: Path) -> None:
