@@ -52,15 +52,15 @@ class OpSpec:
     Args:
         name: public name; also the folder under `ops/`.
         op: the public function.
-        reference: fp64 oracle; takes the op's arguments without `impl`, float tensors in fp64.
-        yardstick: stock torch ops, fp32 accumulation, output in the tested dtype; same arguments
+        reference: the fp64 result; takes the op's arguments without `impl`, float tensors in fp64.
+        yardstick: plain torch ops, fp32 accumulation, output in the tested dtype; same arguments
             as the op, and the measure of how much error is normal.
         make_inputs: (case, dtype, device, seed) -> keyword arguments of the op.
         cases: shapes to test and time.
         grad_args: differentiable arguments, in signature order.
         row_args: tables whose gradient is also judged row by row.
         fp32_args: float arguments that are never rounded, so stay fp32 beside 16-bit ones.
-        exact: the outputs and gradients that must equal the oracle bit for bit, by case.
+        exact: the outputs and gradients that must equal the reference bit for bit, by case.
         terms: (upstream gradients by output, fp64 inputs) -> the results and gradients that may
             cancel to nothing, by name, each as the sum of the absolute terms of its elements.
         bytes_moved: (case, dtype, pass) -> bytes that any implementation must move.

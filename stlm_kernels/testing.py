@@ -1,7 +1,7 @@
 """Checks that prove an op right: ours in `tests/`, yours wherever you use the library.
 
-The tolerance rule has no magic numbers: how wrong a result may be follows from how wrong stock
-torch is on the same stored inputs, both judged against an fp64 oracle.
+The tolerance rule has no magic numbers: how wrong a result may be follows from how wrong plain
+torch is on the same stored inputs, both judged against an fp64 reference.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ The two differ by the ratio of the dtypes' eps. Narrower results are rounded, wh
 def assert_matches(
     actual: Tensor,
     reference: Tensor,  # fp64
-    yardstick: Tensor,  # stock torch, same dtype as actual
+    yardstick: Tensor,  # plain torch, same dtype as actual
     *,
     name: str = "result",
     exact: bool = False,
@@ -44,8 +44,8 @@ def assert_matches(
 
     Args:
         actual: the tested result.
-        reference: the oracle's result in fp64.
-        yardstick: what stock torch ops give, accumulated in fp32 and stored in actual's dtype.
+        reference: the right result in fp64.
+        yardstick: what plain torch ops give, accumulated in fp32 and stored in actual's dtype.
         name: what the message calls the result.
         exact: demand equality with the reference instead (gathers, maxima).
         rows: judge a table row by row too; rows that are zero in the reference must be zero, those

@@ -167,7 +167,7 @@ class CaseData:
         self.first = self._sample(inputs)
         self._errors: dict[str, dict[str, float]] = {}
         self._functions: dict[str, Callable[..., Any]] = {}
-        self._set_oracle()
+        self._set_reference()
 
     def _sample(self, inputs: Inputs, upstream: list[Tensor] | None = None) -> Sample:
         inputs = dict(inputs)
@@ -200,10 +200,10 @@ class CaseData:
             self._functions[entry.name] = function
         return self._functions[entry.name]
 
-    def _set_oracle(self) -> None:
+    def _set_reference(self) -> None:
         """Compute results in fp64: by the reference for small cases, else by the yardstick."""
         spec, first = self.spec, self.first
-        oracle = spec.reference if "smoke" in self.case.tags else spec.yardstick
+        reference = spec.reference if "smoke" in self.case.tags else spec.yardstick
         floats = any(x.is_floating_point() for x in _tensors(first.inputs))
         # What has no float input is integers found one by one: faster on the CPU.
         move = Tensor.double if floats else Tensor.cpu
@@ -211,7 +211,7 @@ class CaseData:
             _mapped(first.inputs, lambda x: move(x) if x.is_floating_point() or not floats else x),
             [x.double() for x in first.upstream],
         )
-        self._want = _results(oracle, wide)
+        self._want = _results(reference, wide)
         self._yardstick = _results(spec.yardstick, first) if floats else self._want
 
     def errors_of(self, entry: Entry, function: Callable[..., Any]) -> dict[str, float]:

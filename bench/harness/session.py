@@ -33,7 +33,7 @@ class Session:
         self.models = Models(machine, self.backend)
         self._ceilings: Ceilings | None = None
         self._data: CaseData | None = None
-        self._without_oracle: tuple[Any, str] = None, ""
+        self._without_reference: tuple[Any, str] = None, ""
 
     @property
     def ceilings(self) -> Ceilings | None:
@@ -83,8 +83,8 @@ class Session:
 
     def _case_data(self, job: Job) -> CaseData:
         """Return inputs and reference of the job's case, kept until another case comes."""
-        if self._without_oracle[0] is job.case:
-            raise Unchecked(self._without_oracle[1])
+        if self._without_reference[0] is job.case:
+            raise Unchecked(self._without_reference[1])
         data = self._data
         if data is None or data.spec is not job.spec or data.case is not job.case:
             self._data = data = None  # the old inputs go before the new ones come
@@ -92,8 +92,8 @@ class Session:
             try:
                 data = CaseData(job.spec, job.case, machine.dtype, machine.device)
             except torch.OutOfMemoryError:
-                self._without_oracle = job.case, "inputs and oracle do not fit in memory"
-                raise Unchecked(self._without_oracle[1]) from None
+                self._without_reference = job.case, "inputs and reference do not fit in memory"
+                raise Unchecked(self._without_reference[1]) from None
             self._data = data
         return data
 

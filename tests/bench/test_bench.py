@@ -264,7 +264,7 @@ def test_a_peer_that_cannot_run_is_noted_and_ours_must(error: Exception) -> None
     assert len(session.not_timed) == 1
 
 
-def test_without_an_oracle_nothing_is_timed_and_it_is_tried_once(
+def test_without_a_reference_nothing_is_timed_and_it_is_tried_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tried = []

@@ -32,12 +32,14 @@ def with_gradients(
     return tensors.with_gradients(attention, named, upstream=upstream, impl=way.impl, **options)
 
 
-def assert_close_to_oracle(operands: list[Tensor], way: Way, **options: Any) -> dict[str, Tensor]:
+def assert_close_to_reference(
+    operands: list[Tensor], way: Way, **options: Any
+) -> dict[str, Tensor]:
     """The tolerance rule, for the result and all gradients."""
     upstream = random_upstream(operands[0].shape, operands[0])
     got = with_gradients(operands, way, upstream, **options)
     named = dict(zip(NAMES, operands, strict=True))
-    tensors.assert_close_to_oracle(got, reference, named, upstream=upstream, **options)
+    tensors.assert_close_to_reference(got, reference, named, upstream=upstream, **options)
     return got
 
 

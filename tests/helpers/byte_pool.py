@@ -1,4 +1,4 @@
-"""Inputs for the tests of byte_pool, and an oracle that shares nothing with the library."""
+"""Inputs for the tests of byte_pool, and a reference that shares nothing with the library."""
 
 from __future__ import annotations
 

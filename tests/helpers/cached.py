@@ -31,7 +31,7 @@ def seen_ids(prompts: list[bytes]) -> list[list[int]]:
 
 
 def write_greedily(model: STLM, windows: list[list[int]], length: int) -> list[bytes]:
-    """The oracle of generation: everything anew for each byte."""
+    """The reference of generation: everything anew for each byte."""
     written = [bytearray() for _ in windows]
     for _ in range(length):
         windows = [fit_context(model, window) for window in windows]

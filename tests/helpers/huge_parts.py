@@ -1,7 +1,7 @@
-"""Parts of calls too large for an oracle: what decides some of their rows, as a small call.
+"""Parts of calls too large for a reference: what decides some of their rows, as a small call.
 
-What the oracle gives for the part must be what the op gave for those rows, gradients included: the
-whole call's upstream gradient is zero elsewhere.
+What the reference gives for the part must be what the op gave for those rows, gradients included:
+the whole call's upstream gradient is zero elsewhere.
 """
 
 from __future__ import annotations

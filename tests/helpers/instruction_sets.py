@@ -52,11 +52,11 @@ def files(*names: str) -> list[str]:
     return [str(path.relative_to(ROOT)) for path in found]
 
 
-JUDGED = ("-k", "values or cancel or oracle or digits")
+JUDGED = ("-k", "values or cancel or equals_the_reference or equal_the_reference or digits")
 SEEDS = ("--seeds", "20")
 EVERY_VALUE = {
     "cpu": [*files("ops", *MODELS, *OPS), *SEEDS],
-    # Kernels against the oracle, where triton's interpreter takes minutes over a whole lane.
+    # Kernels against the reference, where triton's interpreter takes minutes over a whole lane.
     "interpret": [*files("ops", "linear_logprobs", "linear_cross_entropy"), *SEEDS, *JUDGED],
 }
 FEW_VALUES = {

@@ -71,7 +71,7 @@ def random_upstream(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(like)
 
 
-def assert_close_to_oracle(
+def assert_close_to_reference(
     got: dict[str, Tensor],
     op: ModuleType,
     operands: Mapping[str, Tensor],

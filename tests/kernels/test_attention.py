@@ -10,7 +10,7 @@ import torch
 from helpers.attention import (
     NAMES,
     assert_close,
-    assert_close_to_oracle,
+    assert_close_to_reference,
     example,
     with_gradients,
 )
@@ -129,7 +129,7 @@ def test_documents_of_one_row(way: Way) -> None:
 def test_documents_of_two_rows(way: Way) -> None:
     """Short documents show a rounded output most in the backward."""
     boundaries = torch.arange(0, 61, 2, dtype=torch.int32)
-    assert_close_to_oracle(example((60,), 2, 1, 16, way), way, cu_seqlens=boundaries)
+    assert_close_to_reference(example((60,), 2, 1, 16, way), way, cu_seqlens=boundaries)
 
 
 @EVERY_LANE
@@ -149,9 +149,9 @@ def test_large_scores_neither_overflow_nor_vanish(way: Way, sign: int) -> None:
 @EVERY_LANE
 @pytest.mark.parametrize("scale", [0.0, -0.5])
 def test_scales_that_are_not_positive(way: Way, scale: float) -> None:
-    """Stock SDPA on a CPU gives NaN there: its mask changes sign as well."""
+    """Plain SDPA on a CPU gives NaN there: its mask changes sign as well."""
     operands = example((40,), 1, 1, 16, way)
-    got = assert_close_to_oracle(operands, way, scale=scale)
+    got = assert_close_to_reference(operands, way, scale=scale)
     assert (got["q"] == 0).all() == (scale == 0)
 
 
@@ -169,7 +169,7 @@ def test_ragged_documents(
     # The gradient of q in a document of one row is zero: the rest gives the errors their scale.
     boundaries = torch.tensor([0, *lengths, 12]).cumsum(0).int()
     operands = example((int(boundaries[-1]) + tail,), 2, kv_heads, 16, way)
-    assert_close_to_oracle(operands, way, cu_seqlens=boundaries, window=window)
+    assert_close_to_reference(operands, way, cu_seqlens=boundaries, window=window)
 
 
 @EVERY_LANE
@@ -353,4 +353,4 @@ def test_values_with_a_large_mean_have_exact_gradients(way: Way) -> None:
     if (way.impl, way.device) == ("torch", "cuda"):
         pytest.skip("torch's own kernels on a GPU do not correct for it")
     q, k, v = example((24,), 2, 1, 16, way)
-    assert_close_to_oracle([q, k, v + 64], way, window=12)
+    assert_close_to_reference([q, k, v + 64], way, window=12)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.attention import NAMES, assert_close, assert_close_to_oracle, with_gradients
+from helpers.attention import NAMES, assert_close, assert_close_to_reference, with_gradients
 from helpers.lanes import Way
 from helpers.tensors import ints, normal
 from torch import Tensor
@@ -39,7 +39,7 @@ def packed(way: Way) -> dict[str, Any]:
 def test_documents_with_more_keys(way: Way, options: dict[str, Any]) -> None:
     """One without rows, one as long as its keys, rows and keys of none at the end."""
     documents: dict[str, Any] = {"cu_seqlens": ROWS, "cu_seqlens_k": KEYS}
-    got = assert_close_to_oracle(example(way), way, **documents, **options)
+    got = assert_close_to_reference(example(way), way, **documents, **options)
     assert (got["out"][31:] == 0).all()
     assert (got["k"][71:] == 0).all()
     assert (got["k"][9:13] == 0).all()  # the document without rows

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stlm_kernels import _launch, attention_pool, explain
-from stlm_kernels.ops.attention_pool import reference as oracle
+from stlm_kernels.ops.attention_pool import reference as references
 from stlm_kernels.ops.attention_pool.reference import reference
 from stlm_kernels.testing import poisoned_memory
 
@@ -51,14 +51,14 @@ def with_gradients(
         return tensors.with_gradients(attention_pool, named, boundaries.to(way.device), **options)
 
 
-def assert_close_to_oracle(
+def assert_close_to_reference(
     operands: list[Tensor], boundaries: Tensor, way: Way, **options: Any
 ) -> dict[str, Tensor]:
     """Apply the tolerance rule to the result and all gradients."""
     got = with_gradients(operands, boundaries, way, **options)
     options["upstream"] = random_upstream(got["out"].shape, got["out"])
     named = dict(zip(NAMES, operands, strict=True))
-    tensors.assert_close_to_oracle(got, oracle, named, boundaries, **options)
+    tensors.assert_close_to_reference(got, references, named, boundaries, **options)
     return got
 
 
@@ -197,7 +197,7 @@ def test_ragged_patches(way: Way, lengths: list[int], tail: int, own: bool, kv_h
     boundaries = torch.tensor([0, *lengths, 12]).cumsum(0).int()
     patches = len(lengths) + 1 if own else None
     operands = example(int(boundaries[-1]) + tail, 2, kv_heads, 16, way, patches)
-    assert_close_to_oracle(operands, boundaries, way)
+    assert_close_to_reference(operands, boundaries, way)
 
 
 @EVERY_LANE
@@ -225,7 +225,7 @@ def test_runs_of_patches_add_up(way: Way, programs: int, monkeypatch: pytest.Mon
     config = {"ROWS": 4, "BLOCK_H": 1, "PROGRAMS": programs, "num_warps": 1}
     boundaries = torch.arange(0, 31, 2, dtype=torch.int32)
     with _launch.overriding({"attention_pool_bwd": config}):
-        assert_close_to_oracle(example(33, 1, 1, 8, way), boundaries, way)
+        assert_close_to_reference(example(33, 1, 1, 8, way), boundaries, way)
 
 
 @pytest.mark.lanes("cpu", "gpu")

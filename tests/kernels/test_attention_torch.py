@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.attention import assert_close_to_oracle, example
+from helpers.attention import assert_close_to_reference, example
 from helpers.lanes import Way
 from helpers.ops import LargestTensor
 from helpers.tensors import ints
@@ -36,7 +36,7 @@ OPTIONS = [
 def test_options(way: Way, options: dict[str, Any]) -> None:
     if way.impl != "torch":
         pytest.skip("the torch path's own")
-    assert_close_to_oracle(example((40,), 4, 2, 24, way), way, **options)
+    assert_close_to_reference(example((40,), 4, 2, 24, way), way, **options)
 
 
 def test_full_attention_of_documents_is_patch_attention() -> None:
@@ -89,7 +89,7 @@ def test_documents_without_the_flash_attention_of_cpus(
     monkeypatch.setattr(documents, "_has_flash", lambda x: False)
     boundaries = ints(0, 3, 3, 70, 110, 150, 160, 169, 200)
     operands = example((210,), 4, 2, 8, CPU)
-    assert_close_to_oracle(operands, CPU, cu_seqlens=boundaries, causal=causal)
+    assert_close_to_reference(operands, CPU, cu_seqlens=boundaries, causal=causal)
     plain = attention(*operands, cu_seqlens=boundaries, causal=causal)
     want = reference(*[x.double() for x in operands], cu_seqlens=boundaries, causal=causal)
     torch.testing.assert_close(plain.double(), want, rtol=1e-5, atol=1e-5)
@@ -153,7 +153,7 @@ def test_blocks_of_any_size(
     monkeypatch.setattr(torch_impl, "LEAST_ROWS", 3)
     monkeypatch.setattr(torch_impl, "LEAST_BLOCK", 10)
     boundaries = ints(0, 3, 4, 4, 41, 44, 80)
-    assert_close_to_oracle(example((90,), 2, 1, 16, CPU), CPU, cu_seqlens=boundaries, **options)
+    assert_close_to_reference(example((90,), 2, 1, 16, CPU), CPU, cu_seqlens=boundaries, **options)
 
 
 def scores_formed(total: int, **options: Any) -> int:
@@ -185,7 +185,9 @@ def test_windows_in_blocks_and_calls(
     cut = banded.Bands.of(150, window - 1, 0, 2)
     assert len(list(cut.spans())) > 1
     boundaries = ints(0, 3, 3, 110, 147)
-    assert_close_to_oracle(example((150,), 4, 2, 8, CPU), CPU, window=window, cu_seqlens=boundaries)
+    assert_close_to_reference(
+        example((150,), 4, 2, 8, CPU), CPU, window=window, cu_seqlens=boundaries
+    )
 
 
 @pytest.mark.parametrize(("total", "window"), [(16_384, 512), (8192, 4096)])

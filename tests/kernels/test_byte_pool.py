@@ -57,10 +57,10 @@ def test_any_shape_against_the_loop(way: Way, data: st.DataObject) -> None:
     vocab = data.draw(st.integers(1, largest), label="V")
     if way.impl == "triton" and way.dtype == BF16:
         # One bf16 part of scale * G is within the rule on a table, not on any single number:
-        # a patch "aaa" has the gradient 3 * (g / 3), which stock torch happens to get exactly.
+        # a patch "aaa" has the gradient 3 * (g / 3), which plain torch happens to get exactly.
         lengths, width, vocab = [*lengths, *range(1, 40)], max(width, 16), max(vocab, 64)
     if sum(lengths) > 64:
-        # A long sum of one number drifts, in stock torch and the loop too: that compares luck.
+        # A long sum of one number drifts, in plain torch and the loop too: that compares luck.
         width, vocab = max(width, 16), max(vocab, 64)
     inputs = pool_inputs(
         lengths,

@@ -47,7 +47,7 @@ def decode(operands: Any, lens: Tensor, way: Way, **options: Any) -> Tensor:
     return out
 
 
-def assert_close_to_oracle(operands: Any, lens: Tensor, way: Way, **options: Any) -> Tensor:
+def assert_close_to_reference(operands: Any, lens: Tensor, way: Way, **options: Any) -> Tensor:
     got = decode(operands, lens, way, **options)
     stored = [x.cpu() for x in operands]
     want = reference(*[x.double() for x in stored], lens, **options)
@@ -123,14 +123,14 @@ def test_any_lengths(
     way: Way, lens: list[int], window: int | None, group: int, softcap: float | None
 ) -> None:
     operands = example(len(lens), 70, 2 * group, 2, 16, way)
-    assert_close_to_oracle(operands, ints(*lens), way, window=window, softcap=softcap)
+    assert_close_to_reference(operands, ints(*lens), way, window=window, softcap=softcap)
 
 
 @EVERY_LANE
 def test_neighbours_of_equal_length(way: Way) -> None:
     """The torch path takes them together."""
     operands = example(6, 20, 2, 1, 16, way)
-    assert_close_to_oracle(operands, ints(9, 9, 0, 20, 20, 9), way, window=12)
+    assert_close_to_reference(operands, ints(9, 9, 0, 20, 20, 9), way, window=12)
 
 
 @EVERY_LANE
@@ -223,7 +223,7 @@ def test_any_number_of_parts(way: Way, programs: int, monkeypatch: pytest.Monkey
     monkeypatch.setattr(config, "PROGRAMS", programs)
     q, k, v = example(1, 190, 2, 1, 16, way)
     k *= torch.linspace(0.5, 2, 190).to(k)[:, None, None]
-    assert_close_to_oracle((q, k, v), ints(183), way)
+    assert_close_to_reference((q, k, v), ints(183), way)
 
 
 def test_parts_follow_from_shapes() -> None:

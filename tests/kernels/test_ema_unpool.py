@@ -216,7 +216,7 @@ def test_gradients_accumulate_wide(way: Way) -> None:
     assert gradient.flatten().tolist() == [0, want]
 
 
-# ---- against the oracle -----------------------------------------------------------------------
+# ---- against the reference -----------------------------------------------------------------------
 
 
 @st.composite
@@ -239,7 +239,7 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @given(calls())
-def test_equals_the_oracle(call: dict[str, Any]) -> None:
+def test_equals_the_reference(call: dict[str, Any]) -> None:
     def run(function: Any) -> list[Tensor]:
         given = {
             k: x.detach().clone().requires_grad_() if x is not None and x.is_floating_point() else x

@@ -221,13 +221,13 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
 
 @RESULT_LANES
 @given(calls(), st.none() | st.integers(1, 30))
-def test_equals_the_oracle(cut: Cut, call: dict[str, Any], max_patches: int | None) -> None:
+def test_equals_the_reference(cut: Cut, call: dict[str, Any], max_patches: int | None) -> None:
     assert_equal(cut(**call, max_patches=max_patches), reference(**call, max_patches=max_patches))
 
 
 @RESULT_LANES
 @pytest.mark.parametrize("how", WAYS_TO_CUT)
-def test_longer_texts_equal_the_oracle(cut: Cut, how: str) -> None:
+def test_longer_texts_equal_the_reference(cut: Cut, how: str) -> None:
     """A run over several rounds of the scan, documents in a block and over many, bytes of none."""
     total, rng = 110, torch.Generator().manual_seed(0)
     ids = torch.where(torch.rand(total, generator=rng) < 0.1, ord(" "), ord("a"))

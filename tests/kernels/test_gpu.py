@@ -110,7 +110,7 @@ def assert_sampled_rows_match(
 ) -> int:
     """Rows of the results, the last among them, and the gradients of these rows alone.
 
-    The oracle sees nothing but the part of the inputs that decides them.
+    The reference sees nothing but the part of the inputs that decides them.
 
     Returns:
         Elements of the largest tensor.

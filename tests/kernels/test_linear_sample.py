@@ -116,7 +116,7 @@ def test_neighbouring_draws_are_independent(way: Way, neighbour: str, full: bool
 )
 @pytest.mark.parametrize("vocab", [3, 16, 300])
 def test_the_set_that_may_be_drawn(way: Way, options: dict[str, Any], vocab: int) -> None:
-    """Every id of the oracle's set is drawn, and no other."""
+    """Every id of the reference's set is drawn, and no other."""
     if way.dtype not in (torch.float32, torch.float64):
         pytest.skip("what is kept does not know the dtype of the operands")
     # Few values, so that ties lie on every threshold; none so small that it is never drawn.

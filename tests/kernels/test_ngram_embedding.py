@@ -238,7 +238,7 @@ def test_the_sum_is_rounded_once(dtype: torch.dtype) -> None:
     assert ngram_embedding(ints(3), tables, ngram_sizes=(1, 2, 3)).item() == 1 + 2 * half
 
 
-# ---- against the oracle -----------------------------------------------------------------------
+# ---- against the reference -----------------------------------------------------------------------
 
 
 @st.composite
@@ -266,7 +266,7 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @given(calls(), st.sampled_from(FLOATS))
-def test_equals_the_oracle(call: dict[str, Any], dtype: torch.dtype) -> None:
+def test_equals_the_reference(call: dict[str, Any], dtype: torch.dtype) -> None:
     ours = [table.to(dtype).requires_grad_() for table in call["tables"]]
     wide = [table.clone().requires_grad_() for table in call["tables"]]
     out, want = ngram_embedding(**{**call, "tables": ours}), reference(**{**call, "tables": wide})

@@ -18,7 +18,7 @@ from torch import Tensor
 from stlm_kernels import _launch, explain, patch_attention
 from stlm_kernels._torch.attention_blocks import length_of
 from stlm_kernels.ops.patch_attention import folded, torch_impl
-from stlm_kernels.ops.patch_attention import reference as oracle
+from stlm_kernels.ops.patch_attention import reference as references
 from stlm_kernels.ops.patch_attention.reference import reference
 
 EVERY_LANE = pytest.mark.lanes("cpu", "interpret", "gpu")
@@ -45,14 +45,14 @@ def with_gradients(
     return tensors.with_gradients(patch_attention, named, boundaries.to(way.device), **options)
 
 
-def assert_close_to_oracle(
+def assert_close_to_reference(
     operands: list[Tensor], boundaries: Tensor, way: Way, **options: Any
 ) -> dict[str, Tensor]:
     """Apply the tolerance rule to the result and all gradients."""
     upstream = random_upstream(operands[0].shape, operands[0])
     got = with_gradients(operands, boundaries, way, upstream, **options)
     named, options["upstream"] = dict(zip(NAMES, operands, strict=True)), upstream
-    tensors.assert_close_to_oracle(got, oracle, named, boundaries, **options)
+    tensors.assert_close_to_reference(got, references, named, boundaries, **options)
     return got
 
 
@@ -178,7 +178,7 @@ def test_equal_scores_give_the_mean(way: Way) -> None:
 @EVERY_LANE
 @BOTH_MASKS
 def test_a_negative_scale_turns_the_scores_around(way: Way, causal: bool) -> None:
-    """Stock SDPA on a CPU gives NaN there: its mask changes sign as well."""
+    """Plain SDPA on a CPU gives NaN there: its mask changes sign as well."""
     q, k, v = (x.detach() for x in example(30, 1, 1, 16, way))
     boundaries = ints(0, 12, 30)
     want = with_gradients([-q, k, v], boundaries, way, scale=0.5, causal=causal)
@@ -193,7 +193,7 @@ def test_a_negative_scale_turns_the_scores_around(way: Way, causal: bool) -> Non
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (3, 3)])
 def test_query_heads_share_key_heads_in_order(way: Way, heads: int, kv_heads: int) -> None:
     operands = example(30, heads, kv_heads, 16, way)
-    got = assert_close_to_oracle(operands, ints(0, 12, 30), way)
+    got = assert_close_to_reference(operands, ints(0, 12, 30), way)
     q, k, v = (x.detach() for x in operands)
     group, boundaries = heads // kv_heads, ints(0, 12, 30).to(way.device)
     eps = torch.finfo(way.dtype).eps
@@ -219,7 +219,7 @@ def test_ragged_patches(
     # The gradient of q in a patch of one byte is zero: the rest gives the errors their scale.
     boundaries = torch.tensor([0, *lengths, 12]).cumsum(0).int()
     operands = example(int(boundaries[-1]) + tail, 2, kv_heads, 16, way)
-    assert_close_to_oracle(operands, boundaries, way, causal=causal)
+    assert_close_to_reference(operands, boundaries, way, causal=causal)
 
 
 @pytest.mark.lanes("cpu", "gpu")
@@ -235,7 +235,7 @@ def test_blocks_of_any_size(
     monkeypatch.setattr(torch_impl, "BLOCK_SCORES", budget)
     monkeypatch.setattr(torch_impl, "LEAST_ROWS", 3)
     operands = example(90, 2, 1, 16, way)
-    assert_close_to_oracle(operands, ints(0, 3, 4, 4, 41, 44, 80), way, causal=causal)
+    assert_close_to_reference(operands, ints(0, 3, 4, 4, 41, 44, 80), way, causal=causal)
 
 
 @BOTH_MASKS
@@ -264,7 +264,7 @@ def test_patches_of_one_length_behind_each_other_are_not_gathered(
             seen[t] = True
     assert all(seen)
     way = Way("torch", "cpu", torch.float32)
-    assert_close_to_oracle(example(20, 2, 1, 16, way), ints(*boundaries), way)
+    assert_close_to_reference(example(20, 2, 1, 16, way), ints(*boundaries), way)
 
 
 @pytest.mark.lanes("cpu", "gpu")

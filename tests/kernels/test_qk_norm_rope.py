@@ -53,7 +53,7 @@ def with_gradients(call: dict[str, Any], function: Any, **options: Any) -> dict[
     return {"out_q": out[0], "out_k": out[1], **dict(zip(leaves, grads, strict=True))}
 
 
-def assert_close_to_oracle(call: dict[str, Any], way: Way) -> dict[str, Tensor]:
+def assert_close_to_reference(call: dict[str, Any], way: Way) -> dict[str, Tensor]:
     with _launch.overriding(SMALL):
         got = with_gradients(call, qk_norm_rope, impl=way.impl)
 
@@ -102,7 +102,7 @@ def test_the_norm_by_hand(way: Way) -> None:
     assert torch.equal(bare, q)
 
 
-# ---- against the oracle -----------------------------------------------------------------------
+# ---- against the reference -----------------------------------------------------------------------
 
 
 @EVERY_LANE
@@ -127,7 +127,7 @@ def test_any_layout(
         shape = lead if places == "each" else lead[-1:]
         rng = torch.Generator().manual_seed(3)
         call["positions"] = torch.randint(lead[-1], shape, generator=rng).to(way.device)
-    assert_close_to_oracle(call | {"interleaved": interleaved}, way)
+    assert_close_to_reference(call | {"interleaved": interleaved}, way)
 
 
 @EVERY_LANE
@@ -139,7 +139,7 @@ def test_weights_gradients_of_several_runs(
     if way.impl == "torch" and programs > 1:
         pytest.skip("the torch path has no runs")
     monkeypatch.setattr(config, "PROGRAMS", programs)
-    assert_close_to_oracle(example(11, heads=3, kv_heads=1, width=16, way=way), way)
+    assert_close_to_reference(example(11, heads=3, kv_heads=1, width=16, way=way), way)
 
 
 @pytest.mark.parametrize("elements", [1, 60, 150, 400])
@@ -154,7 +154,7 @@ def test_chunks_of_a_batch_and_of_a_row(
     call: dict[str, Any] = example(3, 5, heads=2, kv_heads=1, width=16, way=way)
     if places is not None:
         call["positions"] = torch.tensor(places)
-    assert_close_to_oracle(call | {"interleaved": interleaved}, way)
+    assert_close_to_reference(call | {"interleaved": interleaved}, way)
 
 
 def test_blocks_are_differentiated_twice_and_many_times_at_once(
@@ -205,12 +205,12 @@ def test_tables_and_weights_of_either_width(way: Way) -> None:
     """fp32 ones are not rounded, ones in q's dtype are taken as they are."""
     call: dict[str, Any] = example(5, heads=2, kv_heads=1, width=16, way=way)
     narrow = call | {name: call[name].to(way.dtype) for name in ("cos", "sin")}
-    assert_close_to_oracle(narrow, way)
+    assert_close_to_reference(narrow, way)
     wide = dict(call)
     for name in ("q_weight", "k_weight"):
         fine = torch.promote_types(way.dtype, torch.float32)
         wide[name] = (call[name].detach().to(fine) + 1e-4).requires_grad_()
-    got = assert_close_to_oracle(wide, way)
+    got = assert_close_to_reference(wide, way)
     assert got["q_weight"].dtype == wide["q_weight"].dtype
 
 

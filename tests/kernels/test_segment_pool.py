@@ -187,7 +187,7 @@ def test_autocast_rounds_once_and_keeps_the_gradient_wide(mode: str) -> None:
         assert segment_pool(wide, boundaries, mode=mode).dtype == torch.float64
 
 
-# ---- against the oracle -----------------------------------------------------------------------
+# ---- against the reference -----------------------------------------------------------------------
 
 
 @st.composite
@@ -205,7 +205,7 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @given(calls(), st.sampled_from(FLOATS))
-def test_equals_the_oracle(call: dict[str, Any], dtype: torch.dtype) -> None:
+def test_equals_the_reference(call: dict[str, Any], dtype: torch.dtype) -> None:
     x = call["x"].to(dtype).requires_grad_()
     wide = call["x"].double().requires_grad_()
     out = segment_pool(**{**call, "x": x})

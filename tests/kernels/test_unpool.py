@@ -127,7 +127,7 @@ def test_autocast_rounds_when_loading_and_keeps_gradients_wide() -> None:
     assert grads[0][:, 0].tolist() == [2047.0, 1.0]
 
 
-# ---- against the oracle -----------------------------------------------------------------------
+# ---- against the reference -----------------------------------------------------------------------
 
 
 @st.composite
@@ -166,7 +166,7 @@ def grads_of(out: Tensor, call: dict[str, Any], upstream: Tensor) -> list[Tensor
 
 
 @given(calls(), st.sampled_from(FLOATS))
-def test_equals_the_oracle(call: dict[str, Any], dtype: torch.dtype) -> None:
+def test_equals_the_reference(call: dict[str, Any], dtype: torch.dtype) -> None:
     ours, wide = as_leaves(call, dtype), as_leaves(call, torch.float64)
     out, want = unpool(**ours), reference(**wide)
     assert out.tolist() == want.tolist()

@@ -17,7 +17,7 @@ VOCAB, WIDTH, LENGTH, STEPS = 260, 32, 24, 40
 
 
 class PlainGPT(nn.Module):
-    """A small GPT of stock parts, with one table for both ends."""
+    """A small GPT of plain torch parts, with one table for both ends."""
 
     def __init__(self) -> None:
         super().__init__()

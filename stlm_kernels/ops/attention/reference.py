@@ -1,4 +1,4 @@
-"""attention for judging the others: an fp64 oracle that loops, and stock torch."""
+"""attention for judging the others: an fp64 reference that loops, and plain torch."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def yardstick(
     softcap: float | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """Careful composition of stock torch ops: SDPA, with a mask of the scores where needed.
+    """Careful composition of plain torch ops: SDPA, with a mask of the scores where needed.
 
     Long sequences go block by block, each over the keys that it can reach; its scores are formed
     again in the backward, since all of them would not fit.

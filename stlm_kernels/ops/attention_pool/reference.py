@@ -1,4 +1,4 @@
-"""attention_pool for judging the others: an fp64 oracle that loops, and stock torch."""
+"""attention_pool for judging the others: an fp64 reference that loops, and plain torch."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def yardstick(
     *,
     scale: float | None = None,
 ) -> Tensor:
-    """Careful composition of stock torch ops: SDPA over patches of one length at a time."""
+    """Careful composition of plain torch ops: SDPA over patches of one length at a time."""
     wide = torch.promote_types(key.dtype, torch.float32)
     starts, lengths = cu_patchlens[:-1].long(), cu_patchlens.diff().long()
     cast = query.to(key.dtype).to(wide)

@@ -1,4 +1,4 @@
-"""byte_pool for judging the others: an fp64 oracle that loops, and stock torch as yardstick."""
+"""byte_pool for judging the others: an fp64 reference that loops, and plain torch as yardstick."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def yardstick(
     mode: str = "mean",
     position_weight: Tensor | None = None,
 ) -> Tensor:
-    """Careful composition of stock torch ops: float32 inside, the table's dtype outside."""
+    """Careful composition of plain torch ops: float32 inside, the table's dtype outside."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     lengths = cu_patchlens.diff().long()
     patches = torch.arange(lengths.shape[0], device=weight.device).repeat_interleave(lengths)

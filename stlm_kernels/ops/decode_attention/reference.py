@@ -1,4 +1,4 @@
-"""decode_attention for judging the others: an fp64 oracle that loops, and stock torch."""
+"""decode_attention for judging the others: an fp64 reference that loops, and plain torch."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def yardstick(
     scale: float | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Careful composition of stock torch ops, sequence by sequence: float32 inside."""
+    """Careful composition of plain torch ops, sequence by sequence: float32 inside."""
     wide = torch.promote_types(q.dtype, torch.float32)
     out = q.new_zeros(q.shape, dtype=wide)
     group = q.shape[1] // k_cache.shape[2]

@@ -1,4 +1,4 @@
-"""ema_unpool for judging the others: an fp64 oracle that loops, and stock torch as yardstick."""
+"""ema_unpool for judging the others: an fp64 reference that loops, and plain torch as yardstick."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def yardstick(
     cu_seqlens: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """Careful composition of stock torch ops: float32 inside, the states' dtype outside."""
+    """Careful composition of plain torch ops: float32 inside, the states' dtype outside."""
     wide = torch.promote_types(patch_states.dtype, torch.float32)
     patches = patch_states.shape[0]
     starts, end = ({0}, patches) if cu_seqlens is None else _documents(cu_seqlens)

@@ -1,4 +1,4 @@
-"""The oracle of find_patches: one byte after another, a running patch length and nothing else."""
+"""The reference of find_patches: byte after byte, a running patch length and nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""linear_cross_entropy for judging the others: an fp64 oracle by rows, and stock torch."""
+"""linear_cross_entropy for judging the others: an fp64 reference by rows, and plain torch."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def yardstick(
     z_loss: float = 0.0,
     **head: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Stock torch: logits in fp32, F.cross_entropy, and the z-loss by hand.
+    """Plain torch: logits in fp32, F.cross_entropy, and the z-loss by hand.
 
     Rows whose logits would not fit go by blocks, which the backward forms again.
     """

@@ -1,4 +1,4 @@
-"""linear_kl_div for judging the others: an fp64 oracle by rows, and stock torch."""
+"""linear_kl_div for judging the others: an fp64 reference by rows, and plain torch."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def yardstick(
     reduction: str = "mean",
     **head: Any,
 ) -> Tensor:
-    """Stock torch: the whole logits in fp32, two log_softmax, F.kl_div."""
+    """Plain torch: the whole logits in fp32, two log_softmax, F.kl_div."""
     head = {"linear_bias": None, "softcap": None, "logit_scale": 1.0, "valid_vocab": None} | head
     z = yardstick_logits(input, linear_weight, **head)
     given = teacher_logits.reshape(z.shape).to(z.dtype)

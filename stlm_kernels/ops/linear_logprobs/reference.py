@@ -1,4 +1,4 @@
-"""Row losses for judging the others: an fp64 oracle from the definition, and stock torch."""
+"""Row losses for judging the others: an fp64 reference from the definition, and plain torch."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def yardstick(
     logit_scale: float = 1.0,
     valid_vocab: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Stock torch: the whole (N, V) logits in fp32, log_softmax, gather."""
+    """Plain torch: the whole (N, V) logits in fp32, log_softmax, gather."""
     z = yardstick_logits(input, linear_weight, linear_bias, softcap, logit_scale, valid_vocab)
     wanted = target.long().flatten()
     kept = torch.ones_like(wanted, dtype=torch.bool)

@@ -1,6 +1,6 @@
 """Shapes, inputs, bytes and FLOPs of linear_sample.
 
-What is drawn can be compared with an oracle where only one id can be drawn: temperature 0, or
+What is drawn can be compared with a reference where only one id can be drawn: temperature 0, or
 top_k 1, which runs everything that a real draw runs. The draws are judged in the op's own tests.
 """
 

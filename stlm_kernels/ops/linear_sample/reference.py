@@ -1,4 +1,4 @@
-"""linear_sample for judging the others: the exact distribution in fp64, and stock torch."""
+"""linear_sample for judging the others: the exact distribution in fp64, and plain torch."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def yardstick(
     logit_scale: float = 1.0,
     valid_vocab: int | None = None,
 ) -> Tensor:
-    """Stock torch as generators write it: logits, sort, cut, softmax, multinomial."""
+    """Plain torch as generators write it: logits, sort, cut, softmax, multinomial."""
     z = yardstick_logits(input, linear_weight, linear_bias, softcap, logit_scale, valid_vocab)
     if temperature == 0:
         return z.argmax(1).view(input.shape[:-1])

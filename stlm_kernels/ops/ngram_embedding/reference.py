@@ -1,4 +1,4 @@
-"""ngram_embedding for judging the others: an fp64 oracle that loops, and stock torch."""
+"""ngram_embedding for judging the others: an fp64 reference that loops, and plain torch."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def yardstick(
     multipliers: Sequence[int] | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """Careful composition of stock torch ops: float32 inside, the tables' dtype outside."""
+    """Careful composition of plain torch ops: float32 inside, the tables' dtype outside."""
     wide = torch.promote_types(tables[0].dtype, torch.float32)
     boundaries = [0, byte_ids.shape[0]] if cu_seqlens is None else cu_seqlens.tolist()
     documents = [byte_ids[start:end].long() for start, end in pairwise(boundaries)]

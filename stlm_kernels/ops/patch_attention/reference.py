@@ -1,4 +1,4 @@
-"""patch_attention for judging the others: an fp64 oracle that loops, and stock torch."""
+"""patch_attention for judging the others: an fp64 reference that loops, and plain torch."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def yardstick(
     causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    """Careful composition of stock torch ops: patches of one length folded into a batch."""
+    """Careful composition of plain torch ops: patches of one length folded into a batch."""
     wide = torch.promote_types(q.dtype, torch.float32)
     starts, lengths = cu_patchlens[:-1].long(), cu_patchlens.diff().long()
     out = q.new_zeros(q.shape, dtype=wide)

@@ -1,4 +1,4 @@
-"""qk_norm_rope for judging the others: an fp64 oracle in complex numbers, and stock torch."""
+"""qk_norm_rope for judging the others: an fp64 reference in complex numbers, and plain torch."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def yardstick(
     positions: Tensor | None = None,
     interleaved: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Careful composition of stock torch ops: float32 inside, rotation by a swapped copy."""
+    """Careful composition of plain torch ops: float32 inside, rotation by a swapped copy."""
     wide = torch.promote_types(q.dtype, torch.float32)
     where = torch.arange(q.shape[-3], device=q.device) if positions is None else positions.long()
     repeat = (lambda x: x.repeat_interleave(2, -1)) if interleaved else lambda x: x.repeat(1, 2)

@@ -1,4 +1,4 @@
-"""segment_pool for judging the others: an fp64 oracle that loops, and stock torch as yardstick."""
+"""segment_pool for judging the others: an fp64 reference that loops, and plain torch."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _first_of(pick: Callable[[list[float]], float], values: list[float]) -> int:
 
 
 def yardstick(x: Tensor, cu_patchlens: Tensor, *, mode: str = "mean") -> Tensor:
-    """Careful composition of stock torch ops: float32 inside, the input's dtype outside."""
+    """Careful composition of plain torch ops: float32 inside, the input's dtype outside."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     lengths = cu_patchlens.diff().long()
     patches = torch.arange(lengths.shape[0], device=x.device).repeat_interleave(lengths)

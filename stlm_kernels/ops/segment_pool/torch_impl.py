@@ -2,7 +2,7 @@
 
 Sums run through EmbeddingBag over rows 0, 1, 2, ..., the fastest segment sum torch has on a CPU,
 accumulating in float32 and in a fixed order; their gradient is a gather. The gradient of
-a maximum or minimum goes to the first row that holds it, which no stock op says.
+a maximum or minimum goes to the first row that holds it, which no op of torch says.
 
 A "bag" is a patch. Where the patches do not cover all rows, there is one more bag before the first
 and one after the last: both are cut off again, and autograd gives them the gradient zero.

@@ -1,4 +1,4 @@
-"""unpool for judging the others: an fp64 oracle that loops, and stock torch as yardstick."""
+"""unpool for judging the others: an fp64 reference that loops, and plain torch as yardstick."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def yardstick(
     null_state: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """Careful composition of stock torch ops: float32 inside, the states' dtype outside."""
+    """Careful composition of plain torch ops: float32 inside, the states' dtype outside."""
     wide = torch.promote_types(patch_states.dtype, torch.float32)
     table = F.pad(patch_states.to(wide), (0, 0, 1, 0))
     if null_state is not None:
