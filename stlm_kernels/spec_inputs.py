@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-TEXTS = ("english", "code", "uniform", "equal")
 MOST_DRAWN = 4_194_301
 """A prime, so that no wrap of an index, by a power of two, meets the same values again."""
 

@@ -10,9 +10,6 @@ from numpy.typing import NDArray
 Bits = NDArray[np.unsignedinteger]
 Floats = NDArray[np.floating]
 
-# name -> (bits of the exponent, bits of the fraction)
-SMALL_FLOATS = {"bf16": (8, 7), "f16": (5, 10), "tf32": (8, 10)}
-
 
 def widen(bits: Bits, kind: str) -> NDArray[np.float32]:
     """16-bit floats as fp32, exactly."""

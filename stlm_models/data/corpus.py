@@ -1,4 +1,4 @@
-"""Corpora as bytes, and training windows that a seed and a step number determine."""
+"""Corpora as bytes: documents to train on, and those held out for evaluation."""
 
 from __future__ import annotations
 
