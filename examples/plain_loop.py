@@ -34,7 +34,7 @@ def main() -> None:
     model = STLM(SHAPE)
     print(f"before: {bits_per_byte(model, text):.2f} bits per byte")
 
-    windows = TrainingWindows([text], context=128, rows=4, seed=0)
+    windows = TrainingWindows([text], context=128, batch_size=4, seed=0)
     optimizers = Optimizers(model, muon_lr=0.02, adamw_lr=0.004)  # also clears the gradients
     for step in range(STEPS):
         batch = windows.batch(step)  # packed: ids (T,), targets (T,), documents by prefix sums

@@ -35,7 +35,7 @@ def patcher_of(config: ModelConfig) -> Patcher | None:
 class Batch:
     """Windows of the corpus, packed.
 
-    >>> batch = TrainingWindows([b"two words" * 9], context=16, rows=2, seed=0).batch(0)
+    >>> batch = TrainingWindows([b"two words" * 9], context=16, batch_size=2, seed=0).batch(0)
     >>> batch.byte_ids.shape, batch.targets.shape
     (torch.Size([32]), torch.Size([32]))
     """
@@ -93,7 +93,7 @@ class Loader:
         device: where the batches go.
         ahead: how many are kept ready, at most.
 
-    >>> windows = TrainingWindows([b"two words" * 9], context=16, rows=2, seed=0)
+    >>> windows = TrainingWindows([b"two words" * 9], context=16, batch_size=2, seed=0)
     >>> Loader(windows.batch, torch.device("cpu"), ahead=0).batch(3).n_bytes
     32
     """

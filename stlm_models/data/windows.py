@@ -72,15 +72,16 @@ class TrainingWindows:
     Args:
         documents: at least one window's worth of ids.
         context: ids in a window.
-        rows: windows in a batch, over all processes.
+        batch_size: windows in a batch, over all processes.
         seed: of the order and the offsets.
         patcher: finds the patches of each batch; None finds none.
-        rank, world: this process reads its share of the rows, and all together what one would.
+        rank, world: this process reads its share of them, and all together what one would.
 
     Raises:
-        ValueError: where the documents are shorter than a window, or rows cannot be shared evenly.
+        ValueError: where the documents are shorter than a window, or batch_size cannot be shared
+            evenly.
 
-    >>> windows = TrainingWindows([b"two words" * 9], context=16, rows=2, seed=0)
+    >>> windows = TrainingWindows([b"two words" * 9], context=16, batch_size=2, seed=0)
     >>> windows.batch(0).byte_ids.shape
     torch.Size([32])
     """
@@ -90,32 +91,32 @@ class TrainingWindows:
         documents: Sequence[Document],
         *,
         context: int,
-        rows: int,
+        batch_size: int,
         seed: int,
         patcher: Patcher | None = None,
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        if rows < 1 or rows % world:
+        if batch_size < 1 or batch_size % world:
             expected = "at least 1" if world == 1 else f"a multiple of the {world} processes"
-            raise ValueError(f"rows: expected {expected}, got {rows}")
+            raise ValueError(f"batch_size: expected {expected}, got {batch_size}")
         n_bytes = sum(map(len, documents))
         if n_bytes < context:
             raise ValueError(
                 f"data: expected at least one window of {context} bytes to train on, got {n_bytes}"
             )
         self.ids = DocumentStream(documents)
-        self.context, self.rows, self.seed, self.patcher = context, rows, seed, patcher
-        self.own_rows = range(rank * rows // world, (rank + 1) * rows // world)
+        self.context, self.batch_size, self.seed, self.patcher = context, batch_size, seed, patcher
+        self.own_windows = range(rank * batch_size // world, (rank + 1) * batch_size // world)
         # One id more than the window is its last target; the offset may use up to a window.
         self.n_windows = max(1, (len(self.ids) - 1) // context - 1)
         self._most_documents: int | None = None
         if getattr(patcher, "max_patches", None) is not None:
-            self._most_documents = len(self.own_rows) * self.ids.most_documents(context)
+            self._most_documents = len(self.own_windows) * self.ids.most_documents(context)
 
     def batch(self, step: int) -> Batch:
         """Return this process's windows of a step; id 256 is no target, and begins a document."""
-        starts = [self._start(step * self.rows + row) for row in self.own_rows]
+        starts = [self._start(step * self.batch_size + place) for place in self.own_windows]
         windows = np.stack([self.ids[start : start + self.context + 1] for start in starts])
         inputs, targets = windows[:, :-1].reshape(-1), windows[:, 1:].reshape(-1).astype(np.int64)
         targets[targets == BOS_ID] = IGNORED

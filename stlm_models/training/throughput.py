@@ -21,7 +21,7 @@ def flops_per_byte(trainer: Trainer) -> float:
     checkpointing runs again. Parameters, their gradients and random numbers stay as they are.
     """
     windows = copy.copy(trainer.windows)
-    windows.own_rows = windows.own_rows[:1]
+    windows.own_windows = windows.own_windows[:1]
     batch = windows.batch(0).to(trainer.device)
     patches = batch.patches
     if patches is not None:

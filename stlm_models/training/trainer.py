@@ -156,7 +156,7 @@ class Trainer:
         self.windows = TrainingWindows(
             documents,
             context=config.context,
-            rows=_rows_at_once(options, ranks),
+            batch_size=_windows_at_once(options, ranks),
             seed=options.seed,
             patcher=patcher,
             rank=ranks.rank,
@@ -315,7 +315,7 @@ class Trainer:
         return trainer
 
 
-def _rows_at_once(options: TrainOptions, ranks: Ranks) -> int:
+def _windows_at_once(options: TrainOptions, ranks: Ranks) -> int:
     parts = options.grad_accum_steps
     if options.batch_size % (parts * ranks.world):
         expected = f"a multiple of {parts} parts x {ranks.world} processes"

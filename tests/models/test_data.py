@@ -102,7 +102,7 @@ class TestLargeFiles:
         assert corpus.describe() == in_memory.describe()
         for step in range(5):
             here, there = (
-                TrainingWindows(each.train, context=64, rows=3, seed=2).batch(step)
+                TrainingWindows(each.train, context=64, batch_size=3, seed=2).batch(step)
                 for each in (corpus, in_memory)
             )
             assert torch.equal(here.byte_ids, there.byte_ids)
@@ -113,7 +113,7 @@ class TestLargeFiles:
             file.truncate(64 << 20)
         tracemalloc.start()
         corpus = load_corpus([str(tmp_path)])
-        batch = TrainingWindows(corpus.train, context=1024, rows=8, seed=0).batch(3)
+        batch = TrainingWindows(corpus.train, context=1024, batch_size=8, seed=0).batch(3)
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert batch.n_bytes == 8192
@@ -151,7 +151,7 @@ class TestDocumentStream:
 
 class TestTrainingWindows:
     def test_targets_are_the_next_ids(self) -> None:
-        windows = TrainingWindows(DOCUMENTS, context=16, rows=4, seed=1)
+        windows = TrainingWindows(DOCUMENTS, context=16, batch_size=4, seed=1)
         stream = DocumentStream(DOCUMENTS)
         for step in range(20):
             batch = windows.batch(step)
@@ -171,7 +171,7 @@ class TestTrainingWindows:
                 assert at, (step, row)
 
     def test_documents_begin_at_256_and_at_each_row(self) -> None:
-        windows = TrainingWindows(DOCUMENTS, context=16, rows=4, seed=1)
+        windows = TrainingWindows(DOCUMENTS, context=16, batch_size=4, seed=1)
         for step in range(20):
             batch = windows.batch(step)
             begins = {0, 16, 32, 48, 64}
@@ -182,7 +182,7 @@ class TestTrainingWindows:
 
     def test_a_step_is_always_the_same(self) -> None:
         first, again, other = (
-            TrainingWindows(DOCUMENTS, context=16, rows=4, seed=seed) for seed in (1, 1, 2)
+            TrainingWindows(DOCUMENTS, context=16, batch_size=4, seed=seed) for seed in (1, 1, 2)
         )
         for step in (7, 0, 300, 7):
             assert torch.equal(first.batch(step).byte_ids, again.batch(step).byte_ids)
@@ -190,7 +190,7 @@ class TestTrainingWindows:
 
     def test_an_epoch_shows_everything_but_its_rim_once(self) -> None:
         document = np.arange(1600).astype(np.uint8).tobytes() + bytes(range(1, 17))
-        windows = TrainingWindows([document], context=16, rows=1, seed=1)
+        windows = TrainingWindows([document], context=16, batch_size=1, seed=1)
         starts = sorted(windows._start(index) for index in range(windows.n_windows))
         assert len(set(starts)) == len(starts) >= 99
         assert {b - a for a, b in itertools.pairwise(starts)} == {16}
@@ -199,12 +199,12 @@ class TestTrainingWindows:
 
     @pytest.mark.parametrize("length", [16, 17, 18, 31, 32, 33, 48])
     def test_barely_enough_bytes(self, length: int) -> None:
-        windows = TrainingWindows([bytes(length)], context=16, rows=2, seed=0)
+        windows = TrainingWindows([bytes(length)], context=16, batch_size=2, seed=0)
         for step in range(10):
             assert windows.batch(step).byte_ids.shape == (32,)
 
     def test_too_few_bytes(self) -> None:
         with pytest.raises(ValueError, match=r"data: expected at least one window of 16 .* got 15"):
-            TrainingWindows([b"x" * 10, b"y" * 5], context=16, rows=1, seed=0)
-        with pytest.raises(ValueError, match="rows: expected at least 1, got 0"):
-            TrainingWindows([b"x" * 50], context=16, rows=0, seed=0)
+            TrainingWindows([b"x" * 10, b"y" * 5], context=16, batch_size=1, seed=0)
+        with pytest.raises(ValueError, match="batch_size: expected at least 1, got 0"):
+            TrainingWindows([b"x" * 50], context=16, batch_size=0, seed=0)

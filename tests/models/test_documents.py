@@ -240,7 +240,7 @@ class TestArrays:
         assert read(tmp_path / "a.npy") == ([values.tobytes()], [])
         corpus = load_corpus([str(tmp_path / "a.npy")])
         assert isinstance(corpus.train[0], memoryview)
-        batch = TrainingWindows(corpus.train, context=64, rows=2, seed=0).batch(0)
+        batch = TrainingWindows(corpus.train, context=64, batch_size=2, seed=0).batch(0)
         assert batch.byte_ids.shape == (128,)
         corpus.describe()
 

@@ -36,7 +36,7 @@ def windows(config: ModelConfig = TINY, max_patches: int | None = None) -> Train
     patcher = patcher_of(config)
     if max_patches is not None:
         patcher = BytePatcher("space", max_patch_len=config.max_patch_len, max_patches=max_patches)
-    return TrainingWindows(TEXTS, context=config.context, rows=3, seed=1, patcher=patcher)
+    return TrainingWindows(TEXTS, context=config.context, batch_size=3, seed=1, patcher=patcher)
 
 
 def assert_same(got: Batch, want: Batch) -> None:
@@ -78,7 +78,7 @@ class TestPatches:
         assert patcher_of(flat) is None  # type: ignore[arg-type]
         with pytest.raises(ValueError, match=r'patcher: expected one of your own .* "external"'):
             patcher_of(given)  # type: ignore[arg-type]
-        made = TrainingWindows(TEXTS, context=32, rows=2, seed=0)
+        made = TrainingWindows(TEXTS, context=32, batch_size=2, seed=0)
         assert made.batch(0).patches is None
         assert int(made.batch(0).lost_patches) == 0
 

@@ -230,7 +230,7 @@ def test_one_process_divides_by_its_own_bytes() -> None:
 
 def windows(rank: int = 0, world: int = 1) -> Iterator[Any]:
     documents = [bytes(range(256)) * 4]
-    made = TrainingWindows(documents, context=16, rows=4, seed=3, rank=rank, world=world)
+    made = TrainingWindows(documents, context=16, batch_size=4, seed=3, rank=rank, world=world)
     return (made.batch(step) for step in range(3))
 
 
@@ -238,5 +238,7 @@ def test_processes_share_the_rows_of_a_step() -> None:
     for everything, *parts in zip(windows(), windows(0, 2), windows(1, 2), strict=True):
         assert torch.equal(everything.byte_ids, torch.cat([x.byte_ids for x in parts]))
         assert torch.equal(everything.targets, torch.cat([x.targets for x in parts]))
-    with pytest.raises(ValueError, match="rows: expected a multiple of the 3 processes, got 4"):
+    with pytest.raises(
+        ValueError, match="batch_size: expected a multiple of the 3 processes, got 4"
+    ):
         next(windows(0, 3))
