@@ -12,6 +12,8 @@ from torch import Tensor
 
 _Parameters = ParamSpec("_Parameters")
 _Result = TypeVar("_Result")
+Correct = Callable[[dict[str, Any]], dict[str, Any]]
+"""Arguments of a call as they may have been meant, from those given."""
 
 NAMED = (ValueError, IndexError, TypeError, NotImplementedError)
 
@@ -46,20 +48,21 @@ def _hint(op: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any])
     """The text of the first mistake whose correction makes the shapes of a call fit, or ""."""
     given = inspect.signature(op).bind(*args, **kwargs).arguments
     for names, correct, text in HINTS:
-        if all(isinstance(given.get(name), Tensor) for name in names):
-            corrected = given | correct(given)
-            if not _shapes_fit(op, given) and _shapes_fit(op, corrected):
-                return f" ({text})"
+        concerns = all(isinstance(given.get(name), Tensor) for name in names)
+        if concerns and not _shapes_fit(op, given, dict) and _shapes_fit(op, given, correct):
+            return f" ({text})"
     return ""
 
 
-def _shapes_fit(op: Callable[..., Any], arguments: dict[str, Any]) -> bool:
-    """Return whether an op accepts these arguments as far as shapes go, without running it.
+def _shapes_fit(op: Callable[..., Any], given: dict[str, Any], correct: Correct) -> bool:
+    """Return whether an op accepts corrected arguments as far as shapes go, without running it.
 
-    On the meta device there are no values to check, and ops check `impl` last.
+    On the meta device there are no values to check, and ops check `impl` last. Tensors that cannot
+    be corrected or moved there, such as nested or quantized ones, do not fit.
     """
-    on_meta = {name: _on_meta(x) for name, x in arguments.items()}
     try:
+        arguments = given | correct(given)
+        on_meta = {name: _on_meta(x) for name, x in arguments.items()}
         op(**on_meta | {"impl": "none"})
     except Exception as error:
         return str(error).startswith("impl: ")
@@ -86,7 +89,7 @@ def _input_first(given: dict[str, Any]) -> dict[str, Any]:
     return {"input": given["linear_weight"], "linear_weight": given["input"]}
 
 
-HINTS: tuple[tuple[tuple[str, ...], Callable[[dict[str, Any]], dict[str, Any]], str], ...] = (
+HINTS: tuple[tuple[tuple[str, ...], Correct, str], ...] = (
     (
         ("q", "k"),
         _heads_after_positions,

@@ -252,6 +252,19 @@ def test_heads_before_positions(name: str) -> None:
     assert HEADS_FIRST in message
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_tensors_that_no_hint_can_be_tried_on_keep_their_message() -> None:
+    """Quantized tensors have no meta device, and nested ones have dimensions that cannot move."""
+    quantized = torch.quantize_per_tensor(torch.randn(4, 16), 0.1, 0, torch.quint8)
+    with pytest.raises(ValueError, match=r"^linear_cross_entropy: input: expected dtype"):
+        stlm_kernels.linear_cross_entropy(quantized, torch.randn(9, 16), torch.zeros(4).long())
+    rows = [torch.randn(length, 4, 16, 16) for length in (2, 3)]
+    nested = torch.nested.nested_tensor(rows, layout=torch.jagged)
+    with pytest.raises(ValueError, match=r"^attention: q: expected shape"):
+        stlm_kernels.attention(nested, nested, nested)
+
+
 def test_no_hint_where_it_would_not_help() -> None:
     q, k = zeros(2, 5, 6, 8), zeros(2, 5, 2, 8)
     weight, states = zeros(256, 16), zeros(6, 16)
