@@ -6,6 +6,7 @@ import argparse
 import functools
 import io
 import os
+import re
 import select
 import sys
 from collections.abc import Callable, Iterator
@@ -71,9 +72,15 @@ def program(module: str) -> str:
 
 
 def argument_parser(module: str, description: str | None) -> argparse.ArgumentParser:
-    """A parser named as the running command; its help keeps the lines of the description."""
+    """A parser named as the running command; its help keeps the lines of the description.
+
+    A console script's help names the others in its way: `stlm-train`, not `python -m`.
+    """
+    name = program(module)
+    if description and name.startswith("stlm-"):
+        description = re.sub(r"python -m stlm_(?:models|kernels)\.(\w+)", r"stlm-\1", description)
     return argparse.ArgumentParser(
-        prog=program(module),
+        prog=name,
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -435,3 +435,21 @@ def test_commands_that_only_print(
         with standard_output(to):
             assert main() == (0 if to == "closed" else 1)
         assert capsys.readouterr().err.count("\n") == (0 if to == "closed" else 1)
+
+
+@pytest.mark.parametrize("script", ["stlm-train", "stlm-compress", "stlm-decompress", "stlm-env"])
+def test_help_names_commands_as_they_were_called(
+    script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    package = "stlm_kernels" if script == "stlm-env" else "stlm_models"
+    module = importlib.import_module(f"{package}.{script.removeprefix('stlm-')}")
+    for name, said, unsaid in (
+        (f"/usr/bin/{script}", script, "python -m"),
+        ("module.py", f"python -m {package}", "stlm-"),
+    ):
+        monkeypatch.setattr(sys, "argv", [name, "--help"])
+        with pytest.raises(SystemExit):
+            module.main()
+        text = capsys.readouterr().out
+        assert f"usage: {said}" in text
+        assert unsaid not in text
