@@ -69,8 +69,8 @@ def qk_norm_rope(
     _checks.require(isinstance(interleaved, bool), "interleaved", "a bool", repr(interleaved))
     length, n_positions = q.shape[-3], cos.shape[0]
     if positions is None:
-        enough = n_positions >= length
-        _checks.require(enough, "cos", f"at least T = {length} positions", n_positions)
+        if n_positions < length:  # the message made only then: it would fix a traced size
+            _checks.require(False, "cos", f"at least T = {length} positions", n_positions)
     else:
         _check_positions(positions, q, n_positions)
         positions = positions.flatten()
