@@ -20,6 +20,7 @@ KNOWN_MODIFIERS = {
     *(f"{kind}{bits}" for kind in "bsu" for bits in (8, 16, 32, 64)),
     *("pred", "f16", "f32", "f64", "bf16", "tf32", "f16x2", "bf16x2"),
     *("rn", "rz", "rm", "rp", "rna", "rni", "rzi", "rmi", "rpi", "ftz", "sat", "relu", "NaN"),
+    *("xorsign", "abs"),
     *("lo", "hi", "wide", "approx", "full", "l", "r", "wrap", "clamp"),
     *("eq", "ne", "lt", "le", "gt", "ge", "lo", "ls", "hi", "hs", "num", "nan"),
     *("equ", "neu", "ltu", "leu", "gtu", "geu", "and", "or", "xor"),
@@ -159,10 +160,11 @@ def _extremum(
     integer: Function, ignoring_nan: Function, keeping_nan: Function
 ) -> Callable[[list[str]], Function | None]:
     def make(modifiers: list[str]) -> Function | None:
-        if "xorsign" in modifiers or "abs" in modifiers:
-            return None
         relu = "relu" in modifiers
         floating = keeping_nan if "NaN" in modifiers else ignoring_nan
+        if "xorsign" in modifiers or "abs" in modifiers:
+            known = "xorsign" in modifiers and "abs" in modifiers and not relu
+            return _floats(modifiers, _with_product_sign(floating)) if known else None
 
         def clamped(function: Function) -> Function:
             return (lambda *x: np.maximum(function(*x), x[0].dtype.type(0))) if relu else function
@@ -170,6 +172,16 @@ def _extremum(
         return _either(modifiers, clamped(integer), clamped(floating))
 
     return make
+
+
+def _with_product_sign(function: Function) -> Function:
+    """A function of absolute values, with the sign that the product of the operands would have."""
+
+    def apply(a: Array, b: Array) -> Array:
+        sign = np.where(np.signbit(a) ^ np.signbit(b), a.dtype.type(-1), a.dtype.type(1))
+        return np.copysign(function(np.abs(a), np.abs(b)), sign)
+
+    return apply
 
 
 def _unary(integer: Function, floating: Function) -> Callable[[list[str]], Function | None]:
