@@ -31,7 +31,7 @@ from stlm_kernels.spec_inputs import text_bytes
 from stlm_kernels.testing import assert_matches
 
 SMALL_TILES = {
-    "byte_pool_fwd": {"BLOCK_P": 2, "BLOCK_D": 16, "PATCHES": 4, "num_warps": 4},
+    "byte_pool_fwd": {"BLOCK_D": 16, "PATCHES": 4, "num_warps": 4},
     "byte_pool_bwd": {
         "BLOCK_V": 16, "BLOCK_P": 16, "BLOCK_D": 16, "PROGRAMS": 4096, "num_warps": 4,
     },
@@ -167,7 +167,7 @@ def test_more_patches_than_a_grid_dimension(way: Way) -> None:
     patches = 70_001
     wide = {"BLOCK_V": 16, "BLOCK_P": 1024, "BLOCK_D": 16, "PROGRAMS": 8, "num_warps": 4}
     configs = {
-        "byte_pool_fwd": {"BLOCK_P": 1024, "BLOCK_D": 16, "PATCHES": 1024, "num_warps": 4},
+        "byte_pool_fwd": {"BLOCK_D": 16, "PATCHES": 1024, "num_warps": 4},
         "byte_pool_bwd": wide,
     }
     inputs = pool_inputs([1] * patches, way, vocab=9, width=2)

@@ -28,8 +28,8 @@ def unsupported_reasons(
 
 
 def fwd_config(width: int, dtype: torch.dtype, device: torch.device) -> Config:
-    """A 128-column slice of the table stays in L1 while a program streams many patches."""
-    default = {"BLOCK_P": 16, "BLOCK_D": block_of(width, 128), "PATCHES": 128, "num_warps": 4}
+    """One warp, one patch at a time: no patch waits for a longer one."""
+    default = {"BLOCK_D": block_of(width, 256), "PATCHES": 16, "num_warps": 1}
     return config_for("byte_pool_fwd", width_bucket(width, dtype), default, device)
 
 
