@@ -3,11 +3,10 @@
 Forward. A warp owns BLOCK_D columns of PATCHES patches, one patch at a time: it adds one gathered
 row for each byte, so the table's slice is read from L1, device memory sees each id and each output
 once, and no patch waits for a longer one. Four rows are under way together. Pairs of bfloat16 are
-read as one int32, whose halves are fp32 after a shift or a mask: 13 instructions a byte where D =
-128, 23 for 256 columns. Floor: T + 4P + 2PD bytes (bf16), at 1M bytes, mean patch 6, D = 768:
-271 MB = 63 us at 4.3 TB/s; D = 128: 11 us. Adds: T x D. Counted on the machine code for sm_90, not
-timed, issue slots of an H200: 27 us at D = 128 and 119 at D = 768 for patches of 6 bytes, 23 and
-101 for English words; side by side in tiles of 16, patches took 37 and 221, 56 and 335.
+read as one int32, whose halves are fp32 after a shift or a mask. Floor: T + 4P + 2PD bytes (bf16),
+at 1M bytes, mean patch 6, D = 768: 271 MB = 63 us at 4.3 TB/s; D = 128: 11 us. Adds: T x D. Issue
+slots of an H200 as bench.bounds counts them, not timed: 39 us at D = 128 and 182 at D = 768 for
+patches of 6 bytes, 37 and 167 for English words; too many where the assembler unrolls a loop.
 
 Backward. A program owns BLOCK_V rows x BLOCK_D columns of dE for one run of patches. It counts the
 bytes of BLOCK_P patches into a tile of C^T by comparing slot by slot, and multiplies that with the
