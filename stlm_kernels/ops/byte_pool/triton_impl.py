@@ -32,7 +32,7 @@ from . import config as configs
 
 @triton.jit
 def _ids_at(first_ptrs, length, slot, vocab):
-    """The id in this slot of each patch, -1 where the patch is shorter or the id is bad."""
+    """Return the id in this slot of each patch, -1 where the patch is shorter or the id is bad."""
     inside = slot < length
     raw = tl.load(first_ptrs + slot, mask=inside, other=0)
     return tl.where(inside & (raw >= 0) & (raw < vocab), raw.to(tl.int32), -1)
@@ -70,7 +70,7 @@ def _add_product(acc, left, x, DOT: tl.constexpr, TERMS: tl.constexpr):
 
 @triton.jit
 def _id_at(ids_ptr, position, vocab, CHECKED: tl.constexpr):
-    """The id of a byte and whether it is good; 0 stands for a bad one."""
+    """Return the id of a byte, 0 for a bad one, and the mask of good ones."""
     raw = tl.load(ids_ptr + position)
     good = (raw >= 0) & (raw < vocab)
     if CHECKED:
@@ -287,7 +287,7 @@ def launch_fwd(
 
 
 def _holds_pairs(table: Tensor) -> bool:
-    """Whether each row is a whole number of aligned pairs of 16-bit numbers."""
+    """Return True where each row is a whole number of aligned pairs of 16-bit numbers."""
     return table.shape[1] % 2 == 0 and table.storage_offset() % 2 == 0
 
 
