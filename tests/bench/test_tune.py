@@ -181,7 +181,7 @@ def test_tuning_learns_buckets_from_the_launcher() -> None:
     known: set[str] = set()
     (target,) = tune.targets(SPEC, "no-grad", CASE, run, known)
     assert target.kernel == "byte_pool_fwd"
-    assert "BLOCK_P" in target.default
+    assert "BLOCK_D" in target.default
     assert list(tune.targets(SPEC, "no-grad", CASE, run, known)) == []
 
 
