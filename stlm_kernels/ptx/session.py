@@ -46,12 +46,13 @@ class Session:
         return x
 
     def makes_integers(self, args: Iterable[Any]) -> bool:
-        """Return whether all fresh tensors of args hold integers, places for later launches."""
-        fresh = [
-            x for x in args
-            if isinstance(x, Tensor) and x.untyped_storage().data_ptr() in self._fresh
-        ]  # fmt: skip
-        return bool(fresh) and not any(x.is_floating_point() for x in fresh)
+        """Return whether a launch writes integers alone: places, which later launches follow.
+
+        Fresh tensors are results; where there is none (a result began as zeros), all tensors count.
+        """
+        tensors = [x for x in args if isinstance(x, Tensor)]
+        fresh = [x for x in tensors if x.untyped_storage().data_ptr() in self._fresh]
+        return bool(tensors) and not any(x.is_floating_point() for x in fresh or tensors)
 
     def shadows(self) -> dict[int, Shadow]:
         """Shadows of fresh memory; what torch itself has written since counts as written."""

@@ -46,6 +46,11 @@ PINNED: Spills = {
 SIZED_FOR_PINNED = "none in the pinned triton, for whose assembler the tile is sized"
 LATER: dict[str, Spills] = {
     "3.8": {
+        ("stlm_attention_fwd", 90): (5, f"at K = 48, {FP32}; {SIZED_FOR_PINNED}"),
+        ("stlm_linear_logprobs_bwd_weight", 90): (
+            4,
+            f"16 bytes, with class weights, {FP32}; {SIZED_FOR_PINNED}",
+        ),
         ("stlm_attention_bwd_kv", 89): (15, f"at K = 48; {SIZED_FOR_PINNED}"),
     },
     "3.9": {

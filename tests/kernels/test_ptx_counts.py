@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from stlm_kernels import find_patches, ptx, segment_pool
+from stlm_kernels import find_patches, ptx, segment_pool, unpool
 from stlm_kernels.ptx.bounds import DEVICES, Device, bounds_of, classes_of, ratio
 from stlm_kernels.ptx.count import Costs, class_of
 
@@ -194,3 +194,15 @@ def test_sampled_launches_keep_places_that_later_launches_read() -> None:
     assert last.executed_blocks == 1 < last.blocks
     assert float(pooled.abs().sum()) > 0
     assert not pooled[len(pooled) // 2].any(), "what no block wrote"
+
+
+def test_sampled_launches_keep_places_that_began_as_zeros() -> None:
+    """The runs of unpool's backward are zeros before the kernel writes them."""
+    states = torch.randn(512, 32, requires_grad=True)
+    read_ids = torch.arange(512, dtype=torch.int32).repeat_interleave(8)
+    with ptx.executing(sample=1, costs=True) as session:
+        unpool(states, read_ids, impl="triton").sum().backward()
+    counts = {done.kernel: done.counts for done in session.executions}
+    runs, sums = counts["stlm_unpool_runs"], counts["stlm_segment_sum"]
+    assert runs.executed_blocks == runs.blocks > 1
+    assert sums.executed_blocks == 1 < sums.blocks
