@@ -5,8 +5,8 @@ row for each byte, so the table's slice is read from L1, device memory sees each
 once, and no patch waits for a longer one. Four rows are under way together. Pairs of bfloat16 are
 read as one int32, whose halves are fp32 after a shift or a mask. Floor: T + 4P + 2PD bytes (bf16),
 at 1M bytes, mean patch 6, D = 768: 271 MB = 63 us at 4.3 TB/s; D = 128: 11 us. Adds: T x D. Issue
-slots of an H200 as bench.bounds counts them, not timed: 39 us at D = 128 and 182 at D = 768 for
-patches of 6 bytes, 37 and 167 for English words; too many where the assembler unrolls a loop.
+slots of an H200 as bench.bounds counts them, not timed: 38 us at D = 128 and 179 at D = 768 for
+patches of 6 bytes, 33 and 157 for English words; too many where the assembler unrolls a loop.
 
 Backward. A program owns BLOCK_V rows x BLOCK_D columns of dE for one run of patches. It counts the
 bytes of BLOCK_P patches into a tile of C^T by comparing slot by slot, and multiplies that with the

@@ -9,7 +9,7 @@ look-backs read 16 to 32 patch rows for each BLOCK_P.
 Backward. dz as unpool's contiguous segment sum, in fp32; s[j] = dz[j] + (1 - gate[j+1]) s[j+1] by
 the same kernel walking back; then dstates = gate * s, dgate = sum of s * (states - z[j-1]) over the
 columns, in order. No atomics.
-Floor: 2 T D + 26 P D bytes.
+Bytes: 2 T D + 30 P D, of which 24 P D are dz, s and z in fp32, written once and read once.
 """
 
 from __future__ import annotations
