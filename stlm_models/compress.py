@@ -9,8 +9,6 @@ refuse, and never gives other bytes.
 from __future__ import annotations
 
 import argparse
-import gzip
-import lzma
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +19,7 @@ from .checkpoint import load_checkpoint, model_of, require_extra
 from .compression.codec import compress
 from .compression.file_format import SUFFIX
 from .compression.progress import CODER_EXTRA, FileProgress
+from .data.compressors import compressed_sizes
 from .files import is_stdout, new_file, replace_file, require_writable
 
 
@@ -50,14 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Text on standard output would become part of a file that is written there.
     report = sys.stderr if is_stdout(out) else sys.stdout
     print(f"{out}: {len(data):,} bytes in {progress.seconds:.1f} s", file=report)
-    sizes = {
-        "stlm": len(file),
-        "gzip -9": len(gzip.compress(data, 9)),
-        "xz -9": len(lzma.compress(data, preset=9)),
-    }
+    sizes = {"stlm": len(file), **compressed_sizes(data)}
     for name, size in sizes.items():
         bits = f"  {8 * size / len(data):.4f} bits per byte" if data else ""
-        print(f"{name:8}{size:>12,} bytes{bits}", file=report)
+        print(f"{name:9}{size:>12,} bytes{bits}", file=report)
     return 0
 
 

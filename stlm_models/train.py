@@ -171,8 +171,7 @@ def _train(trainer: Trainer, run: Path, arguments: argparse.Namespace) -> int:
     replace_file(run / "result.json", (json.dumps(result, indent=1) + "\n").encode())
     print_result(
         f"held out, {result['held_out_bytes']:,} bytes: {result['bits_per_byte']:.4f} bits per byte"
-        f" (gzip -9: {result['gzip_9_bits_per_byte']:.4f},"
-        f" xz -9: {result['xz_9_bits_per_byte']:.4f})"
+        f" ({', '.join(f'{name}: {bits:.4f}' for name, bits in result['compressors'].items())})"
     )
     print_result(f"sample:\n{sample(trainer, FINAL_SAMPLE_BYTES)}")
     return 0

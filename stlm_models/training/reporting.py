@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import lzma
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data.compressors import bits_per_byte_of, compressed_sizes
 from ..evaluation import bits_per_byte
 from .progress import Metrics, ProgressLine, lost_patches_text, progress_text
 from .threads import ThreadCount
@@ -120,9 +119,10 @@ def sample(trainer: Trainer, n_bytes: int) -> str:
 
 
 def judge(trainer: Trainer) -> dict[str, Any]:
-    """Held-out bits per byte of the model, of gzip -9 and of xz -9."""
+    """Held-out bits per byte of the model, and of the compressors that are installed."""
     held_out = trainer.corpus.held_out
     data = b"".join(held_out)
+    sizes = compressed_sizes(data, trainer.corpus.train)
     with trainer.autocast():
         bits = bits_per_byte(trainer.model, held_out, vocabulary=trainer.words)
     return {
@@ -130,8 +130,7 @@ def judge(trainer: Trainer) -> dict[str, Any]:
         "seconds": round(trainer.seconds, 1),
         "held_out_bytes": len(data),
         "bits_per_byte": bits,
-        "gzip_9_bits_per_byte": 8 * len(gzip.compress(data, 9)) / len(data),
-        "xz_9_bits_per_byte": 8 * len(lzma.compress(data, preset=9)) / len(data),
+        "compressors": bits_per_byte_of(sizes, len(data)),
     }
 
 
