@@ -10,8 +10,8 @@ import contextlib
 import functools
 import json
 import re
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,36 @@ import torch
 Config = dict[str, int]
 Recorder = Callable[[Any, int, tuple[Any, ...], dict[str, Any]], None]
 
+
+@dataclass(frozen=True)
+class Gpu:
+    """Facts of a GPU that decide whether a configuration fits it.
+
+    Args:
+        arch: compute capability without the dot, e.g. 90.
+        shared_bytes: the most shared memory that a block may have.
+    """
+
+    arch: int
+    shared_bytes: int
+
+
+H100 = Gpu(90, 227 * 1024)
+"""The GPU that the defaults are sized for, where none is there (the interpreter)."""
+
 _TUNED = Path(__file__).parent / "tuned"
-_recorder: ContextVar[Recorder | None] = ContextVar("stlm_launch_recorder", default=None)
-_override: ContextVar[dict[str, Config] | None] = ContextVar("stlm_config_override", default=None)
+
+
+@dataclass
+class _Tools:
+    """State of `recording` and `overriding`: of all threads, since autograd has its own."""
+
+    recorder: Recorder | None = None
+    gpu: Gpu | None = None
+    configs: Mapping[str, Config] = field(default_factory=dict)
+
+
+_tools = _Tools()
 
 
 def config_for(kernel: str, bucket: str, default: Config, device: torch.device) -> Config:
@@ -31,16 +58,32 @@ def config_for(kernel: str, bucket: str, default: Config, device: torch.device) 
     Args:
         kernel: kernel name without the `stlm_` prefix, e.g. "byte_pool_fwd".
         bucket: the shape bucket, made by the op's `config.py` from what the speed depends on.
-        default: what an untuned device takes; also names the keys.
+        default: what an untuned device takes, and for values that a tuned entry lacks.
         device: where the kernel will run.
     """
-    override = (_override.get() or {}).get(kernel)
+    override = _tools.configs.get(kernel)
     if override is not None:
-        return dict(override)
+        return default | override
     if device.type != "cuda" or is_recording():
         return default
     entry = _tuned_table(torch.cuda.get_device_name(device)).get(f"{kernel}/{bucket}")
-    return default if entry is None else dict(entry["config"])
+    return default if entry is None else default | entry["config"]
+
+
+def gpu_of(device: torch.device) -> Gpu:
+    """Return the GPU that launches on `device` are for: its own, or the one they are recorded for.
+
+    Where kernels are interpreted there is none; the defaults are then an H100's.
+    """
+    if _tools.gpu is not None:
+        return _tools.gpu
+    return H100 if device.type != "cuda" else _gpu_here(device)
+
+
+@functools.cache
+def _gpu_here(device: torch.device) -> Gpu:
+    found = torch.cuda.get_device_properties(device)
+    return Gpu(10 * found.major + found.minor, found.shared_memory_per_block_optin)
 
 
 def device_file(device_name: str) -> Path:
@@ -59,9 +102,8 @@ def launch(kernel: Any, programs: int, *args: Any, device: torch.device, **optio
     if programs == 0:
         return
     options.setdefault("enable_fp_fusion", True)
-    recorder = _recorder.get()
-    if recorder is not None:
-        recorder(kernel, programs, args, options)
+    if _tools.recorder is not None:
+        _tools.recorder(kernel, programs, args, options)
         return
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[(programs,)](*args, **options)
@@ -69,27 +111,31 @@ def launch(kernel: Any, programs: int, *args: Any, device: torch.device, **optio
 
 def is_recording() -> bool:
     """Return whether `recording` is on: launches reach no device, so tensors may be anywhere."""
-    return _recorder.get() is not None
+    return _tools.recorder is not None
 
 
 @contextlib.contextmanager
-def recording(recorder: Recorder) -> Iterator[None]:
-    """Hand launches to `recorder` instead of a device (how `inspect` compiles without a GPU)."""
-    token = _recorder.set(recorder)
+def recording(recorder: Recorder, gpu: Gpu | None = None) -> Iterator[None]:
+    """Hand launches to `recorder` instead of a device (how `inspect` compiles without a GPU).
+
+    `gpu` is the one to launch for; None is the tensors' own, as without recording.
+    """
+    before = _tools.recorder, _tools.gpu
+    _tools.recorder, _tools.gpu = recorder, gpu
     try:
         yield
     finally:
-        _recorder.reset(token)
+        _tools.recorder, _tools.gpu = before
 
 
 @contextlib.contextmanager
 def overriding(configs: dict[str, Config]) -> Iterator[None]:
     """Use these configurations, by kernel name, whatever is tuned (how `bench/tune.py` sweeps)."""
-    token = _override.set(configs)
+    before, _tools.configs = _tools.configs, configs
     try:
         yield
     finally:
-        _override.reset(token)
+        _tools.configs = before
 
 
 def splits(count: int, tiles: int, programs: int, block: int) -> tuple[int, int]:
@@ -116,6 +162,15 @@ def block_of(width: int, limit: int) -> int:
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
+
+
+FULL = 1 << 22
+"""Elements that occupy a large GPU: 4096 for each of 8 programs on each of about 132 SMs."""
+
+
+def amount(elements: int) -> str:
+    """Return the part of a bucket's name that tells the amount of work of a launch."""
+    return "large" if elements >= FULL else "small"
 
 
 def bucket(*parts: str | torch.dtype) -> str:

@@ -51,6 +51,11 @@ LIMITS = {
 }
 
 
+def gpu_for(arch: int) -> _launch.Gpu:
+    """The GPU of an architecture, as launch configurations know it."""
+    return _launch.Gpu(arch, LIMITS[arch].shared_per_block)
+
+
 @dataclass(frozen=True)
 class Report:
     """Resources of one kernel, compiled for one architecture with one configuration."""
@@ -148,7 +153,7 @@ def inspect_op(
         compiled = compiled.result() if hasattr(compiled, "result") else compiled
         reports.append(_report(compiled, spec.name, case.name, arch, options, disassemble))
 
-    with target(arch), _launch.recording(compile_launch):
+    with target(arch), _launch.recording(compile_launch, gpu_for(arch)):
         inputs = spec.make_inputs(case, dtype, torch.device("cpu"), 0)
         for name in spec.grad_args:
             if inputs.get(name) is not None:

@@ -9,12 +9,8 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from .. import _launch
+from . import config as configs
 
-SUM_SPLITS = 32
-"""Splits added at a time, at most."""
-SUM_TILE = 4096
-"""Numbers loaded at a time, 32 by each thread of 4 warps."""
-BOUNDS_BLOCK = 256
 NO_WINDOW = 2**31 - 1
 LOG2_E = 1.4426950408889634
 
@@ -63,12 +59,10 @@ def sum_splits(
     """
     splits = partial.shape[0]
     out = torch.empty(partial.shape[1:], dtype=dtype, device=partial.device)
-    at_once = min(SUM_SPLITS, 1 << (splits - 1).bit_length())
-    block = SUM_TILE // at_once
+    config = configs.sum_splits_config(splits, out.numel(), partial.device)
     _launch.launch(
-        stlm_sum_splits, _launch.ceil_div(out.numel(), block),
-        partial, out, splits, out.numel(),
-        BLOCK_S=at_once, BLOCK=block, num_warps=4, device=partial.device,
+        stlm_sum_splits, _launch.ceil_div(out.numel(), config["BLOCK"]),
+        partial, out, splits, out.numel(), device=partial.device, **config,
     )  # fmt: skip
     return out
 
@@ -158,13 +152,7 @@ def segment_sum(
     """(P, D) sums or means of rows starts[p] to ends[p], accumulated in fp32."""
     (total, width), count = x.shape, starts.shape[0]
     out = torch.empty((count, width), dtype=dtype, device=x.device)
-    block_d = _launch.block_of(width, 128)
-    config = _launch.config_for(
-        "segment_sum",
-        _launch.width_bucket(width, x.dtype),
-        {"BLOCK_P": 16, "BLOCK_D": block_d, "num_warps": 4},
-        x.device,
-    )
+    config = configs.segment_sum_config(total, width, x.dtype, x.device)
     chunks = _launch.ceil_div(count, config["BLOCK_P"])
     _launch.launch(
         stlm_segment_sum, chunks * _launch.ceil_div(width, config["BLOCK_D"]),
@@ -252,10 +240,11 @@ def row_bounds(
     before its own place and `behind` rows behind it."""
     bounds = torch.empty((2, total), dtype=torch.int32, device=cu.device)
     segments = cu.shape[0] - 1
+    config = configs.row_bounds_config(total, cu.device)
     _launch.launch(
-        stlm_row_bounds, _launch.ceil_div(total, BOUNDS_BLOCK),
+        stlm_row_bounds, _launch.ceil_div(total, config["BLOCK"]),
         cu.contiguous(), other.contiguous(), bounds, segments, total, others, before, behind,
-        BLOCK=BOUNDS_BLOCK, num_warps=4, device=cu.device,
+        device=cu.device, **config,
     )  # fmt: skip
     return bounds
 

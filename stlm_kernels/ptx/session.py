@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _launch, runtime
+from ..inspect import gpu_for
 from ..testing import fresh_memory
 from .launch import Execution, run
 from .memory import LINE, Shadow, bytes_at, new_shadow
@@ -132,7 +133,7 @@ def executing(
         launch(kernel, (programs,), args, options)
 
     with (
-        _launch.recording(launch_op),
+        _launch.recording(launch_op, gpu_for(arch)),
         _launches_of_triton(launch),
         fresh_memory(session.note),
         _torch_ops_to(session, skips_products=sample is not None) if costs else nullcontext(),

@@ -214,15 +214,12 @@ def test_a_shared_query_is_every_patchs_own(way: Way) -> None:
 
 @pytest.mark.lanes("interpret", "gpu")
 @pytest.mark.parametrize("programs", [3, 7])
-def test_runs_of_patches_add_up(way: Way, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_of_patches_add_up(way: Way, programs: int) -> None:
     """A shared query's gradient from few runs, and from so many that they are added in two steps,
     some of them without a patch."""
     if way.impl != "triton":
         pytest.skip("the torch path has no runs")
-    from stlm_kernels.ops.attention_pool import triton_impl
-
-    monkeypatch.setattr(triton_impl, "RUNS_ADDED_AT_ONCE", 4)
-    config = {"ROWS": 4, "BLOCK_H": 1, "PROGRAMS": programs, "num_warps": 1}
+    config = {"ROWS": 4, "BLOCK_H": 1, "PROGRAMS": programs, "FOLD": 4, "num_warps": 1}
     boundaries = torch.arange(0, 31, 2, dtype=torch.int32)
     with _launch.overriding({"attention_pool_bwd": config}):
         assert_close_to_reference(example(33, 1, 1, 8, way), boundaries, way)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -220,20 +221,19 @@ def test_any_number_of_parts(way: Way, programs: int, monkeypatch: pytest.Monkey
     """Twelve steps in one part, in two or in as many; the largest scores come late."""
     if way.impl == "torch" and programs > 1:
         pytest.skip("the torch path has no parts")
-    monkeypatch.setattr(config, "PROGRAMS", programs)
     q, k, v = example(1, 190, 2, 1, 16, way)
     k *= torch.linspace(0.5, 2, 190).to(k)[:, None, None]
+    monkeypatch.setitem(SMALL["decode_attention_fwd"], "PROGRAMS", programs)
     assert_close_to_reference((q, k, v), ints(183), way)
 
 
 def test_parts_follow_from_shapes() -> None:
-    assert config.split_count(span=2048, tiles=4, block=64) == 32  # every block its own program
-    assert config.split_count(span=8192, tiles=4, block=64) == 64
-    assert (
-        config.split_count(span=1 << 20, tiles=1, block=64) == 64
-    )  # as many as are combined at once
-    assert config.split_count(span=8192, tiles=256, block=64) == 1  # the device is full without
-    assert config.split_count(span=0, tiles=1, block=64) == 1
+    count = partial(config.split_count, block=64, programs=264)
+    assert count(span=2048, tiles=4) == 32  # every block its own program
+    assert count(span=8192, tiles=4) == 64
+    assert count(span=1 << 20, tiles=1) == 64  # as many as are combined at once
+    assert count(span=8192, tiles=256) == 1  # the device is full without
+    assert count(span=0, tiles=1) == 1
 
 
 @pytest.mark.lanes("aot")

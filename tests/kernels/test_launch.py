@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
+from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -70,6 +72,17 @@ def test_a_caller_may_change_what_it_gets(tuned: Path) -> None:
                 _launch.config_for(kernel, "D64-bfloat16", dict(DEFAULT), CUDA).clear()
 
 
+def test_values_that_are_not_given_are_the_defaults(tuned: Path) -> None:
+    """A tuned file may be older than a value of the configuration."""
+    newer = {**DEFAULT, "PROGRAMS": 7}
+    want = {**TUNED, "PROGRAMS": 7}
+    assert _launch.config_for("op_fwd", "D64-bfloat16", newer, CUDA) == want
+    with _launch.overriding({"op_fwd": {"PROGRAMS": 9}}):
+        assert _launch.config_for("op_fwd", "D64-bfloat16", DEFAULT, CPU) == DEFAULT | {
+            "PROGRAMS": 9
+        }
+
+
 def test_overriding_names_kernels_and_ends(tuned: Path) -> None:
     chosen = {"BLOCK": 1, "num_warps": 1}
     with _launch.overriding({"op_fwd": chosen}):
@@ -79,12 +92,27 @@ def test_overriding_names_kernels_and_ends(tuned: Path) -> None:
     assert _launch.config_for("op_fwd", "D64-bfloat16", DEFAULT, CUDA) == TUNED
 
 
-@pytest.mark.parametrize("block", [_launch.overriding({}), _launch.recording(print)])
+def test_other_threads_see_both() -> None:
+    """Autograd runs the backward of a GPU's tensors in a thread of its own."""
+    seen: list[Any] = []
+
+    def backward() -> None:
+        seen.append(_launch.config_for("op_bwd", "D64", DEFAULT, CPU))
+        _launch.launch(Kernel(), 3, device=CPU)
+
+    with _launch.overriding({"op_bwd": TUNED}), _launch.recording(lambda *x: seen.append(x[1])):
+        thread = Thread(target=backward)
+        thread.start()
+        thread.join()
+    assert seen == [TUNED, 3]
+
+
+@pytest.mark.parametrize("block", [_launch.overriding({"op_fwd": TUNED}), _launch.recording(print)])
 def test_an_error_ends_the_block_too(block: AbstractContextManager[None]) -> None:
     with pytest.raises(KeyError), block:
         raise KeyError
     assert not _launch.is_recording()
-    assert _launch._override.get() is None
+    assert _launch._tools.configs == {}
 
 
 def test_shipped_files_name_devices_and_hold_whole_numbers() -> None:
@@ -123,6 +151,29 @@ def test_recording_takes_the_place_of_the_device(tuned: Path) -> None:
     assert seen == [(kernel, 2, ("a",), {"BLOCK": 16, "enable_fp_fusion": True})]
     assert kernel.launches == []
     assert not _launch.is_recording()
+
+
+def test_a_gpu_is_known_by_its_properties(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the tensors, the one that launches are recorded for, or what the defaults suit."""
+    properties = SimpleNamespace(major=8, minor=6, shared_memory_per_block_optin=99 << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    _launch._gpu_here.cache_clear()
+    here, there = _launch.Gpu(86, 99 << 10), _launch.Gpu(120, 99 << 10)
+    assert _launch.gpu_of(CUDA) == here
+    assert _launch.gpu_of(CPU) == _launch.H100
+    with _launch.recording(print):
+        assert _launch.gpu_of(CUDA) == here
+    with _launch.recording(print, there):
+        assert _launch.gpu_of(CUDA) == _launch.gpu_of(CPU) == there
+    assert _launch.gpu_of(CUDA) == here
+    _launch._gpu_here.cache_clear()
+
+
+def test_the_amount_of_work_is_part_of_a_bucket() -> None:
+    assert [_launch.amount(n) for n in (0, _launch.FULL - 1, _launch.FULL)] == [
+        "small", "small", "large",
+    ]  # fmt: skip
+    assert _launch.width_bucket(100, _launch.amount(10), torch.float16) == "D128-small-float16"
 
 
 @given(st.integers(0, 10**7), st.integers(1, 5000), st.integers(1, 600), st.sampled_from([16, 64]))

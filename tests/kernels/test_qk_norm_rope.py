@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stlm_kernels import _launch, explain, qk_norm_rope
-from stlm_kernels.ops.qk_norm_rope import config, torch_impl
+from stlm_kernels.ops.qk_norm_rope import torch_impl
 from stlm_kernels.ops.qk_norm_rope.reference import reference, yardstick
 from stlm_kernels.testing import assert_matches
 
@@ -138,7 +138,7 @@ def test_weights_gradients_of_several_runs(
     """Runs of several blocks, the last ones not full."""
     if way.impl == "torch" and programs > 1:
         pytest.skip("the torch path has no runs")
-    monkeypatch.setattr(config, "PROGRAMS", programs)
+    monkeypatch.setitem(SMALL["qk_norm_rope_bwd"], "PROGRAMS", programs)
     assert_close_to_reference(example(11, heads=3, kv_heads=1, width=16, way=way), way)
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ... import _checks
-from ..._launch import Config, bucket, config_for
+from ..._launch import Config, amount, bucket, config_for
 
 LEAST_WIDTH, MOST_WIDTH = 8, 128
 MOST_QUERIES = 2048
@@ -33,15 +32,15 @@ def unsupported_reasons(*, query: Tensor, key: Tensor, **_: Any) -> list[str]:
     return reasons
 
 
-def pool_config(
-    kernel: str, heads: int, kv_heads: int, width: int, dtype: torch.dtype, device: torch.device
-) -> Config:
-    """`ROWS` rows of key at a time, `BLOCK_H` key heads of each; the backward's most `PROGRAMS`.
+def pool_config(kernel: str, heads: int, key: Tensor) -> Config:
+    """`ROWS` rows of key at a time, `BLOCK_H` key heads of each; the backward's most `PROGRAMS`,
+    whose sums of a shared query are added up `FOLD` at a time.
 
     Few warps, so that sums over the bytes of a patch stay within one: 128 neighbouring elements are
     read in full lines, and 8 such rows of 16 bits in flight in each of many small programs occupy
     the memory; of 32 bits it is 4, and 8 spill.
     """
+    (_, kv_heads, width), dtype = key.shape, key.dtype
     group, block = power_above(heads // kv_heads), power_above(width)
     lanes = group * block
     side_by_side = min(power_above(kv_heads), max(1, 128 // lanes))
@@ -51,9 +50,9 @@ def pool_config(
         "num_warps": max(1, lanes // 512),
     }
     if kernel == "bwd":
-        default["PROGRAMS"] = 4096
-    shape = bucket(f"G{group}", f"K{block}", dtype)
-    return config_for(f"attention_pool_{kernel}", shape, default, device)
+        default |= {"PROGRAMS": 4096, "FOLD": 64}
+    shape = bucket(f"G{group}", f"K{block}", amount(key.numel()), dtype)
+    return config_for(f"attention_pool_{kernel}", shape, default, key.device)
 
 
 def tile_shape(rows: int, total: int, patches: int) -> tuple[int, int]:

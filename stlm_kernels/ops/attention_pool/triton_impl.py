@@ -35,7 +35,6 @@ LOG2_E = 1.4426950408889634
 FUSES = False
 """A product fused into the first sum across lanes is rounded in one of two lanes only: lanes that
 should hold the same sum would then store values that differ in the last bit to one address."""
-RUNS_ADDED_AT_ONCE = 64
 
 
 @triton.jit
@@ -215,7 +214,7 @@ def launch_fwd(
     out = torch.empty((patches, heads, width), dtype=out_dtype, device=device)
     lse = torch.empty((patches, heads), dtype=torch.float32, device=device)
     query, key, value = query.contiguous(), with_rows(key), with_rows(value)
-    options, tiles, _ = _options("fwd", query, key, patches, out_dtype)
+    options, tiles = _options("fwd", query, key, patches, out_dtype)
     _launch.launch(
         stlm_attention_pool_fwd, _launch.ceil_div(patches, options["BLOCK_P"]) * tiles,
         query, key, value, cu_patchlens.contiguous(), out, lse,
@@ -239,13 +238,13 @@ def launch_bwd(
     dkey = torch.empty(key.shape, dtype=key.dtype, device=device)
     dvalue = torch.empty(value.shape, dtype=value.dtype, device=device)
     query, key, value = query.contiguous(), with_rows(key), with_rows(value)
-    options, tiles, programs = _options("bwd", query, key, patches, grad.dtype)
-    shared = query.ndim == 2
-    runs, run = _launch.splits(patches, tiles, programs, options["BLOCK_P"])
+    options, tiles = _options("bwd", query, key, patches, grad.dtype)
+    fold, shared = options.pop("FOLD"), query.ndim == 2
+    runs, run = _launch.splits(patches, tiles, options.pop("PROGRAMS"), options["BLOCK_P"])
     if not shared:
         runs, run = max(1, _launch.ceil_div(patches, options["BLOCK_P"])), options["BLOCK_P"]
-    elif runs > RUNS_ADDED_AT_ONCE:
-        runs = _launch.ceil_div(runs, RUNS_ADDED_AT_ONCE) * RUNS_ADDED_AT_ONCE
+    elif runs > fold:
+        runs = _launch.ceil_div(runs, fold) * fold
     partial = (runs, *query.shape) if shared else query.shape
     dquery = torch.empty(partial, dtype=torch.float32 if shared else query.dtype, device=device)
     _launch.launch(
@@ -255,13 +254,13 @@ def launch_bwd(
         _row_stride(query), key.stride(0), value.stride(0), scale * LOG2_E, scale,
         IS_SHARED=shared, enable_fp_fusion=FUSES, device=device, **options,
     )  # fmt: skip
-    return _sum_of_runs(dquery, query.dtype) if shared else dquery, dkey, dvalue
+    return _sum_of_runs(dquery, fold, query.dtype) if shared else dquery, dkey, dvalue
 
 
-def _sum_of_runs(partial: Tensor, dtype: torch.dtype) -> Tensor:
+def _sum_of_runs(partial: Tensor, fold: int, dtype: torch.dtype) -> Tensor:
     """Many runs are added up in two steps, so that no program adds up thousands in a row."""
-    if partial.shape[0] > RUNS_ADDED_AT_ONCE:
-        folded = partial.view(-1, RUNS_ADDED_AT_ONCE, *partial.shape[1:])
+    if partial.shape[0] > fold:
+        folded = partial.view(-1, fold, *partial.shape[1:])
         partial = sum_splits(folded, torch.float32)
     return sum_splits(partial, dtype)
 
@@ -273,11 +272,10 @@ def _row_stride(query: Tensor) -> int:
 
 def _options(
     kernel: str, query: Tensor, key: Tensor, patches: int, dtype: torch.dtype
-) -> tuple[dict[str, Any], int, int]:
-    """Constants of a launch, tiles of heads, programs; `dtype` is what operands are cast to."""
+) -> tuple[dict[str, Any], int]:
+    """Constants of a launch and tiles of heads; `dtype` is what operands are cast to."""
     (heads, width), (total, kv_heads, _) = query.shape[-2:], key.shape
-    config = dict(configs.pool_config(kernel, heads, kv_heads, width, key.dtype, key.device))
-    programs = config.pop("PROGRAMS", 0)
+    config = configs.pool_config(kernel, heads, key)
     block_p, block_s = configs.tile_shape(config.pop("ROWS"), total, patches)
     constants = {
         "KV": kv_heads,
@@ -289,4 +287,4 @@ def _options(
         "BLOCK_G": configs.power_above(heads // kv_heads),
         "WIDTH": configs.power_above(width),
     }
-    return config | constants, _launch.ceil_div(kv_heads, config["BLOCK_H"]), programs
+    return config | constants, _launch.ceil_div(kv_heads, config["BLOCK_H"])

@@ -7,12 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._launch import Config, block_of, bucket, config_for
+from ..._launch import Config, amount, block_of, bucket, config_for
 from ..._launch import splits as cut
 from ..patch_attention import config as patch_attention
 
-PROGRAMS = 264
-"""Two for each SM of an H100: a short cache is cut until so many work on it."""
 MOST_SPLITS = 64
 """The combining kernel holds the results of all splits of a head at once."""
 MOST_HEADS = 64
@@ -33,23 +31,34 @@ def heads_block(group: int) -> int:
     return block_of(group, MOST_HEADS)
 
 
-def fwd_config(width: int, stored: torch.dtype, dot: torch.dtype, device: torch.device) -> Config:
-    """`BLOCK` entries of the cache that a program takes at a time."""
-    block = width_block(width)
+def fwd_config(cache: Tensor, dot: torch.dtype, device: torch.device) -> Config:
+    """`BLOCK` entries of the cache that a program takes at a time.
+
+    A short cache is cut until `PROGRAMS` work on it: two for each SM of an H100.
+    """
+    block = width_block(cache.shape[-1])
     default = {
-        "BLOCK": block_of(TILE_BYTES // (block * stored.itemsize), 128),
+        "BLOCK": block_of(TILE_BYTES // (block * cache.itemsize), 128),
+        "PROGRAMS": 2 * 132,
         "num_warps": 4,
         "num_stages": 3,
     }
-    return config_for("decode_attention_fwd", bucket(f"K{block}", stored, dot), default, device)
+    shape = bucket(f"K{block}", amount(cache.numel()), cache.dtype, dot)
+    return config_for("decode_attention_fwd", shape, default, device)
 
 
-def split_count(span: int, tiles: int, block: int) -> int:
+def combine_config(width: int, device: torch.device) -> Config:
+    default = {"num_warps": 4}
+    return config_for("decode_attention_combine", bucket(f"K{width_block(width)}"), default, device)
+
+
+def split_count(span: int, tiles: int, block: int, programs: int) -> int:
     """Number of parts of a cache: by shapes alone, so that a captured graph stays valid.
 
     Args:
         span: most entries that a query may see.
         tiles: programs for one part of every cache.
         block: entries that a program takes at a time.
+        programs: how many occupy the device.
     """
-    return cut(span, tiles, min(PROGRAMS, tiles * MOST_SPLITS), block)[0]
+    return cut(span, tiles, min(programs, tiles * MOST_SPLITS), block)[0]

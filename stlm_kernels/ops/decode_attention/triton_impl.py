@@ -131,10 +131,11 @@ def launch_fwd(
     """(B, H, K) in `out_dtype`."""
     (batch, heads, width), (_, capacity, kv_heads, _) = q.shape, k_cache.shape
     k, v, lens = _with_rows(k_cache), _with_rows(v_cache), cache_lens.contiguous()
-    config = configs.fwd_config(width, k.dtype, out_dtype, q.device)
+    config = configs.fwd_config(k, out_dtype, q.device)
     group, rows, block_k = heads // kv_heads, batch * heads, configs.width_block(width)
     tiles = batch * kv_heads * _launch.ceil_div(group, configs.heads_block(group))
-    splits = configs.split_count(window, max(1, tiles), config["BLOCK"])
+    programs = config.pop("PROGRAMS")
+    splits = configs.split_count(window, max(1, tiles), config["BLOCK"], programs)
     out = torch.empty(q.shape, dtype=out_dtype, device=q.device)
     part = out if splits == 1 else out.new_empty((splits, rows, width), dtype=torch.float32)
     lse = torch.empty((splits, rows), dtype=torch.float32, device=q.device)
@@ -150,7 +151,7 @@ def launch_fwd(
             stlm_decode_attention_combine, rows,
             part, lse, lens, out, rows, splits, capacity,
             H=heads, K=width, WIDTH=block_k, SPLITS=1 << (splits - 1).bit_length(),
-            num_warps=4, device=q.device,
+            device=q.device, **configs.combine_config(width, q.device),
         )  # fmt: skip
     return out
 

@@ -25,7 +25,6 @@ from ..unpool.triton_impl import launch_bwd as sums_by_patch
 from ..unpool.triton_impl import launch_fwd as read_by_rows
 from . import config as configs
 
-LINK_BLOCK = 256
 FORGOTTEN = tl.constexpr(2.0**-30)
 OUTSIDE, FIRST, FOLLOWS = (tl.constexpr(i) for i in range(3))
 FORWARD, BACK = 1, -1
@@ -177,7 +176,7 @@ def launch_bwd(
     z = _smoothed(patch_states, gate, links, FORWARD, grad.dtype)
     dstates = torch.empty_like(patch_states, memory_format=torch.contiguous_format)
     dgate = torch.empty_like(gate, memory_format=torch.contiguous_format)
-    config = configs.bwd_config(width, patch_states.dtype, grad.device)
+    config = configs.bwd_config(patches, width, patch_states.dtype, grad.device)
     _launch.launch(
         stlm_ema_unpool_bwd, _launch.ceil_div(patches, config["BLOCK_P"]),
         s, z, patch_states.contiguous(), gate.contiguous(), links, dstates, dgate, patches,
@@ -196,7 +195,7 @@ def _smoothed(
     """Return (P, D) fp32: see the kernel. `x` counts as cast to `dtype`."""
     (patches, width), device = x.shape, x.device
     y = torch.empty((patches, width), dtype=torch.float32, device=device)
-    config = configs.smooth_config(width, x.dtype, device)
+    config = configs.smooth_config(patches, width, x.dtype, device)
     programs = _launch.ceil_div(patches, config["BLOCK_P"])
     _launch.launch(
         stlm_ema_unpool_smooth, programs * _launch.ceil_div(width, config["BLOCK_D"]),
@@ -210,10 +209,11 @@ def _links(cu_seqlens: Tensor | None, patches: int, device: torch.device) -> Ten
     """(P,) int8: see the kernel."""
     links = torch.empty(patches, dtype=torch.int8, device=device)
     documents = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    config = configs.links_config(patches, device)
     _launch.launch(
-        stlm_ema_unpool_links, _launch.ceil_div(patches, LINK_BLOCK),
+        stlm_ema_unpool_links, _launch.ceil_div(patches, config["BLOCK"]),
         links if cu_seqlens is None else cu_seqlens.contiguous(), links,
         patches, documents,
-        HAS_DOCUMENTS=cu_seqlens is not None, BLOCK=LINK_BLOCK, num_warps=4, device=device,
+        HAS_DOCUMENTS=cu_seqlens is not None, device=device, **config,
     )  # fmt: skip
     return links

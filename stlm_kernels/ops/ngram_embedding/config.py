@@ -9,13 +9,10 @@ import torch
 from torch import Tensor
 
 from ... import _checks
-from ..._launch import Config, block_of, ceil_div, config_for, width_bucket
+from ..._launch import Config, amount, block_of, ceil_div, config_for, width_bucket
 
 DEFAULT_MULTIPLIER = 1_000_000_007
 """Multiplier of the rolling hash where none is given: that of BLT's first hash function."""
-
-CHUNK = 256
-"""Sorted bytes whose leading run is summed ahead, so that no program walks a frequent n-gram."""
 
 
 def unsupported_reasons(*, tables: Sequence[Tensor], **_: Any) -> list[str]:
@@ -27,11 +24,29 @@ def unsupported_reasons(*, tables: Sequence[Tensor], **_: Any) -> list[str]:
     return reasons
 
 
-def fwd_config(width: int, dtype: torch.dtype, device: torch.device) -> Config:
+def fwd_config(total: int, width: int, dtype: torch.dtype, device: torch.device) -> Config:
     """32 sums a thread; narrow tables take more bytes at a time."""
     block_d = block_of(width, 128)
     default = {"BLOCK_T": 4096 // block_d, "BLOCK_D": block_d, "num_warps": 4}
-    return config_for("ngram_embedding_fwd", width_bucket(width, dtype), default, device)
+    shape = width_bucket(width, amount(total * width), dtype)
+    return config_for("ngram_embedding_fwd", shape, default, device)
+
+
+def keys_config(total: int, device: torch.device) -> Config:
+    default = {"BLOCK": 512, "num_warps": 4}
+    return config_for("ngram_embedding_keys", amount(total), default, device)
+
+
+def bwd_heads_config(total: int, width: int, dtype: torch.dtype, device: torch.device) -> Config:
+    """One run at a time, as much of it as a tile holds.
+
+    `CHUNK`: sorted bytes whose leading run is summed ahead, so that no program of `bwd` walks a
+    frequent n-gram.
+    """
+    block_d = block_of(width, 128)
+    default = {"CHUNK": 256, "BLOCK_K": 4096 // block_d, "BLOCK_D": block_d, "num_warps": 4}
+    shape = width_bucket(width, amount(total * width), dtype)
+    return config_for("ngram_embedding_bwd_heads", shape, default, device)
 
 
 def bwd_config(
@@ -40,15 +55,9 @@ def bwd_config(
     """A tile has room for about one average run of each of its rows."""
     block_d = block_of(width, 128)
     default = {"SLOTS": 2048 // block_d, "BLOCK_D": block_d, "num_warps": 4}
-    config = config_for("ngram_embedding_bwd", width_bucket(width, dtype), default, device)
+    shape = width_bucket(width, amount(total * width), dtype)
+    config = config_for("ngram_embedding_bwd", shape, default, device)
     slots = config.pop("SLOTS")
     average = 1 << (ceil_div(total, rows) - 1).bit_length()
     block_k = min(slots, max(4, average))
     return config | {"BLOCK_P": slots // block_k, "BLOCK_K": block_k}
-
-
-def bwd_heads_config(width: int, dtype: torch.dtype, device: torch.device) -> Config:
-    """One run at a time, as much of it as a tile holds."""
-    block_d = block_of(width, 128)
-    default = {"BLOCK_K": 4096 // block_d, "BLOCK_D": block_d, "num_warps": 4}
-    return config_for("ngram_embedding_bwd_heads", width_bucket(width, dtype), default, device)

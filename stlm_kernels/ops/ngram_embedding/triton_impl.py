@@ -32,9 +32,6 @@ from torch import Tensor
 from ... import _launch
 from ..._triton.tiles import segments_of
 from . import config as configs
-from .config import CHUNK
-
-KEY_BLOCK = 512
 
 
 @triton.jit
@@ -192,7 +189,7 @@ def launch_fwd(
     """(T, D) in `out_dtype`."""
     total, width = byte_ids.shape[0], tables[0].shape[1]
     out = torch.empty((total, width), dtype=out_dtype, device=byte_ids.device)
-    config = configs.fwd_config(width, out_dtype, out.device)
+    config = configs.fwd_config(total, width, out_dtype, out.device)
     order, first = _walks(ngram_sizes, multipliers)
     chunks = _launch.ceil_div(total, config["BLOCK_T"])
     ids = byte_ids.contiguous()
@@ -238,13 +235,14 @@ def launch_bwd(
     every = torch.arange(rows + 1, device=device, dtype=keys.dtype)
     runs = torch.searchsorted(keys, every, out_int32=True)
 
-    chunks = _launch.ceil_div(total, CHUNK)
+    config = configs.bwd_heads_config(total, width, grad.dtype, device)
+    chunk = config["CHUNK"]
+    chunks = _launch.ceil_div(total, chunk)
     heads = torch.empty((chunks, width), dtype=torch.float32, device=device)
-    config = configs.bwd_heads_config(width, grad.dtype, device)
     _launch.launch(
         stlm_ngram_embedding_bwd_heads, chunks * _launch.ceil_div(width, config["BLOCK_D"]),
         grad, keys, order, runs, heads, rows, chunks,
-        D=width, CHUNK=CHUNK, device=device, **config,
+        D=width, device=device, **config,
     )  # fmt: skip
 
     out = torch.empty((rows, width), dtype=dtype, device=device)
@@ -253,7 +251,7 @@ def launch_bwd(
     _launch.launch(
         stlm_ngram_embedding_bwd, blocks * _launch.ceil_div(width, config["BLOCK_D"]),
         grad, order, runs, heads, out, rows, blocks,
-        D=width, CHUNK=CHUNK, device=device, **config,
+        D=width, CHUNK=chunk, device=device, **config,
     )  # fmt: skip
     return out
 
@@ -265,11 +263,12 @@ def _keys(
     ids, total = byte_ids.contiguous(), byte_ids.shape[0]
     keys = torch.empty(total, dtype=torch.int16 if rows < 2**15 else torch.int32, device=ids.device)
     cu, documents = _documents_of(ids, cu_seqlens)
+    config = configs.keys_config(total, ids.device)
     _launch.launch(
-        stlm_ngram_embedding_keys, _launch.ceil_div(total, KEY_BLOCK),
+        stlm_ngram_embedding_keys, _launch.ceil_div(total, config["BLOCK"]),
         ids, cu, keys, total, documents, n, longest,
         MULTIPLIER=multiplier, ROWS=rows, HAS_DOCUMENTS=cu_seqlens is not None,
-        BLOCK=KEY_BLOCK, num_warps=4, device=ids.device,
+        device=ids.device, **config,
     )  # fmt: skip
     return keys
 

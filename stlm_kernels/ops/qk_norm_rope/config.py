@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 
 from ... import _checks
-from ..._launch import Config, block_of, bucket, config_for
+from ..._launch import Config, amount, block_of, bucket, config_for
 
 MOST_WIDTH = 256
-PROGRAMS = 528
-"""Programs of the backward: four for each SM of an H100, each with sums of weight gradients."""
 TILE_BYTES = {"fwd": 8192, "bwd": 4096}
 """Bytes of q or k that a program takes at a time; the backward holds three such tiles and sums."""
 
@@ -29,8 +27,16 @@ def width_block(width: int) -> int:
     return block_of(width, MOST_WIDTH)
 
 
-def rows_config(kernel: str, width: int, dtype: torch.dtype, device: torch.device) -> Config:
-    """`BLOCK` heads of tokens, one after the other in memory, that a program takes at a time."""
+def rows_config(
+    kernel: str, rows: int, width: int, dtype: torch.dtype, device: torch.device
+) -> Config:
+    """`BLOCK` heads of tokens, one after the other in memory, that a program takes at a time.
+
+    `PROGRAMS` of the backward, each with sums of weight gradients: four for each SM of an H100.
+    """
     block = width_block(width)
     default = {"BLOCK": TILE_BYTES[kernel] // (block * dtype.itemsize), "num_warps": 4}
-    return config_for(f"qk_norm_rope_{kernel}", bucket(f"K{block}", dtype), default, device)
+    if kernel == "bwd":
+        default["PROGRAMS"] = 4 * 132
+    shape = bucket(f"K{block}", amount(rows * width), dtype)
+    return config_for(f"qk_norm_rope_{kernel}", shape, default, device)

@@ -233,10 +233,11 @@ def launch_fwd(
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Both in `out_dtype`."""
-    tokens, _, width = q.shape
+    tokens, heads, width = q.shape
     q, k = _with_rows(q), _with_rows(k)
     q_out, k_out = (torch.empty(x.shape, dtype=out_dtype, device=x.device) for x in (q, k))
-    config = configs.rows_config("fwd", width, q.dtype, q.device)
+    rows = tokens * (heads + k.shape[1])
+    config = configs.rows_config("fwd", rows, width, q.dtype, q.device)
     blocks = [_launch.ceil_div(tokens * x.shape[1], config["BLOCK"]) for x in (q, k)]
     _launch.launch(
         stlm_qk_norm_rope_fwd, sum(blocks),
@@ -266,9 +267,9 @@ def launch_bwd(
     tokens, heads, width = q.shape
     q, k = _with_rows(q), _with_rows(k)
     dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-    config = configs.rows_config("bwd", width, q.dtype, q.device)
     rows = tokens * (heads + k.shape[1])
-    _, run = _launch.splits(rows, 1, configs.PROGRAMS, config["BLOCK"])
+    config = configs.rows_config("bwd", rows, width, q.dtype, q.device)
+    _, run = _launch.splits(rows, 1, config.pop("PROGRAMS"), config["BLOCK"])
     programs = [_launch.ceil_div(tokens * x.shape[1], run) for x in (q, k)]
     partial = torch.empty((sum(programs), width), dtype=torch.float32, device=q.device)
     _launch.launch(

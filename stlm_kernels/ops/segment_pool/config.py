@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import _checks
-from ..._launch import Config, block_of, config_for, width_bucket
+from ..._launch import Config, amount, block_of, config_for, width_bucket
 
 
 def unsupported_reasons(*, x: Tensor, **_: Any) -> list[str]:
@@ -16,14 +16,16 @@ def unsupported_reasons(*, x: Tensor, **_: Any) -> list[str]:
     return _checks.dtype_reasons("x", x)
 
 
-def pick_config(width: int, dtype: torch.dtype, device: torch.device) -> Config:
+def pick_config(total: int, width: int, dtype: torch.dtype, device: torch.device) -> Config:
     """Patches of a program side by side, so that ragged lengths share one walk."""
     warps = 8 if dtype == torch.float32 else 4  # four spill on sm_100
     default = {"BLOCK_P": 16, "BLOCK_D": block_of(width, 128), "num_warps": warps}
-    return config_for("segment_pool_pick", width_bucket(width, dtype), default, device)
+    shape = width_bucket(width, amount(total * width), dtype)
+    return config_for("segment_pool_pick", shape, default, device)
 
 
-def bwd_config(width: int, dtype: torch.dtype, device: torch.device) -> Config:
+def bwd_config(total: int, width: int, dtype: torch.dtype, device: torch.device) -> Config:
     """Configuration by rows, not by patches: one long patch does not hold a program up."""
     default = {"BLOCK_T": 64, "BLOCK_D": block_of(width, 128), "num_warps": 4}
-    return config_for("segment_pool_bwd", width_bucket(width, dtype), default, device)
+    shape = width_bucket(width, amount(total * width), dtype)
+    return config_for("segment_pool_bwd", shape, default, device)

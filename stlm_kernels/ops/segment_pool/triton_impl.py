@@ -105,7 +105,7 @@ def launch_fwd(
         starts, ends = cu_patchlens[:-1], cu_patchlens[1:]
         return segment_sum(x, starts, ends, mode == "mean", out_dtype), rows
     out = torch.empty((patches, width), dtype=out_dtype, device=x.device)
-    config = configs.pick_config(width, x.dtype, x.device)
+    config = configs.pick_config(total, width, x.dtype, x.device)
     chunks = _launch.ceil_div(patches, config["BLOCK_P"])
     _launch.launch(
         stlm_segment_pool_pick, chunks * _launch.ceil_div(width, config["BLOCK_D"]),
@@ -126,7 +126,7 @@ def launch_bwd(
     """(T, D) gradient of x."""
     patches, width = grad.shape
     dx = torch.empty((total, width), dtype=dtype, device=grad.device)
-    config = configs.bwd_config(width, dtype, grad.device)
+    config = configs.bwd_config(total, width, dtype, grad.device)
     _launch.launch(
         stlm_segment_pool_bwd, _launch.ceil_div(total, config["BLOCK_T"]),
         grad.contiguous(), cu_patchlens.contiguous(), rows, dx,

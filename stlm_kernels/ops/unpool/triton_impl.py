@@ -19,10 +19,6 @@ from ... import _launch
 from ..._triton.tiles import dot_type, segment_sum, sum_splits
 from . import config as configs
 
-RUN_BLOCK = 128
-"""One id a thread: three neighbours loaded by the same thread would be loads of scattered bytes."""
-NULL_SCAN, NULL_ROWS = 1024, 16
-
 
 @triton.jit(do_not_specialize=["n_patches", "total"])
 def stlm_unpool_fwd(
@@ -104,7 +100,7 @@ def launch_fwd(
     """Return (T, D) in `out_dtype`, of patch states cast to `states_dtype` (None: the same)."""
     (patches, width), total = patch_states.shape, read_ids.shape[0]
     out = torch.empty((total, width), dtype=out_dtype, device=patch_states.device)
-    config = configs.fwd_config(width, out_dtype, patch_states.device)
+    config = configs.fwd_config(total, width, out_dtype, patch_states.device)
     states = patch_states.contiguous()
     _launch.launch(
         stlm_unpool_fwd, _launch.ceil_div(total, config["BLOCK_T"]),
@@ -123,10 +119,10 @@ def launch_bwd(grad: Tensor, read_ids: Tensor, patches: int, dtype: torch.dtype)
     """(P, D) gradient of the patch states; ids that no row reads get zeros."""
     runs = torch.zeros((2, patches), dtype=torch.int32, device=grad.device)
     total = read_ids.shape[0]
+    config = configs.runs_config(total, grad.device)
     _launch.launch(
-        stlm_unpool_runs, _launch.ceil_div(total, RUN_BLOCK),
-        read_ids.contiguous(), runs, patches, total,
-        BLOCK=RUN_BLOCK, num_warps=4, device=grad.device,
+        stlm_unpool_runs, _launch.ceil_div(total, config["BLOCK"]),
+        read_ids.contiguous(), runs, patches, total, device=grad.device, **config,
     )  # fmt: skip
     return segment_sum(grad, runs[0], runs[1], False, dtype)
 
@@ -134,14 +130,13 @@ def launch_bwd(grad: Tensor, read_ids: Tensor, patches: int, dtype: torch.dtype)
 def launch_bwd_null(grad: Tensor, read_ids: Tensor, dtype: torch.dtype) -> Tensor:
     """(D,) gradient of the null state."""
     total, width = grad.shape
-    block_d = _launch.block_of(width, 128)
-    d_tiles = _launch.ceil_div(width, block_d)
-    splits, run = _launch.splits(total, d_tiles, configs.PROGRAMS, NULL_SCAN)
+    config = configs.bwd_null_config(total, width, grad.dtype, grad.device)
+    tiles = _launch.ceil_div(width, config["BLOCK_D"])
+    splits, run = _launch.splits(total, tiles, config.pop("PROGRAMS"), config["SCAN"])
     partial = torch.empty((splits, width), dtype=torch.float32, device=grad.device)
     _launch.launch(
-        stlm_unpool_bwd_null, splits * d_tiles,
+        stlm_unpool_bwd_null, splits * tiles,
         grad.contiguous(), read_ids.contiguous(), partial, total, run,
-        D=width, SCAN=NULL_SCAN, BLOCK_T=NULL_ROWS, BLOCK_D=block_d, num_warps=4,
-        device=grad.device,
+        D=width, device=grad.device, **config,
     )  # fmt: skip
     return sum_splits(partial, dtype)
