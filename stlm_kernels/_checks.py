@@ -7,17 +7,67 @@ looking at them is free of a device synchronisation and of graph breaks: see
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 ID_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
+OFFSET_DTYPES = (torch.int32,)
 KERNEL_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 FLOATS = (*KERNEL_FLOATS, torch.float64)
+
+
+_WEIGHT_DTYPES = {x: (x, torch.float32) for x in (torch.bfloat16, torch.float16)}
+
+
+MOST_SIGNATURES = 1024
+"""Signatures that one check keeps; texts of ever new lengths begin anew then."""
+_OPTIONS = (int, float, bool, str, type(None))
+_Check = TypeVar("_Check", bound=Callable[..., Any])
+
+
+def once_per_signature(check: _Check) -> _Check:
+    """Run a check once for all calls of the same shapes, dtypes, devices and options.
+
+    Args:
+        check: takes all by position, looks at nothing else but autocast, and gives what may be
+            given again.
+    """
+    kept: dict[tuple[Any, ...], Any] = {}
+
+    @functools.wraps(check)
+    def call(*args: Any) -> Any:
+        signature = None if torch.compiler.is_compiling() else _signature(args)
+        if signature is None:
+            return check(*args)
+        if signature not in kept:
+            found = check(*args)
+            if len(kept) >= MOST_SIGNATURES:
+                kept.clear()
+            kept[signature] = found
+        return kept[signature]
+
+    return cast(_Check, call)
+
+
+def _signature(args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Return what shape checks look at, or None for arguments that it does not sum up."""
+    autocast = torch._C._is_any_autocast_enabled()
+    entries: list[Any] = [autocast and tuple(map(torch.is_autocast_enabled, ("cuda", "cpu")))]
+    for x in args:
+        kind = type(x)
+        if kind is Tensor or kind is torch.nn.Parameter:
+            entries += (x.shape, x.dtype, x.device)
+        elif kind in _OPTIONS:
+            entries += (kind, x)  # 1 and True are equal
+        else:
+            return None
+    return tuple(entries)
 
 
 def require(ok: bool, name: str, expected: str, got: Any) -> None:
@@ -86,19 +136,29 @@ def require_tensor(
     device: torch.device | None = None,
 ) -> None:
     """`shape` holds a size, or a letter for a size that is free."""
-    require(isinstance(x, Tensor), name, "a Tensor", type(x).__name__)
-    fits = x.ndim == len(shape)
-    if fits:
-        for have, want in zip(x.shape, shape, strict=True):
-            fits = fits and (isinstance(want, str) or have == want)
-    if not fits:
+    if not isinstance(x, Tensor):
+        require(False, name, "a Tensor", type(x).__name__)
+    if not _fits(x.shape, shape):
         wanted = "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"
         raise ValueError(f"{name}: expected shape {wanted}, got {tuple(x.shape)}")
+    require_dtype(name, x, dtypes)
+    if device is not None and x.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {x.device}")
+
+
+def require_dtype(name: str, x: Tensor, dtypes: Sequence[torch.dtype]) -> None:
     if x.dtype not in dtypes:
         wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise ValueError(f"{name}: expected dtype {wanted}, got {str(x.dtype)[6:]}")
-    if device is not None and x.device != device:
-        raise ValueError(f"{name}: expected device {device}, got {x.device}")
+
+
+def _fits(have: Sequence[int], want: Sequence[int | str]) -> bool:
+    if len(have) != len(want):
+        return False
+    for size, wanted in zip(have, want, strict=True):  # a generator would cost more than the rest
+        if type(wanted) is not str and size != wanted:
+            return False
+    return True
 
 
 def require_ids(name: str, ids: Any, device: torch.device | None = None) -> None:
@@ -108,7 +168,7 @@ def require_ids(name: str, ids: Any, device: torch.device | None = None) -> None
 
 def require_offsets(name: str, offsets: Any, device: torch.device) -> None:
     """1-D int32 prefix sums with at least one entry."""
-    require_tensor(name, offsets, ("n+1",), (torch.int32,), device)
+    require_tensor(name, offsets, ("n+1",), OFFSET_DTYPES, device)
     require(offsets.shape[0] >= 1, name, "at least 1 entry", "0 entries")
 
 
@@ -121,9 +181,7 @@ def dtype_reasons(name: str, x: Tensor) -> list[str]:
 
 def weight_dtypes(activation: torch.dtype) -> tuple[torch.dtype, ...]:
     """A weight has the activation's dtype, or fp32 beside a 16-bit activation."""
-    if activation in (torch.bfloat16, torch.float16):
-        return (activation, torch.float32)
-    return (activation,)
+    return _WEIGHT_DTYPES.get(activation) or (activation,)
 
 
 def check_id_values(name: str, ids: Tensor, low: int, high: int) -> None:

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten
 from ._checks import require_choice
 from ._errors import named_errors
 from ._launch import is_recording
-from .runtime import carries_tangents
+from .runtime import carries_tangents, forward_ad_runs
 
 Impl = Literal["auto", "triton", "torch"]
 Reasons = Callable[..., list[str]]
@@ -92,10 +92,15 @@ def machine_reasons(device_type: str, index: int | None) -> list[str]:
         return [f"the tensors are on {device_type} and the kernels run on CUDA devices"]
     if torch.version.hip is not None:
         return ["the kernels were never run on ROCm"]
-    capability = torch.cuda.get_device_capability(index)
+    capability = _capability(index)
     if capability < MIN_CAPABILITY:
         return [f"compute capability {capability} is below {MIN_CAPABILITY}"]
     return []
+
+
+@functools.cache
+def _capability(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
 
 
 def use_triton(
@@ -125,7 +130,8 @@ def use_triton(
     if impl == "torch" or (impl == "auto" and device.type != "cuda"):
         return False
     reasons = machine_reasons(device.type, device.index) + unsupported(**arguments)
-    reasons += transform_reasons(arguments)
+    if forward_ad_runs():
+        reasons += transform_reasons(arguments)
     if impl == "triton":
         if reasons:
             raise NotImplementedError(_refusal(op, reasons))

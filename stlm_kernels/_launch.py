@@ -86,6 +86,25 @@ def _gpu_here(device: torch.device) -> Gpu:
     return Gpu(10 * found.major + found.minor, found.shared_memory_per_block_optin)
 
 
+def remembered(choose: Callable[..., Config]) -> Callable[..., Config]:
+    """Choose a configuration once for the same arguments; each caller gets a copy to change.
+
+    Within `overriding` nothing is kept.
+    """
+
+    @functools.lru_cache(maxsize=1024)
+    def kept(recording: bool, gpu: Gpu | None, *args: Any) -> Config:
+        return choose(*args)
+
+    @functools.wraps(choose)
+    def config(*args: Any) -> Config:
+        if _tools.configs:
+            return choose(*args)
+        return dict(kept(is_recording(), _tools.gpu, *args))
+
+    return config
+
+
 def device_file(device_name: str) -> Path:
     """Return the file that holds the tuned configurations of a device."""
     return _TUNED / (re.sub(r"[^a-z0-9]+", "_", device_name.lower()).strip("_") + ".json")
@@ -104,9 +123,11 @@ def launch(kernel: Any, programs: int, *args: Any, device: torch.device, **optio
     options.setdefault("enable_fp_fusion", True)
     if _tools.recorder is not None:
         _tools.recorder(kernel, programs, args, options)
-        return
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    elif device.type != "cuda" or device.index == torch.cuda.current_device():
         kernel[(programs,)](*args, **options)
+    else:
+        with torch.cuda.device(device):
+            kernel[(programs,)](*args, **options)
 
 
 def is_recording() -> bool:

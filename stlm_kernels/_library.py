@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from . import runtime
 from ._dispatch import kernels_interpreted
 from ._flops import register_flops
 from ._launch import is_recording
@@ -26,6 +27,8 @@ from ._torch.function import Function, Kept
 
 NAMESPACE = "stlm"
 _library = torch.library.Library(NAMESPACE, "DEF")
+_launchers: dict[Any, Callable[..., Any]] = {}
+"""What a registered op runs on a device, by the op."""
 
 
 def register(
@@ -77,7 +80,25 @@ def register(
     register_flops(overload.overloadpacket, _by_name(flops, overload))
     if results:
         register_rows(overload, per_row, results)
+    _launchers[overload] = on_cuda
     return overload
+
+
+def direct(op: Any) -> Callable[..., Any]:
+    """Make the call of a registered op that goes to its launcher where nothing else would see it.
+
+    The way through torch's dispatcher takes longer than all checks of a call.
+    """
+    launcher = _launchers[op]
+
+    def call(*args: Any) -> Any:
+        if runtime.is_plain_eager(*args):
+            first = next(x for x in args if isinstance(x, Tensor))
+            if first.is_cuda or (first.is_cpu and (is_recording() or kernels_interpreted())):
+                return launcher(*args)
+        return op(*args)
+
+    return call
 
 
 def _by_name(rule: Callable[..., Any], op: Any) -> Callable[..., Any]:
@@ -119,7 +140,7 @@ def differentiable(
 
     return function.differentiable(
         "".join(word.title() for word in name.split("_")),
-        op,
+        direct(op),
         of=of,
         keep=keep if callable(keep) else _kept(schema, keep),
         gradients=first_order,

@@ -26,8 +26,11 @@ _waiting: list[tuple[Any, Callable[..., Any]]] = []
 
 def is_dtensor(x: Any) -> bool:
     """Return whether x is a DTensor; there is none until its module has been imported."""
-    module = getattr(torch.distributed, "tensor", None)
-    return module is not None and isinstance(x, module.DTensor)
+    return _have_dtensors() and isinstance(x, torch.distributed.tensor.DTensor)
+
+
+def _have_dtensors() -> bool:
+    return getattr(torch.distributed, "tensor", None) is not None
 
 
 def register_rows(op: Any, per_row: Sequence[str], results: Sequence[str]) -> None:
@@ -71,6 +74,8 @@ def _register_waiting() -> None:
 
 def require_rows(input: Any, per_row: dict[str, Any], whole: dict[str, Any]) -> None:
     """ValueError unless plain tensors, or DTensors with divided rows and whole weights."""
+    if not _have_dtensors():
+        return
     others = {name: x for name, x in (per_row | whole).items() if x is not None}
     if not is_dtensor(input):
         require_plain(**others)

@@ -15,6 +15,12 @@ from torch.autograd import forward_ad
 
 from . import _checks
 
+PLAIN = (Tensor, torch.nn.Parameter)
+"""Classes of tensors that torch itself makes, without a `__torch_dispatch__` of their own."""
+_PLAIN_ARGUMENTS = frozenset((*PLAIN, int, float, bool, type(None), torch.dtype))
+_BATCHED_GRADIENTS: Any = torch._C._parse_dispatch_key("VmapMode")
+"""Key of the block in which autograd takes gradients many at a time (`is_grads_batched`)."""
+
 
 def values_visible(*tensors: Tensor) -> bool:
     """Return whether reading values is free: plain CPU tensors, eager, outside torch.func."""
@@ -31,10 +37,7 @@ def values_readable(*tensors: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or inside_torch_func() or _is_traced_by_fx():
         return False
-    for x in tensors:
-        if type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta or _is_batched(x):
-            return False
-    return True
+    return not any(type(x) not in PLAIN or x.is_meta or _is_batched(x) for x in tensors)
 
 
 def check_ids(ids: Tensor, vocab: int, name: str = "byte_ids") -> None:
@@ -97,7 +100,7 @@ def activation_dtypes(activation: Tensor) -> tuple[torch.dtype, ...]:
 
 
 def _is_autocast(x: Tensor) -> bool:
-    if x.dtype == torch.float64 or x.is_meta:
+    if not torch._C._is_any_autocast_enabled() or x.dtype == torch.float64 or x.is_meta:
         return False
     return torch.is_autocast_enabled(x.device.type)
 
@@ -107,6 +110,22 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     if x.is_meta or not torch.is_autocast_enabled(x.device.type):
         return nullcontext()  # an autocast costs as much as a small product
     return torch.autocast(x.device.type, enabled=False)
+
+
+def is_plain_eager(*arguments: Any) -> bool:
+    """Return whether nothing but the call itself would see what happens between these arguments:
+    no mode, transform, trace or profiler is on, and none of them is of a class of its own.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+        or torch._C._dispatch_tls_is_dispatch_key_included(_BATCHED_GRADIENTS)
+    ):
+        return False
+    return _PLAIN_ARGUMENTS.issuperset(map(type, arguments))
 
 
 def inside_torch_func() -> bool:
@@ -122,11 +141,16 @@ def carries_tangents(*tensors: Tensor | None) -> bool:
 
     Custom Functions have no such derivative here; a plain composition has.
     """
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+    if not forward_ad_runs():
         return False
     if inside_torch_func():
         return True
     return any(x is not None and has_tangent(x) for x in tensors)
+
+
+def forward_ad_runs() -> bool:
+    """Return whether a level of forward-mode AD is entered, where tangents may be."""
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
 def has_tangent(x: Tensor) -> bool:

@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import unwrap_dead_wrappers
+
+from .. import runtime
+
+unwrap_if_dead = torch._C._functorch.unwrap_if_dead
 
 Kept = tuple[Sequence[Tensor | None], Sequence[Any]]
 """Tensors and plain values that a backward takes beside the gradients."""
@@ -27,8 +30,12 @@ class Function(torch.autograd.Function):
         """Call the function; torch.compile looks at `forward` instead."""
         if torch._C._are_functorch_transforms_active():
             return super().apply(*args)
+        if not torch.is_grad_enabled() and not runtime.forward_ad_runs():
+            return cls.forward(*args)  # nothing is to be kept
         beneath = super(torch.autograd.Function, cls)
-        return beneath.apply(*unwrap_dead_wrappers(args))  # type: ignore[attr-defined]
+        # What a transform that has ended left in its wrapper; only tensors can be.
+        given = [unwrap_if_dead(x) if isinstance(x, Tensor) else x for x in args]
+        return beneath.apply(*given)  # type: ignore[attr-defined]
 
 
 def differentiable(
@@ -69,12 +76,18 @@ def differentiable(
         values = (*inputs, *outputs)
         tensors, ctx.plain = keep(*[values[place] for place in kept])
         ctx.save_for_backward(*tensors)
+        if not runtime.inside_torch_func():  # which hands over zeros of its own
+            ctx.set_materialize_grads(False)
+        ctx.shapes = [(x.shape, x.dtype) for x in outputs[:derived]] if derived > 1 else ()
         if len(outputs) > derived:
             ctx.mark_non_differentiable(*outputs[derived:])
 
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        given = _with_zeros(grads[:derived], ctx.shapes)
+        if given is None:
+            return (None,) * len(arguments)
         needs = [ctx.needs_input_grad[place] for place in places]
-        found = gradients(needs, *grads[:derived], *ctx.saved_tensors, *ctx.plain)
+        found = gradients(needs, *given, *ctx.saved_tensors, *ctx.plain)
         found = (found,) if isinstance(found, Tensor) else found
         every: list[Tensor | None] = [None] * len(arguments)
         for place, need, grad in zip(places, needs, found, strict=True):
@@ -85,6 +98,19 @@ def differentiable(
     body: dict[str, Any] = {key: staticmethod(method) for key, method in methods.items()}
     body |= {"generate_vmap_rule": True}
     return types.new_class(name, (Function,), exec_body=lambda made: made.update(body))
+
+
+def _with_zeros(
+    grads: Sequence[Tensor | None], shapes: Sequence[tuple[torch.Size, torch.dtype]]
+) -> Sequence[Tensor] | None:
+    """Gradients with zeros where autograd has none: one number, expanded. None: there are none."""
+    some = [x for x in grads if x is not None]
+    if not some or len(some) == len(grads):
+        return some or None
+    return [
+        some[0].new_zeros((), dtype=dtype).expand(shape) if x is None else x
+        for x, (shape, dtype) in zip(grads, shapes, strict=True)
+    ]
 
 
 def signature(names: Sequence[str]) -> inspect.Signature:

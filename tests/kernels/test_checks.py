@@ -229,3 +229,69 @@ def test_values_of_subclasses_are_not_looked_at() -> None:
 @pytest.mark.lanes("gpu")
 def test_values_on_a_gpu_are_not_looked_at() -> None:
     assert not runtime.values_visible(torch.ones(1, device="cuda"))
+
+
+class CountedCheck:
+    """A check that is made once for a signature."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.check = _checks.once_per_signature(self._check)
+
+    def _check(self, x: Any, option: Any) -> tuple[Any, ...]:
+        self.calls += 1
+        _checks.require_tensor("x", x, ("N", 4), (torch.float32,))
+        return tuple(x.shape), option
+
+
+def test_a_signature_is_checked_once() -> None:
+    counted = CountedCheck()
+    for _ in range(3):
+        assert counted.check(torch.zeros(2, 4), 1.5) == ((2, 4), 1.5)
+    assert counted.check(torch.nn.Parameter(torch.zeros(2, 4)), 1.5) == ((2, 4), 1.5)
+    assert counted.calls == 1
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        (torch.zeros(3, 4), 1),
+        (torch.zeros(2, 4, device="meta"), 1),
+        (torch.zeros(2, 4), True),
+        (torch.zeros(2, 4), 1.0),
+        (torch.zeros(2, 4), None),
+        (torch.zeros(2, 4), [1]),
+    ],
+    ids=str,
+)
+def test_another_signature_is_checked(other: tuple[Any, Any]) -> None:
+    counted = CountedCheck()
+    counted.check(torch.zeros(2, 4), 1)
+    assert counted.check(*other)[1] is other[1]
+    assert counted.calls == 2
+
+
+@pytest.mark.parametrize("bad", [torch.zeros(2, 5), torch.zeros(2, 4).double(), torch.zeros(4)])
+def test_a_refusal_is_not_kept(bad: Tensor) -> None:
+    counted = CountedCheck()
+    counted.check(torch.zeros(2, 4), 1)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="x: expected"):
+            counted.check(bad, 1)
+    assert counted.calls == 3
+
+
+def test_a_signature_knows_of_autocast() -> None:
+    counted = CountedCheck()
+    counted.check(torch.zeros(2, 4), 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        counted.check(torch.zeros(2, 4), 1)
+    assert counted.calls == 2
+
+
+def test_signatures_are_not_kept_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_checks, "MOST_SIGNATURES", 2)
+    counted = CountedCheck()
+    for rows in (1, 2, 3, 3, 1):
+        counted.check(torch.zeros(rows, 4), 1)
+    assert counted.calls == 4

@@ -219,7 +219,7 @@ def test_machine_with_a_gpu(
 ) -> None:
     monkeypatch.setattr(_dispatch, "has_triton", lambda: True)
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(_dispatch, "_capability", lambda index: capability)
     assert _dispatch.machine_reasons("cuda", 0) == reasons
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import _checks
-from ..._launch import Config, bucket, config_for
+from ..._launch import Config, bucket, config_for, remembered
 
 WIDTHS = (16, 32, 48, 64, 128)
 WIDE, LONG = 96, 1024
@@ -73,6 +73,7 @@ def main_columns(width: int) -> int:
     return 1 << (width.bit_length() - 1)
 
 
+@remembered
 def rows_config(
     kernel: str, width: int, reach: int, dtype: torch.dtype, device: torch.device
 ) -> Config:

@@ -61,17 +61,9 @@ def attention(
 
     Numerics: docs/numerics.md. Source: FlashAttention-2 (arXiv 2307.08691).
     """
-    rows = ("B", "T") if isinstance(q, Tensor) and q.dim() == 4 else ("T",)
-    _checks.require_tensor("q", q, (*rows, "H", "K"), _checks.FLOATS)
-    (heads, width), dtypes = q.shape[-2:], runtime.activation_dtypes(q)
-    _checks.require(heads >= 1 and width >= 1, "q", "H >= 1 and K >= 1", tuple(q.shape))
-    _checks.require_tensor("k", k, (*q.shape[:-3], "T_kv", "H_kv", width), dtypes, q.device)
-    kv_heads = k.shape[-2]
-    divides = kv_heads >= 1 and heads % kv_heads == 0
-    _checks.require(divides, "k", f"heads that divide the {heads} of q", kv_heads)
-    _checks.require_tensor("v", v, tuple(k.shape), dtypes, q.device)
-    _check_options(causal, window, scale, softcap, dropout_p)
-    _check_documents(q, k, cu_seqlens, cu_seqlens_k)
+    _check(q, k, v, causal, window, cu_seqlens, cu_seqlens_k, scale, softcap, dropout_p)
+    if cu_seqlens is not None and runtime.values_visible(cu_seqlens):
+        _check_boundaries(q.shape[0], k.shape[0], cu_seqlens, cu_seqlens_k)
     kernels = use_triton(
         "attention", impl, q.device, unsupported_reasons, declined_reasons,
         q=q, k=k, v=v, causal=causal, window=window, cu_seqlens=cu_seqlens,
@@ -82,18 +74,46 @@ def attention(
     q, factor = positive_scale(q, scale)
     packed = q.dim() == 3
     if packed:
-        q, k, v = q[None], k[None], v[None]
+        q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
     reach = sides(causal, window)
     if kernels:
         out = _Attention.apply(q, k, v, cu_seqlens, cu_seqlens_k, *reach, factor, out_dtype)[0]
     else:
         options = torch_impl.Options(*reach, factor, softcap, float(dropout_p))
         out = torch_impl.attention(q, k, v, cu_seqlens, cu_seqlens_k, options, out_dtype)
-    return out[0] if packed else out
+    return out.squeeze(0) if packed else out
+
+
+@_checks.once_per_signature
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    window: Window,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    dropout_p: float,
+) -> None:
+    rows = ("B", "T") if isinstance(q, Tensor) and q.dim() == 4 else ("T",)
+    _checks.require_tensor("q", q, (*rows, "H", "K"), _checks.FLOATS)
+    (heads, width), dtypes = q.shape[-2:], runtime.activation_dtypes(q)
+    if heads < 1 or width < 1:
+        _checks.require(False, "q", "H >= 1 and K >= 1", tuple(q.shape))
+    _checks.require_tensor("k", k, (*q.shape[:-3], "T_kv", "H_kv", width), dtypes, q.device)
+    kv_heads = k.shape[-2]
+    if kv_heads < 1 or heads % kv_heads:
+        _checks.require(False, "k", f"heads that divide the {heads} of q", kv_heads)
+    _checks.require_tensor("v", v, k.shape, dtypes, q.device)
+    _check_options(causal, window, scale, softcap, dropout_p)
+    _check_documents(q, k, cu_seqlens, cu_seqlens_k)
 
 
 def _check_options(causal: Any, window: Any, scale: Any, softcap: Any, dropout_p: Any) -> None:
-    _checks.require(isinstance(causal, bool), "causal", "a bool", repr(causal))
+    if not isinstance(causal, bool):
+        _checks.require(False, "causal", "a bool", repr(causal))
     _check_window(causal, window)
     _checks.require_scale(scale)
     _checks.require_softcap(softcap)
@@ -123,15 +143,18 @@ def _check_documents(
         return
     _checks.require(q.dim() == 3, "cu_seqlens", "None with a dense q", "a Tensor")
     _checks.require_offsets("cu_seqlens", cu_seqlens, q.device)
-    visible = runtime.values_visible(cu_seqlens)
-    if visible:
-        _checks.check_offset_values("cu_seqlens", cu_seqlens, rows)
-    if cu_seqlens_k is None:
-        if keys != rows:
-            _checks.require(False, "k", f"the {rows} positions of q without cu_seqlens_k", keys)
-        return
-    _checks.require_tensor("cu_seqlens_k", cu_seqlens_k, cu_seqlens.shape, (torch.int32,), q.device)
-    if visible and runtime.values_visible(cu_seqlens_k):
+    if cu_seqlens_k is not None:
+        shape = cu_seqlens.shape
+        _checks.require_tensor("cu_seqlens_k", cu_seqlens_k, shape, (torch.int32,), q.device)
+    elif keys != rows:
+        _checks.require(False, "k", f"the {rows} positions of q without cu_seqlens_k", keys)
+
+
+def _check_boundaries(
+    rows: int, keys: int, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None
+) -> None:
+    _checks.check_offset_values("cu_seqlens", cu_seqlens, rows)
+    if cu_seqlens_k is not None and runtime.values_visible(cu_seqlens_k):
         _checks.check_offset_values("cu_seqlens_k", cu_seqlens_k, keys)
         _check_lengths(cu_seqlens, cu_seqlens_k)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import _checks
-from ..._launch import Config, block_of, config_for, width_bucket
+from ..._launch import Config, block_of, config_for, remembered, width_bucket
 
 COUNT_CHUNK = 256
 """Slots counted at a time: bfloat16 holds whole numbers exactly up to 256."""
@@ -27,12 +27,14 @@ def unsupported_reasons(
     return _checks.dtype_reasons("weight", weight)
 
 
+@remembered
 def fwd_config(width: int, dtype: torch.dtype, device: torch.device) -> Config:
     """One warp, one patch at a time: no patch waits for a longer one."""
     default = {"BLOCK_D": block_of(width, 256), "PATCHES": 16, "num_warps": 1}
     return config_for("byte_pool_fwd", width_bucket(width, dtype), default, device)
 
 
+@remembered
 def bwd_config(width: int, dtype: torch.dtype, device: torch.device) -> Config:
     """Half the rows of a byte table each: blocks of pure ASCII skip the upper half."""
     default = {
@@ -48,6 +50,7 @@ def bwd_config(width: int, dtype: torch.dtype, device: torch.device) -> Config:
     return config_for("byte_pool_bwd", width_bucket(width, dtype), default, device)
 
 
+@remembered
 def bwd_gain_config(width: int, dtype: torch.dtype, device: torch.device) -> Config:
     """Correct first: this gradient has no speed target."""
     default = {

@@ -58,6 +58,10 @@ def byte_pool(
     (arXiv 2405.14159); the gradient by a patch x byte count matrix is this project's.
     """
     _check(byte_ids, weight, cu_patchlens, mode, position_weight)
+    if runtime.values_visible(byte_ids, cu_patchlens):
+        last = _checks.check_offset_values("cu_patchlens", cu_patchlens, byte_ids.shape[0])
+        # Bytes beyond the last boundary belong to no patch, so they may hold anything.
+        _checks.check_id_values("byte_ids", byte_ids[:last], 0, weight.shape[0])
     out_dtype = runtime.compute_dtype(weight)
     mean = mode == "mean"
     if use_triton(
@@ -75,6 +79,7 @@ def byte_pool(
     return torch_impl.byte_pool(byte_ids, weight, cu_patchlens, position_weight, mean, out_dtype)
 
 
+@_checks.once_per_signature
 def _check(
     byte_ids: Tensor,
     weight: Tensor,
@@ -99,10 +104,6 @@ def _check(
         _checks.require(
             position_weight.shape[0] >= 1, "position_weight", "L >= 1", position_weight.shape[0]
         )
-    if runtime.values_visible(byte_ids, cu_patchlens):
-        last = _checks.check_offset_values("cu_patchlens", cu_patchlens, byte_ids.shape[0])
-        # Bytes beyond the last boundary belong to no patch, so they may hold anything.
-        _checks.check_id_values("byte_ids", byte_ids[:last], 0, vocab)
 
 
 _FWD = _library.register(

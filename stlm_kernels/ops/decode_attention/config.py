@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._launch import Config, amount, block_of, bucket, config_for
+from ..._launch import Config, amount, block_of, bucket, config_for, remembered
 from ..._launch import splits as cut
 from ..patch_attention import config as patch_attention
 
@@ -31,6 +31,7 @@ def heads_block(group: int) -> int:
     return block_of(group, MOST_HEADS)
 
 
+@remembered
 def fwd_config(cache: Tensor, dot: torch.dtype, device: torch.device) -> Config:
     """`BLOCK` entries of the cache that a program takes at a time.
 
@@ -47,6 +48,7 @@ def fwd_config(cache: Tensor, dot: torch.dtype, device: torch.device) -> Config:
     return config_for("decode_attention_fwd", shape, default, device)
 
 
+@remembered
 def combine_config(width: int, device: torch.device) -> Config:
     default = {"num_warps": 4}
     return config_for("decode_attention_combine", bucket(f"K{width_block(width)}"), default, device)

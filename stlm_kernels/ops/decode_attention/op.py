@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ... import _checks, _library, runtime
@@ -55,16 +54,8 @@ def decode_attention(
     Numerics: docs/numerics.md. Source: the split over the cache is flash-decoding's
     (Dao et al., 2023).
     """
-    _checks.require_tensor("q", q, ("B", "H", "K"), _checks.FLOATS)
-    (batch, heads, width), dtypes = q.shape, runtime.activation_dtypes(q)
-    _checks.require(heads >= 1 and width >= 1, "q", "H >= 1 and K >= 1", tuple(q.shape))
-    _checks.require_tensor("k_cache", k_cache, (batch, "C", "H_kv", width), dtypes, q.device)
-    capacity, kv_heads = k_cache.shape[1:3]
-    divides = kv_heads >= 1 and heads % kv_heads == 0
-    _checks.require(divides, "k_cache", f"heads that divide the {heads} of q", kv_heads)
-    _checks.require_tensor("v_cache", v_cache, tuple(k_cache.shape), dtypes, q.device)
-    _checks.require_tensor("cache_lens", cache_lens, (batch,), (torch.int32,), q.device)
-    _check_options(window, scale, softcap)
+    _check(q, k_cache, v_cache, cache_lens, window, scale, softcap)
+    capacity, width = k_cache.shape[1], q.shape[2]
     if runtime.values_visible(cache_lens):
         _checks.check_id_values("cache_lens", cache_lens, 0, capacity + 1)
     out_dtype = runtime.compute_dtype(q)
@@ -78,11 +69,30 @@ def decode_attention(
         q=q, k_cache=k_cache, v_cache=v_cache, cache_lens=cache_lens,
         window=window, scale=scale, softcap=softcap,
     ):  # fmt: skip
-        return _FWD(*arguments)
+        return _attend(*arguments)
     return torch_impl.decode_attention(*arguments)
 
 
-def _check_options(window: int | None, scale: float | None, softcap: float | None) -> None:
+@_checks.once_per_signature
+def _check(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_lens: Tensor,
+    window: int | None,
+    scale: float | None,
+    softcap: float | None,
+) -> None:
+    _checks.require_tensor("q", q, ("B", "H", "K"), _checks.FLOATS)
+    (batch, heads, width), dtypes = q.shape, runtime.activation_dtypes(q)
+    if heads < 1 or width < 1:
+        _checks.require(False, "q", "H >= 1 and K >= 1", tuple(q.shape))
+    _checks.require_tensor("k_cache", k_cache, (batch, "C", "H_kv", width), dtypes, q.device)
+    kv_heads = k_cache.shape[2]
+    if kv_heads < 1 or heads % kv_heads:
+        _checks.require(False, "k_cache", f"heads that divide the {heads} of q", kv_heads)
+    _checks.require_tensor("v_cache", v_cache, k_cache.shape, dtypes, q.device)
+    _checks.require_tensor("cache_lens", cache_lens, (batch,), _checks.OFFSET_DTYPES, q.device)
     if window is not None:
         _checks.require_int_at_least("window", window, 1)
     _checks.require_scale(scale)
@@ -97,3 +107,4 @@ _FWD = _library.register(
     # Two products over as many entries as a query may see.
     flops=lambda q, window: 4 * q[0] * q[1] * q[2] * window,
 )
+_attend = _library.direct(_FWD)

@@ -107,16 +107,13 @@ def linear_cross_entropy(
     Numerics: docs/numerics.md. Source: signature of PyTorch 2.13; z-loss of arXiv 2204.02311.
     """
     options = row_options(
-        input, linear_weight, target, linear_bias, ignore_index, softcap, logit_scale, valid_vocab
-    )
+        input, linear_weight, target, linear_bias, ignore_index, softcap, logit_scale, valid_vocab,
+        label_smoothing, z_loss,
+    )  # fmt: skip
     _check_class_weight(weight, input, linear_weight)
-    _checks.require(isinstance(return_lse, bool), "return_lse", "a bool", repr(return_lse))
+    if not isinstance(return_lse, bool):
+        _checks.require(False, "return_lse", "a bool", repr(return_lse))
     _checks.require_choice("reduction", reduction, REDUCTIONS)
-    ok = _checks.is_number(label_smoothing) and 0 <= label_smoothing <= 1
-    _checks.require_number(ok, "label_smoothing", "a number in [0, 1]", label_smoothing)
-    ok = _checks.is_finite(z_loss) and z_loss >= 0
-    _checks.require_number(ok, "z_loss", "a finite number >= 0", z_loss)
-    options = options._replace(label_smoothing=float(label_smoothing), z_loss=float(z_loss))
 
     loss, lse = losses(
         "linear_cross_entropy", input, linear_weight, target, linear_bias, weight, options, impl,

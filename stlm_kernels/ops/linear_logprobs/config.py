@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import _checks
-from ..._launch import Config, block_of, bucket, ceil_div, config_for, width_bucket
+from ..._launch import Config, block_of, bucket, ceil_div, config_for, remembered, width_bucket
 
 MAX_VOCAB = 512
 """Up to here a row of logits fits on the chip."""
@@ -44,6 +44,7 @@ def chunk_rows(valid: int) -> int:
     return max(128, SCRATCH_BYTES // (4 * pitch_of(valid)) // 128 * 128)
 
 
+@remembered
 def chunk_config(valid: int, dtype: torch.dtype, device: torch.device) -> Config:
     """A row's program keeps a block of logits in registers and walks the row twice."""
     default = {"BLOCK": block_of(valid, 2048), "num_warps": 8}
@@ -63,6 +64,7 @@ def vocab_blocks(valid: int) -> tuple[int, int]:
     return main, block_of(valid - main, whole)
 
 
+@remembered
 def fwd_config(width: int, valid: int, dtype: torch.dtype, device: torch.device) -> Config:
     """16 K fp32 accumulators over 8 warps; twice as many spill (ahead-of-time lane, sm_90)."""
     main, _ = vocab_blocks(valid)
@@ -76,6 +78,7 @@ def fwd_config(width: int, valid: int, dtype: torch.dtype, device: torch.device)
     return config_for("linear_logprobs_fwd", _bucket(width, valid, dtype), default, device)
 
 
+@remembered
 def bwd_rows_config(width: int, valid: int, dtype: torch.dtype, device: torch.device) -> Config:
     """Half the forward's rows: the gradient tile lives beside the logits."""
     main, _ = vocab_blocks(valid)
@@ -91,6 +94,7 @@ def bwd_rows_config(width: int, valid: int, dtype: torch.dtype, device: torch.de
     return config_for("linear_logprobs_bwd_rows", _bucket(width, valid, dtype), default, device)
 
 
+@remembered
 def bwd_weight_config(width: int, valid: int, dtype: torch.dtype, device: torch.device) -> Config:
     """The weight gradient's tile, 128 x 128 or as large, stays in registers while a program walks
     its rows. Each column block of D forms the logits of its rows again, so wide tables take few:

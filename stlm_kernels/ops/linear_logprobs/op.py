@@ -86,7 +86,9 @@ def losses(
 
     Here alone is decided on which path, for arguments that `row_options` has seen.
     """
-    rows, targets = input.reshape(-1, input.shape[-1]), target.reshape(-1)
+    rows, targets = input, target
+    if input.dim() != 2:  # else a view would be one more node of autograd
+        rows, targets = input.reshape(-1, input.shape[-1]), target.reshape(-1)
     head = (rows, linear_weight, targets, linear_bias, class_weight)
     on_chip = fits_on_chip(options.valid_vocab)
     loss: Tensor
@@ -108,8 +110,10 @@ def losses(
         row_losses = _single_tile_losses if on_chip else chunked_op.row_losses
         loss, lse = row_losses(op, *head, options)
         loss = loss.sum() if summed else loss
-    loss = loss if summed else loss.view(target.shape)
-    return loss, lse.view(target.shape) if with_lse and lse is not None else None
+    if input.dim() != 2:
+        loss = loss if summed else loss.view(target.shape)
+        lse = None if lse is None else lse.view(target.shape)
+    return loss, lse if with_lse else None
 
 
 def _single_tile_losses(
