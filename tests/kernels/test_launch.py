@@ -191,3 +191,33 @@ def test_blocks_cover_widths() -> None:
         16, 16, 32, 128, 128, 128,
     ]  # fmt: skip
     assert [_launch.ceil_div(a, 4) for a in (0, 1, 4, 5)] == [0, 1, 1, 2]
+
+
+def test_a_configuration_is_chosen_once() -> None:
+    chosen: list[tuple[int, torch.device]] = []
+
+    @_launch.remembered
+    def config(width: int, device: torch.device) -> _launch.Config:
+        chosen.append((width, device))
+        return _launch.config_for("op_fwd", "D64-bfloat16", {"BLOCK": width}, device)
+
+    config(16, CPU).clear()  # a copy
+    assert config(16, CPU) == {"BLOCK": 16}
+    assert config(32, CPU) == {"BLOCK": 32}
+    assert chosen == [(16, CPU), (32, CPU)]
+    with _launch.overriding({"op_fwd": {"BLOCK": 4}}):
+        assert config(16, CPU) == {"BLOCK": 4}
+    assert config(16, CPU) == {"BLOCK": 16}
+
+
+def test_a_configuration_is_that_of_the_gpu_at_hand(tuned: Path) -> None:
+    @_launch.remembered
+    def config(device: torch.device) -> _launch.Config:
+        shared = 0 if device == CUDA and not _launch.is_recording() else _launch.gpu_of(CPU).arch
+        return _launch.config_for("op_fwd", "D64-bfloat16", {"BLOCK": shared}, device)
+
+    assert config(CUDA) == {"BLOCK": 64, "num_warps": 8}
+    for gpu in (_launch.Gpu(80, 1), _launch.Gpu(100, 1)):
+        with _launch.recording(print, gpu):
+            assert config(CUDA) == {"BLOCK": gpu.arch}
+    assert config(CUDA) == {"BLOCK": 64, "num_warps": 8}
