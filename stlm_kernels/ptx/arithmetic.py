@@ -8,6 +8,7 @@ fp64 and rounded, which is within the error that the PTX ISA allows them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -37,20 +38,16 @@ def function_of(opcode: str) -> Function | None:
     return maker(modifiers)
 
 
+FLOATS: dict[str, np.dtype[Any]] = {"f32": np.dtype(np.float32), "f64": np.dtype(np.float64)}
+
+
 def _floats(modifiers: list[str], function: Function) -> Function | None:
     """`function` over fp32, fp64 or 16-bit floats, as the last modifier says."""
     kind = modifiers[-1]
-    if kind in ("f32", "f64"):
-        flushes = "ftz" in modifiers
-
-        def apply(*operands: Array) -> Array:
-            values = [single(x) for x in operands]
-            if flushes:
-                values = [formats.flushed(x) for x in values]
-            result = function(*values)
-            return unsigned(formats.flushed(result) if flushes else result)
-
-        return apply
+    if kind in FLOATS:
+        if "ftz" in modifiers:
+            function = formats.flushing(function)
+        return _viewed(function, FLOATS[kind], np.dtype(UNSIGNED[bits_of(kind)]))
     if kind in ("bf16", "f16"):
         return unpacked(kind, function)
     if kind in ("bf16x2", "f16x2"):
@@ -58,10 +55,24 @@ def _floats(modifiers: list[str], function: Function) -> Function | None:
     return None
 
 
+def _viewed(function: Function, number: np.dtype[Any], bits: np.dtype[Any]) -> Function:
+    """A function of register bits from one of the numbers that they stand for."""
+
+    def apply(a: Array, b: Array | None = None, c: Array | None = None) -> Array:
+        if b is None:
+            return function(a.view(number)).view(bits)
+        if c is None:
+            return function(a.view(number), b.view(number)).view(bits)
+        return function(a.view(number), b.view(number), c.view(number)).view(bits)
+
+    return apply
+
+
 def _integers(modifiers: list[str], function: Function) -> Function | None:
     kind = modifiers[-1]
     if kind[0] == "s" and kind[1:].isdecimal():
-        return lambda *operands: unsigned(function(*(signed(x) for x in operands)))
+        bits = bits_of(kind)
+        return _viewed(function, np.dtype(SIGNED[bits]), np.dtype(UNSIGNED[bits]))
     if kind[0] in "ub" and kind[1:].isdecimal():
         return function
     return None
@@ -95,9 +106,10 @@ def _mul(modifiers: list[str]) -> Function | None:
 
 
 def _wide_product(kind: str) -> Function:
-    view, types = (signed, SIGNED) if kind[0] == "s" else (unsigned, UNSIGNED)
-    wide = types[2 * bits_of(kind)]
-    return lambda a, b: unsigned(view(a).astype(wide) * view(b).astype(wide))
+    types = SIGNED if kind[0] == "s" else UNSIGNED
+    narrow, wide = np.dtype(types[bits_of(kind)]), np.dtype(types[2 * bits_of(kind)])
+    bits = np.dtype(UNSIGNED[2 * bits_of(kind)])
+    return lambda a, b: (a.view(narrow).astype(wide) * b.view(narrow)).view(bits)
 
 
 def _high_product(kind: str) -> Function:
@@ -190,14 +202,12 @@ def _unary(integer: Function, floating: Function) -> Callable[[list[str]], Funct
 
 def _approximation(function: Function) -> Callable[[list[str]], Function | None]:
     def make(modifiers: list[str]) -> Function | None:
-        if modifiers[-1] not in ("f32", "f16", "bf16", "f16x2", "bf16x2") or _is_unusual(modifiers):
+        kind = modifiers[-1]
+        if kind not in ("f32", "f16", "bf16", "f16x2", "bf16x2") or _is_unusual(modifiers):
             return None
-        return _floats(
-            modifiers,
-            lambda x: (
-                to_single(function(x.astype(np.float64))) if x.dtype == np.float32 else function(x)
-            ),
-        )
+        if kind == "f32":
+            return _floats(modifiers, lambda x: function(x.astype(np.float64)).astype(np.float32))
+        return _floats(modifiers, function)
 
     return make
 
@@ -242,18 +252,27 @@ def _setp(modifiers: list[str]) -> Function | None:
     if compare is None or kind not in known:
         return None
 
-    def as_number(x: Array) -> Array:
-        if kind in ("f32", "f64"):
-            return formats.flushed(single(x)) if flushes else single(x)
-        if kind in ("bf16", "f16"):
-            return widen(x, kind)
-        return signed(x) if kind[0] == "s" else x
+    if flushes:
+        compare = _of_flushed(compare)
+    if kind in ("bf16", "f16"):
+        compare = _of_wide(compare, kind)
+    bits = bits_of(kind)
+    types = SIGNED if kind[0] == "s" else UNSIGNED
+    number = FLOATS[kind] if kind in FLOATS else np.dtype(types[bits])
 
     def apply(a: Array, b: Array, other: Array | None = None) -> Array:
-        result = compare(as_number(a), as_number(b))
+        result = compare(a.view(number), b.view(number))
         return result if other is None else combine[modifiers[1]](result, other)
 
-    return apply
+    return compare if number == UNSIGNED[bits] and len(modifiers) == 2 else apply
+
+
+def _of_flushed(compare: Function) -> Function:
+    return lambda a, b: compare(formats.flushed(a), formats.flushed(b))
+
+
+def _of_wide(compare: Function, kind: str) -> Function:
+    return lambda a, b: compare(widen(a, kind), widen(b, kind))
 
 
 def _float_comparison(name: str) -> Callable[[Array, Array], Array] | None:

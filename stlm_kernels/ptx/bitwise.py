@@ -14,16 +14,20 @@ Function = Callable[..., Array]
 def shift(left: bool) -> Callable[[list[str]], Function | None]:
     def make(modifiers: list[str]) -> Function | None:
         bits = bits_of(modifiers[-1])
+        fills = modifiers[-1][0] == "s" and not left  # beyond the width the sign fills all
+        number, unsigned_number = np.dtype(SIGNED[bits]), np.dtype(UNSIGNED[bits])
+        operation = np.left_shift if left else np.right_shift
 
         def apply(a: Array, count: Array) -> Array:
-            view = signed(a) if modifiers[-1][0] == "s" else a
-            inside = np.minimum(count, bits - 1).astype(view.dtype)
-            if left:
-                return np.where(count < bits, a << inside.view(a.dtype), a.dtype.type(0))
-            shifted = unsigned(view >> inside)
-            if view.dtype.kind == "i":  # beyond the width the sign fills all
-                return shifted
-            return np.where(count < bits, shifted, a.dtype.type(0))
+            if len(count) == 1 and count[0] < bits:
+                by = count.astype(number if fills else unsigned_number)
+                if fills:
+                    return operation(a.view(number), by).view(unsigned_number)
+                return operation(a, by)
+            inside = np.minimum(count, bits - 1)
+            if fills:
+                return operation(a.view(number), inside.astype(number)).view(unsigned_number)
+            return np.where(count < bits, operation(a, inside.astype(a.dtype)), a.dtype.type(0))
 
         return apply
 
@@ -61,6 +65,8 @@ def permute(modifiers: list[str]) -> Function | None:
         return None
 
     def apply(a: Array, b: Array, selector: Array) -> Array:
+        if len(selector) == 1 and not selector[0] & np.uint32(0x8888):
+            return _chosen_bytes(a, b, int(selector[0]))
         both = a.astype(np.uint64) | (b.astype(np.uint64) << np.uint64(32))
         result: Array = np.zeros(1, np.uint32)
         for i in range(4):
@@ -74,11 +80,26 @@ def permute(modifiers: list[str]) -> Function | None:
     return apply
 
 
+def _chosen_bytes(a: Array, b: Array, selector: int) -> Array:
+    """Bytes of two words in another order, the same for all threads."""
+    words = np.empty(max(len(a), len(b)), np.uint32)
+    to, of_a, of_b = (x.view(np.uint8).reshape(-1, 4) for x in (words, a, b))
+    for i in range(4):
+        choice = selector >> 4 * i & 7
+        to[:, i] = of_a[:, choice] if choice < 4 else of_b[:, choice - 4]
+    return words
+
+
 def extract_field(modifiers: list[str]) -> Function:
     kind = modifiers[-1]
     bits = bits_of(kind)
 
     def apply(a: Array, position: Array, length: Array) -> Array:
+        if len(position) == len(length) == 1 and kind[0] == "u":
+            begin, width = int(position[0]) & 255, int(length[0]) & 255
+            if begin < bits:
+                word = a.dtype.type
+                return (a >> word(begin)) & word((1 << min(width, bits)) - 1)
         value = (signed(a) if kind[0] == "s" else a).astype(
             SIGNED[64] if kind[0] == "s" else UNSIGNED[64]
         )

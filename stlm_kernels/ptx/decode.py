@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from . import accesses, carry, collective
 from .arithmetic import function_of
-from .code import Code, Step
+from .code import Code, Run, Step
 from .operands import Decoder
 from .parse import (
     CARRY,
@@ -28,21 +29,26 @@ from .state import State
 IGNORED = ("prefetch", "discard", "griddepcontrol", "membar", "fence", "nanosleep", "setmaxnreg")
 """Instructions that change no value. A fence of the asynchronous proxy is one with a meaning."""
 
+FOR_ACTIVE = (
+    "ld", "ldu", "atom", "shfl", "redux", "vote", "elect", "activemask", "ldmatrix", "mma", "wgmma",
+)  # fmt: skip
+"""Instructions whose result depends on which threads are active, or that only those may execute."""
+
 
 def decode(program: Program) -> Code:
     """Decode once for any number of launches. Unknown instructions fail when they are reached."""
     decoder = Decoder(program)
-    steps: list[Step | None] = []
-    flow: dict[int, tuple[str, int]] = {}
-    for index, instruction in enumerate(program.instructions):
-        kind = _flow_of(program, instruction)
-        if kind is not None:
-            flow[index] = kind
-        steps.append(None if kind is not None else _step(decoder, instruction))
-    touched = [_touched(decoder, instruction) for instruction in program.instructions]
+    instructions = program.instructions
+    found = ((index, _flow_of(program, x)) for index, x in enumerate(instructions))
+    flow = {index: kind for index, kind in found if kind is not None}
+    steps = [
+        _nothing if index in flow else _line(decoder, instruction)
+        for index, instruction in enumerate(instructions)
+    ]
+    touched = [_touched(decoder, instruction) for instruction in instructions]
     reads, writes = ([pair[i] for pair in touched] for i in (0, 1))
-    ends = _ends(program, flow)
-    return Code(program, steps, flow, decoder.slots, decoder.constants, ends, reads, writes)
+    runs = _runs(program, flow, steps, _own(program, flow, reads, writes))
+    return Code(program, runs, flow, decoder.slots, decoder.constants, reads, writes)
 
 
 def _flow_of(program: Program, instruction: Instruction) -> tuple[str, int] | None:
@@ -62,18 +68,84 @@ def _flow_of(program: Program, instruction: Instruction) -> tuple[str, int] | No
     return None
 
 
-def _ends(program: Program, flow: dict[int, tuple[str, int]]) -> list[int]:
-    """End of each index's straight run: the next branch, barrier or label."""
-    stops = set(flow) | set(program.labels.values())
-    ends = [len(program.instructions)] * (len(program.instructions) + 1)
-    for index in range(len(program.instructions) - 1, -1, -1):
-        if index in flow:
-            ends[index] = index
-        elif index + 1 in stops:
-            ends[index] = index + 1
-        else:
-            ends[index] = ends[index + 1]
-    return ends
+def _begins(program: Program, flow: Mapping[int, object]) -> list[int]:
+    """Indices where runs begin: after branches and barriers, and at labels."""
+    begins = {0, *(index + 1 for index in flow), *program.labels.values()}
+    return sorted(index for index in begins if index <= len(program.instructions))
+
+
+def _own(
+    program: Program,
+    flow: Mapping[int, object],
+    reads: Sequence[tuple[int, ...]],
+    writes: Sequence[tuple[int, ...]],
+) -> list[bool]:
+    """Return which instructions write only registers that no other run touches.
+
+    Such a register is written before it is read, and threads wait between runs alone, so none has
+    a value there that counts while others write.
+    """
+    begins = _begins(program, flow)
+    run_of = [bisect_right(begins, index) for index in range(len(program.instructions))]
+    home: dict[int, int] = {}
+    shared: set[int] = set()
+    for index, instruction in enumerate(program.instructions):
+        is_whole = instruction.predicate is None
+        for slot in (*reads[index], *writes[index]):
+            is_first_write = is_whole and slot in writes[index] and slot not in reads[index]
+            if home.setdefault(slot, run_of[index] if is_first_write else 0) != run_of[index]:
+                shared.add(slot)
+    return [
+        instruction.predicate is None and bool(written) and shared.isdisjoint(written)
+        for instruction, written in zip(program.instructions, writes, strict=True)
+    ]
+
+
+def _runs(
+    program: Program, flow: Mapping[int, object], steps: Sequence[Step], own: Sequence[bool]
+) -> dict[int, Run]:
+    instructions = program.instructions
+    begins = _begins(program, flow)
+    found = {}
+    for begin, following in zip(begins, [*begins[1:], len(instructions)], strict=True):
+        end = following - 1 if following - 1 in flow and following > begin else following
+        within = instructions[begin:end]
+        may_write_all = [
+            is_own and instruction.parts[0] not in FOR_ACTIVE
+            for is_own, instruction in zip(own[begin:end], within, strict=True)
+        ]
+        lines = tuple(zip(steps[begin:end], within, may_write_all, strict=True))
+        has_products = any(x.parts[0] == "wgmma" for x in within)
+        found[begin] = Run(begin, end, lines, has_products)
+    return found
+
+
+def _line(decoder: Decoder, instruction: Instruction) -> Step:
+    """Return what an instruction does where its predicate is on."""
+    step = _step(decoder, instruction)
+    if step is None:
+        return _unknown(decoder.program, instruction)
+    if instruction.predicate is None:
+        return step
+    slot, negated = decoder.slots[instruction.predicate], instruction.negated
+
+    def where_on(state: State, mask: Mask) -> None:
+        chosen = state.where_on(slot, negated, mask)
+        if chosen is None or np.count_nonzero(chosen):
+            step(state, chosen)
+
+    return where_on
+
+
+def _unknown(program: Program, instruction: Instruction) -> Step:
+    def step(state: State, mask: Mask) -> None:
+        source = instruction.source or "no source line"
+        raise PtxError(
+            f"{program.name}: {instruction.opcode} is not known here"
+            f" ({source}, PTX line {instruction.line}: {instruction.text})"
+        )
+
+    return step
 
 
 def _step(decoder: Decoder, instruction: Instruction) -> Step | None:
@@ -113,22 +185,27 @@ def _arithmetic(decoder: Decoder, instruction: Instruction) -> Step | None:
     return _apply(function, result, slots, dtype)
 
 
-def _apply(
-    function: Callable[..., Array], result: int, slots: tuple[int, ...], dtype: type
-) -> Step:
+def _apply(function: Callable[..., Array], result: int, slots: tuple[int, ...], kind: type) -> Step:
+    """A function of registers. This is what most instructions are, so every call counts here."""
+    dtype, where = np.dtype(kind), np.where
     if len(slots) == 2:
         a, b = slots
 
         def binary(state: State, mask: Mask) -> None:
             values = state.values
-            state.set(result, function(values[a], values[b]).astype(dtype, copy=False), mask)
+            value = function(values[a], values[b])
+            if value.dtype is not dtype:
+                value = value.astype(dtype)
+            values[result] = value if mask is None else where(mask, value, values[result])
 
         return binary
 
     def general(state: State, mask: Mask) -> None:
         values = state.values
-        value = function(*(values[slot] for slot in slots))
-        state.set(result, value.astype(dtype, copy=False), mask)
+        value = function(*[values[slot] for slot in slots])
+        if value.dtype is not dtype:
+            value = value.astype(dtype)
+        values[result] = value if mask is None else where(mask, value, values[result])
 
     return general
 
@@ -190,7 +267,9 @@ def _move(decoder: Decoder, instruction: Instruction) -> Step | None:
     slot = decoder.slot(source, bits)
 
     def step(state: State, mask: Mask) -> None:
-        state.set(result, state.values[slot], mask)
+        values = state.values
+        value = values[slot]
+        values[result] = value if mask is None else np.where(mask, value, values[result])
 
     return step
 
@@ -212,9 +291,10 @@ def _packing(decoder: Decoder, target: Operand, source: Vector, bits: int) -> St
     dtype = UNSIGNED[bits]
 
     def step(state: State, mask: Mask) -> None:
-        value = np.zeros(1, dtype)
-        for i, slot in enumerate(slots):
-            value = value | (state.values[slot].astype(dtype) << dtype(part * i))
+        values = state.values
+        value = values[slots[0]].astype(dtype)
+        for i, slot in enumerate(slots[1:], 1):
+            value = value | (values[slot].astype(dtype) << dtype(part * i))
         state.set(result, value, mask)
 
     return step
@@ -230,7 +310,7 @@ def _unpacking(decoder: Decoder, target: Vector, source: Operand, bits: int) -> 
         value = state.values[slot]
         for i, result in enumerate(results):
             if result is not None:
-                shifted = value >> value.dtype.type(part * i)
+                shifted = value >> value.dtype.type(part * i) if i else value
                 state.set(result, shifted.astype(narrow), mask)
 
     return step

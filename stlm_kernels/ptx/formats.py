@@ -10,6 +10,13 @@ from numpy.typing import NDArray
 Bits = NDArray[np.unsignedinteger]
 Floats = NDArray[np.floating]
 
+_ONE, _SIZE, _LARGEST_SUBNORMAL = np.uint32(1), np.uint32(0x7FFFFFFF), np.uint32(0x7FFFFF)
+_LOW = np.uint64((1 << 29) - 1)
+"""Bits of an fp64 number that an fp32 one lacks."""
+_HALF_WAY = np.uint64(1 << 28)
+_SIZE_64, _ONE_64 = np.uint64((1 << 63) - 1), np.uint64(1)
+_TINY = np.float64(2.0**-125).view(np.uint64) - _ONE_64
+
 
 def widen(bits: Bits, kind: str) -> NDArray[np.float32]:
     """16-bit floats as fp32, exactly."""
@@ -28,21 +35,23 @@ def narrow(values: Floats, kind: str, rounding: str = "rn") -> Bits:
     if kind == "f16":
         return _narrow_to_half(values, rounding)
     single = to_single(values, "rn" if rounding == "rna" else rounding)
-    dropped = 16 if kind == "bf16" else 13
-    bits = single.view(np.uint32).astype(np.uint64)
+    dropped = np.uint32(16 if kind == "bf16" else 13)
+    bits = single.view(np.uint32)
     if rounding == "rn" and values.dtype == np.float64:
-        bits = to_odd(values.astype(np.float64)).view(np.uint32).astype(np.uint64)
+        bits = to_odd(values.astype(np.float64)).view(np.uint32)
+    half = _ONE << (dropped - _ONE)
     if rounding == "rn":
-        last = (bits >> np.uint64(dropped)) & np.uint64(1)
-        rounded = bits + np.uint64((1 << (dropped - 1)) - 1) + last
+        rounded = bits + ((half - _ONE) + ((bits >> dropped) & _ONE))
     elif rounding == "rna":
-        rounded = bits + np.uint64(1 << (dropped - 1))
+        rounded = bits + half
     else:
         rounded = bits
-    rounded = np.where(np.isnan(single), np.uint64(0x7FFFFFFF), rounded) >> np.uint64(dropped)
+    nan = single != single
+    if np.count_nonzero(nan):
+        rounded = np.where(nan, _SIZE, rounded)
     if kind == "tf32":
-        return (rounded << np.uint64(dropped)).astype(np.uint32)
-    return rounded.astype(np.uint16)
+        return rounded & ~((_ONE << dropped) - _ONE)
+    return (rounded >> dropped).astype(np.uint16)
 
 
 def _narrow_to_half(values: Floats, rounding: str) -> Bits:
@@ -50,8 +59,9 @@ def _narrow_to_half(values: Floats, rounding: str) -> Bits:
     if rounding == "rz":
         beyond = np.abs(half.astype(np.float64)) > np.abs(values.astype(np.float64))
         half = np.where(beyond, np.nextafter(half, np.float16(0)), half)
-    bits = half.astype(np.float16).view(np.uint16)
-    return np.where(np.isnan(values), np.uint16(0x7FFF), bits)
+    nan = values != values
+    bits = half.view(np.uint16)
+    return np.where(nan, np.uint16(0x7FFF), bits) if np.count_nonzero(nan) else bits
 
 
 def to_odd(values: NDArray[np.float64]) -> NDArray[np.float32]:
@@ -74,8 +84,17 @@ def to_single(values: Floats, rounding: str = "rn") -> NDArray[np.float32]:
 
 def flushed(values: Floats) -> Floats:
     """Subnormal fp32 numbers as zeros of their sign (`.ftz`)."""
-    tiny = np.abs(values) < np.finfo(np.float32).tiny
-    return np.where(tiny, np.copysign(np.float32(0), values), values).astype(np.float32)
+    bits = values.view(np.uint32)
+    # Zeros become the largest number here, so that they are not among the small ones.
+    subnormal = ((bits & _SIZE) - _ONE) < _LARGEST_SUBNORMAL
+    if not np.count_nonzero(subnormal):
+        return values
+    return np.where(subnormal, np.copysign(np.float32(0), values), values)
+
+
+def flushing(function: Callable[..., Floats]) -> Callable[..., Floats]:
+    """A function of fp32 numbers that takes and returns subnormal ones as zeros."""
+    return lambda *operands: flushed(function(*[flushed(x) for x in operands]))
 
 
 def fused_multiply_add(a: Floats, b: Floats, c: Floats) -> NDArray[np.float32]:
@@ -87,11 +106,11 @@ def fused_multiply_add(a: Floats, b: Floats, c: Floats) -> NDArray[np.float32]:
     """
     product = a.astype(np.float64) * b
     total = product + c
-    low = total.view(np.uint64) & np.uint64((1 << 29) - 1)
-    size = np.abs(total)
-    doubtful = (low == np.uint64(1 << 28)) | ((size < 2.0**-125) & (size > 0))
-    if np.count_nonzero(doubtful):
-        few = np.flatnonzero(doubtful & np.isfinite(total))
+    bits = total.view(np.uint64)
+    half_way = (bits & _LOW) == _HALF_WAY
+    tiny = ((bits & _SIZE_64) - _ONE_64) < _TINY  # zero is none
+    if np.count_nonzero(half_way) or np.count_nonzero(tiny):
+        few = np.flatnonzero((half_way | tiny) & np.isfinite(total))
         total[few] = _odd_sum(
             product if len(product) == 1 else product[few],
             c if len(c) == 1 else c[few],
@@ -112,13 +131,14 @@ def _odd_sum(a: NDArray[np.float64], b: Floats, total: NDArray[np.float64]) -> N
 
 def packed(kind: str, function: Callable[..., Floats]) -> Callable[..., Bits]:
     """A function of two 16-bit floats in each uint32, from one of exact floats."""
+    scalar = unpacked(kind, function)
 
     def apply(*operands: Bits) -> Bits:
-        low = scalar(*(x.astype(np.uint16) for x in operands))
-        high = scalar(*((x >> np.uint32(16)).astype(np.uint16) for x in operands))
-        return low.astype(np.uint32) | (high.astype(np.uint32) << np.uint32(16))
+        # As twice as many 16-bit words, the low one first.
+        count = max(map(len, operands))
+        whole = [x if len(x) == count else x.repeat(count) for x in operands]
+        return scalar(*[x.view(np.uint16) for x in whole]).view(np.uint32)
 
-    scalar = unpacked(kind, function)
     return apply
 
 

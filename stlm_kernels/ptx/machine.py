@@ -15,12 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .chains import Chains
-from .code import Code
+from .code import Code, Run
 from .count import Costs
 from .faults import Collector
 from .lanes import LANES
 from .memory import GlobalMemory
-from .parse import Instruction, Program, PtxError
+from .parse import Instruction
 from .registers import UNSIGNED, Array, Mask
 from .state import State
 
@@ -102,11 +102,11 @@ class Machine:
         Returns:
             The index of the instruction that only some threads follow, not yet executed, or `DONE`.
         """
-        state, flow, ends = self.state, self.code.flow, self.code.ends
+        state, flow, runs = self.state, self.code.flow, self.code.runs
         instructions = self.program.instructions
         while pc < len(instructions):
-            end = ends[pc]
-            self._straight_run(pc, end, None)
+            self._straight_run(runs[pc], None)
+            end = runs[pc].end
             kind, target = flow.get(end, ("next", end))
             if kind == "next":
                 pc = end
@@ -147,8 +147,9 @@ class Machine:
             here = runnable & (pcs == pc)
             if here.all():
                 return pc
-            self._straight_run(pc, self.code.ends[pc], here)
-            self._leave(self.code.ends[pc], here, pcs, waiting)
+            run = self.code.runs[pc]
+            self._straight_run(run, here)
+            self._leave(run.end, here, pcs, waiting)
 
     def _stuck(self, pcs: Array, waiting: Array) -> None:
         """No thread can go on: those at a barrier pass it once the fault was kept."""
@@ -158,24 +159,29 @@ class Machine:
         pcs[waiting] += 1
         waiting[:] = False
 
-    def _straight_run(self, begin: int, end: int, mask: Mask) -> None:
-        instructions, steps, state = self.program.instructions, self.code.steps, self.state
-        self._count(begin, min(end + 1, len(steps)), mask)
-        for index in range(begin, end):
-            state.current = instruction = instructions[index]
-            step = steps[index]
-            if step is None:
-                raise PtxError(_unknown(self.program, instruction))
-            if state.products.pending:
-                state.products.check(self.code.reads[index], self.code.writes[index], mask)
-            if self.chains is not None:
+    def _straight_run(self, run: Run, mask: Mask) -> None:
+        """Execute instructions that the active threads take in a row."""
+        state = self.state
+        self._count(run.begin, min(run.end + 1, len(self.program.instructions)), mask)
+        if self.chains is not None:
+            for index in range(run.begin, run.end):
                 self.chains.note(index)
-            if instruction.predicate is None:
-                step(state, mask)
-                continue
-            chosen = self._predicated(instruction, mask)
-            if chosen is None or np.count_nonzero(chosen):
-                step(state, chosen)
+        if run.has_products or state.products.pending:
+            self._run_with_products(run, mask)
+        elif mask is None:
+            for step, state.current, _ in run.lines:
+                step(state, None)
+        else:
+            for step, state.current, is_own in run.lines:
+                step(state, None if is_own else mask)
+
+    def _run_with_products(self, run: Run, mask: Mask) -> None:
+        """Execute a run while no register of a product that is on its way may be touched."""
+        state, reads, writes = self.state, self.code.reads, self.code.writes
+        for index, (step, state.current, is_own) in enumerate(run.lines, run.begin):
+            if state.products.pending:
+                state.products.check(reads[index], writes[index], mask)
+            step(state, None if is_own else mask)
 
     def _count(self, begin: int, end: int, mask: Mask) -> None:
         """Note that the active warps issue a run of instructions."""
@@ -191,15 +197,8 @@ class Machine:
         """Select the active threads that an instruction is on for; None for all of the batch."""
         if instruction.predicate is None:
             return mask
-        predicate = self.state.values[self.code.slots[instruction.predicate]]
-        if len(predicate) == 1:
-            if bool(predicate[0]) != instruction.negated:
-                return mask
-            return np.zeros(self.state.n, bool)
-        chosen = ~predicate if instruction.negated else predicate
-        if mask is not None:
-            chosen = chosen & mask
-        return None if np.count_nonzero(chosen) == len(chosen) else chosen
+        slot = self.code.slots[instruction.predicate]
+        return self.state.where_on(slot, instruction.negated, mask)
 
     def _leave(self, index: int, mask: Mask, pcs: Array, waiting: Array) -> None:
         """The end of a straight run: a branch, a barrier, a return, or a label that follows."""
@@ -226,14 +225,6 @@ class Machine:
         released = np.repeat(complete, self.state.n_threads)
         waiting[released] = False
         pcs[released] = index + 1
-
-
-def _unknown(program: Program, instruction: Instruction) -> str:
-    source = instruction.source or "no source line"
-    return (
-        f"{program.name}: {instruction.opcode} is not known here"
-        f" ({source}, PTX line {instruction.line}: {instruction.text})"
-    )
 
 
 def _registers(code: Code) -> list[Array]:

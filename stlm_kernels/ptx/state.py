@@ -72,6 +72,16 @@ class State(Threads):
         whole[threads] = value
         self.values[slot] = whole
 
+    def where_on(self, slot: int, negated: bool, mask: Mask) -> Mask:
+        """Select the active threads whose predicate is on; None for all of the batch."""
+        predicate = self.values[slot]
+        if len(predicate) == 1:
+            return mask if bool(predicate[0]) != negated else np.zeros(self.n, bool)
+        chosen = ~predicate if negated else predicate
+        if mask is not None:
+            chosen = chosen & mask
+        return None if np.count_nonzero(chosen) == len(chosen) else chosen
+
     def of(self, slot: int, threads: Array) -> Array:
         """A register of these threads."""
         value = self.values[slot]
