@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .code import Step
-from .memory import WORDS
+from .elements import WORDS, as_rows, element, joined, split
 from .operands import Decoder
 from .parse import Address, Constant, Instruction, Operand, PtxError, Register, Symbol, Vector
 from .registers import UNSIGNED, Array, Mask, bits_of, signed, single, unsigned
@@ -36,9 +36,10 @@ class Place:
         if self.slot is None:
             return np.full(len(threads), self.offset, np.int64)
         base = state.of(self.slot, threads)
-        places = base.astype(np.int64) + self.offset
-        # A window of 32 bits: what was subtracted from a base comes back with the offset.
-        return places & 0xFFFFFFFF if base.dtype == np.uint32 else places
+        if self.offset:
+            # Of the width of the base: what was subtracted from it comes back with the offset.
+            base = base + base.dtype.type(self.offset % (1 << 8 * base.itemsize))
+        return base.astype(np.int64)
 
 
 def _space(parts: list[str]) -> str:
@@ -67,12 +68,18 @@ def load(decoder: Decoder, instruction: Instruction) -> Step | None:
     place = Place(decoder, source, space)
     extends = kind[0] == "s"
 
+    width, count = bits // 8, len(results)
+    targets = [
+        (i, result, register_bits)
+        for i, (result, register_bits) in enumerate(zip(results, widths, strict=True))
+        if result is not None
+    ]
+
     def step(state: State, mask: Mask) -> None:
         threads = state.active(mask)
-        words = read(state, place, threads, bits // 8, len(results))
-        for result, word, width in zip(results, words, widths, strict=True):
-            if result is not None:
-                state.put(result, threads, _extended(word, width, extends), mask)
+        words = split(read(state, place, threads, width * count), width, count)
+        for i, result, register_bits in targets:
+            state.put(result, threads, _extended(words[i], register_bits, extends), mask)
 
     return step
 
@@ -85,18 +92,18 @@ def _extended(word: Array, bits: int, is_signed: bool) -> Array:
     return word.astype(UNSIGNED[bits])
 
 
-def read(state: State, place: Place, threads: Array, width: int, count: int) -> list[Array]:
-    """Words that these threads read."""
+def read(state: State, place: Place, threads: Array, size: int) -> Array:
+    """Elements of `size` bytes that these threads read."""
     report = state.reporter(threads)
     addresses = place.of(state, threads)
-    count_access(state, place.space, "load", addresses, width * count, threads)
+    if state.costs is not None:
+        count_access(state, place.space, "load", addresses, size, threads)
     if place.space == "global":
-        return state.memory.read(
-            addresses, width, count, state.block_index[threads].astype(np.int32), report
-        )
+        owners = state.of_threads(state.owner, threads)
+        return state.memory.read(addresses, size, owners, report)
     if place.space == "local":
-        return state.local.read(addresses, width, count, threads, report)
-    return state.shared.read(addresses, width, count, threads, report)
+        return state.local.read(addresses, size, threads, report)
+    return state.shared.read(addresses, size, threads, report)
 
 
 def count_access(
@@ -135,28 +142,29 @@ def store(decoder: Decoder, instruction: Instruction) -> Step | None:
     target, source = instruction.operands[:2]
     space, bits = _space(instruction.parts), bits_of(instruction.parts[-1])
     slots = [decoder.slot(item, max(bits, 16)) for item in _items(source)]
-    place = Place(decoder, target, space)
+    place, dtype = Place(decoder, target, space), np.dtype(WORDS[bits // 8])
 
     def step(state: State, mask: Mask) -> None:
         threads = state.active(mask)
-        words = [state.of(slot, threads).astype(WORDS[bits // 8]) for slot in slots]
-        write(state, place, threads, words)
+        words = [state.of(slot, threads).astype(dtype, copy=False) for slot in slots]
+        write(state, place, threads, joined(words))
 
     return step
 
 
-def write(state: State, place: Place, threads: Array, words: list[Array]) -> None:
-    """Store words of these threads."""
+def write(state: State, place: Place, threads: Array, elements: Array) -> None:
+    """Store elements of these threads."""
     report = state.reporter(threads)
-    addresses = place.of(state, threads)
-    size = words[0].dtype.itemsize * len(words)
-    count_access(state, place.space, "store", addresses, size, threads)
+    addresses, size = place.of(state, threads), elements.itemsize
+    if state.costs is not None:
+        count_access(state, place.space, "store", addresses, size, threads)
     if place.space == "global":
-        state.memory.write(addresses, words, state.block_index[threads].astype(np.int32), report)
+        owners = state.of_threads(state.owner, threads)
+        state.memory.write(addresses, elements, size, owners, report)
     elif place.space == "local":
-        state.local.write(addresses, words, threads, report)
+        state.local.write(addresses, elements, size, threads, report)
     else:
-        state.shared.write(addresses, words, threads, report)
+        state.shared.write(addresses, elements, size, threads, report)
 
 
 def copy(decoder: Decoder, instruction: Instruction) -> Step | None:
@@ -184,18 +192,20 @@ def _copy_step(shared: Place, distant: Place, size: int, given: int | None) -> S
 
     def step(state: State, mask: Mask) -> None:
         threads = state.active(mask)
-        data = np.zeros((len(threads), size), np.uint8)
-        lengths = np.full(len(threads), size) if given is None else state.of(given, threads)
-        for length in np.unique(lengths):
-            chosen = np.flatnonzero(lengths == length)
-            if length == size:
-                words = read(state, distant, threads[chosen], min(size, 8), max(1, size // 8))
-                data[chosen] = np.stack(words, 1).view(np.uint8)
-            elif length:
-                for i in range(int(length)):
-                    byte = Shifted(distant, i)
-                    data[chosen, i] = read(state, byte, threads[chosen], 1, 1)[0]
-        state.copies.issue(threads, shared.of(state, threads), data)
+        lengths = None if given is None else state.of(given, threads)
+        if lengths is None or (lengths == size).all():
+            elements = read(state, distant, threads, size)
+        else:
+            elements = np.zeros(len(threads), element(size))
+            for length in np.unique(lengths):
+                chosen = np.flatnonzero(lengths == length)
+                if length == size:
+                    elements[chosen] = read(state, distant, threads[chosen], size)
+                else:
+                    for i in range(int(length)):
+                        byte = read(state, Shifted(distant, i), threads[chosen], 1)
+                        as_rows(elements, size)[chosen, i] = byte
+        state.copies.issue(threads, shared.of(state, threads), elements)
 
     return step
 

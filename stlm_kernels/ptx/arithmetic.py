@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from . import bitwise, conversion, formats
-from .formats import fused_multiply_add, packed, to_single, unpacked, widen
-from .registers import SIGNED, UNSIGNED, Array, bits_of, signed, single, unsigned
+from .formats import fused_multiply_add, packed, unpacked, widen
+from .registers import SIGNED, UNSIGNED, Array, bits_of, signed
 
 Function = Callable[..., Array]
 KNOWN_MODIFIERS = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .lanes import LANES
 from .registers import Array, Mask
@@ -17,12 +16,12 @@ from .threads import Threads
 class _Copy:
     threads: Array
     index: Array  # of each thread's place in shared memory, in units of its size
-    data: NDArray[np.uint8]
+    elements: Array
     group: Array  # of each thread, counted from its first
 
     def only(self, chosen: Array) -> _Copy:
         return _Copy(
-            self.threads[chosen], self.index[chosen], self.data[chosen], self.group[chosen]
+            self.threads[chosen], self.index[chosen], self.elements[chosen], self.group[chosen]
         )
 
 
@@ -34,29 +33,31 @@ class Copies:
         self.committed = np.zeros(threads.n, np.int64)
         self.on_the_way: list[_Copy] = []
 
-    def issue(self, threads: Array, offsets: Array, data: NDArray[np.uint8]) -> None:
-        """Begin copies of the rows of data to offsets of shared memory."""
-        size, report = data.shape[1], self.batch.reporter(threads)
+    def issue(self, threads: Array, offsets: Array, elements: Array) -> None:
+        """Begin copies of elements to offsets of shared memory."""
+        size, report = elements.itemsize, self.batch.reporter(threads)
         index = self.shared.begin_copy(offsets, size, threads, report)
-        group = self.committed[threads].copy()
-        self.on_the_way.append(_Copy(threads, index, data, group))
+        self.on_the_way.append(_Copy(threads, index, elements, self.committed[threads]))
 
     def commit(self, mask: Mask) -> None:
-        self.committed[self.batch.active(mask)] += 1
+        self.committed += 1 if mask is None else mask
 
     def wait(self, mask: Mask, newest: int) -> None:
         """Complete all but the `newest` groups of these threads."""
-        waits = np.zeros(self.batch.n, bool)
-        waits[self.batch.active(mask)] = True
+        waits = mask
         left = []
         for copy in self.on_the_way:
-            done = waits[copy.threads] & (copy.group < self.committed[copy.threads] - newest)
-            if done.any():
-                landed = copy.only(done)
-                self.shared.end_copy(landed.index, landed.data, landed.threads)
-            if not done.all():
-                left.append(copy.only(~done))
+            done = copy.group < self.committed[copy.threads] - newest
+            if waits is not None:
+                done &= waits[copy.threads]
+            count = np.count_nonzero(done)
+            landed = copy if count == len(done) else copy.only(done)
+            if count:
+                self.shared.end_copy(landed.index, landed.elements, landed.threads)
+            if count < len(done):
+                left.append(copy.only(~done) if count else copy)
         self.on_the_way = left
+        self.shared.has_pending = bool(left)
 
 
 @dataclass
@@ -80,15 +81,15 @@ class Products:
         self.committed = np.zeros(threads.n // LANES, np.int64)
         self.count = 0
 
-    def issue(self, slots: list[int], operands: list[Array], size: int, mask: Mask) -> None:
-        """Begin a product that sums into registers and reads operands, in units of `size` bytes."""
+    def issue(self, slots: list[int], operands: list[Array], mask: Mask) -> None:
+        """Begin a product that sums into registers and reads operands, which are units."""
         assert self.order is not None
         self.count += 1
         product = _Product(self.count, self.committed.copy(), self._warps(mask))
         for slot in slots:
             self.pending[slot] = product
         for index in operands:
-            self.order.read(index, size, product.number)
+            self.order.read(index, product.number)
         self.on_their_way.append(product)
         self.order.on_their_way.append(product.number)
 

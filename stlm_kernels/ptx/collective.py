@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -9,8 +10,7 @@ import numpy as np
 from . import lanes, matrix
 from .accesses import Place, count_access
 from .code import Step
-from .memory import gather
-from .memory import rows as rows_of
+from .elements import WORDS, element
 from .operands import Decoder
 from .parse import Constant, Instruction, Operand, PtxError, Register, Vector
 from .registers import Array, Mask, signed, unsigned
@@ -19,8 +19,6 @@ from .state import State
 WARPGROUP = 128
 EVERY_LANE = 0xFFFFFFFF
 """A mask of lanes."""
-UNIT = 16
-"""Bytes that a product reads together, whatever its swizzle."""
 
 
 def _registers(decoder: Decoder, operand: Operand, bits: int = 32) -> list[int]:
@@ -30,6 +28,8 @@ def _registers(decoder: Decoder, operand: Operand, bits: int = 32) -> list[int]:
 
 def _members(decoder: Decoder, operand: Operand) -> Callable[[State, Mask], None]:
     """A check that all lanes of each warp take part: by their mask, and by being there."""
+    if isinstance(operand, Constant) and operand.value % (1 << 32) == EVERY_LANE:
+        return lambda state, mask: state.require_whole_warps(mask)
     slot = decoder.slot(operand, 32)
 
     def check(state: State, mask: Mask) -> None:
@@ -50,12 +50,42 @@ def shuffle(decoder: Decoder, instruction: Instruction) -> Step | None:
     mode = instruction.parts[2]
     both = target.items if isinstance(target, Vector) else (target,)
     results = [decoder.destination(item) for item in both]
-    slots = [decoder.slot(x, 32) for x in (value, b, c)]
+    slot, *rest = (decoder.slot(x, 32) for x in (value, b, c))
+    if isinstance(b, Constant) and isinstance(c, Constant):
+        return _fixed_shuffle(mode, b.value, c.value, slot, results, members)
 
     def step(state: State, mask: Mask) -> None:
         members(state, mask)
-        found = lanes.shuffle(mode, *(state.whole(slot) for slot in slots))
+        found = lanes.shuffle(mode, *(state.whole(x) for x in (slot, *rest)))
         for result, outcome in zip(results, found, strict=False):
+            if result is not None:
+                state.set(result, outcome, mask)
+
+    return step
+
+
+def _fixed_shuffle(
+    mode: str,
+    b: int,
+    c: int,
+    slot: int,
+    results: list[int | None],
+    members: Callable[[State, Mask], None],
+) -> Step:
+    """A shuffle whose lanes are known when it is decoded, as nearly all are."""
+    source, in_range = lanes.sources(mode, *(np.full((1, lanes.LANES), x) for x in (b, c)))
+
+    @functools.lru_cache(maxsize=4)
+    def of_threads(count: int) -> tuple[Array, Array]:
+        places = np.arange(count).reshape(-1, lanes.LANES)
+        return places[:, source[0]].reshape(-1), np.tile(in_range[0], len(places))
+
+    def step(state: State, mask: Mask) -> None:
+        members(state, mask)
+        places, flags = of_threads(state.n)
+        value = state.values[slot]
+        outcomes = (value if len(value) == 1 else value.take(places)), flags
+        for result, outcome in zip(results, outcomes, strict=False):
             if result is not None:
                 state.set(result, outcome, mask)
 
@@ -186,7 +216,7 @@ def load_matrix(decoder: Decoder, instruction: Instruction) -> Step | None:
         rows = _Rows(state, place, mask, count)
         count_access(state, "shared", "load", rows.first, 16, rows.used)
         state.shared.check_read(rows.index, 16, rows.used, rows.report)
-        words = rows_of(state.shared.data, 16)[rows.index].view(np.uint16)
+        words = state.shared.elements.of(16).take(rows.index).view(np.uint16)
         fragments = lanes.fragments_of(words.reshape(-1, count, 8, 8), transposed)
         for slot, fragment in zip(slots, fragments, strict=True):
             state.put(slot, rows.threads, fragment, mask)
@@ -206,9 +236,9 @@ def store_matrix(decoder: Decoder, instruction: Instruction) -> Step | None:
         rows = _Rows(state, place, mask, count)
         count_access(state, "shared", "store", rows.first, 16, rows.used)
         fragments = [state.of(slot, rows.threads) for slot in slots]
-        words = lanes.matrices_of(fragments, transposed).reshape(-1, 8)
-        new = list(np.ascontiguousarray(words).view(np.uint64).T)
-        state.shared.put(rows.index, new, rows.used, rows.report)
+        words = np.ascontiguousarray(lanes.matrices_of(fragments, transposed))
+        elements = words.reshape(-1).view(element(16))
+        state.shared.put(rows.index, elements, 16, rows.used, rows.report)
 
     return step
 
@@ -301,7 +331,7 @@ class _Warpgroup:
         values = matrix.registers_of(total.reshape(-1, 16, n), len(self.sums), kind)
         for slot, value in zip(self.sums, values, strict=True):
             state.put(slot, threads, value.reshape(-1), mask)
-        state.products.issue(self.sums, read, UNIT, mask)
+        state.products.issue(self.sums, read, mask)
         count_flops(state, self.shape, len(threads) // WARPGROUP)
 
     def _operand(
@@ -314,20 +344,23 @@ class _Warpgroup:
         read: list[Array],
     ) -> Array:
         """(warpgroups, rows, k) from shared memory, as fp32; its units are added to `read`."""
-        first = threads[::WARPGROUP]
-        element = matrix.BYTES[self.shape.kind]
-        offsets = matrix.descriptor_offsets(
-            state.of(slot, first), rows, self.shape.k, element, depth_major=not transposed
+        first, kind, k = threads[::WARPGROUP], self.shape.kind, self.shape.k
+        size = matrix.BYTES[kind]
+        # Elements lie side by side in units along one of the two dimensions.
+        offsets = np.stack(
+            [
+                matrix.unit_offsets(descriptor, rows, k, size, not transposed)
+                for descriptor in state.of(slot, first).tolist()
+            ]
         )
         shared, report = state.shared, state.reporter(first)
-        each = np.repeat(first, rows * self.shape.k)
-        index = shared.index(offsets.reshape(-1), element, each, state.reporter(each))
-        index = index.reshape(offsets.shape)
-        # Elements lie side by side in units along one of the two dimensions.
-        per_unit = UNIT // element
-        begins = index[:, ::per_unit, :] if transposed else index[:, :, ::per_unit]
-        units = begins.reshape(len(first), -1) // per_unit
-        shared.check_product(units, UNIT, first, report)
+        count = offsets.shape[1] * offsets.shape[2]
+        each = first.repeat(count)
+        units = shared.index(offsets.reshape(-1), matrix.UNIT, each, state.reporter(each))
+        shared.check_product(units.reshape(-1, count), matrix.UNIT, first, report)
         read.append(units)
-        words = gather(shared.data, index * element, element, 1)[0]
-        return matrix.of_words(words, self.shape.kind)
+        found = shared.elements.of(matrix.UNIT).take(units)
+        words = found.view(WORDS[size]).reshape(*offsets.shape, -1)
+        if transposed:  # a unit is of several rows
+            words = words.swapaxes(2, 3)
+        return matrix.of_words(words.reshape(len(first), rows, k), kind)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from . import accesses, carry, collective
 from .arithmetic import function_of
-from .code import Code, Run, Step
+from .code import Code, Step
 from .operands import Decoder
 from .parse import (
     CARRY,
@@ -24,15 +23,11 @@ from .parse import (
     Vector,
 )
 from .registers import UNSIGNED, Array, Mask, bits_of
+from .runs import own_results, runs_of
 from .state import State
 
 IGNORED = ("prefetch", "discard", "griddepcontrol", "membar", "fence", "nanosleep", "setmaxnreg")
 """Instructions that change no value. A fence of the asynchronous proxy is one with a meaning."""
-
-FOR_ACTIVE = (
-    "ld", "ldu", "atom", "shfl", "redux", "vote", "elect", "activemask", "ldmatrix", "mma", "wgmma",
-)  # fmt: skip
-"""Instructions whose result depends on which threads are active, or that only those may execute."""
 
 
 def decode(program: Program) -> Code:
@@ -47,7 +42,7 @@ def decode(program: Program) -> Code:
     ]
     touched = [_touched(decoder, instruction) for instruction in instructions]
     reads, writes = ([pair[i] for pair in touched] for i in (0, 1))
-    runs = _runs(program, flow, steps, _own(program, flow, reads, writes))
+    runs = runs_of(program, flow, steps, own_results(program, flow, reads, writes))
     return Code(program, runs, flow, decoder.slots, decoder.constants, reads, writes)
 
 
@@ -66,58 +61,6 @@ def _flow_of(program: Program, instruction: Instruction) -> tuple[str, int] | No
         if isinstance(count, Constant) and count.value == program.threads:
             return "bar", 0
     return None
-
-
-def _begins(program: Program, flow: Mapping[int, object]) -> list[int]:
-    """Indices where runs begin: after branches and barriers, and at labels."""
-    begins = {0, *(index + 1 for index in flow), *program.labels.values()}
-    return sorted(index for index in begins if index <= len(program.instructions))
-
-
-def _own(
-    program: Program,
-    flow: Mapping[int, object],
-    reads: Sequence[tuple[int, ...]],
-    writes: Sequence[tuple[int, ...]],
-) -> list[bool]:
-    """Return which instructions write only registers that no other run touches.
-
-    Such a register is written before it is read, and threads wait between runs alone, so none has
-    a value there that counts while others write.
-    """
-    begins = _begins(program, flow)
-    run_of = [bisect_right(begins, index) for index in range(len(program.instructions))]
-    home: dict[int, int] = {}
-    shared: set[int] = set()
-    for index, instruction in enumerate(program.instructions):
-        is_whole = instruction.predicate is None
-        for slot in (*reads[index], *writes[index]):
-            is_first_write = is_whole and slot in writes[index] and slot not in reads[index]
-            if home.setdefault(slot, run_of[index] if is_first_write else 0) != run_of[index]:
-                shared.add(slot)
-    return [
-        instruction.predicate is None and bool(written) and shared.isdisjoint(written)
-        for instruction, written in zip(program.instructions, writes, strict=True)
-    ]
-
-
-def _runs(
-    program: Program, flow: Mapping[int, object], steps: Sequence[Step], own: Sequence[bool]
-) -> dict[int, Run]:
-    instructions = program.instructions
-    begins = _begins(program, flow)
-    found = {}
-    for begin, following in zip(begins, [*begins[1:], len(instructions)], strict=True):
-        end = following - 1 if following - 1 in flow and following > begin else following
-        within = instructions[begin:end]
-        may_write_all = [
-            is_own and instruction.parts[0] not in FOR_ACTIVE
-            for is_own, instruction in zip(own[begin:end], within, strict=True)
-        ]
-        lines = tuple(zip(steps[begin:end], within, may_write_all, strict=True))
-        has_products = any(x.parts[0] == "wgmma" for x in within)
-        found[begin] = Run(begin, end, lines, has_products)
-    return found
 
 
 def _line(decoder: Decoder, instruction: Instruction) -> Step:

@@ -17,9 +17,13 @@ def by_warp(x: Array) -> Array:
     return x.reshape(-1, LANES)
 
 
-def shuffle(mode: str, value: Array, b: Array, c: Array) -> tuple[Array, Array]:
-    """`shfl.sync`: each lane's value from another lane, and whether that lane was in range."""
-    value, b, c = by_warp(value), by_warp(b).astype(np.int64), by_warp(c).astype(np.int64)
+def sources(mode: str, b: Array, c: Array) -> tuple[Array, Array]:
+    """Return the lane that each lane of `shfl.sync` reads, and whether it was in range.
+
+    Args:
+        mode: "up", "down", "bfly" or "idx".
+        b, c: integers of each lane, (warps, 32).
+    """
     clamp, segment = c & 31, (c >> 8) & 31
     lowest = _LANE & segment
     highest = lowest | (clamp & ~segment)
@@ -35,8 +39,13 @@ def shuffle(mode: str, value: Array, b: Array, c: Array) -> tuple[Array, Array]:
     else:  # idx
         source = lowest | (b & 31 & ~segment)
         in_range = source <= highest
-    source = np.where(in_range, source, _LANE)
-    return np.take_along_axis(value, source, 1).reshape(-1), in_range.reshape(-1)
+    return np.where(in_range, source, _LANE), in_range
+
+
+def shuffle(mode: str, value: Array, b: Array, c: Array) -> tuple[Array, Array]:
+    """`shfl.sync`: each lane's value from another lane, and whether that lane was in range."""
+    source, in_range = sources(mode, by_warp(b).astype(np.int64), by_warp(c).astype(np.int64))
+    return np.take_along_axis(by_warp(value), source, 1).reshape(-1), in_range.reshape(-1)
 
 
 REDUCTIONS = {

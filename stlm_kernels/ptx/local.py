@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from .elements import Elements, Ints, Marks
 from .faults import Reporter
-from .memory import Ints, check_alignment, gather, mark, marked, scatter
+from .memory import check_alignment
 from .registers import Array
 from .threads import Threads
 
@@ -23,30 +24,30 @@ class LocalMemory:
 
     def __init__(self, batch: Threads, size: int) -> None:
         self.size, self.pitch = size, -(-size // ALIGNMENT) * ALIGNMENT
-        self.data = np.zeros(batch.n * self.pitch, np.uint8)
-        self.written = np.zeros(len(self.data), bool)
+        self.elements = Elements(np.zeros(batch.n * self.pitch, np.uint8))
+        self.written = Marks(np.zeros(batch.n * self.pitch, bool))
 
-    def read(
-        self, offsets: Ints, width: int, count: int, threads: Array, report: Reporter
-    ) -> list[Array]:
-        """Words per thread."""
-        size = width * count
-        places = self._places(offsets, size, threads, report)
-        report("unwritten", ~marked(self.written, places // size, size), "of local memory")
-        return gather(self.data, places, width, count)
+    def read(self, offsets: Ints, size: int, threads: Array, report: Reporter) -> Array:
+        """An element of `size` bytes for each thread."""
+        index = self._index(offsets, size, threads, report)
+        if not self.written.all_marked(index, size):
+            report("unwritten", ~self.written.marked(index, size), "of local memory")
+        return self.elements.of(size).take(index)
 
-    def write(self, offsets: Ints, values: list[Array], threads: Array, report: Reporter) -> None:
-        size = values[0].dtype.itemsize * len(values)
-        places = self._places(offsets, size, threads, report)
-        scatter(self.data, places, values)
-        mark(self.written, places // size, size)
+    def write(
+        self, offsets: Ints, elements: Array, size: int, threads: Array, report: Reporter
+    ) -> None:
+        """Store an element of `size` bytes of each thread."""
+        index = self._index(offsets, size, threads, report)
+        self.elements.of(size)[index] = elements
+        self.written.mark(index, size)
 
-    def _places(self, offsets: Ints, size: int, threads: Array, report: Reporter) -> Ints:
-        """Positions in `data`, of all of the accesses."""
+    def _index(self, offsets: Ints, size: int, threads: Array, report: Reporter) -> Ints:
+        """Where the accesses lie: each is the index-th of its size."""
         check_alignment(offsets, size, report)
         outside = (offsets < 0) | (offsets + size > self.size)
         if np.count_nonzero(outside):
             detail = f"{size} bytes beyond the {self.size} of local memory"
             report("outside", outside, detail)
             offsets = np.where(outside, 0, offsets)
-        return offsets // size * size + threads * self.pitch
+        return (offsets + threads * self.pitch) >> (size.bit_length() - 1)

@@ -7,6 +7,7 @@ sums once per instruction, which is at least as good as the hardware's own accum
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .elements import WORDS
 from .formats import narrow, widen
 from .lanes import LANES
-from .memory import WORDS
 
 Array = NDArray[Any]
-_GROUP, _IN_GROUP = np.arange(LANES) // 4, np.arange(LANES) % 4
 
 BYTES = {"s8": 1, "u8": 1, "bf16": 2, "f16": 2, "tf32": 4, "f64": 8}
 """Size of an element of each kind of operand."""
@@ -79,7 +79,7 @@ def shape_of(opcode: str) -> Shape | None:
 
 def numbers(registers: list[Array], kind: str) -> Array:
     """Operand registers, each (units, lanes), as floats (units, lanes, registers, per register)."""
-    stacked = np.ascontiguousarray(np.stack(registers, -1))
+    stacked = np.stack(registers, -1)
     return of_words(stacked.view(WORDS[BYTES[kind]]).reshape(*stacked.shape, -1), kind)
 
 
@@ -98,24 +98,17 @@ def of_words(words: Array, kind: str) -> Array:
 def operand_a(registers: list[Array], shape: Shape) -> Array:
     """(warps, 16 or m, k) from the fragment of the left operand."""
     values = numbers(registers, shape.kind)
-    result = np.zeros((len(values), min(shape.m, 16), shape.k), values.dtype)
-    step, blocks = shape.per_register, result.shape[1] // 8
-    for i in range(values.shape[2]):
-        rows = _GROUP + 8 * (i % blocks)
-        for j in range(step):
-            result[:, rows, _IN_GROUP * step + j + 4 * step * (i // blocks)] = values[:, :, i, j]
-    return result
+    rows = min(shape.m, 16)
+    # Lanes are a row of 8 and a fourth of the columns; registers go down the rows first.
+    each = values.reshape(-1, 8, 4, values.shape[2] * 8 // rows, rows // 8, shape.per_register)
+    return each.transpose(0, 4, 1, 3, 2, 5).reshape(-1, rows, shape.k)
 
 
 def operand_b(registers: list[Array], shape: Shape) -> Array:
     """(warps, k, 8) from the fragment of the right operand."""
     values = numbers(registers, shape.kind)
-    result = np.zeros((len(values), shape.k, 8), values.dtype)
-    step = shape.per_register
-    for i in range(values.shape[2]):
-        for j in range(step):
-            result[:, _IN_GROUP * step + j + 4 * step * i, _GROUP] = values[:, :, i, j]
-    return result
+    each = values.reshape(-1, 8, 4, *values.shape[2:])
+    return each.transpose(0, 3, 2, 4, 1).reshape(-1, shape.k, 8)
 
 
 def accumulator(registers: list[Array], columns: int, sums: str = "f32", rows: int = 16) -> Array:
@@ -123,35 +116,27 @@ def accumulator(registers: list[Array], columns: int, sums: str = "f32", rows: i
 
     A lane has two numbers of each 8 x 8 block; a register holds one, or two fp16 numbers.
     """
-    bits = np.ascontiguousarray(np.stack(registers, -1))
+    bits = np.stack(registers, -1)
     if sums == "f16":
         values = widen(bits.view(np.uint16), "f16")
     else:
         values = bits.view({"f32": np.float32, "f64": np.float64, "s32": np.int32}[sums])
-    result = np.zeros((len(values), rows, columns), values.dtype)
-    for i in range(values.shape[-1]):
-        result[:, _rows(i, rows), _columns(i, rows)] = values[:, :, i]
-    return result
+    each = values.reshape(-1, 8, 4, columns // 8, rows // 8, 2)
+    return each.transpose(0, 4, 1, 3, 2, 5).reshape(-1, rows, columns)
 
 
 def registers_of(values: Array, count: int, sums: str = "f32") -> list[Array]:
-    """The inverse of `accumulator`: bits per lane."""
-    rows = values.shape[1]
+    """The inverse of `accumulator`: bits per lane, (warps, lanes)."""
+    warps, rows, columns = values.shape
     if sums == "f16":
-        halves = narrow(values, "f16").astype(np.uint32)
-        each = [halves[:, _rows(i, rows), _columns(i, rows)] for i in range(2 * count)]
-        pairs = zip(each[::2], each[1::2], strict=True)
-        return [low | (high << np.uint32(16)) for low, high in pairs]
-    bits = np.ascontiguousarray(values).view(WORDS[values.dtype.itemsize])
-    return [bits[:, _rows(i, rows), _columns(i, rows)] for i in range(count)]
-
-
-def _rows(i: int, rows: int) -> Array:
-    return _GROUP + 8 * (i // 2 % (rows // 8))
-
-
-def _columns(i: int, rows: int) -> Array:
-    return 8 * (i // (rows // 4)) + 2 * _IN_GROUP + i % 2
+        bits = narrow(values, "f16")
+    else:
+        bits = np.ascontiguousarray(values).view(WORDS[values.dtype.itemsize])
+    each = bits.reshape(warps, rows // 8, 8, columns // 8, 4, 2)
+    if sums == "f16":  # pairs make a register
+        pairs = np.ascontiguousarray(each.transpose(3, 1, 0, 2, 4, 5)).view(np.uint32)
+        return list(pairs.reshape(count, warps, LANES))
+    return list(each.transpose(3, 1, 5, 0, 2, 4).reshape(count, warps, LANES))
 
 
 def product(a: Array, b: Array, c: Array, sums: str = "f32", saturates: bool = False) -> Array:
@@ -166,6 +151,8 @@ def product(a: Array, b: Array, c: Array, sums: str = "f32", saturates: bool = F
     return exact.astype(np.float32 if sums == "f32" else np.float64)
 
 
+UNIT = 16
+"""Bytes that a product reads together, whatever its swizzle."""
 SWIZZLES = {0: 1, 3: 2, 2: 4, 1: 8}
 """Mode of a descriptor -> 16-byte units of a row of its pattern."""
 
@@ -208,6 +195,17 @@ def descriptor_offsets(
         else:
             offsets = inside + (row // along) * lead + (k // 8) * step
     return swizzled(start[:, None, None] + offsets, units)
+
+
+@functools.lru_cache(maxsize=1024)
+def unit_offsets(
+    descriptor: int, rows: int, depth: int, element: int, depth_major: bool
+) -> NDArray[np.int64]:
+    """Where the 16-byte units of an operand begin, (rows, units) or (units, depth): cached."""
+    one = np.array([descriptor], np.uint64)
+    offsets = descriptor_offsets(one, rows, depth, element, depth_major)[0]
+    per_unit = UNIT // element
+    return offsets[:, ::per_unit] if depth_major else offsets[::per_unit]
 
 
 def swizzled(addresses: NDArray[np.int64], units: int) -> NDArray[np.int64]:

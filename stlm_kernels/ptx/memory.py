@@ -1,12 +1,13 @@
 """Bytes and their shadows, and global memory.
 
-An access is an array of addresses, one per active thread, of `count` words of `width` bytes. Global
+An access is an array of addresses, one per active thread, of elements of as many bytes each. Global
 addresses are those of the tensors themselves: results land where torch sees them.
 """
 
 from __future__ import annotations
 
 import ctypes
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,37 +15,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .count import Costs
+from .elements import Elements, Ints, Marks, as_rows, element
 from .faults import Reporter
+from .registers import Array
 from .touches import Touches
 
-WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-_MARKS = {1: 0x01, 2: 0x0101, 4: 0x01010101, 8: 0x0101010101010101}
 LINE = 128
 """Storages are seen from the line they begin in: no access crosses one."""
 LAUNCH = 0
 """The one epoch of global memory: nothing orders the blocks of a launch."""
 
-Ints = NDArray[np.int64]
-Array = NDArray[Any]
 Shadow = NDArray[np.bool_]
 """Flags of the bytes of a storage's lines that something has written; see `new_shadow`."""
 NO_SHADOWS: Mapping[int, Shadow] = {}
-
-
-def gather(data: NDArray[np.uint8], offsets: Ints, width: int, count: int) -> list[Array]:
-    """Words of `width` bytes at aligned byte offsets, `count` in a row from each."""
-    words = data[: len(data) // width * width].view(WORDS[width])
-    first = offsets // width
-    return [words[first + i] for i in range(count)]
-
-
-def scatter(data: NDArray[np.uint8], offsets: Ints, values: list[Array]) -> None:
-    """The inverse of `gather`; where offsets repeat, the last thread's value stays."""
-    width = values[0].dtype.itemsize
-    words = data[: len(data) // width * width].view(WORDS[width])
-    first = offsets // width
-    for i, value in enumerate(values):
-        words[first + i] = value
 
 
 def bytes_at(offsets: Ints, size: int) -> Ints:
@@ -70,8 +53,10 @@ class Allocation:
         self.base, extent = _lines(start, size)
         buffer = (ctypes.c_uint8 * extent).from_address(self.base)
         self.data = np.ctypeslib.as_array(buffer)
-        self.touches = Touches(extent, owners)
-        self.written = written
+        self.elements = Elements(self.data)
+        # Blocks race with others only, and no barrier orders them.
+        self.touches = Touches(extent, owners, np.zeros(1, np.int32)) if owners > 1 else None
+        self.written = None if written is None else Marks(written)
 
 
 def _lines(start: int, size: int) -> tuple[int, int]:
@@ -83,39 +68,6 @@ def _lines(start: int, size: int) -> tuple[int, int]:
 def new_shadow(start: int, size: int) -> Shadow:
     """Nothing of a storage is written: a flag for each byte of its lines."""
     return np.zeros(_lines(start, size)[1], bool)
-
-
-def rows(table: Array, size: int) -> Array:
-    """A table with an entry for each byte as one with a row for each access of `size` bytes."""
-    return table.reshape(-1, size)
-
-
-def _words(flags: Shadow, size: int) -> tuple[Array, int]:
-    """Flags of accesses of `size` bytes as rows of words, and the word in which all are set."""
-    word = min(size, 8)
-    return flags.view(WORDS[word]).reshape(-1, size // word), _MARKS[word]
-
-
-def marked(flags: Shadow, index: Ints, size: int) -> Array:
-    """Return whether all bytes of accesses are marked; each is the `index`-th of its size."""
-    words, full = _words(flags, size)
-    if words.shape[1] == 1:
-        return np.asarray(words[:, 0].take(index) == full)
-    return np.asarray((words.take(index, 0) == full).all(1))
-
-
-def any_marked(flags: Shadow, index: Ints, size: int) -> Array:
-    """Return whether any byte of accesses is marked."""
-    words, _ = _words(flags, size)
-    if words.shape[1] == 1:
-        return np.asarray(words[:, 0].take(index) != 0)
-    return np.asarray(words.take(index, 0).any(1))
-
-
-def mark(flags: Shadow, index: Ints, size: int, value: bool = True) -> None:
-    """Mark all bytes of accesses, or none."""
-    words, full = _words(flags, size)
-    words[index] = full if value else 0
 
 
 class GlobalMemory:
@@ -135,22 +87,27 @@ class GlobalMemory:
     ) -> None:
         unique = {start: (size, name) for start, size, name in storages if size}
         self.allocations = [Allocation(a, *unique[a], fresh.get(a), blocks) for a in sorted(unique)]
-        self.starts = np.array([a.start for a in self.allocations], np.int64)
+        self.starts = [allocation.start for allocation in self.allocations]
         self.costs: Costs | None = None
+
+    def _that_holds_all(self, addresses: Ints, size: int) -> Allocation | None:
+        """The storage in which all of these accesses lie, if there is one."""
+        if not len(addresses):
+            return None
+        first, last = int(np.minimum.reduce(addresses)), int(np.maximum.reduce(addresses))
+        position = bisect_right(self.starts, first) - 1
+        if position < 0 or last + size > self.allocations[position].end:
+            return None
+        return self.allocations[position]
 
     def _parts(
         self, addresses: Ints, size: int, report: Reporter
-    ) -> Iterable[tuple[Allocation, Array | slice]]:
+    ) -> Iterable[tuple[Allocation, Array]]:
         """Allocations and the positions of `addresses` that fall into each."""
         if not len(addresses):
             return
-        if not len(self.starts):
+        if not self.starts:
             report("outside", np.ones(len(addresses), bool), "the launch has no tensors")
-            return
-        first, last = int(addresses.min()), int(addresses.max())
-        allocation = self.allocations[max(int(np.searchsorted(self.starts, first, "right")) - 1, 0)]
-        if first >= allocation.start and last + size <= allocation.end:
-            yield allocation, slice(None)
             return
         index = np.searchsorted(self.starts, addresses, "right") - 1
         for i in np.unique(index):
@@ -171,82 +128,99 @@ class GlobalMemory:
                 )
             yield allocation, chosen[inside]
 
-    def read(
-        self, addresses: Ints, width: int, count: int, blocks: Array, report: Reporter
-    ) -> list[Array]:
-        size = width * count
+    def read(self, addresses: Ints, size: int, blocks: Array, report: Reporter) -> Array:
+        """Elements of `size` bytes that threads of these blocks read."""
         check_alignment(addresses, size, report)
-        results = [np.zeros(len(addresses), WORDS[width]) for _ in range(count)]
+        holder = self._that_holds_all(addresses, size)
+        if holder is not None:
+            return self._read_from(holder, addresses, size, blocks, report)
+        results = np.zeros(len(addresses), element(size))
         for allocation, chosen in self._parts(addresses, size, report):
-            offsets = addresses[chosen] - allocation.base
-            words = gather(allocation.data, offsets, width, count)
-            if isinstance(chosen, slice):
-                results = words
-            else:
-                for result, word in zip(results, words, strict=True):
-                    result[chosen] = word
-            index = offsets // size
-            if allocation.written is not None:
-                fresh = ~marked(allocation.written, index, size)
-                report("unwritten", _among(chosen, fresh, len(blocks)), f"of {allocation.name}")
-            races = allocation.touches.read(index, size, blocks[chosen], LAUNCH)
-            if np.count_nonzero(races):
-                detail = f"another block wrote these bytes of {allocation.name}"
-                report("race", _among(chosen, races.any(1), len(blocks)), detail)
-            if self.costs is not None:
-                self.costs.touch(allocation.base, offsets, size, len(allocation.data), writes=False)
+            results[chosen] = self._read_from(
+                allocation, addresses[chosen], size, blocks[chosen],
+                _among(chosen, len(addresses), report),
+            )  # fmt: skip
         return results
 
-    def write(self, addresses: Ints, values: list[Array], blocks: Array, report: Reporter) -> None:
-        width = values[0].dtype.itemsize
-        size = width * len(values)
+    def _read_from(
+        self, allocation: Allocation, addresses: Ints, size: int, blocks: Array, report: Reporter
+    ) -> Array:
+        index = (addresses - allocation.base) >> (size.bit_length() - 1)
+        written, touches = allocation.written, allocation.touches
+        if written is not None and not written.all_marked(index, size):
+            report("unwritten", ~written.marked(index, size), f"of {allocation.name}")
+        races = None if touches is None else touches.read(index, size, blocks, LAUNCH)
+        if races is not None:
+            detail = f"another block wrote these bytes of {allocation.name}"
+            report("race", races.any(1), detail)
+        if self.costs is not None:
+            self.costs.touch(allocation.base, index * size, size, len(allocation.data), False)
+        return allocation.elements.of(size).take(index)
+
+    def write(
+        self, addresses: Ints, elements: Array, size: int, blocks: Array, report: Reporter
+    ) -> None:
+        """Store an element of `size` bytes of each thread."""
         check_alignment(addresses, size, report)
+        holder = self._that_holds_all(addresses, size)
+        if holder is not None:
+            self._write_to(holder, addresses, elements, size, blocks, report)
+            return
         for allocation, chosen in self._parts(addresses, size, report):
-            offsets = addresses[chosen] - allocation.base
-            words = [value[chosen] for value in values]
-            index = offsets // size
-            races = allocation.touches.write(index, size, blocks[chosen], LAUNCH)
-            differ = np.zeros(len(offsets), bool)
-            if np.count_nonzero(races):
-                before = gather(allocation.data, offsets, width, len(words))
-                changes = as_bytes(before) != as_bytes(words)
-                differ = (races & changes.reshape(*races.shape, -1).any(2)).any(1)
-            scatter(allocation.data, offsets, words)
-            # By another thread in this instruction.
-            differ |= _any_differs(gather(allocation.data, offsets, width, len(words)), words)
-            if np.count_nonzero(differ):
-                detail = f"another thread writes other values to these bytes of {allocation.name}"
-                report("race", _among(chosen, differ, len(blocks)), detail)
-            if allocation.written is not None:
-                mark(allocation.written, index, size)
-            if self.costs is not None:
-                self.costs.touch(allocation.base, offsets, size, len(allocation.data), writes=True)
+            self._write_to(
+                allocation, addresses[chosen], elements[chosen], size, blocks[chosen],
+                _among(chosen, len(addresses), report),
+            )  # fmt: skip
+
+    def _write_to(
+        self,
+        allocation: Allocation,
+        addresses: Ints,
+        elements: Array,
+        size: int,
+        blocks: Array,
+        report: Reporter,
+    ) -> None:
+        index = (addresses - allocation.base) >> (size.bit_length() - 1)
+        touches, memory = allocation.touches, allocation.elements.of(size)
+        races = None if touches is None else touches.write(index, size, blocks, LAUNCH)
+        before = None if races is None else memory.take(index)
+        memory[index] = elements
+        now = memory.take(index)
+        lost = now.tobytes() != elements.tobytes()  # to another thread of this instruction
+        if lost or before is not None:
+            differ = as_rows(now, size) != as_rows(elements, size)
+            if before is not None and races is not None:
+                changes = as_rows(before, size) != as_rows(elements, size)
+                differ |= changes & races.repeat(size // races.shape[1], 1)
+            detail = f"another thread writes other values to these bytes of {allocation.name}"
+            report("race", differ.any(1), detail)
+        if allocation.written is not None:
+            allocation.written.mark(index, size)
+        if self.costs is not None:
+            self.costs.touch(allocation.base, index * size, size, len(allocation.data), True)
 
     def atomic(
         self, addresses: Ints, report: Reporter, size: int
     ) -> Iterable[tuple[Allocation, Array]]:
         """Storages and positions of an atomic access, which the caller carries out in turn."""
         check_alignment(addresses, size, report)
-        every = np.arange(len(addresses))
-        for allocation, chosen in self._parts(addresses, size, report):
-            yield allocation, every[chosen]
+        return self._parts(addresses, size, report)
 
 
-def as_bytes(values: list[Array]) -> NDArray[np.uint8]:
-    """Words of each thread as its bytes: (threads, bytes)."""
-    return np.stack(values, 1).view(np.uint8)
+def _among(chosen: Array, total: int, report: Reporter) -> Reporter:
+    """Reports faults of some of the accesses."""
 
+    def report_chosen(kind: str, wrong: Any, detail: str) -> None:
+        flags = np.zeros(total, bool)
+        flags[chosen] = wrong
+        report(kind, flags, detail)
 
-def _any_differs(left: list[Array], right: list[Array]) -> Array:
-    """Return whether a thread's words differ in any."""
-    return np.logical_or.reduce([a != b for a, b in zip(left, right, strict=True)])
-
-
-def _among(chosen: Array | slice, wrong: Any, total: int) -> Array:
-    flags = np.zeros(total, bool)
-    flags[chosen] = wrong
-    return flags
+    return report_chosen
 
 
 def check_alignment(addresses: Ints, size: int, report: Reporter) -> None:
-    report("misaligned", addresses % size != 0, f"{size} bytes must begin at a multiple of {size}")
+    """Fault where an access does not begin at a multiple of its size, a power of two."""
+    if len(addresses) and int(np.bitwise_or.reduce(addresses)) & (size - 1):
+        wrong = addresses & (size - 1) != 0
+        report("misaligned", wrong, f"{size} bytes must begin at a multiple of {size}")

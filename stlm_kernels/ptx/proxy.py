@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .memory import Ints, rows
+from .elements import Elements, Ints
+from .matrix import UNIT
 from .registers import Array
 from .threads import Threads
 
@@ -49,21 +50,29 @@ class ProxyOrder:
 
     def __init__(self, batch: Threads, total: int) -> None:
         self.batch = batch
-        self.writer = np.zeros(total, np.int32)  # thread in the batch
-        self.written_at = np.full(total, NEVER, np.int32)  # epoch
-        self.fences_before = np.zeros(total, np.int32)  # of all threads, when it was written
+        # Of each part: the thread in the batch that wrote it, its epoch then, and the fences of
+        # all threads before.
+        self.grain = UNIT
+        self.writes = np.zeros((total // UNIT, 3), np.int32)
+        self.writes[:, 1] = NEVER
+        self._elements = Elements(self.writes)
         self.count = 0
         self.of_threads, self.of_blocks = _Fences(batch.n), _Fences(len(batch.epoch))
-        self.read_by = np.zeros(total, np.int32)  # number of the last product that reads it
+        self.read_by = np.zeros(total // UNIT, np.int32)  # number of the last product that reads it
         self.on_their_way: list[int] = []
         """Numbers of products that not all their warps have waited for."""
 
     def write(self, index: Ints, size: int, threads: Array) -> None:
         """Note writes: those of an asynchronous copy once it was waited for."""
-        rows(self.writer, size)[index] = threads[:, None]
-        epochs = self.batch.epoch[self.batch.block[threads]]
-        rows(self.written_at, size)[index] = epochs[:, None]
-        rows(self.fences_before, size)[index] = self.count
+        if size < self.grain:
+            self.writes = self.writes.repeat(self.grain // size, 0)
+            self.grain, self._elements = size, Elements(self.writes)
+        notes = np.empty((len(index), size // self.grain, 3), np.int32)
+        notes[..., 0] = threads[:, None]
+        notes[..., 1] = self.batch.epochs(threads)[:, None]
+        notes[..., 2] = self.count
+        elements = self._elements.of(12 * notes.shape[1])
+        elements[index] = notes.reshape(-1).view(elements.dtype)
 
     def fence(self, threads: Array) -> None:
         """Note that these threads execute fence.proxy.async."""
@@ -74,22 +83,21 @@ class ProxyOrder:
         self.of_blocks.note(blocks, self.batch.epoch[blocks], self.count)
 
     def unseen(self, index: Ints, size: int, first: Array) -> Array:
-        """Find bytes of reads that have no fence on their way to the warpgroups that read them.
+        """Find parts of reads that have no fence on their way to the warpgroups that read them.
 
         Args:
             index: (warpgroups, reads) of `size` bytes each.
             first: the first thread of each warpgroup.
 
         Returns:
-            (warpgroups, bytes).
+            (warpgroups, parts of the reads).
         """
         block = self.batch.block[first]
         epochs = self.batch.epoch[block]
 
-        def of_bytes(table: Array) -> Array:
-            return rows(table, size)[index].reshape(len(index), -1)
-
-        written_at = of_bytes(self.written_at)
+        parts = self._elements.of(12 * (size // self.grain)).take(index)
+        notes = parts.view(np.int32).reshape(len(index), -1, 3)
+        written_at = notes[..., 1]
         # A fence of any thread after the barrier that follows the write, before the last barrier.
         between = self.of_blocks.before(block, epochs)[0]
         seen = written_at < between[:, None]
@@ -99,17 +107,15 @@ class ProxyOrder:
         seen |= fenced[:, None] & (written_at < epochs[:, None])
         if not seen.all():  # a fence of the writing thread, and a barrier
             when = np.broadcast_to(epochs[:, None], seen.shape)
-            epoch, number = self.of_threads.before(of_bytes(self.writer), when)
-            seen |= (epoch == written_at) & (number > of_bytes(self.fences_before))
+            epoch, number = self.of_threads.before(notes[..., 0], when)
+            seen |= (epoch == written_at) & (number > notes[..., 2])
         return ~seen
 
-    def read(self, index: Ints, size: int, number: int) -> None:
-        """Note that a product reads bytes, from now until it was waited for."""
-        rows(self.read_by, size)[index] = number
+    def read(self, units: Ints, number: int) -> None:
+        """Note that a product reads units, from now until it was waited for."""
+        self.read_by[units] = number
 
     def is_read_by_a_product(self, index: Ints, size: int) -> Array:
         """Return which accesses meet bytes that a product on its way reads."""
-        if not self.on_their_way:
-            return np.zeros(len(index), bool)
-        readers = rows(self.read_by, size)[index]
+        readers = self.read_by[(index * size)[:, None] // UNIT + np.arange(-(-size // UNIT))]
         return np.asarray(np.isin(readers, self.on_their_way).any(1))

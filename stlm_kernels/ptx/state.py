@@ -66,9 +66,11 @@ class State(Threads):
             self.values[slot] = value
             return
         before = self.values[slot]
-        whole = before.repeat(self.n) if len(before) == 1 else before.copy()
-        if whole.dtype != value.dtype:
-            whole = whole.astype(value.dtype)
+        if len(before) == 1 or before.dtype is not value.dtype:
+            whole = np.empty(self.n, value.dtype)
+            whole[:] = before
+        else:
+            whole = before.copy()
         whole[threads] = value
         self.values[slot] = whole
 

@@ -32,12 +32,21 @@ class Threads:
         self.block_index = blocks[self.block]
         self.warp_index = np.arange(self.n) // LANES  # in the batch
         self.every = np.arange(self.n)
+        self.owner = self.block_index.astype(np.int32)  # of what a thread does to global memory
         self.epoch = np.zeros(count, np.int32)  # barriers that each block has passed
         self.current: Instruction = program.instructions[0]
 
     def active(self, mask: Mask) -> Array:
         """Indices of the active threads: `every` where all are."""
         return self.every if mask is None else np.flatnonzero(mask)
+
+    def of_threads(self, values: Array, threads: Array) -> Array:
+        """The values of these threads out of those of all."""
+        return values if threads is self.every else values[threads]
+
+    def epochs(self, threads: Array) -> Array:
+        """The epoch of each of these threads' blocks, now."""
+        return self.epoch[self.of_threads(self.block, threads)]
 
     def fault(self, kind: str, thread: int | None, detail: str) -> None:
         place = None
