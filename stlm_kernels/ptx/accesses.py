@@ -1,9 +1,6 @@
-"""Loads, stores, asynchronous copies and atomics as steps of the state."""
+"""Loads, stores and asynchronous copies as steps of the state."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
@@ -11,7 +8,7 @@ from .code import Step
 from .elements import WORDS, as_rows, element, joined, split
 from .operands import Decoder
 from .parse import Address, Constant, Instruction, Operand, PtxError, Register, Symbol, Vector
-from .registers import UNSIGNED, Array, Mask, bits_of, signed, single, unsigned
+from .registers import UNSIGNED, Array, Mask, bits_of, signed, unsigned
 from .state import State
 
 
@@ -42,7 +39,12 @@ class Place:
         return base.astype(np.int64)
 
 
-def _space(parts: list[str]) -> str:
+def space_of(parts: list[str]) -> str:
+    """The memory that an instruction accesses.
+
+    Raises:
+        PtxError: it is not known here.
+    """
     if {"async", "mbarrier", "bulk"} & set(parts) or "shared::cluster" in parts:
         raise PtxError(f"expected memory of the block itself, got {'.'.join(parts)}")
     spaces = [part.split("::")[0] for part in parts]
@@ -52,19 +54,20 @@ def _space(parts: list[str]) -> str:
     return found[0]
 
 
-def _items(operand: Operand) -> tuple[Operand, ...]:
+def items(operand: Operand) -> tuple[Operand, ...]:
+    """Elements of a vector, or the one operand."""
     return operand.items if isinstance(operand, Vector) else (operand,)
 
 
 def load(decoder: Decoder, instruction: Instruction) -> Step | None:
     target, source = instruction.operands[:2]
     parts = instruction.parts
-    space, kind = _space(parts), parts[-1]
+    space, kind = space_of(parts), parts[-1]
     if space == "param":
         return _load_parameter(decoder, target, source, kind)
     bits = bits_of(kind)
-    results = [decoder.destination(item) for item in _items(target)]
-    widths = [decoder.width(x) if isinstance(x, Register) else bits for x in _items(target)]
+    results = [decoder.destination(item) for item in items(target)]
+    widths = [decoder.width(x) if isinstance(x, Register) else bits for x in items(target)]
     place = Place(decoder, source, space)
     extends = kind[0] == "s"
 
@@ -98,12 +101,16 @@ def read(state: State, place: Place, threads: Array, size: int) -> Array:
     addresses = place.of(state, threads)
     if state.costs is not None:
         count_access(state, place.space, "load", addresses, size, threads)
-    if place.space == "global":
-        owners = state.of_threads(state.owner, threads)
-        return state.memory.read(addresses, size, owners, report)
     if place.space == "local":
         return state.local.read(addresses, size, threads, report)
-    return state.shared.read(addresses, size, threads, report)
+    if place.space == "global":
+        owners = state.of_threads(state.owner, threads)
+        elements = state.memory.read(addresses, size, owners, report)
+    else:
+        elements = state.shared.read(addresses, size, threads, report)
+    if state.progress.watching:
+        state.progress.saw(threads, addresses, elements)
+    return elements
 
 
 def count_access(
@@ -140,8 +147,8 @@ def _load_parameter(decoder: Decoder, target: Operand, source: Operand, kind: st
 
 def store(decoder: Decoder, instruction: Instruction) -> Step | None:
     target, source = instruction.operands[:2]
-    space, bits = _space(instruction.parts), bits_of(instruction.parts[-1])
-    slots = [decoder.slot(item, max(bits, 16)) for item in _items(source)]
+    space, bits = space_of(instruction.parts), bits_of(instruction.parts[-1])
+    slots = [decoder.slot(item, max(bits, 16)) for item in items(source)]
     place, dtype = Place(decoder, target, space), np.dtype(WORDS[bits // 8])
 
     def step(state: State, mask: Mask) -> None:
@@ -158,6 +165,8 @@ def write(state: State, place: Place, threads: Array, elements: Array) -> None:
     addresses, size = place.of(state, threads), elements.itemsize
     if state.costs is not None:
         count_access(state, place.space, "store", addresses, size, threads)
+    if state.progress.watching and place.space != "local":
+        state.progress.saw(threads, addresses, elements, writes=True)
     if place.space == "global":
         owners = state.of_threads(state.owner, threads)
         state.memory.write(addresses, elements, size, owners, report)
@@ -216,79 +225,3 @@ class Shifted(Place):
     def __init__(self, place: Place, distance: int) -> None:
         self.slot, self.space = place.slot, place.space
         self.offset = place.offset + distance
-
-
-def atomic(decoder: Decoder, instruction: Instruction) -> Step | None:
-    """atom and red on global or shared memory, one thread after the other."""
-    parts = instruction.parts
-    returns = parts[0] == "atom"
-    operands = instruction.operands if returns else (None, *instruction.operands)
-    target, source, *values = operands
-    kind = parts[-1]
-    names = [part for part in parts if part in _ATOMICS or part == "cas"]
-    space = _space(parts)
-    if (
-        space not in ("global", "shared")
-        or len(names) != 1
-        or kind not in ("b32", "u32", "s32", "u64", "s64", "b64", "f32", "f64")
-    ):
-        return None
-    bits = bits_of(kind)
-    slots = [decoder.slot(value, bits) for value in values if value is not None]
-    result = None if target is None else decoder.destination(target)
-    assert source is not None
-    place = Place(decoder, source, space)
-
-    def step(state: State, mask: Mask) -> None:
-        threads = state.active(mask)
-        before = _in_turn(
-            state, place, threads, names[0], kind, [state.of(s, threads) for s in slots]
-        )
-        if result is not None:
-            state.put(result, threads, before, mask)
-
-    return step
-
-
-_ATOMICS: dict[str, Any] = {
-    "add": lambda a, b: a + b, "min": np.fmin, "max": np.fmax, "and": np.bitwise_and,
-    "or": np.bitwise_or, "xor": np.bitwise_xor, "exch": lambda a, b: b,
-}  # fmt: skip
-
-
-def _in_turn(
-    state: State, place: Place, threads: Array, name: str, kind: str, values: list[Array]
-) -> Array:
-    """Carry out an atomic for each thread; the values that were there before."""
-    addresses = place.of(state, threads)
-    dtype: Any = UNSIGNED[bits_of(kind)]
-    before = np.zeros(len(threads), dtype)
-    as_number: Any = {"f": single, "s": signed}.get(kind[0], lambda x: x)
-    size = dtype().itemsize
-    for data, offsets, chosen in _atomic_parts(state, place, addresses, threads, size):
-        words = data[: len(data) // size * size].view(dtype)
-        for offset, i in zip(offsets, chosen, strict=True):
-            place_in = offset // size
-            old = words[place_in : place_in + 1]
-            before[i] = old[0]
-            if name == "cas":
-                new = values[1][i : i + 1] if old[0] == values[0][i] else old.copy()
-            else:
-                new = unsigned(
-                    np.asarray(_ATOMICS[name](as_number(old), as_number(values[0][i : i + 1])))
-                )
-            words[place_in] = new[0]
-    return before
-
-
-def _atomic_parts(
-    state: State, place: Place, addresses: Array, threads: Array, size: int
-) -> Iterator[tuple[Array, Array, Array]]:
-    """Bytes of a memory, offsets in them, and which of the accesses these are."""
-    report = state.reporter(threads)
-    if place.space == "shared":
-        offsets = state.shared.atomic(addresses, size, threads, report)
-        yield state.shared.data, offsets, np.arange(len(threads))
-        return
-    for allocation, chosen in state.memory.atomic(addresses, report, size):
-        yield allocation.data, addresses[chosen] - allocation.base, chosen

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .count import class_of
+from .count import KINDS, class_of
 from .disassembly import MachineCounts, machine_counts
 from .launch import Execution
 from .torch_ops import TorchOp
@@ -160,7 +160,6 @@ def _microseconds(counts: dict[str, Any], device: Device) -> dict[str, float]:
     return us
 
 
-KINDS = ("load", "store", "copy")
 WORK = ("float", "mufu", "matrix")
 """Classes of instructions that compute results; all others move, count, compare and wait."""
 

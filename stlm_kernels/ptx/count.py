@@ -21,6 +21,9 @@ SECTOR = 32
 BANKS, BANK_BYTES = 32, 4
 LANES, NOTHING = 32, -1
 LINE = 128  # bytes that shared memory and the L1 move in a cycle
+KINDS = ("load", "store", "copy", "atomic")
+"""Accesses; a copy is asynchronous. Of an atomic whose result is not used the machine makes a
+reduction, which Nsight Compute counts apart."""
 
 _REQUESTS = "l1tex__t_requests_pipe_lsu_mem_global_op_"
 _SECTORS = "l1tex__t_sectors_pipe_lsu_mem_global_op_"
@@ -30,9 +33,11 @@ NAMES = {
     "global_load_requests": f"{_REQUESTS}ld.sum",
     "global_store_requests": f"{_REQUESTS}st.sum",
     "global_copy_requests": f"{_REQUESTS}ldgsts.sum",
+    "global_atomic_requests": f"{_REQUESTS}atom.sum",
     "global_load_sectors": f"{_SECTORS}ld.sum",
     "global_store_sectors": f"{_SECTORS}st.sum",
     "global_copy_sectors": f"{_SECTORS}ldgsts.sum",
+    "global_atomic_sectors": f"{_SECTORS}atom.sum",
     **{
         f"local_{kind}_{what}": f"l1tex__t_{what}_pipe_lsu_mem_local_op_{short}.sum"
         for kind, short in (("load", "ld"), ("store", "st"))
@@ -78,7 +83,7 @@ class Costs:
         """A request of each warp: the 32-byte sectors it touches, and the fewest that could do.
 
         Args:
-            kind: "load", "store" or "copy".
+            kind: one of `KINDS`.
             addresses: of each active thread, aligned to `size` bytes.
             warps: the warp of each.
         """
@@ -156,8 +161,7 @@ class Costs:
     @property
     def l2_bytes(self) -> int:
         """Bytes of all sectors requested: what crosses the L2 where the L1 keeps nothing."""
-        kinds = ("load", "store", "copy")
-        return SECTOR * int(sum(self.counts[f"global_{kind}_sectors"] for kind in kinds))
+        return SECTOR * int(sum(self.counts[f"global_{kind}_sectors"] for kind in KINDS))
 
 
 def _by_warp(values: Array, warps: Array) -> Array:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from . import accesses, carry, collective
+from . import accesses, atomics, carry, collective
 from .arithmetic import function_of
 from .code import Code, Step
 from .operands import Decoder
@@ -341,8 +341,8 @@ _MAKERS: dict[str, Callable[[Decoder, Instruction], Step | None]] = {
     "ldu": accesses.load,
     "st": accesses.store,
     "cp": accesses.copy,
-    "atom": accesses.atomic,
-    "red": accesses.atomic,
+    "atom": atomics.atomic,
+    "red": atomics.atomic,
     "shfl": collective.shuffle,
     "redux": collective.reduce,
     "vote": collective.vote,

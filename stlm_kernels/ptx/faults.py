@@ -15,6 +15,7 @@ KINDS = (
     "lanes",  # lanes of a warp store different values to one address by one instruction
     "barrier",  # a barrier or warp-wide instruction that not all its threads reach
     "async",  # an asynchronous copy or product whose result is used before its wait
+    "deadlock",  # threads that wait for a store which no thread makes
     "proxy",  # generic writes read by the asynchronous proxy without a fence
 )
 

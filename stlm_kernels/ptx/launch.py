@@ -20,6 +20,7 @@ from .machine import Counts, Machine
 from .memory import NO_SHADOWS, GlobalMemory, Shadow
 from .parse import Program, parse
 from .registers import UNSIGNED
+from .turns import run_in_turn
 
 THREADS_AT_ONCE = 8192
 """Threads whose registers lie side by side: more leave the caches, fewer cost more calls."""
@@ -144,11 +145,10 @@ def execute(
     at_once = max(1, THREADS_AT_ONCE // code.program.threads)
     # Lanes that are switched off compute too; what they overflow says nothing.
     with np.errstate(all="ignore"):
-        for begin in range(0, len(chosen), at_once):
-            blocks = chosen[begin : begin + at_once]
-            Machine(
-                code, (x, y, z), blocks, parameters, memory, shared_bytes, collector, counts
-            ).run()
+        run_in_turn(
+            Machine(code, (x, y, z), blocks, parameters, memory, shared_bytes, collector, counts)
+            for blocks in np.split(chosen, range(at_once, len(chosen), at_once))
+        )
     faults = list(collector.found.values())
     return Execution(
         code.program.name, (x, y, z), code.program, counts, faults, ptx,

@@ -4,11 +4,12 @@ All threads of a batch of blocks run side by side: a register is an array with a
 thread (or one element, where all threads hold the same). Where threads disagree about a branch,
 those furthest behind run first, so that they meet again as early as the code allows; a warp-wide
 instruction that not all its lanes reach together is a fault. Blocks run in order of their index,
-batch by batch.
+batch by batch; a batch that waits for what a later one stores is put off.
 """
 
 from __future__ import annotations
 
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,13 +22,12 @@ from .faults import Collector
 from .lanes import LANES
 from .memory import GlobalMemory
 from .parse import Instruction
+from .progress import fingerprint
 from .registers import UNSIGNED, Array, Mask
 from .state import State
 
 DONE = 1 << 30
 """The place of threads that have returned."""
-PATIENCE = 64
-"""Every so many turns another block has one: those that wait for its store would wait for ever."""
 
 
 @dataclass
@@ -78,10 +78,14 @@ class Machine:
             code.program, _registers(code), grid, blocks, parameters, memory, shared_bytes,
             collector, counts.costs,
         )  # fmt: skip
+        self.pcs = np.zeros(self.state.n, np.int32)
         self.chains = None if counts.costs is None else Chains(code)
 
-    def run(self) -> None:
-        """Execute to the end.
+    def run(self) -> Iterator[bool]:
+        """Execute to the end, and pause where its threads wait for what another batch stores.
+
+        Yields:
+            Whether something has changed since it began or was resumed.
 
         Raises:
             Fault: unless the collector keeps it.
@@ -89,14 +93,26 @@ class Machine:
         """
         pc = 0
         while pc != DONE:
-            pc = self._run_together(pc)
+            pc = yield from self._run_together(pc)
             if pc != DONE:
-                pc = self._run_apart(pc)
+                pc = yield from self._run_apart(pc)
         if self.chains is not None and self.counts.costs is not None:
             longest = max(self.counts.costs.longest_chain, self.chains.longest)
             self.counts.costs.longest_chain = longest
 
-    def _run_together(self, pc: int) -> int:
+    def report_deadlock(self) -> None:
+        """Report a thread that waits for what nothing will store."""
+        self.state.current, thread = self.state.progress.last_look
+        sampled = self.counts.executed_blocks < self.counts.blocks
+        others = "other thread of those that run here" if sampled else "other thread"
+        detail = f"waits for a store that no {others} makes"
+        self.state.fault("deadlock", thread, detail)
+
+    def fingerprint(self) -> int:
+        """A number for where all threads are and what their registers hold."""
+        return fingerprint(self.pcs, *self.state.values)
+
+    def _run_together(self, pc: int) -> Generator[bool, None, int]:
         """Execute while all threads are at one place.
 
         Returns:
@@ -105,6 +121,9 @@ class Machine:
         state, flow, runs = self.state, self.code.flow, self.code.runs
         instructions = self.program.instructions
         while pc < len(instructions):
+            if state.progress.watching and state.progress.pauses(not state.progress.waits.all()):
+                self.pcs[:] = pc
+                yield state.progress.take_advanced()
             self._straight_run(runs[pc], None)
             end = runs[pc].end
             kind, target = flow.get(end, ("next", end))
@@ -122,29 +141,30 @@ class Machine:
             pc = target if kind == "bra" and taken is None else end + 1
         return DONE
 
-    def _run_apart(self, index: int) -> int:
+    def _run_apart(self, index: int) -> Generator[bool, None, int]:
         """Execute from a branch or barrier that only some threads follow.
 
         Returns:
             The place where all threads are together again, or `DONE`.
         """
-        state = self.state
-        pcs, waiting = np.full(state.n, index, np.int32), np.zeros(state.n, bool)
+        state, pcs = self.state, self.pcs
+        pcs[:], waiting = index, np.zeros(state.n, bool)
         self._leave(index, None, pcs, waiting)
-        turn = 0
         while True:
-            turn += 1
             runnable = (pcs != DONE) & ~waiting
             if not runnable.any():
                 if not waiting.any():
                     return DONE
                 self._stuck(pcs, waiting)
                 continue
-            if turn % PATIENCE == 0:
-                its = runnable & (state.block == turn // PATIENCE % len(state.epoch))
-                runnable = its if its.any() else runnable
-            pc = int(pcs[runnable].min())
-            here = runnable & (pcs == pc)
+            able = state.progress.able(runnable)
+            any_able = bool(able.any())
+            if state.progress.watching and state.progress.pauses(any_able):
+                yield state.progress.take_advanced()
+            if not any_able:
+                continue
+            pc = int(pcs[able].min())
+            here = able & (pcs == pc)
             if here.all():
                 return pc
             run = self.code.runs[pc]
@@ -163,6 +183,7 @@ class Machine:
         """Execute instructions that the active threads take in a row."""
         state = self.state
         self._count(run.begin, min(run.end + 1, len(self.program.instructions)), mask)
+        state.progress.turn()
         if self.chains is not None:
             for index in range(run.begin, run.end):
                 self.chains.note(index)
@@ -174,6 +195,8 @@ class Machine:
         else:
             for step, state.current, is_own in run.lines:
                 step(state, None if is_own else mask)
+        if state.progress.watching:
+            state.progress.end_of_run(mask)
 
     def _run_with_products(self, run: Run, mask: Mask) -> None:
         """Execute a run while no register of a product that is on its way may be touched."""

@@ -201,11 +201,22 @@ class GlobalMemory:
             self.costs.touch(allocation.base, index * size, size, len(allocation.data), True)
 
     def atomic(
-        self, addresses: Ints, report: Reporter, size: int
+        self, addresses: Ints, size: int, report: Reporter
     ) -> Iterable[tuple[Allocation, Array]]:
         """Storages and positions of an atomic access, which the caller carries out in turn."""
         check_alignment(addresses, size, report)
-        return self._parts(addresses, size, report)
+        for allocation, chosen in self._parts(addresses, size, report):
+            index = (addresses[chosen] - allocation.base) // size
+            if allocation.written is not None:
+                fresh = ~allocation.written.marked(index, size)
+                among = _among(chosen, len(addresses), report)
+                among("unwritten", fresh, f"of {allocation.name}")
+                allocation.written.mark(index, size)
+            if self.costs is not None:
+                extent = len(allocation.data)
+                self.costs.touch(allocation.base, index * size, size, extent, writes=False)
+                self.costs.touch(allocation.base, index * size, size, extent, writes=True)
+            yield allocation, chosen
 
 
 def _among(chosen: Array, total: int, report: Reporter) -> Reporter:

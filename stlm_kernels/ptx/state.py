@@ -12,6 +12,7 @@ from .lanes import LANES
 from .local import LocalMemory
 from .memory import GlobalMemory
 from .parse import Program
+from .progress import Progress
 from .registers import Array, Mask
 from .shared import SharedMemory
 from .threads import Threads
@@ -54,6 +55,7 @@ class State(Threads):
         self.memory, self.shared = memory, SharedMemory(self, shared_bytes, has_products)
         self.local = LocalMemory(self, program.local_bytes)
         self.copies, self.products = Copies(self, self.shared), Products(self, self.shared)
+        self.progress = Progress(self)
         self.costs = costs
 
     def set(self, slot: int, value: Array, mask: Mask) -> None:

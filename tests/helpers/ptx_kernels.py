@@ -74,15 +74,6 @@ def histogram(ids_ptr, out_ptr, N: tl.constexpr, BINS: tl.constexpr):
 
 
 @triton.jit
-def add_under_a_lock(lock_ptr, total_ptr):
-    """Programs that wait for each other: each takes the lock, adds one and gives it back."""
-    while tl.atomic_cas(lock_ptr, 0, 1) == 1:
-        pass
-    tl.store(total_ptr, tl.load(total_ptr) + 1)
-    tl.atomic_xchg(lock_ptr, 0)
-
-
-@triton.jit
 def sort_rows(x_ptr, out_ptr, N: tl.constexpr):
     """Each row in ascending order."""
     places = tl.program_id(0) * N + tl.arange(0, N)

@@ -26,15 +26,6 @@ def test_atomics_on_shared_memory(kernels: Any, arch: int) -> None:
     assert torch.equal(bins, torch.bincount(ids, minlength=16).int())
 
 
-def test_programs_that_wait_for_each_other(kernels: Any, arch: int) -> None:
-    """Accesses under the lock count as races: an order that only atomics give is not followed."""
-    lock, total = (torch.zeros(1, dtype=torch.int32) for _ in range(2))
-    ptx.run(
-        kernels.add_under_a_lock, (5,), lock, total, arch=arch, collect=("race",), num_warps=1
-    )  # fmt: skip
-    assert (int(lock), int(total)) == (0, 5)
-
-
 def test_sorts(kernels: Any, arch: int) -> None:
     x, out = torch.randn(3, 64), torch.empty(3, 64)
     ptx.run(kernels.sort_rows, (3,), x, out, N=64, arch=arch)
