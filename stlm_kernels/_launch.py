@@ -82,7 +82,7 @@ def gpu_of(device: torch.device) -> Gpu:
 
 @functools.cache
 def _gpu_here(device: torch.device) -> Gpu:
-    found = torch.cuda.get_device_properties(device)
+    found: Any = torch.cuda.get_device_properties(device)  # its stub lacks a field
     return Gpu(10 * found.major + found.minor, found.shared_memory_per_block_optin)
 
 
