@@ -25,8 +25,8 @@ from stlm_kernels.ptx.reports import SAMPLE, case_report, execute_case
 from stlm_kernels.registry import OPS
 from stlm_kernels.spec import Case, OpSpec
 
-from .bounds import ROWS
 from .harness.jobs import CaseData, Job, Task, our_entries, roots_of, task_of
+from .harness.targets import TARGETS
 from .harness.timing import Ceilings, Gpu
 from .profiling import ncu
 from .profiling.proton import under_proton
@@ -95,7 +95,7 @@ def counted(what: Pass, arch: int) -> str:
     floor = what.bytes / (device.dram_tb_per_s * 1e6)
     reach = [
         row.reach
-        for row in ROWS
+        for row in TARGETS
         if (row.op, row.case, row.direction) == (what.spec.name, what.case.name, what.direction)
     ]
     aim = f"; to reach {reach[0]:g} us (bench.bounds)" if reach and reach[0] is not None else ""

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bench import bounds, report
-from bench.bounds import ROWS, Row, case_named, entries, measure
+from bench.harness import counting
+from bench.harness.counting import MOST_GROWTH, case_named, entries, measure
 from bench.harness.results import Result
+from bench.harness.targets import QUICK, TARGETS, Target
+from stlm_kernels import env
 from stlm_kernels.ptx.bounds import Device
+from stlm_kernels.ptx.reports import SAMPLE
 from stlm_kernels.registry import OPS
 
 pytestmark = pytest.mark.lanes("compiled")
@@ -18,15 +24,53 @@ SMALL = "T300-P50-D48-mean-ragged"
 
 
 def test_rows_name_cases() -> None:
-    for row in ROWS:
+    for row in TARGETS:
         case_named(OPS[row.op], row.case)
     with pytest.raises(ValueError, match="unpool: expected a case's name, got 'T1'"):
         case_named(OPS["unpool"], "T1")
 
 
+def grown(rows: Iterable[Target], committed: Mapping[counting.Key, Any]) -> list[str]:
+    """List the rows whose bound is more than 3% over that of the committed table."""
+    found = []
+    for row in rows:
+        ours = entries(row.op, case_named(OPS[row.op], row.case))[0]
+        now = measure(row, ours, Device.load("h200"), 90, SAMPLE)
+        before = committed[counting.key_of(now)]
+        if now["bound"] > MOST_GROWTH * before["bound"]:
+            found.append(counting.line(now, committed))
+    return found
+
+
+@pytest.mark.parametrize("op", sorted({row.op for row in TARGETS}))
+def test_no_bound_grows_over_the_committed_table(op: str, full: bool) -> None:
+    """A kernel that costs more is either mended, or its rows are counted anew and looked at:
+    `python -m bench.bounds OP --update bench/results/bounds-h200.json`, then `bench.report`."""
+    counted_with = Result.read(counting.COMMITTED).machine["triton"]
+    if env.version_of("triton") != counted_with:
+        pytest.skip(f"the table was counted with triton {counted_with}")
+    rows = [row for row in TARGETS if row.op == op and (full or row.case in QUICK)]
+    assert grown(rows, counting.read(counting.COMMITTED)) == []
+
+
+def test_a_grown_bound_is_seen() -> None:
+    row = Target("segment_pool", SMALL, "bwd")
+    ours = entries(row.op, case_named(OPS[row.op], row.case))[0]
+    now = measure(row, ours, Device.load("h200"), 90, SAMPLE)
+    for share, seen in ((1.0, False), (0.98, False), (0.96, True)):
+        before = {counting.key_of(now): now | {"bound": share * now["bound"]}}
+        assert bool(grown([row], before)) == seen
+
+
+def test_the_committed_table_has_every_target() -> None:
+    committed = {key[:3] for key in counting.read(counting.COMMITTED)}
+    assert {(row.op, row.case, row.direction) for row in TARGETS} == committed
+    assert {row.case for row in TARGETS} > QUICK
+
+
 def test_a_row() -> None:
     ours = entries("segment_pool", case_named(OPS["segment_pool"], SMALL))[0]
-    row = Row("segment_pool", SMALL, "bwd", 3.0)
+    row = Target("segment_pool", SMALL, "bwd", 3.0)
     found = measure(row, ours, Device.load("h200"), 90, sample=2)
     assert found["kernels"] == 1
     assert found["by"] == "stlm"
@@ -42,7 +86,7 @@ def test_torch_counts_between_launches() -> None:
     spec = OPS["linear_cross_entropy"]
     case = spec.tagged("smoke")[0]
     ours = entries(spec.name, case)[0]
-    found = measure(Row(spec.name, case.name, "both"), ours, Device.load("h200"), 90, sample=2)
+    found = measure(Target(spec.name, case.name, "both"), ours, Device.load("h200"), 90, sample=2)
     assert found["torch_ops"] > 5
     assert {"aten::sum", "stlm_linear_logprobs_fwd"} <= set(found["bound_of"])
     assert found["bound"] == pytest.approx(sum(found["bound_of"].values()), abs=0.1)
@@ -51,7 +95,7 @@ def test_torch_counts_between_launches() -> None:
 def test_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bounds, "ROWS", (Row("segment_pool", SMALL, "fwd", 3.0),))
+    monkeypatch.setattr(bounds, "TARGETS", (Target("segment_pool", SMALL, "fwd", 3.0),))
     first, second = tmp_path / "first.json", tmp_path / "second.json"
     assert bounds.main(["--json", str(first), "--commit", "abc"]) == 0
     found = Result.read(first)
