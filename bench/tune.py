@@ -13,15 +13,12 @@ import json
 import multiprocessing
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 
@@ -70,18 +67,8 @@ def lookups(
     """Return (kernel, bucket, default) of each config that `run` asks for; `launched` is told of
     the launches, which reach no device."""
     found: list[tuple[str, str, Config]] = []
-
-    def watch(kernel: str, bucket: str, default: Config, device: torch.device) -> Config:
-        found.append((kernel, bucket, dict(default)))  # launchers pop entries
-        return default
-
-    with ExitStack() as stack:
-        for path, module in list(sys.modules.items()):
-            asks = getattr(module, "config_for", None) is _launch.config_for
-            if asks and path.startswith("stlm_kernels.") and module is not _launch:
-                stack.enter_context(mock.patch.object(module, "config_for", watch))
-        # Compiling every kernel for this would take minutes of a GPU's time.
-        stack.enter_context(_launch.recording(launched))
+    # Compiling every kernel for this would take minutes of a GPU's time.
+    with _launch.watching(lambda *asked: found.append(asked)), _launch.recording(launched):
         run()
     return found
 

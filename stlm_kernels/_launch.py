@@ -42,11 +42,12 @@ _TUNED = Path(__file__).parent / "tuned"
 
 @dataclass
 class _Tools:
-    """State of `recording` and `overriding`: of all threads, since autograd has its own."""
+    """State of what follows below: of all threads, since autograd has its own."""
 
     recorder: Recorder | None = None
     gpu: Gpu | None = None
     configs: Mapping[str, Config] = field(default_factory=dict)
+    watcher: Callable[[str, str, Config], None] | None = None
 
 
 _tools = _Tools()
@@ -61,6 +62,8 @@ def config_for(kernel: str, bucket: str, default: Config, device: torch.device) 
         default: what an untuned device takes, and for values that a tuned entry lacks.
         device: where the kernel will run.
     """
+    if _tools.watcher is not None:
+        _tools.watcher(kernel, bucket, dict(default))
     override = _tools.configs.get(kernel)
     if override is not None:
         return default | override
@@ -89,7 +92,7 @@ def _gpu_here(device: torch.device) -> Gpu:
 def remembered(choose: Callable[..., Config]) -> Callable[..., Config]:
     """Choose a configuration once for the same arguments; each caller gets a copy to change.
 
-    Within `overriding` nothing is kept.
+    Arguments are plain values, since they are kept. Within `overriding` and `watching` nothing is.
     """
 
     @functools.lru_cache(maxsize=1024)
@@ -98,7 +101,7 @@ def remembered(choose: Callable[..., Config]) -> Callable[..., Config]:
 
     @functools.wraps(choose)
     def config(*args: Any) -> Config:
-        if _tools.configs:
+        if _tools.configs or _tools.watcher is not None:
             return choose(*args)
         return dict(kept(is_recording(), _tools.gpu, *args))
 
@@ -157,6 +160,16 @@ def overriding(configs: dict[str, Config]) -> Iterator[None]:
         yield
     finally:
         _tools.configs = before
+
+
+@contextlib.contextmanager
+def watching(watcher: Callable[[str, str, Config], None]) -> Iterator[None]:
+    """Tell `watcher` of every (kernel, bucket, default) that a configuration is asked for with."""
+    before, _tools.watcher = _tools.watcher, watcher
+    try:
+        yield
+    finally:
+        _tools.watcher = before
 
 
 def splits(count: int, tiles: int, programs: int, block: int) -> tuple[int, int]:

@@ -92,6 +92,22 @@ def test_overriding_names_kernels_and_ends(tuned: Path) -> None:
     assert _launch.config_for("op_fwd", "D64-bfloat16", DEFAULT, CUDA) == TUNED
 
 
+def test_a_watcher_is_told_of_each_lookup() -> None:
+    """Those that were made before, too, and with what a launcher may change afterwards."""
+    asked: list[Any] = []
+
+    @_launch.remembered
+    def choose(device: torch.device) -> _launch.Config:
+        return _launch.config_for("op_fwd", "D64", dict(DEFAULT), device)
+
+    choose(CPU)
+    with _launch.watching(lambda *x: asked.append(x)):
+        choose(CPU).clear()
+        choose(CPU)
+    choose(CPU)
+    assert asked == [("op_fwd", "D64", DEFAULT)] * 2
+
+
 def test_other_threads_see_both() -> None:
     """Autograd runs the backward of a GPU's tensors in a thread of its own."""
     seen: list[Any] = []

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._launch import Config, amount, block_of, bucket, config_for, remembered
+from ..._launch import Config, block_of, bucket, config_for, remembered
 from ..._launch import splits as cut
 from ..patch_attention import config as patch_attention
 
@@ -32,19 +32,21 @@ def heads_block(group: int) -> int:
 
 
 @remembered
-def fwd_config(cache: Tensor, dot: torch.dtype, device: torch.device) -> Config:
-    """`BLOCK` entries of the cache that a program takes at a time.
+def fwd_config(
+    width: int, work: str, stored: torch.dtype, dot: torch.dtype, device: torch.device
+) -> Config:
+    """`BLOCK` entries of the cache that a program takes at a time; `work`: `amount` of the cache.
 
     A short cache is cut until `PROGRAMS` work on it: two for each SM of an H100.
     """
-    block = width_block(cache.shape[-1])
+    block = width_block(width)
     default = {
-        "BLOCK": block_of(TILE_BYTES // (block * cache.itemsize), 128),
+        "BLOCK": block_of(TILE_BYTES // (block * stored.itemsize), 128),
         "PROGRAMS": 2 * 132,
         "num_warps": 4,
         "num_stages": 3,
     }
-    shape = bucket(f"K{block}", amount(cache.numel()), cache.dtype, dot)
+    shape = bucket(f"K{block}", work, stored, dot)
     return config_for("decode_attention_fwd", shape, default, device)
 
 

@@ -131,7 +131,7 @@ def launch_fwd(
     """(B, H, K) in `out_dtype`."""
     (batch, heads, width), (_, capacity, kv_heads, _) = q.shape, k_cache.shape
     k, v, lens = _with_rows(k_cache), _with_rows(v_cache), cache_lens.contiguous()
-    config = configs.fwd_config(k, out_dtype, q.device)
+    config = configs.fwd_config(width, _launch.amount(k.numel()), k.dtype, out_dtype, q.device)
     group, rows, block_k = heads // kv_heads, batch * heads, configs.width_block(width)
     tiles = batch * kv_heads * _launch.ceil_div(group, configs.heads_block(group))
     programs = config.pop("PROGRAMS")
