@@ -6,6 +6,7 @@ from torch import nn
 
 from .config import ModelConfig
 from .layers.attention import Attention, PatchAttention
+from .layers.matches import MatchEmbedding
 from .layers.ngrams import NgramPooling
 from .layers.patching import BytePatcher, GivenPatches
 from .layers.pooling import BytePooling, ByteUnpooling, EmaUnpooling
@@ -82,6 +83,13 @@ def ngrams_of(config: ModelConfig) -> tuple[NgramPooling | None, nn.Linear | Non
         config.ngram_sizes, config.ngram_buckets, dim, out_dim, hashes=config.ngram_hashes
     )
     return ngrams, nn.Linear(dim, out_dim, bias=False) if config.byte_ngrams else None
+
+
+def matches_of(config: ModelConfig) -> MatchEmbedding | None:
+    """Return the module that finds repeats of a text, where the config has any."""
+    if not config.match_sizes:
+        return None
+    return MatchEmbedding(config.match_sizes, config.vocab_size, config.byte_dim)
 
 
 def ngram_mode(config: ModelConfig) -> str:

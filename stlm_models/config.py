@@ -102,6 +102,10 @@ class ModelConfig:
     """N-grams that end at a byte join its own state too, which the encoder reads and the decoder
     adds; flat models do so anyway, the parallel output reads no bytes.
     """
+    match_sizes: tuple[int, ...] = ()
+    """Lengths of repeats whose followers join each byte's own state, as in
+    `stlm_models.layers.matches.MatchEmbedding`; () is none. The parallel output reads no bytes.
+    """
     core_layers: int = 2
     core_dim: int = 256
     core_heads: int = 4
@@ -152,8 +156,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         # JSON knows lists only; a tuple keeps the config hashable and equal to what was written.
-        if isinstance(self.ngram_sizes, list):
-            object.__setattr__(self, "ngram_sizes", tuple(self.ngram_sizes))
+        for name in ("ngram_sizes", "match_sizes"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         self._check_types()
         self._check_ranges()
         self._check_patching()
@@ -196,6 +201,10 @@ class ModelConfig:
             _at_least("ngram_sizes", 1, size)
         if not 1 <= self.ngram_hashes <= len(HASH_MULTIPLIERS):
             _refuse("ngram_hashes", f"1 to {len(HASH_MULTIPLIERS)}", self.ngram_hashes)
+        most = 63 // (self.vocab_size - 1).bit_length()
+        if not all(1 <= size <= most for size in self.match_sizes):
+            expected = f"sizes of 1 to {most} for {self.vocab_size} ids"
+            _refuse("match_sizes", expected, self.match_sizes)
         if self.byte_ngrams and not self.ngram_sizes:
             _refuse("byte_ngrams", "False without ngram_sizes", True)
         for name in ("rope_base", "logit_scale", "softcap"):
@@ -247,6 +256,8 @@ class ModelConfig:
             _refuse("unpooling", '"read" with output "parallel"', self.unpooling)
         if self.byte_ngrams:
             _refuse("byte_ngrams", 'False with output "parallel"', True)
+        if self.match_sizes:
+            _refuse("match_sizes", '() with output "parallel"', self.match_sizes)
         if self.slots is None:
             _refuse("max_patch_len", 'at least 1 with output "parallel"', None)
 

@@ -15,6 +15,7 @@ from .build import (
     decoder_blocks,
     encoder_blocks,
     initialise,
+    matches_of,
     ngram_mode,
     ngrams_of,
     patcher_of,
@@ -73,6 +74,7 @@ class STLM(GenerationMixin, nn.Module):
             softcap=config.softcap,
         )
         self.ngrams, self.ngrams_to_bytes = ngrams_of(config)
+        self.matches = matches_of(config)
         if self.is_flat and core is not None:
             raise ValueError('core: expected None with patch_rule "none", got a module')
         if not self.is_flat:
@@ -235,7 +237,7 @@ class STLM(GenerationMixin, nn.Module):
     ) -> tuple[Tensor, Callable[[], Tensor] | None]:
         embedded = self.embedding(flat)
         ngrams = self.ngram_rows(flat, packing.cu_seqlens)
-        own = self.own_states(embedded, ngrams)
+        own = self.own_states(embedded, ngrams, self.match_rows(flat, packing.cu_seqlens))
         if self.is_flat:
             if patches is not None:
                 raise ValueError('patches: expected None with patch_rule "none", got patches')
@@ -288,10 +290,18 @@ class STLM(GenerationMixin, nn.Module):
         """(T, ngram_dim) of packed ids (T,), where the config has n-grams."""
         return None if self.ngrams is None else self.ngrams.rows(byte_ids, cu_seqlens)
 
-    def own_states(self, embedded: Tensor, ngrams: Tensor | None) -> Tensor:
-        """Return bytes' own states, of embeddings (..., byte_dim) and n-gram rows."""
+    def match_rows(self, byte_ids: Tensor, cu_seqlens: Tensor) -> Tensor | None:
+        """(T, byte_dim) of packed ids (T,), where the config has repeats."""
+        return None if self.matches is None else self.matches(byte_ids, cu_seqlens)
+
+    def own_states(
+        self, embedded: Tensor, ngrams: Tensor | None, matches: Tensor | None = None
+    ) -> Tensor:
+        """Return bytes' own states, of embeddings (..., byte_dim), n-gram and match rows."""
         # Rows of the table are small, as an output projection wants them: patches would drown them.
         own = rms_norm(embedded)
+        if matches is not None:
+            own = own + matches
         if self.ngrams is None:
             return own
         project = self.ngrams.projection if self.is_flat else self.ngrams_to_bytes

@@ -12,6 +12,7 @@ from stlm_kernels import Patches
 from ..config import ModelConfig
 from ..layers.embedding import TiedEmbedding
 from ..layers.kv_cache import CacheRows, KVCache
+from ..layers.matches import MatchEmbedding
 from ..layers.modes import HasModes
 from ..layers.ngrams import NgramPooling
 from ..layers.packing import Packing
@@ -26,6 +27,7 @@ class ByteModel(HasModes, Protocol):
     config: ModelConfig
     embedding: TiedEmbedding
     ngrams: NgramPooling | None
+    matches: MatchEmbedding | None
     patcher: BytePatcher
     encoder: nn.ModuleList
     pooling: BytePooling | None
@@ -40,7 +42,11 @@ class ByteModel(HasModes, Protocol):
 
     def ngram_rows(self, byte_ids: Tensor, cu_seqlens: Tensor) -> Tensor | None: ...
 
-    def own_states(self, embedded: Tensor, ngrams: Tensor | None) -> Tensor: ...
+    def match_rows(self, byte_ids: Tensor, cu_seqlens: Tensor) -> Tensor | None: ...
+
+    def own_states(
+        self, embedded: Tensor, ngrams: Tensor | None, matches: Tensor | None = None
+    ) -> Tensor: ...
 
     def encode(
         self,

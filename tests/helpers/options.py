@@ -41,6 +41,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "none": {"ngram_sizes": ()},
         "at bytes": {"byte_ngrams": True, "ngram_hashes": 2},
     },
+    "matches": {"none": {}, "some": {"match_sizes": (1, 2)}},
     "max_patches": {"none": {}, "some": {"max_patches": 40}},
     "window": {"some": {}, "none": {"decoder_window": None}},
     "norm": {"yes": {}, "no": {"qk_norm": False}},
@@ -56,6 +57,7 @@ EXCLUDED = {
     (("rule", "none"), ("max_patches", "some")),
     (("rule", "none"), ("n-grams", "at bytes")),
     (("output", "parallel"), ("n-grams", "at bytes")),
+    (("output", "parallel"), ("matches", "some")),
     (("rule", "external"), ("max_patches", "some")),
     (("output", "parallel"), ("window", "some")),
 }

@@ -1,0 +1,110 @@
+"""Repeats of a text: which byte followed the last time that it went as it does now."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .packing import document_starts
+from .typed_call import typed_as
+
+DEPTHS = 8
+"""Most blocks of `size` ids that a match is followed back; a longer one counts as this long."""
+KEY_BITS = 63
+
+
+class MatchEmbedding(nn.Module):
+    """Embedding of what followed the latest earlier occurrence of the ids that end at each byte.
+
+    For each `size`: the latest earlier position of the same document where the same `size` ids
+    end, the id behind it, and how many blocks of `size` ids agree there, up to `DEPTHS`. Each pair
+    of both has a row of a table; without a match there is a row for none. Nothing reads ahead:
+    the id that followed stands at or before the byte itself. It is the match model of PAQ, a
+    context-mixing compressor (Mahoney 2005), with what it predicts learned.
+
+    Args:
+        sizes: lengths of what must repeat, each at least 1 and short enough for ids of `vocab_size`
+            to pack into 63 bits: 7 for bytes.
+        vocab_size: ids.
+        dim: width of the result, the sum over sizes.
+
+    Raises:
+        ValueError: for sizes out of range.
+
+    >>> ids, cu_seqlens = torch.tensor([*b"abcabcab"]), torch.tensor([0, 8], dtype=torch.int32)
+    >>> matches = MatchEmbedding((2,), 257, 16)
+    >>> matches.indices(ids, cu_seqlens)[:, 0].tolist()  # "ab", then "bc", "ca" and "ab" again
+    [0, 0, 0, 0, 100, 98, 99, 357]
+    """
+
+    def __init__(self, sizes: tuple[int, ...], vocab_size: int, dim: int) -> None:
+        super().__init__()
+        check_sizes(sizes, vocab_size)
+        self.sizes, self.vocab_size = sizes, vocab_size
+        self.tables = nn.ParameterList(torch.zeros(1 + DEPTHS * vocab_size, dim) for _ in sizes)
+
+    def forward(self, byte_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """byte_ids (T,), cu_seqlens (S+1,) -> (T, dim)."""
+        return self.embed(self.indices(byte_ids, cu_seqlens))
+
+    if TYPE_CHECKING:
+
+        @typed_as(forward)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def embed(self, indices: Tensor) -> Tensor:
+        """Rows (..., dim) of indices (..., sizes) from `indices` or `IncrementalMatches`."""
+        tables = enumerate(self.tables)
+        return torch.stack([nn.functional.embedding(indices[..., n], t) for n, t in tables]).sum(0)
+
+    def indices(self, byte_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """(T, sizes) int64: 0 without a match, else 1 + (depth - 1) * vocab_size + follower."""
+        ids = byte_ids.long()
+        starts = document_starts(cu_seqlens, len(ids))
+        return torch.stack([self._indices(ids, starts, size) for size in self.sizes], 1)
+
+    def _indices(self, ids: Tensor, starts: Tensor, size: int) -> Tensor:
+        places = torch.arange(len(ids), device=ids.device)
+        keys = _keys(ids, places - starts, size, _bits(self.vocab_size))
+        found = _latest_equal(keys)
+        is_match = found >= starts
+        found = torch.where(is_match, found, 0)
+        depth, agrees = is_match.long(), is_match
+        for block in range(1, DEPTHS):
+            back = size * block
+            # The blocks of both must be whole: keys that reach across a start equal none.
+            here, there = (places - back).clamp(min=0), (found - back).clamp(min=0)
+            agrees = agrees & (found >= starts + back) & (keys[here] == keys[there])
+            depth = depth + agrees
+        row = 1 + (depth - 1) * self.vocab_size + ids[(found + 1).clamp(max=len(ids) - 1)]
+        return torch.where(is_match, row, 0)
+
+
+def check_sizes(sizes: tuple[int, ...], vocab_size: int) -> None:
+    """Refuse sizes whose ids do not pack into one integer, with a ValueError."""
+    most = KEY_BITS // _bits(vocab_size)
+    if not all(1 <= size <= most for size in sizes):
+        expected = f"sizes of 1 to {most} for {vocab_size} ids"
+        raise ValueError(f"match_sizes: expected {expected}, got {sizes}")
+
+
+def _bits(vocab_size: int) -> int:
+    return (vocab_size - 1).bit_length()
+
+
+def _keys(ids: Tensor, positions: Tensor, size: int, bits: int) -> Tensor:
+    """The last `size` ids of each position of a document, packed; a number of its own without."""
+    keys = ids
+    for back in range(1, size):
+        keys = keys | (ids.roll(back) << (bits * back))
+    own = -1 - torch.arange(len(ids), device=ids.device)
+    return torch.where(positions >= size - 1, keys, own)
+
+
+def _latest_equal(keys: Tensor) -> Tensor:
+    """The latest earlier position with the same key as each, (T,) int64; -1 where there is none."""
+    ordered, order = keys.sort(stable=True)
+    before = torch.where(ordered[1:] == ordered[:-1], order[:-1], -1)
+    return torch.full_like(order, -1).scatter(0, order[1:], before)
