@@ -21,7 +21,7 @@ class IncrementalMatches:
     >>> matches = IncrementalMatches(1, (2,), 257)
     >>> row = torch.tensor([0])
     >>> [matches.step(torch.tensor([byte]), row).item() for byte in b"abcabcab"]
-    [0, 0, 0, 0, 100, 98, 99, 357]
+    [0, 0, 0, 0, 100, 98, 356, 357]
     """
 
     def __init__(self, batch: int, sizes: tuple[int, ...], vocab_size: int) -> None:

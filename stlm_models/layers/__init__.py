@@ -7,6 +7,7 @@ All of them take packed tensors: T bytes or P patches of all documents behind ea
 from .attention import Attention, PatchAttention
 from .embedding import TiedEmbedding, UntiedEmbedding
 from .kv_cache import KVCache
+from .matches import MatchEmbedding
 from .ngrams import NgramPooling
 from .parallel_head import ParallelHead
 from .patching import BytePatcher
@@ -21,6 +22,7 @@ __all__ = [
     "ByteUnpooling",
     "EmaUnpooling",
     "KVCache",
+    "MatchEmbedding",
     "NgramPooling",
     "ParallelHead",
     "PatchAttention",

@@ -35,8 +35,8 @@ class MatchEmbedding(nn.Module):
 
     >>> ids, cu_seqlens = torch.tensor([*b"abcabcab"]), torch.tensor([0, 8], dtype=torch.int32)
     >>> matches = MatchEmbedding((2,), 257, 16)
-    >>> matches.indices(ids, cu_seqlens)[:, 0].tolist()  # "ab", then "bc", "ca" and "ab" again
-    [0, 0, 0, 0, 100, 98, 99, 357]
+    >>> matches.indices(ids, cu_seqlens)[:, 0].tolist()  # "ab", "bc", then "ca" and "ab" of depth 2
+    [0, 0, 0, 0, 100, 98, 356, 357]
     """
 
     def __init__(self, sizes: tuple[int, ...], vocab_size: int, dim: int) -> None:
