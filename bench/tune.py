@@ -2,21 +2,22 @@
 
 From a kernel's default config the sweep goes downhill, one value at a time. Each config is compiled
 ahead on all cores, where one that spills or does not fit is dropped, and held to the same tolerance
-as a test before it is timed; one whose result is wrong is refused. What is found goes into
-`stlm_kernels/tuned/<device>.json` at once, to be reviewed and committed. Another run goes on where
-that file ends: with what was never swept, then with sweeps that had no time to reach their end.
+as a test before it is timed; one whose result is wrong is refused, and one whose counted bound is
+beyond the best time is not timed. What is found goes into `stlm_kernels/tuned/<device>.json` at
+once, to be reviewed and committed. Another run goes on where that file ends: with what was never
+swept, then with sweeps that had no time to reach their end.
+
+With `--bounds` nothing is timed or written, and no GPU is needed: configs are ranked by their bound
+alone, which knows nothing of waiting, of latency and of how many programs an SM holds.
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,73 +25,55 @@ import torch
 
 from stlm_kernels import _launch, terminal
 from stlm_kernels._launch import Config
-from stlm_kernels.inspect import inspect_op
+from stlm_kernels.inspect import gpu_for
+from stlm_kernels.ptx.bounds import Device
 from stlm_kernels.registry import OPS
 from stlm_kernels.spec import Case, OpSpec
 
 from .harness import environment
+from .harness.candidates import Candidates, Target, countable, first_line, neighbours
 from .harness.jobs import CaseData, Job, cases_of, our_entries, passes_of, roots_of, task_of
 from .harness.results import write_json
 from .harness.timing import Gpu, timed_rounds
 from .resources import sources_sha256
-
-LEAST, MOST = {"num_stages": 1}, {"num_warps": 16, "num_stages": 6}
-"""Bounds of a config's values where they are not simply 1 and none."""
 
 LEAST_SECONDS = 15.0
 """Least time of a sweep: with less it would not get beyond its first neighbours."""
 
 Entry = dict[str, Any]
 Measure = Callable[[OpSpec, Case, str, CaseData], float]
-Usable = Callable[["Target", Sequence[Config]], list[Config]]
-
-
-@dataclass(frozen=True)
-class Target:
-    """Kernel in one bucket of shapes, and the first case that reaches it."""
-
-    spec: OpSpec
-    case: Case
-    direction: str
-    kernel: str
-    bucket: str
-    default: Config
-
-    @property
-    def key(self) -> str:
-        return f"{self.kernel}/{self.bucket}"
+Usable = Callable[[Target, Sequence[Config]], list[Config]]
+LeastUs = Callable[[Target, Sequence[Config]], list[float]]
 
 
 def lookups(
-    run: Callable[[], Any], launched: _launch.Recorder = lambda *_: None
+    run: Callable[[], Any],
+    launched: _launch.Recorder = lambda *_: None,
+    gpu: _launch.Gpu | None = None,
 ) -> list[tuple[str, str, Config]]:
     """Return (kernel, bucket, default) of each config that `run` asks for; `launched` is told of
     the launches, which reach no device."""
     found: list[tuple[str, str, Config]] = []
     # Compiling every kernel for this would take minutes of a GPU's time.
-    with _launch.watching(lambda *asked: found.append(asked)), _launch.recording(launched):
+    with _launch.watching(lambda *asked: found.append(asked)), _launch.recording(launched, gpu):
         run()
     return found
 
 
 def targets(
-    spec: OpSpec, direction: str, case: Case, run: Callable[[], Any], known: set[str]
+    spec: OpSpec,
+    direction: str,
+    case: Case,
+    run: Callable[[], Any],
+    known: set[str],
+    gpu: _launch.Gpu | None = None,
 ) -> Iterator[Target]:
     """Yield the kernels and buckets that this case reaches first."""
-    for kernel, bucket, default in lookups(run):
+    for kernel, bucket, default in lookups(run, gpu=gpu):
         key = f"{kernel}/{bucket}"
         if key not in known:
             known.add(key)
             yield Target(spec, case, direction, kernel, bucket, default)
-
-
-def neighbours(config: Config) -> Iterator[Config]:
-    """Yield configs with one value changed: stages by one, others by a factor of two."""
-    for key, value in config.items():
-        steps = (value - 1, value + 1) if key == "num_stages" else (value // 2, value * 2)
-        for step in steps:
-            if LEAST.get(key, 1) <= step <= MOST.get(key, step):
-                yield config | {key: step}
 
 
 def sweep(
@@ -98,14 +81,17 @@ def sweep(
     data: CaseData,
     measure: Measure,
     usable: Usable,
+    least_us: LeastUs,
     deadline: float,
     start: Config | None = None,
 ) -> Entry | None:
     """Return the fastest correct config met on the way down from the default before `deadline`.
 
-    From the best config so far all neighbours are tried, until none is faster. None where not even
-    the default was right. `start` is where an earlier sweep ended.
+    From the best config so far all neighbours are tried, those with the lowest bound first, until
+    none is faster; one whose bound is beyond the best time cannot be, and is not timed. None where
+    not even the default was right. `start` is where an earlier sweep ended.
     """
+    pruned = 0
     times: dict[tuple[int, ...], float | None] = {}
 
     def time_of(config: Config) -> float | None:
@@ -123,10 +109,15 @@ def sweep(
     moved, done = True, True
     while moved and done:
         moved = False
-        for config in usable(target, [c for c in fresh if tuple(c.values()) not in times]):
+        untried = usable(target, [c for c in fresh if tuple(c.values()) not in times])
+        for least, config in by_bound(target, untried, least_us):
             if time.monotonic() > deadline:
                 done = False
                 break
+            if least >= best_us:
+                pruned += 1
+                print(f"  pruned: at least {least:.1f} us  {config}", flush=True)
+                continue
             us = time_of(config)
             if us is not None and us < best_us:
                 best, best_us, moved = config, us, True
@@ -136,9 +127,33 @@ def sweep(
         "us": round(best_us, 3),
         "default_us": round(default_us, 3),
         "tried": len(times),
+        "pruned": pruned,
         "refused": sum(us is None for us in times.values()),
         "done": done,
     }
+
+
+def by_bound(
+    target: Target, configs: Sequence[Config], least_us: LeastUs
+) -> list[tuple[float, Config]]:
+    """Return (bound in microseconds, config), the lowest bound first."""
+    bounds = least_us(target, configs)
+    return sorted(zip(bounds, configs, strict=True), key=lambda pair: pair[0])
+
+
+def ranking(
+    target: Target, usable: Usable, least_us: LeastUs, deadline: float
+) -> list[tuple[float, Config]]:
+    """Return what `by_bound` does for the default and all that was met on the way down from it."""
+    ranked = by_bound(target, [target.default], least_us)
+    best = None
+    while ranked[0][1] != best and time.monotonic() < deadline:
+        best = ranked[0][1]
+        known = [config for _, config in ranked]
+        fresh = [config for config in neighbours(best) if config not in known]
+        ranked += by_bound(target, usable(target, fresh), least_us)
+        ranked.sort(key=lambda pair: pair[0])
+    return ranked
 
 
 def _measured(target: Target, config: Config, data: CaseData, measure: Measure) -> float | None:
@@ -147,64 +162,10 @@ def _measured(target: Target, config: Config, data: CaseData, measure: Measure) 
         with _launch.overriding({target.kernel: config}):
             us = measure(target.spec, target.case, target.direction, data) * 1e6
     except Exception as error:  # whatever a compiler, a launch or a wrong result raises
-        print(f"  refused {config}: {_first_line(error)}", flush=True)
+        print(f"  refused {config}: {first_line(error)}", flush=True)
         return None
     print(f"  {us:9.1f} us  {config}", flush=True)
     return us
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), repr(error))
-
-
-class Compilers:
-    """Pool of processes that compile configs for a GPU, into the cache that the launch will read.
-
-    Args:
-        arch: compute capability without the dot, e.g. 90.
-        dtype: of the float inputs.
-        processes: None is one for each core but one.
-    """
-
-    def __init__(self, arch: int, dtype: torch.dtype, processes: int | None = None) -> None:
-        self.arch, self.dtype = arch, dtype
-        # Forked processes would share the parent's CUDA context, which does not survive that.
-        self.pool = ProcessPoolExecutor(
-            processes or max(1, (os.cpu_count() or 1) - 1),
-            mp_context=multiprocessing.get_context("spawn"),
-        )
-
-    def usable(self, target: Target, configs: Sequence[Config]) -> list[Config]:
-        """Return the configs that compile, fit, and do not spill."""
-        where = (target.spec.name, target.case.name, target.kernel)
-        jobs = [self.pool.submit(_objection, *where, c, self.arch, self.dtype) for c in configs]
-        objections = [job.result() for job in jobs]
-        for config, objection in zip(configs, objections, strict=True):
-            if objection:
-                print(f"  dropped {config}: {objection}", flush=True)
-        return [c for c, objection in zip(configs, objections, strict=True) if not objection]
-
-
-def _objection(
-    op: str, case_name: str, kernel: str, config: Config, arch: int, dtype: torch.dtype
-) -> str:
-    """Return the reason why a config is not worth a launch; empty if it is."""
-    torch.set_num_threads(1)
-    spec = OPS[op]
-    case = next(case for case in spec.cases if case.name == case_name)
-    try:
-        with _launch.overriding({kernel: config}):
-            reports = inspect_op(spec, case, arch, dtype, disassemble=False)
-    except Exception as error:  # whatever a compiler raises
-        return _first_line(error)
-    name = f"stlm_{kernel}"
-    own = [x for x in reports if x.kernel == name]
-    for found in own or [x for x in reports if x.kernel.startswith(name)]:  # two share a config
-        if found.spill_instructions:
-            return f"{found.spill_instructions} spills"
-        if found.occupancy <= 0:
-            return f"{found.shared_bytes} bytes of shared memory"
-    return ""
 
 
 def measured_on(gpu: Gpu) -> Measure:
@@ -229,6 +190,7 @@ def tune(
     device: torch.device,
     measure: Measure,
     usable: Usable,
+    least_us: LeastUs,
     end: float,
     old: dict[str, Entry],
     stamp: str,
@@ -240,7 +202,8 @@ def tune(
         dtype: of the float inputs.
         device: where the inputs go.
         measure: seconds of a config, in force, whose result is right.
-        usable: which configs are worth a measurement.
+        usable: which configs compile, fit and do not spill.
+        least_us: microseconds of the pass at least, under each config.
         end: no sweep begins after it, by the monotonic clock; what is left is shared evenly.
         old: entries of earlier runs: those done under this stamp are kept.
         stamp: names what makes an old entry worthless when it changes.
@@ -257,7 +220,7 @@ def tune(
         print(f"{target.key} on {target.case.name}, {share:.0f} s", flush=True)
         data = CaseData(target.spec, target.case, dtype, device)
         start = old.get(target.key, {}).get("config")
-        entry = sweep(target, data, measure, usable, now + share, start)
+        entry = sweep(target, data, measure, usable, least_us, now + share, start)
         if entry is not None:
             yield target.key, entry | {"of": stamp}
 
@@ -267,16 +230,25 @@ def _settled(entry: Entry | None, stamp: str) -> bool:
 
 
 def all_targets(
-    specs: Sequence[OpSpec], tag: str, dtype: torch.dtype, device: torch.device
+    specs: Sequence[OpSpec],
+    tag: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    gpu: _launch.Gpu | None = None,
 ) -> list[Target]:
-    """Return every kernel and bucket that the cases reach; nothing is launched to find out."""
+    """Return every kernel and bucket that the cases reach; nothing is launched to find out.
+
+    With a GPU that is not here, `gpu`, those of small cases alone, which can be counted.
+    """
     found: list[Target] = []
     known: set[str] = set()
     for spec in specs:
         for case in cases_of(spec, tag):
+            if gpu is not None and not countable(spec, case, dtype):
+                continue
             for direction in (p for p in ("no-grad", "bwd") if p in passes_of(spec)):
                 run = _runner(spec, case, direction, dtype, device)
-                found += targets(spec, direction, case, run, known)
+                found += targets(spec, direction, case, run, known, gpu)
     return found
 
 
@@ -310,6 +282,22 @@ def write(path: Path, about: dict[str, Any], entries: dict[str, Entry]) -> None:
     write_json(path, kept | {"configs": dict(sorted((old | entries).items()))})
 
 
+def print_rankings(
+    specs: Sequence[OpSpec], dtype: torch.dtype, arch: int, end: float, tag: str = "bench_full"
+) -> None:
+    """Print (bound in microseconds, share of the default's, config) for each kernel and bucket."""
+    candidates = Candidates(arch, dtype)
+    for target in all_targets(specs, tag, dtype, torch.device("cpu"), gpu_for(arch)):
+        if time.monotonic() >= end:
+            print("no time is left: name fewer ops, or give it more --minutes")
+            return
+        print(f"{target.key} on {target.case.name}: bounds of the pass, not times", flush=True)
+        ranked = ranking(target, candidates.usable, candidates.least_us, end)
+        default = next(us for us, config in ranked if config == target.default)
+        for us, config in ranked:
+            print(f"  {us:9.1f} us  {us / default:5.2f}x the default's  {config}", flush=True)
+
+
 @terminal.command()
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = terminal.argument_parser("bench.tune", __doc__)
@@ -325,27 +313,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, help="folder of the result (default: the library's)")
     parser.add_argument("--commit", help="what to record as the commit, where git is not there")
+    parser.add_argument(
+        "--bounds", action="store_true", help="rank by counted bounds, without a GPU"
+    )
+    parser.add_argument("--device", default="h200", help="whose bounds (default: h200)")
     options = parser.parse_args(arguments)
     unknown = sorted(set(options.ops) - OPS.keys())
     if unknown:
         parser.error(f"no such op: {', '.join(unknown)} (there are {', '.join(OPS)})")
-    if not torch.cuda.is_available():
-        parser.exit(2, "bench.tune: needs a CUDA device; kernels are tuned where they run\n")
-    gpu = Gpu()
-    about = environment.describe(gpu.device, options.commit)
     specs = [spec for name, spec in OPS.items() if spec.kernels and name in (options.ops or OPS)]
     dtype = getattr(torch, options.dtype)
+    end = time.monotonic() + 60 * options.minutes
+    if options.bounds:
+        try:
+            print_rankings(specs, dtype, Device.load(options.device).arch, end)
+        except ValueError as error:
+            parser.error(str(error))
+        return 0
+    if not torch.cuda.is_available():
+        parser.exit(2, "bench.tune: needs a CUDA device to time kernels; --bounds needs none\n")
+    gpu = Gpu()
+    about = environment.describe(gpu.device, options.commit)
     major, minor = torch.cuda.get_device_capability(gpu.device)
-    usable = Compilers(10 * major + minor, dtype).usable
+    candidates = Candidates(10 * major + minor, dtype)
     path = _launch.device_file(about["device"])
     path = path if options.out is None else options.out / path.name
-    end = time.monotonic() + 60 * options.minutes
     found = all_targets(specs, "bench_full", dtype, gpu.device)
     stamp = f"triton {about['triton']}, kernels {sources_sha256()[:12]}, {options.dtype}"
     new = {}
     for key, entry in tune(
-        found, dtype, gpu.device, measured_on(gpu), usable, end, entries_of_file(path), stamp
-    ):
+        found, dtype, gpu.device, measured_on(gpu), candidates.usable, candidates.least_us, end,
+        entries_of_file(path), stamp,
+    ):  # fmt: skip
         new[key] = entry
         write(path, about, {key: entry})
     for key, entry in new.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from bench import tune
 from bench.harness import environment
+from bench.harness.candidates import Candidates, Target, neighbours
 from bench.harness.jobs import CaseData
 from stlm_kernels import _launch
 from stlm_kernels._launch import Config
@@ -23,17 +25,24 @@ SPEC = OPS["byte_pool"]
 CASE = SPEC.tagged("smoke")[0]
 CPU = torch.device("cpu")
 DEFAULT = {"BLOCK_P": 16, "num_warps": 4}
-TARGET = tune.Target(SPEC, CASE, "no-grad", "byte_pool_fwd", "D64-float32", DEFAULT)
+TARGET = Target(SPEC, CASE, "no-grad", "byte_pool_fwd", "D64-float32", DEFAULT)
 COMMON = ("sum_splits", "segment_sum", "row_bounds")
 Timing = Callable[[Config], float]
 
 
-def all_usable(target: tune.Target, configs: Sequence[Config]) -> list[Config]:
+def all_usable(target: Target, configs: Sequence[Config]) -> list[Config]:
     return list(configs)
 
 
+def no_bounds(target: Target, configs: Sequence[Config]) -> list[float]:
+    return [0.0] * len(configs)
+
+
 def swept(
-    timing: Timing, usable: tune.Usable = all_usable, seconds: float = 60
+    timing: Timing,
+    usable: tune.Usable = all_usable,
+    seconds: float = 60,
+    least_us: tune.LeastUs = no_bounds,
 ) -> dict[str, Any] | None:
     """A sweep where the time of a config is given, not measured."""
 
@@ -41,7 +50,7 @@ def swept(
         return timing(_launch.config_for("byte_pool_fwd", "D64-float32", DEFAULT, CPU))
 
     data = CaseData(SPEC, CASE, torch.float32, CPU)
-    return tune.sweep(TARGET, data, measure, usable, time.monotonic() + seconds)
+    return tune.sweep(TARGET, data, measure, usable, least_us, time.monotonic() + seconds)
 
 
 def distance_from_64_and_2(config: Config) -> float:
@@ -91,7 +100,8 @@ def test_a_sweep_goes_on_where_an_earlier_one_ended() -> None:
     last = {"BLOCK_P": 64, "num_warps": 2}
     for start in (last, {"OTHER": 1}):
         seen: list[Config] = []
-        found = tune.sweep(TARGET, data, measure, all_usable, time.monotonic() + 60, start)
+        end = time.monotonic() + 60
+        found = tune.sweep(TARGET, data, measure, all_usable, no_bounds, end, start)
         assert found is not None
         assert (found["config"], found["default_us"], found["done"]) == (last, 6.0, True)
         assert seen[0] == DEFAULT
@@ -116,7 +126,9 @@ def test_runs_share_the_work(capsys: pytest.CaptureFixture[str]) -> None:
             return 1e-6
 
         end = time.monotonic() + seconds
-        tuned = tune.tune([first, second], torch.float32, CPU, measure, all_usable, end, old, stamp)
+        tuned = tune.tune(
+            [first, second], torch.float32, CPU, measure, all_usable, no_bounds, end, old, stamp
+        )
         return dict(tuned)
 
     done = run({})
@@ -168,7 +180,7 @@ def test_every_launch_can_be_tuned(spec: Any) -> None:
 
 
 def test_what_is_not_usable_is_not_timed() -> None:
-    def few(target: tune.Target, configs: Sequence[Config]) -> list[Config]:
+    def few(target: Target, configs: Sequence[Config]) -> list[Config]:
         return [config for config in configs if config["num_warps"] == 4]
 
     seen: list[Config] = []
@@ -183,9 +195,60 @@ def test_what_is_not_usable_is_not_timed() -> None:
     assert {config["num_warps"] for config in seen} == {4}
 
 
+def test_a_bound_beyond_the_best_time_is_not_timed() -> None:
+    """Low bounds come first, and a config that cannot be faster costs nothing."""
+    seen: list[Config] = []
+
+    def timing(config: Config) -> float:
+        seen.append(config)
+        return distance_from_64_and_2(config)
+
+    def least_us(target: Target, configs: Sequence[Config]) -> list[float]:
+        return [100.0 if x["num_warps"] == 8 else float(x["BLOCK_P"] != 32) for x in configs]
+
+    found = swept(timing, least_us=least_us)
+    assert found is not None
+    assert found["config"] == {"BLOCK_P": 64, "num_warps": 2}
+    assert found["pruned"] >= 1
+    assert all(config["num_warps"] != 8 for config in seen)
+    assert seen[1]["BLOCK_P"] == 32
+
+
+def test_configs_are_ranked_by_bound_alone() -> None:
+    def least_us(target: Target, configs: Sequence[Config]) -> list[float]:
+        return [1e6 * distance_from_64_and_2(config) for config in configs]
+
+    ranked = tune.ranking(TARGET, all_usable, least_us, time.monotonic() + 60)
+    assert ranked[0] == (pytest.approx(3.0), {"BLOCK_P": 64, "num_warps": 2})
+    assert [us for us, _ in ranked] == sorted(us for us, _ in ranked)
+    assert (pytest.approx(6.0), DEFAULT) in ranked
+    configs = [tuple(config.values()) for _, config in ranked]
+    assert len(configs) == len(set(configs))
+    (only,) = tune.ranking(TARGET, all_usable, least_us, time.monotonic() - 1)
+    assert only[1] == DEFAULT
+
+
+@pytest.mark.lanes("compiled")
+def test_bounds_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    """Smaller blocks repeat what each program does once."""
+    spec = OPS["unpool"]
+    tune.print_rankings([spec], torch.bfloat16, 90, time.monotonic() + 1e-9, tag="smoke")
+    assert "no time is left" in capsys.readouterr().out
+    candidates = Candidates(90, torch.bfloat16, processes=1)
+    case = spec.tagged("aot")[0]
+    (target,) = [
+        x
+        for x in tune.all_targets([spec], "smoke", torch.bfloat16, CPU, _launch.H100)
+        if x.kernel == "unpool_runs"
+    ]
+    target = replace(target, case=case)
+    small, default = candidates.least_us(target, [{"BLOCK": 32, "num_warps": 4}, target.default])
+    assert small > default > 0
+
+
 def test_neighbours_change_one_value_within_bounds() -> None:
     config = {"BLOCK_N": 1, "num_warps": 16, "num_stages": 1}
-    assert list(tune.neighbours(config)) == [
+    assert list(neighbours(config)) == [
         config | {"BLOCK_N": 2},
         config | {"num_warps": 8},
         config | {"num_stages": 2},
@@ -196,10 +259,10 @@ def test_neighbours_change_one_value_within_bounds() -> None:
 def test_compilers_drop_what_spills_or_does_not_compile() -> None:
     case = SPEC.tagged("aot")[0]
     default = byte_pool_config.bwd_config(case["D"], torch.bfloat16, CPU)
-    target = tune.Target(SPEC, case, "bwd", "byte_pool_bwd", "any", default)
+    target = Target(SPEC, case, "bwd", "byte_pool_bwd", "any", default)
     large = default | {"BLOCK_V": 128, "BLOCK_P": 32, "BLOCK_D": 128, "num_warps": 1}
     odd = default | {"BLOCK_P": 24}  # no power of two
-    usable = tune.Compilers(90, torch.bfloat16, processes=1).usable
+    usable = Candidates(90, torch.bfloat16, processes=1).usable
     assert usable(target, [default, large, odd]) == [default]
 
 
