@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._launch import Config, block_of, bucket, config_for, remembered
+from ..._launch import Config, block_of, bucket, config_for, gpu_of, remembered
 from ..._launch import splits as cut
 from ..patch_attention import config as patch_attention
 
@@ -40,10 +40,11 @@ def fwd_config(
     A short cache is cut until `PROGRAMS` work on it: two for each SM of an H100.
     """
     block = width_block(width)
+    warps = 8 if block == 64 and gpu_of(device).arch < 90 else 4  # four spill there
     default = {
         "BLOCK": block_of(TILE_BYTES // (block * stored.itemsize), 128),
         "PROGRAMS": 2 * 132,
-        "num_warps": 4,
+        "num_warps": warps,
         "num_stages": 3,
     }
     shape = bucket(f"K{block}", work, stored, dot)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import _checks
-from ..._launch import Config, amount, block_of, bucket, config_for
+from ..._launch import Config, amount, block_of, bucket, config_for, gpu_of
 
 MOST_WIDTH = 256
 TILE_BYTES = {"fwd": 8192, "bwd": 4096}
@@ -37,6 +37,7 @@ def rows_config(
     block = width_block(width)
     default = {"BLOCK": TILE_BYTES[kernel] // (block * dtype.itemsize), "num_warps": 4}
     if kernel == "bwd":
-        default["PROGRAMS"] = 4 * 132
+        warps = 4 if gpu_of(device).arch == 90 else 8  # four spill on sm_80 and sm_100
+        default |= {"PROGRAMS": 4 * 132, "num_warps": warps}
     shape = bucket(f"K{block}", amount(rows * width), dtype)
     return config_for(f"qk_norm_rope_{kernel}", shape, default, device)
