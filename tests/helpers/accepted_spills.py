@@ -25,12 +25,6 @@ PINNED: Spills = {
     ),
     ("stlm_patch_attention_bwd_q", 100): (4, FP32),
     ("stlm_patch_attention_bwd_kv", 100): (28, SIZED_FOR_90),
-    ("stlm_qk_norm_rope_bwd", 80): (6, "8 bytes, interleaved in fp32; the tile suits sm_90"),
-    ("stlm_qk_norm_rope_bwd", 100): (3, "8 bytes, at K = 32; the tile suits sm_90"),
-    ("stlm_decode_attention_fwd", 80): (
-        2,
-        "8 bytes, at K = 48; half the tile has none, but more rounds on every device",
-    ),
     ("stlm_linear_logprobs_fwd", 100): (732, READS_TWICE),
     ("stlm_linear_logprobs_bwd_rows", 80): (36, READS_TWICE),
     ("stlm_linear_logprobs_bwd_rows", 90): (10, FP32),
