@@ -122,8 +122,9 @@ def _works(trainer: Trainer) -> dict[str, Callable[[], None]]:
     def pooling() -> None:
         assert batch.patches is not None
         with trainer.autocast():
-            ngrams = model.ngram_rows(batch.byte_ids, batch.cu_seqlens)
-            own = model.own_states(model.embedding.embed(batch.byte_ids), ngrams)
+            ids, cu_seqlens = batch.byte_ids, batch.cu_seqlens
+            ngrams, matches = model.ngram_rows(ids, cu_seqlens), model.match_rows(ids, cu_seqlens)
+            own = model.own_states(model.embedding.embed(ids), ngrams, matches)
             encoded = model.encode(own, batch.cu_seqlens).detach().requires_grad_()
             pooled = model.pool(batch.byte_ids, encoded, batch.patches, ngrams)
         torch.autograd.backward(pooled, [torch.ones_like(x) for x in pooled])
