@@ -23,7 +23,7 @@ OPS ?=
 # Which benchmark lines, as pytest's -k; empty is all.
 LINES ?=
 
-.PHONY: help test test-full lint lanes lane-cpu lane-interpret lane-aot lane-compiled bench check train \
+.PHONY: help test test-full lint lanes lane-cpu lane-interpret lane-aot lane-compiled bench check train speedrun \
         another-set \
         gpu-wheels gpu-test gpu-bench gpu-tune gpu-site full-sets full-tritons full-trainers clean
 
@@ -34,6 +34,7 @@ help:
 	@echo "make bench      our ops beside their peers, on this machine"
 	@echo "make check      our torch path against the best eager peer, turn by turn"
 	@echo "make train      train PRESET=$(PRESET) for MINUTES=$(MINUTES) into RUN=$(RUN)"
+	@echo "make speedrun   the best training run of ten minutes that docs/speedrun.md knows"
 	@echo "make gpu-wheels what an offline GPU machine lacks, as wheels: WHEELS=dir"
 	@echo "make gpu-test   the gpu lane: WHEELS=dir OUT=dir TESTS=files; LANE=cpu rehearses it"
 	@echo "make gpu-bench  the benchmarks on a GPU: WHEELS=dir OUT=dir; FULL=--full GPU_MINUTES=60 sweeps"
@@ -109,6 +110,10 @@ check: $(READY)
 
 train: $(READY)
 	$(PY) -m stlm_models.train --preset $(PRESET) --minutes $(MINUTES) --out $(RUN)
+
+# The best line of docs/speedrun.md; another folder each time: make speedrun RUN=runs/again.
+speedrun: RUN = runs/speedrun
+speedrun: train
 
 # Of one day, so that they fit each other; and the peers to measure against.
 GPU_PACKAGES = pytest pytest-xdist execnet pytest-timeout pytest-benchmark py-cpuinfo2 pluggy iniconfig \

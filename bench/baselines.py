@@ -134,8 +134,7 @@ def table(rows: Sequence[Record]) -> Iterator[str]:
             f"{x['model']:<24} {x['bits_per_byte']:.4f} {x['parameters']:>12,} {x['step']:>7,}"
             f" {x['bytes_read']:>12,} {x['bytes_per_second']:>9,}"
         )
-    x = rows[0]
-    yield f"gzip -9 {x['gzip_9_bits_per_byte']:.4f}, xz -9 {x['xz_9_bits_per_byte']:.4f}"
+    yield ", ".join(f"{name} {bits:.4f}" for name, bits in rows[0]["compressors"].items())
 
 
 def first_bytes(documents: Iterable[bytes], n_bytes: int) -> list[bytes]:
