@@ -68,7 +68,7 @@ def sum_splits(
 
 
 @triton.jit
-def _segment_at(cu_ptr, position, n_segments, PROBES: tl.constexpr):
+def segment_at(cu_ptr, position, n_segments, PROBES: tl.constexpr = 128):
     """Find the last segment that starts at or before one position, PROBES offsets at a time."""
     low = tl.full((), -1, tl.int32)
     span = n_segments + 1  # it is one of low .. low + span
@@ -96,9 +96,15 @@ def segments_of(cu_ptr, first, n_segments, BLOCK: tl.constexpr):
     one of 2 million for the first position; the others' are the same, or near unless many segments
     are empty.
     """
+    at_first = segment_at(cu_ptr, first, n_segments)
+    return segments_from(cu_ptr, at_first, first, n_segments, BLOCK)
+
+
+@triton.jit
+def segments_from(cu_ptr, at_first, first, n_segments, BLOCK: tl.constexpr):
+    """Find the same where the first position's segment is known, or one before it."""
     positions = first + tl.arange(0, BLOCK)
     last = first + BLOCK - 1
-    at_first = _segment_at(cu_ptr, first, n_segments, 128)
     span = n_segments + 1 - at_first
     span = tl.where(_is_behind(cu_ptr, at_first + BLOCK, n_segments, last), BLOCK, span)
     span = tl.where(_is_behind(cu_ptr, at_first + 1, n_segments, last), 1, span)

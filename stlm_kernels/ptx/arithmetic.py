@@ -19,7 +19,7 @@ from .registers import SIGNED, UNSIGNED, Array, bits_of, signed
 Function = Callable[..., Array]
 KNOWN_MODIFIERS = {
     *(f"{kind}{bits}" for kind in "bsu" for bits in (8, 16, 32, 64)),
-    *("pred", "f16", "f32", "f64", "bf16", "tf32", "f16x2", "bf16x2"),
+    *("pred", "f16", "f32", "f64", "bf16", "tf32", "f16x2", "bf16x2", "s16x2", "u16x2"),
     *("rn", "rz", "rm", "rp", "rna", "rni", "rzi", "rmi", "rpi", "ftz", "sat", "relu", "NaN"),
     *("xorsign", "abs"),
     *("lo", "hi", "wide", "approx", "full", "l", "r", "wrap", "clamp"),
@@ -70,6 +70,9 @@ def _viewed(function: Function, number: np.dtype[Any], bits: np.dtype[Any]) -> F
 
 def _integers(modifiers: list[str], function: Function) -> Function | None:
     kind = modifiers[-1]
+    if kind in ("s16x2", "u16x2"):
+        half = _integers([kind[:-2]], function)
+        return None if half is None else formats.by_halves(half)
     if kind[0] == "s" and kind[1:].isdecimal():
         bits = bits_of(kind)
         return _viewed(function, np.dtype(SIGNED[bits]), np.dtype(UNSIGNED[bits]))

@@ -131,13 +131,17 @@ def _odd_sum(a: NDArray[np.float64], b: Floats, total: NDArray[np.float64]) -> N
 
 def packed(kind: str, function: Callable[..., Floats]) -> Callable[..., Bits]:
     """A function of two 16-bit floats in each uint32, from one of exact floats."""
-    scalar = unpacked(kind, function)
+    return by_halves(unpacked(kind, function))
+
+
+def by_halves(function: Callable[..., Bits]) -> Callable[..., Bits]:
+    """A function of two 16-bit values in each uint32, from one of uint16."""
 
     def apply(*operands: Bits) -> Bits:
         # As twice as many 16-bit words, the low one first.
         count = max(map(len, operands))
         whole = [x if len(x) == count else x.repeat(count) for x in operands]
-        return scalar(*[x.view(np.uint16) for x in whole]).view(np.uint32)
+        return function(*[x.view(np.uint16) for x in whole]).view(np.uint32)
 
     return apply
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from stlm_kernels import _launch, explain, patch_attention
 from stlm_kernels._torch.attention_blocks import length_of
+from stlm_kernels.ops.patch_attention import config as configs
 from stlm_kernels.ops.patch_attention import folded, torch_impl
 from stlm_kernels.ops.patch_attention import reference as references
 from stlm_kernels.ops.patch_attention.reference import reference
@@ -92,6 +93,53 @@ def test_nan_stays_in_its_own_patch(way: Way, where: str, poison: float, causal:
             assert not got[name][9:16].isfinite().all() or name == where == "v", name
     if causal:  # no earlier byte saw it
         assert got["out"][9:12].isfinite().all()
+
+
+AMONG_SHORT = torch.tensor([0, 1, 40, 33, 32, 0, 12, 3, 3, 3, 3, 3, 3, 31, 34, 1]).cumsum(0).int()
+"""Lengths around that of a tile, which short patches share and longer ones have to themselves."""
+
+
+@EVERY_LANE
+@pytest.mark.parametrize(("causal", "heads", "kv_heads"), [(True, 2, 1), (False, 3, 3)])
+def test_long_patches_among_short_ones(
+    way: Way, causal: bool, heads: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiles of whole patches, and loops over the longer ones; the heads of a program at once."""
+    monkeypatch.setattr(configs, "MANY", 0 if kv_heads == 3 else 10**9)
+    total = int(AMONG_SHORT[-1])
+    assert configs.is_short(total + 5, len(AMONG_SHORT) - 1, 16)
+    operands = example(total + 5, heads, kv_heads, 16, way)
+    assert_close_to_reference(operands, AMONG_SHORT, way, causal=causal)
+
+
+@EVERY_LANE
+@pytest.mark.one_dtype
+@pytest.mark.parametrize("where", [*NAMES, "upstream"])
+def test_nan_stays_in_its_patch_among_long_and_short_ones(way: Way, where: str) -> None:
+    total = int(AMONG_SHORT[-1])
+    operands = [x.detach() for x in example(total, 2, 2, 16, way)]
+    upstream = torch.randn(total, 2, 16).to(operands[0])
+    clean = with_gradients(operands, AMONG_SHORT, way, upstream)
+    sick = dict(zip((*NAMES, "upstream"), [*operands, upstream], strict=True))
+    sick[where] = sick[where].clone()
+    others = set(range(total))
+    expected = {"upstream": "v", "q": "q", "k": "k", "v": "q"}[where]
+    patches = (2, 6, 12)  # of 40, 12 and 3 rows
+    for patch in patches:
+        start, end = AMONG_SHORT[patch : patch + 2].tolist()
+        sick[where][start + 1, 1, 5] = math.nan
+        others -= set(range(start, end))
+    upstream = sick.pop("upstream")
+    got = with_gradients(list(sick.values()), AMONG_SHORT, way, upstream)
+    eps, rest = torch.finfo(way.dtype).eps, sorted(others)
+    for name, x in got.items():
+        torch.testing.assert_close(
+            x[rest], clean[name][rest], rtol=8 * eps, atol=8 * eps, msg=f"{name} of {where}"
+        )
+        torch.testing.assert_close(x[:, 0], clean[name][:, 0], rtol=8 * eps, atol=8 * eps)
+    for patch in patches:
+        own = slice(*AMONG_SHORT[patch : patch + 2].tolist())
+        assert not got[expected][own, 1].isfinite().all()
 
 
 @EVERY_LANE
@@ -407,14 +455,25 @@ def test_a_refusal_lists_every_reason(width: int) -> None:
     assert any("evenly" in reason for reason in explain(patch_attention, Q, odd, odd, ints(0, 6)))
 
 
-@pytest.mark.parametrize(("patches", "block"), [(64, 16), (63, 64)])
-def test_short_patches_take_small_tiles_in_both_passes(patches: int, block: int) -> None:
-    """16 rows a patch on average, or more."""
+@pytest.mark.parametrize(
+    ("patches", "width", "kernels"),
+    [
+        (64, 16, ["short_fwd", "short_bwd"]),
+        (63, 16, ["fwd", "bwd_q", "bwd_kv"]),
+        (64, 72, ["fwd", "bwd_q", "bwd_kv"]),
+    ],
+)
+def test_short_patches_take_one_launch_each_way(
+    patches: int, width: int, kernels: list[str]
+) -> None:
+    """16 rows a patch on average, or more; heads that are not too wide."""
     triton_impl = pytest.importorskip("stlm_kernels.ops.patch_attention.triton_impl")
-    blocks: list[int] = []
-    q = torch.zeros(1024, 2, 16, dtype=torch.bfloat16)
+    names: list[str] = []
+    q = torch.zeros(1024, 2, width, dtype=torch.bfloat16)
     boundaries = torch.linspace(0, 1024, patches + 1).to(torch.int32)
-    with _launch.recording(lambda *call: blocks.append(call[3]["BLOCK"])):
-        out, lse, bounds = triton_impl.launch_fwd(q, q, q, boundaries, False, 1.0, q.dtype)
-        triton_impl.launch_bwd(out, q, q, q, out, lse, bounds, patches, False, 1.0)
-    assert blocks[1:] == 3 * [block]  # the first notes the bounds
+    with _launch.recording(lambda *call: names.append(call[0].__name__)):
+        out, lse = triton_impl.launch_fwd(q, q, q, boundaries, False, 1.0, q.dtype)
+        triton_impl.launch_bwd(out, q, q, q, out, lse, boundaries, False, 1.0)
+    launched = [name for name in names if name != "stlm_row_bounds"]
+    assert launched == [f"stlm_patch_attention_{name}" for name in kernels]
+    assert len(names) == 2 or "fwd" in kernels

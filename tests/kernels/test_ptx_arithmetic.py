@@ -136,6 +136,16 @@ def test_integer_products(kind: str) -> None:
         assert apply(f"mul.wide.{kind}", *raw).tolist() == [x % (1 << 64) for x in exact]
 
 
+@pytest.mark.parametrize(("kind", "dtype"), [("s16x2", np.int16), ("u16x2", np.uint16)])
+def test_pairs_of_16_bit_integers(kind: str, dtype: type) -> None:
+    rng = np.random.default_rng(4)
+    a, b = rng.integers(0, 1 << 16, (2, 500, 2), dtype=np.uint16)
+    packed = [x.reshape(-1).view(np.uint32) for x in (a, b)]
+    for name, function in {"add": np.add, "sub": np.subtract, "max": np.maximum}.items():
+        got = apply(f"{name}.{kind}", *packed).view(dtype)
+        assert got.tolist() == function(a.view(dtype), b.view(dtype)).reshape(-1).tolist()
+
+
 def test_division_truncates() -> None:
     a, b = bits([-7, 7, -7, 7], np.int32), bits([2, -2, -2, 2], np.int32)
     assert apply("div.s32", a, b).view(np.int32).tolist() == [-3, -3, 3, 3]

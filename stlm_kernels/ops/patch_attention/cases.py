@@ -85,7 +85,9 @@ def flops(case: Case, direction: str) -> int:
     return (4 if direction == "fwd" else 10) * pairs * case["H"] * case["K"]
 
 
-MMA_KERNELS = ("patch_attention_fwd", "patch_attention_bwd_q", "patch_attention_bwd_kv")
+LONG = ("patch_attention_fwd", "patch_attention_bwd_q", "patch_attention_bwd_kv")
+"""What takes 64 rows at a time, the least of a Hopper product; short patches take 32."""
+SHORT = ("patch_attention_short_fwd", "patch_attention_short_bwd")
 
 SPEC = OpSpec(
     name="patch_attention",
@@ -98,6 +100,6 @@ SPEC = OpSpec(
     flops=flops,
     grad_args=("q", "k", "v"),
     terms=terms,
-    kernels=("row_bounds", *MMA_KERNELS),
-    mma_kernels=MMA_KERNELS,
+    kernels=("row_bounds", *LONG, *SHORT),
+    mma_kernels=LONG,
 )

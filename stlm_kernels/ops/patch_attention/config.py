@@ -12,7 +12,9 @@ from ..._launch import Config, block_of, bucket, config_for
 
 LEAST_WIDTH, MOST_WIDTH = 16, 128
 SHORT = 16
-"""Patches of up to so many rows, on average, take small tiles."""
+"""Patches of up to so many rows, on average, take tiles of whole patches."""
+MANY = 32_768
+"""Rows from which windows alone, each with all heads, fill a GPU."""
 
 
 def unsupported_reasons(*, q: Tensor, k: Tensor, **_: Any) -> list[str]:
@@ -34,23 +36,43 @@ def width_block(width: int) -> int:
     return block_of(width, MOST_WIDTH)
 
 
-def rows_config(
-    kernel: str, width: int, short: bool, dtype: torch.dtype, device: torch.device
+def is_short(total: int, patches: int, width: int) -> bool:
+    """Whether patches are, on average, up to `SHORT` rows long: a tile then holds whole ones, if
+    heads are so narrow that their gradients fit the registers beside it."""
+    return total <= SHORT * patches and width <= 64
+
+
+def windows_config(
+    kernel: str, width: int, total: int, dtype: torch.dtype, device: torch.device
 ) -> Config:
+    """`WINDOW` rows whose patches a program owns, `TILE` rows that it takes at a time, `KV_HEADS`
+    key heads, or the largest part that divides those there are.
+
+    Two patches of 12 bytes fill a window of 24 rows and most of a tile of 32; words of up to 16
+    mostly fit as well. Few rows spread their heads over programs, so that every SM has some.
+    Fewer warps spill in the backward; more have barriers to wait at.
+    """
+    block = width_block(width)
+    many = total >= MANY
+    default = {"WINDOW": 24, "TILE": 32, "KV_HEADS": 1 << 16 if many else 1}
+    warps = {16: 1, 32: 2 if kernel == "short_bwd" else 1, 64: 4}[block]
+    default |= {"num_warps": warps, "num_stages": 1 if block == 64 else 2}
+    if dtype == torch.float32:
+        default |= {"num_warps": 8 if kernel == "short_bwd" else 4, "num_stages": 1}
+    shape = bucket(f"K{block}", "many" if many else "few", dtype)
+    return dict(config_for(f"patch_attention_{kernel}", shape, default, device))
+
+
+def rows_config(kernel: str, width: int, dtype: torch.dtype, device: torch.device) -> Config:
     """`BLOCK` rows that a program owns, `INNER` rows of the other side that it takes at a time.
 
-    `short`: patches are, on average, up to `SHORT` rows long. 16 rows of one warp then see little
-    more than 32 rows, mostly in one step: at 12 bytes a patch 32 products a row, where tiles of 64
-    rows form 96 in three steps; and as instructions, not memory, limited those (by the compiler's
-    count, sm_90), that is worth more than the larger product. A longer patch is read once for every
-    tile, which is worth 64 rows, the least a Hopper product takes. Products in fp32 run without
-    tensor cores and hold their operands in registers. Wide heads spill on 4 warps, or with a second
-    stage in flight, without which three programs instead of two fit an SM in bwd_kv of 64 columns.
+    A long patch is read once for every tile, which is worth 64 rows, the least a Hopper product
+    takes. Products in fp32 run without tensor cores and hold their operands in registers. Wide
+    heads spill on 4 warps, or with a second stage in flight, without which three programs instead
+    of two fit an SM in bwd_kv of 64 columns.
     """
     block = width_block(width)
     default = {"BLOCK": 64, "INNER": 32, "num_warps": 4, "num_stages": 2}
-    if short and block <= 32:
-        default |= {"BLOCK": 16, "num_warps": 1}
     if block == 128:
         inner = 16 if kernel == "bwd_q" else 32
         default |= {"INNER": inner, "num_warps": 8, "num_stages": 1}
@@ -62,5 +84,5 @@ def rows_config(
             default |= {"BLOCK": 16, "INNER": 32}
         if block == 64 and kernel == "bwd_kv":
             default |= {"INNER": 32}
-    shape = bucket(f"K{block}", "short" if short else "long", dtype)
+    shape = bucket(f"K{block}", dtype)
     return config_for(f"patch_attention_{kernel}", shape, default, device)

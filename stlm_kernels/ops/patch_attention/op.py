@@ -76,10 +76,10 @@ def patch_attention(
     return torch_impl.patch_attention(q, k, v, cu_patchlens, causal, factor, out_dtype)
 
 
-def _fwd_meta(q: Tensor, out_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _fwd_meta(q: Tensor, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     total, heads, _ = q.shape
     lse = q.new_empty((heads, total), dtype=torch.float32)
-    return q.new_empty(q.shape, dtype=out_dtype), lse, q.new_empty((2, total), dtype=torch.int32)
+    return q.new_empty(q.shape, dtype=out_dtype), lse
 
 
 def _products(count: int, q: Any, patches: int) -> int:
@@ -89,24 +89,24 @@ def _products(count: int, q: Any, patches: int) -> int:
 
 _FWD = _library.register(
     "patch_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor cu_patchlens, bool causal, "
-    "float scale, ScalarType out_dtype) -> (Tensor out, Tensor lse, Tensor bounds)",
+    "float scale, ScalarType out_dtype) -> (Tensor out, Tensor lse)",
     launcher="patch_attention:launch_fwd",
     meta=_fwd_meta,
     flops=lambda q, cu_patchlens: _products(2, q, cu_patchlens[0] - 1),
 )
 _BWD = _library.register(
     "patch_attention_bwd(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    "Tensor bounds, SymInt patches, bool causal, float scale) -> (Tensor, Tensor, Tensor)",
+    "Tensor cu_patchlens, bool causal, float scale) -> (Tensor, Tensor, Tensor)",
     launcher="patch_attention:launch_bwd",
     meta=lambda q, k, v: _library.empty_like(q, k, v),
-    flops=lambda q, patches: _products(5, q, patches),
+    flops=lambda q, cu_patchlens: _products(5, q, cu_patchlens[0] - 1),
 )
 _PatchAttention = _library.differentiable(
     _FWD,
     of=("q", "k", "v"),
-    keep=lambda q, k, v, out, lse, bounds, cu_patchlens, causal, scale: (
-        (q, k, v, out, lse, bounds),
-        (cu_patchlens.shape[0] - 1, causal, scale),
+    keep=lambda q, k, v, out, lse, cu_patchlens, causal, scale: (
+        (q, k, v, out, lse, cu_patchlens),
+        (causal, scale),
     ),
     gradients=lambda needs, *given: _BWD(*given),
 )

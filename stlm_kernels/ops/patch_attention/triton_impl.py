@@ -1,11 +1,13 @@
 """patch_attention in Triton: tiles of the flat byte stream under a block-diagonal mask.
 
-Bounds. One pass finds where the patch of each row starts and ends, by bisection; all kernels below
+Short patches, by their mean length, are `short_impl`'s. Here patches are long, so a program owns
+BLOCK rows of one head and loops over what they can see.
+
+Bounds. One pass finds where the patch of each row starts and ends, by bisection; the kernels below
 read these 8 bytes a row instead of searching. Rows of no patch get an empty range. Two rows lie in
 one patch where their starts are equal; within a tile rows are counted from its first, in int32.
-Forward. A program owns BLOCK rows of one query head. What they can see is one range of rows, from
-the start of the first row's patch to the end of the last row's: short patches take one or two
-steps of INNER keys, a long one loops, with the softmax carried along (base 2, fp32).
+Forward. What a tile can see is one range of rows, from the start of the first row's patch to the
+end of the last row's, in steps of INNER keys, with the softmax carried along (base 2, fp32).
 Backward. From the saved log-sum-exp the weights are formed again. One kernel owns BLOCK queries and
 adds up dq = dS K; it also stores delta = rowsum(dO * out). A 16-bit `out` makes delta wrong,
 which short patches show: as a row of dS adds up to zero, what it does add up to is delta's
@@ -16,11 +18,11 @@ is ever transposed: dv = P^T dO, dk = dS^T Q. No atomics, fixed order.
 NaN and infinities. A weight of zero does not hide a NaN: 0 * NaN is NaN, and a tile holds several
 patches. So an operand that is summed over rows enters the product with its non-finite rows zeroed,
 and such a row's score becomes NaN instead, before the mask: what may see the row gets NaN, and
-the mask keeps it from all others. That costs a sum over the tile's columns.
+the mask keeps it from all others. That costs a sum over the tile's columns, which is left to these
+loops: with a second copy of the loop without it the backward of 128 columns spills.
 
 Heads of other widths than powers of two stand in the next one, masked: memory limits, not products.
-Floor (bf16): 4 T H K bytes forward times two, twice that backward: 24 and 48 us at 8192 patches of
-12 bytes, H = 8, K = 16, 4.3 TB/s; 9.4 M scores.
+Floor (bf16): 4 T H K bytes forward times two, twice that backward.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ from ..._triton.tiles import (
     with_rows,
 )
 from . import config as configs
+from .short_impl import stlm_patch_attention_short_bwd, stlm_patch_attention_short_fwd
 
 
 @triton.jit
@@ -196,21 +199,29 @@ def launch_fwd(
     causal: bool,
     scale: float,
     out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(T, H, K) in `out_dtype`, (H, T) fp32 log2-sum-exp2, (2, T) int32 bounds of each row."""
-    total, heads, _ = q.shape
-    bounds = row_bounds(cu_patchlens, total, NO_WINDOW, NO_WINDOW, cu_patchlens, total)
+) -> tuple[Tensor, Tensor]:
+    """(T, H, K) in `out_dtype`, (H, T) fp32 log2-sum-exp2."""
+    total, heads, width = q.shape
     out = torch.empty(q.shape, dtype=out_dtype, device=q.device)
     lse = torch.empty((heads, total), dtype=torch.float32, device=q.device)
-    q, k, v = with_rows(q), with_rows(k), with_rows(v)
-    options = _options("fwd", q, k, cu_patchlens.shape[0] - 1, out_dtype)
-    programs = _launch.ceil_div(total, options["BLOCK"]) * heads
+    q, k, v, cu_patchlens = with_rows(q), with_rows(k), with_rows(v), cu_patchlens.contiguous()
+    scalars = (total, q.stride(0), k.stride(0), v.stride(0), scale * LOG2_E)
+    patches = cu_patchlens.shape[0] - 1
+    if configs.is_short(total, patches, width):
+        programs, options = _options("short_fwd", q, k, causal, out_dtype)
+        _launch.launch(
+            stlm_patch_attention_short_fwd, programs,
+            q, k, v, cu_patchlens, out, lse, patches, *scalars,
+            device=q.device, **options,
+        )  # fmt: skip
+        return out, lse
+    programs, options = _options("fwd", q, k, causal, out_dtype)
     _launch.launch(
-        stlm_patch_attention_fwd, programs, q, k, v, bounds, out, lse,
-        total, q.stride(0), k.stride(0), v.stride(0), scale * LOG2_E,
-        IS_CAUSAL=causal, device=q.device, **options,
+        stlm_patch_attention_fwd, programs,
+        q, k, v, _bounds(cu_patchlens, total), out, lse, *scalars,
+        device=q.device, **options,
     )  # fmt: skip
-    return out, lse, bounds
+    return out, lse
 
 
 def launch_bwd(
@@ -220,45 +231,69 @@ def launch_bwd(
     v: Tensor,  # (T, H_kv, K)
     out: Tensor,  # (T, H, K)
     lse: Tensor,  # (H, T)
-    bounds: Tensor,  # (2, T)
-    patches: int,
+    cu_patchlens: Tensor,  # (P+1,) int32
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v; the second kernel reads what the first noted of each row."""
+    """Gradients of q, k and v: of short patches in one launch, of long ones in two, the second of
+    which reads what the first noted of each row."""
     total, device, dtypes = q.shape[0], q.device, (q.dtype, k.dtype, v.dtype)
     q, k, v, grad = with_rows(q), with_rows(k), with_rows(v), grad.contiguous()
+    out, cu_patchlens = out.contiguous(), cu_patchlens.contiguous()
     dq, dk, dv = (
         torch.empty(x.shape, dtype=dtype, device=device)
         for x, dtype in zip((q, k, v), dtypes, strict=True)
     )
-    delta = torch.empty_like(lse)
-    scalars = (q.stride(0), k.stride(0), v.stride(0), scale * LOG2_E, scale)
-    options = _options("bwd_q", q, k, patches, grad.dtype)
-    programs = _launch.ceil_div(total, options["BLOCK"]) * q.shape[1]
+    patches = cu_patchlens.shape[0] - 1
+    scalars = (total, q.stride(0), k.stride(0), v.stride(0), scale * LOG2_E, scale)
+    if configs.is_short(total, patches, q.shape[2]):
+        programs, options = _options("short_bwd", q, k, causal, grad.dtype)
+        _launch.launch(
+            stlm_patch_attention_short_bwd, programs,
+            q, k, v, grad, out, lse, cu_patchlens, dq, dk, dv, patches, *scalars,
+            device=device, **options,
+        )  # fmt: skip
+        return dq, dk, dv
+    delta, bounds = torch.empty_like(lse), _bounds(cu_patchlens, total)
+    programs, options = _options("bwd_q", q, k, causal, grad.dtype)
     _launch.launch(
         stlm_patch_attention_bwd_q, programs,
-        q, k, v, grad, out.contiguous(), lse, bounds, dq, delta, total, *scalars,
-        IS_CAUSAL=causal, device=device, **options,
+        q, k, v, grad, out, lse, bounds, dq, delta, *scalars,
+        device=device, **options,
     )  # fmt: skip
-    options = _options("bwd_kv", q, k, patches, grad.dtype)
-    programs = _launch.ceil_div(total, options["BLOCK"]) * k.shape[1]
+    programs, options = _options("bwd_kv", q, k, causal, grad.dtype)
     _launch.launch(
         stlm_patch_attention_bwd_kv, programs,
-        q, k, v, grad, lse, delta, bounds, dk, dv, total, *scalars,
-        IS_CAUSAL=causal, device=device, **options,
+        q, k, v, grad, lse, delta, bounds, dk, dv, *scalars,
+        device=device, **options,
     )  # fmt: skip
     return dq, dk, dv
 
 
-def _options(kernel: str, q: Tensor, k: Tensor, patches: int, dtype: torch.dtype) -> dict[str, Any]:
-    """The constants of a launch; `dtype` is what the products' operands are cast to."""
-    total, heads, width = q.shape
-    short = total <= configs.SHORT * patches
-    return configs.rows_config(kernel, width, short, dtype, q.device) | {
+def _bounds(cu_patchlens: Tensor, total: int) -> Tensor:
+    """(2, T) int32: the patch of each row."""
+    return row_bounds(cu_patchlens, total, NO_WINDOW, NO_WINDOW, cu_patchlens, total)
+
+
+def _options(
+    kernel: str, q: Tensor, k: Tensor, causal: bool, dtype: torch.dtype
+) -> tuple[int, dict[str, Any]]:
+    """Programs and constants of a launch; `dtype` is what the products' operands are cast to."""
+    (total, heads, width), kv_heads = q.shape, k.shape[1]
+    constants = {
         "H": heads,
-        "GROUP": heads // k.shape[1],
+        "GROUP": heads // kv_heads,
         "K": width,
+        "IS_CAUSAL": causal,
         "DOT": dot_type(dtype),
         "WIDTH": configs.width_block(width),
     }
+    if not kernel.startswith("short"):
+        config = configs.rows_config(kernel, width, dtype, q.device)
+        tiles = _launch.ceil_div(total, config["BLOCK"])
+        return tiles * (kv_heads if kernel == "bwd_kv" else heads), config | constants
+    config = configs.windows_config(kernel, width, total, dtype, q.device)
+    divisors = (n for n in range(1, kv_heads + 1) if kv_heads % n == 0)
+    config["KV_HEADS"] = max(n for n in divisors if n <= config["KV_HEADS"])
+    windows = _launch.ceil_div(total, config["WINDOW"])
+    return windows * (kv_heads // config["KV_HEADS"]), config | constants
