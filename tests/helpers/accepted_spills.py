@@ -25,6 +25,7 @@ PINNED: Spills = {
     ),
     ("stlm_patch_attention_bwd_q", 100): (4, FP32),
     ("stlm_patch_attention_short_fwd", 100): (14, SIZED_FOR_90),
+    ("stlm_patch_attention_short_bwd", 90): (13, FP32),
     ("stlm_patch_attention_short_bwd", 80): (3, f"12 bytes, at K = 16; {SIZED_FOR_90}"),
     ("stlm_patch_attention_short_bwd", 100): (7, SIZED_FOR_90),
     ("stlm_patch_attention_bwd_kv", 100): (28, SIZED_FOR_90),
