@@ -21,7 +21,7 @@ from helpers.sources import (
 
 OP_FILES = ("__init__", "op", "torch_impl", "reference", "cases")
 KERNEL_FILES = ("triton_impl", "config")
-SECOND_FAMILY = ("chunked_op", "chunked_impl")
+SECOND_FAMILY = ("chunked_op", "chunked_impl", "short_impl", "blocks")
 WAYS_OF_TORCH = ("banded", "documents", "folded")
 """Registered ops and kernels of an op that large shapes take, where one file would hold two."""
 MAX_KERNEL_LINES, MAX_KERNEL_PARAMETERS, MAX_KERNEL_FLAGS = 80, 20, 3

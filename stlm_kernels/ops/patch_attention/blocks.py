@@ -41,13 +41,13 @@ def seen_by(start, end, others, IS_CAUSAL: tl.constexpr, ABOVE: tl.constexpr):
 
 @triton.jit
 def attend(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, base, start, end, mine,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, base, start, end, owned,
     total, q_stride, k_stride, v_stride, scale, head,
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, IS_CAUSAL: tl.constexpr,
     DOT: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One head of BLOCK queries from `base` on, as many keys at a time; `mine`: rows to store."""
-    live, rows = mine & (end > start), base + tl.arange(0, BLOCK)
+    """One head of BLOCK queries from `base` on, as many keys at a time; `owned`: rows to store."""
+    live, rows = owned & (end > start), base + tl.arange(0, BLOCK)
     low = tl.min(tl.where(live, start, BLOCK), 0)
     high = tl.max(tl.where(live, end, 0), 0)
     if IS_CAUSAL:
@@ -72,14 +72,14 @@ def attend(
         top = new_top
     norm = tl.where(live, norm, 1.0)
     lse = tl.where(live, top * scale + tl.log2(norm), 0.0)
-    tl.store(lse_ptr + total * head + rows, lse, mask=mine)
+    tl.store(lse_ptr + total * head + rows, lse, mask=owned)
     acc *= (1.0 / norm)[:, None]
-    put(out_ptr, acc, rows, mine, H * K, head * K, K, WIDTH)
+    put(out_ptr, acc, rows, owned, H * K, head * K, K, WIDTH)
 
 
 @triton.jit
 def of_queries(
-    q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, lse_ptr, dq_ptr, base, start, end, mine,
+    q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, lse_ptr, dq_ptr, base, start, end, owned,
     total, q_stride, k_stride, v_stride, scale, unit, head,
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, IS_CAUSAL: tl.constexpr,
     DOT: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
@@ -87,7 +87,7 @@ def of_queries(
     """dq of one head of BLOCK queries, without the error that a 16-bit `out` makes in rowsum(dO *
     out): as a row of dS adds up to zero, what it does add up to is that error."""
     NARROW: tl.constexpr = out_ptr.dtype.element_ty != tl.float32
-    live, rows = mine & (end > start), base + tl.arange(0, BLOCK)
+    live, rows = owned & (end > start), base + tl.arange(0, BLOCK)
     low = tl.min(tl.where(live, start, BLOCK), 0)
     high = tl.max(tl.where(live, end, 0), 0)
     if IS_CAUSAL:
@@ -117,20 +117,20 @@ def of_queries(
     if NARROW:
         dq -= excess[:, None] * mean
     dq = tl.where(live[:, None], dq, 0.0)
-    put(dq_ptr, dq * unit, rows, mine, H * K, head * K, K, WIDTH)
+    put(dq_ptr, dq * unit, rows, owned, H * K, head * K, K, WIDTH)
 
 
 @triton.jit
 def of_keys(
     q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, lse_ptr, dk_ptr, dv_ptr,
-    base, start, end, mine, total, q_stride, k_stride, v_stride, scale, unit, kv_head,
+    base, start, end, owned, total, q_stride, k_stride, v_stride, scale, unit, kv_head,
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, IS_CAUSAL: tl.constexpr,
     DOT: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one head of BLOCK keys. In a patch of more rows than a tile `out` is so small
     that rowsum(dO * out) needs no correction."""
     KV: tl.constexpr = H // GROUP
-    live, keys = mine & (end > start), base + tl.arange(0, BLOCK)
+    live, keys = owned & (end > start), base + tl.arange(0, BLOCK)
     low = tl.min(tl.where(live, start, BLOCK), 0)
     high = tl.max(tl.where(live, end, 0), 0)
     if IS_CAUSAL:
@@ -157,5 +157,5 @@ def of_keys(
             ds = tl.where(seen, p * (dp - delta[None, :]), 0.0)
             dk = tl.dot(ds.to(DOT), q, dk, input_precision="ieee")
     dk, dv = tl.where(live[:, None], dk, 0.0), tl.where(live[:, None], dv, 0.0)
-    put(dk_ptr, dk * unit, keys, mine, KV * K, kv_head * K, K, WIDTH)
-    put(dv_ptr, dv, keys, mine, KV * K, kv_head * K, K, WIDTH)
+    put(dk_ptr, dk * unit, keys, owned, KV * K, kv_head * K, K, WIDTH)
+    put(dv_ptr, dv, keys, owned, KV * K, kv_head * K, K, WIDTH)

@@ -68,7 +68,7 @@ def _bias(start, end, IS_CAUSAL: tl.constexpr, ABOVE: tl.constexpr, TILE: tl.con
 
 @triton.jit
 def _attend_whole(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, base, start, end, mine,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, base, start, end, owned,
     total, q_stride, k_stride, v_stride, scale, kv_first,
     KV_HEADS: tl.constexpr,
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, IS_CAUSAL: tl.constexpr,
@@ -96,8 +96,8 @@ def _attend_whole(
             acc = tl.dot(p.to(DOT), v, input_precision="ieee") * (1.0 / norm)[:, None]
             bad += acc * 0.0
             lse = tl.where(live, top + tl.log2(norm), 0.0)
-            tl.store(lse_ptr + total * head + rows, lse, mask=mine)
-            put(out_ptr, acc, rows, mine, H * K, head * K, K, WIDTH)
+            tl.store(lse_ptr + total * head + rows, lse, mask=owned)
+            put(out_ptr, acc, rows, owned, H * K, head * K, K, WIDTH)
     return tl.sum(tl.sum(bad, 1), 0)
 
 
@@ -119,34 +119,34 @@ def stlm_patch_attention_short_fwd(
         left = (limit - base).to(tl.int32)
         count = _whole(start, end, left, TILE)
         if count > 0:
-            mine = tl.arange(0, TILE) < count
-            end = tl.where(mine, end, start)
+            owned = tl.arange(0, TILE) < count
+            end = tl.where(owned, end, start)
             bad = _attend_whole(
-                q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, base, start, end, mine,
+                q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, base, start, end, owned,
                 total, q_stride, k_stride, v_stride, scale, kv_first,
                 KV_HEADS, H, GROUP, K, IS_CAUSAL, DOT, WIDTH, TILE, False,
             )  # fmt: skip
             if bad != 0.0:
                 _attend_whole(
-                    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, base, start, end, mine,
+                    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, base, start, end, owned,
                     total, q_stride, k_stride, v_stride, scale, kv_first,
                     KV_HEADS, H, GROUP, K, IS_CAUSAL, DOT, WIDTH, TILE, True,
                 )  # fmt: skip
         else:
-            mine = _long_rows(start, end, left, TILE)
+            owned = _long_rows(start, end, left, TILE)
             for head in range(kv_first * GROUP, (kv_first + KV_HEADS) * GROUP):
                 attend(
-                    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, base, start, end, mine,
+                    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, base, start, end, owned,
                     total, q_stride, k_stride, v_stride, scale, head,
                     H, GROUP, K, IS_CAUSAL, DOT, WIDTH, TILE,
                 )  # fmt: skip
-            count = tl.sum(mine.to(tl.int32), 0)
+            count = tl.sum(owned.to(tl.int32), 0)
         base += tl.maximum(count, 1)
 
 
 @triton.jit
 def _gradients_whole(
-    q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr, base, start, end, mine,
+    q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr, base, start, end, owned,
     total, q_stride, k_stride, v_stride, scale, unit, kv_first,
     KV_HEADS: tl.constexpr,
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, IS_CAUSAL: tl.constexpr,
@@ -156,7 +156,7 @@ def _gradients_whole(
     KV: tl.constexpr = H // GROUP
     live, rows = end > start, base + tl.arange(0, TILE)
     bias = _bias(start, end, IS_CAUSAL, False, TILE)
-    bias_t = bias  # whoever is in one patch sees each other
+    bias_t = bias  # the rows of a patch see one another
     if IS_CAUSAL:
         bias_t = _bias(start, end, True, True, TILE)
     bad = tl.zeros((TILE, WIDTH), tl.float32)
@@ -188,7 +188,7 @@ def _gradients_whole(
                 ds = tl.where(bias == 0.0, ds, 0.0)
             dq = tl.dot(ds.to(DOT), k, input_precision="ieee")
             bad += dq * 0.0
-            put(dq_ptr, dq * unit, rows, mine, H * K, head * K, K, WIDTH)
+            put(dq_ptr, dq * unit, rows, owned, H * K, head * K, K, WIDTH)
             s = tl.dot(k, tl.trans(q), input_precision="ieee")
             dp = tl.dot(v, tl.trans(grad), input_precision="ieee")
             if ISOLATE:
@@ -200,15 +200,15 @@ def _gradients_whole(
                 ds = p * (dp - delta[None, :])
             dv = tl.dot(p.to(DOT), grad, dv, input_precision="ieee")
             dk = tl.dot(ds.to(DOT), q, dk, input_precision="ieee")
-        put(dk_ptr, dk * unit, rows, mine, KV * K, kv_head * K, K, WIDTH)
-        put(dv_ptr, dv, rows, mine, KV * K, kv_head * K, K, WIDTH)
+        put(dk_ptr, dk * unit, rows, owned, KV * K, kv_head * K, K, WIDTH)
+        put(dv_ptr, dv, rows, owned, KV * K, kv_head * K, K, WIDTH)
     return tl.sum(tl.sum(bad, 1), 0)
 
 
 @triton.jit
 def _gradients_long(
     q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr,
-    base, start, end, mine, total, q_stride, k_stride, v_stride, scale, unit, kv_first,
+    base, start, end, owned, total, q_stride, k_stride, v_stride, scale, unit, kv_first,
     KV_HEADS: tl.constexpr,
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, IS_CAUSAL: tl.constexpr,
     DOT: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
@@ -217,13 +217,13 @@ def _gradients_long(
     for kv_head in range(kv_first, kv_first + KV_HEADS):
         for head in range(kv_head * GROUP, kv_head * GROUP + GROUP):
             of_queries(
-                q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, lse_ptr, dq_ptr, base, start, end, mine,
+                q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, lse_ptr, dq_ptr, base, start, end, owned,
                 total, q_stride, k_stride, v_stride, scale, unit, head,
                 H, GROUP, K, IS_CAUSAL, DOT, WIDTH, TILE,
             )  # fmt: skip
         of_keys(
             q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, lse_ptr, dk_ptr, dv_ptr,
-            base, start, end, mine, total, q_stride, k_stride, v_stride, scale, unit, kv_head,
+            base, start, end, owned, total, q_stride, k_stride, v_stride, scale, unit, kv_head,
             H, GROUP, K, IS_CAUSAL, DOT, WIDTH, TILE,
         )  # fmt: skip
 
@@ -246,25 +246,25 @@ def stlm_patch_attention_short_bwd(
         left = (limit - base).to(tl.int32)
         count = _whole(start, end, left, TILE)
         if count > 0:
-            mine = tl.arange(0, TILE) < count
-            end = tl.where(mine, end, start)
+            owned = tl.arange(0, TILE) < count
+            end = tl.where(owned, end, start)
             bad = _gradients_whole(
                 q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr,
-                base, start, end, mine, total, q_stride, k_stride, v_stride, scale, unit,
+                base, start, end, owned, total, q_stride, k_stride, v_stride, scale, unit,
                 kv_first, KV_HEADS, H, GROUP, K, IS_CAUSAL, DOT, WIDTH, TILE, False,
             )  # fmt: skip
             if bad != 0.0:
                 _gradients_whole(
                     q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr,
-                    base, start, end, mine, total, q_stride, k_stride, v_stride, scale, unit,
+                    base, start, end, owned, total, q_stride, k_stride, v_stride, scale, unit,
                     kv_first, KV_HEADS, H, GROUP, K, IS_CAUSAL, DOT, WIDTH, TILE, True,
                 )  # fmt: skip
         else:
-            mine = _long_rows(start, end, left, TILE)
+            owned = _long_rows(start, end, left, TILE)
             _gradients_long(
                 q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr,
-                base, start, end, mine, total, q_stride, k_stride, v_stride, scale, unit,
+                base, start, end, owned, total, q_stride, k_stride, v_stride, scale, unit,
                 kv_first, KV_HEADS, H, GROUP, K, IS_CAUSAL, DOT, WIDTH, TILE,
             )  # fmt: skip
-            count = tl.sum(mine.to(tl.int32), 0)
+            count = tl.sum(owned.to(tl.int32), 0)
         base += tl.maximum(count, 1)
