@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch.utils._pytree import tree_flatten
 
+from . import runtime
 from ._checks import require_choice
 from ._errors import named_errors
 from ._launch import is_recording
@@ -127,7 +128,7 @@ def use_triton(
         NotImplementedError: impl="triton" and some reason speaks against it; lists all.
     """
     require_choice("impl", impl, IMPLS)
-    if impl == "torch" or (impl == "auto" and device.type != "cuda"):
+    if impl == "torch" or (impl == "auto" and not runtime.on_gpu(device)):
         return False
     reasons = machine_reasons(device.type, device.index) + unsupported(**arguments)
     if forward_ad_runs():

@@ -84,12 +84,17 @@ def register(
     return overload
 
 
+def launcher_of(op: Any) -> Callable[..., Any]:
+    """Return what a registered op runs on a GPU."""
+    return _launchers[op]
+
+
 def direct(op: Any) -> Callable[..., Any]:
     """Make the call of a registered op that goes to its launcher where nothing else would see it.
 
     The way through torch's dispatcher takes longer than all checks of a call.
     """
-    launcher = _launchers[op]
+    launcher = launcher_of(op)
 
     def call(*args: Any) -> Any:
         if runtime.is_plain_eager(*args):

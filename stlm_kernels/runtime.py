@@ -22,6 +22,11 @@ _BATCHED_GRADIENTS: Any = torch._C._parse_dispatch_key("VmapMode")
 """Key of the block in which autograd takes gradients many at a time (`is_grads_batched`)."""
 
 
+def on_gpu(device: torch.device) -> bool:
+    """Return whether ops on this device are launches of kernels, so that few of them are better."""
+    return device.type == "cuda"
+
+
 def values_visible(*tensors: Tensor) -> bool:
     """Return whether reading values is free: plain CPU tensors, eager, outside torch.func."""
     for x in tensors:  # a generator costs more than all the rest here
