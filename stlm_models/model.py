@@ -266,8 +266,9 @@ class STLM(GenerationMixin, nn.Module):
     def _core_outputs(self, inputs: Tensor, patches: Patches) -> Tensor:
         """Run the core over inputs (P, core_dim); slots of no patch give zeros."""
         packing = Packing(patches.cu_seqlens, len(inputs))
-        ours = isinstance(self.core, PatchCore)
-        return packing.clear(self.core(inputs, packing if ours else patches.cu_seqlens))
+        if isinstance(self.core, PatchCore):  # which gives zeros there itself
+            return self.core(inputs, packing)
+        return packing.clear(self.core(inputs, patches.cu_seqlens))
 
     def _decode_as(self, byte_ids: Tensor, x: Tensor, packing: Packing) -> Tensor:
         """Run the decoder over x (T, byte_dim), dense where byte_ids are."""

@@ -1,9 +1,9 @@
 """Launches that a GPU would be given for what runs within a block, counted without a GPU.
 
-Tensors have shapes and no values (`FakeTensorMode`), on a CPU that stands for the GPU. Each operator
-of torch that computes counts as one launch, those that take more as many as in torch 2.13's CUDA
-code; a kernel of ours counts where it is launched. Copies from the host count too: a captured graph
-has them as well. What would wait for the device raises, unless a number stands for its value.
+Tensors have shapes and no values (`FakeTensorMode`), on a CPU that stands for a GPU. Each operator
+of torch that computes counts as one launch, some as more, estimated by torch's CUDA code; a kernel
+of ours counts where it is launched, which is exact. What waits for the device raises, unless a
+number stands for the value that the host would read.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from stlm_kernels import _launch, runtime
 from stlm_kernels._library import NAMESPACE, launcher_of
+from stlm_models.layers import attention, packing
 
 FREE = frozenset((
     "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "device",
@@ -45,9 +46,9 @@ CHUNK, BLOCKS, MOST_TENSORS = 65536, 320, (110, 64, 48, 36, 30)
 class Launches(TorchDispatchMode):
     """Counts launches by name; those of kernels of ours under the kernel's name."""
 
-    def __init__(self, number: int | None) -> None:
+    def __init__(self, number: int | None, chosen: int | None) -> None:
         super().__init__()
-        self.number = number
+        self.number, self.chosen = number, chosen
         self.by_name: Counter[str] = Counter()
 
     @property
@@ -67,10 +68,29 @@ class Launches(TorchDispatchMode):
         name = func._opname
         if name == "_local_scalar_dense" and self.number is not None:
             return self.number
-        out = func(*args, **kwargs)
+        if self.chosen is not None and _has_size_by_value(name, args):
+            out = _of_rows(name, args, self.chosen)
+        else:
+            out = func(*args, **kwargs)
         if not func.is_view and name not in FREE and _computes(args, out):
             self.by_name[name] += _count(name, args)
+            if _has_size_by_value(name, args):
+                self.by_name[name] += MORE["nonzero"]
         return out
+
+
+def _has_size_by_value(name: str, args: tuple[Any, ...]) -> bool:
+    """Return whether the host waits for the size of a result."""
+    if name == "index":
+        return any(x is not None and x.dtype == torch.bool for x in args[1])
+    return name in ("nonzero", "repeat_interleave") and len(args) == 1
+
+
+def _of_rows(name: str, args: tuple[Any, ...], rows: int) -> Tensor:
+    x: Tensor = args[0]
+    if name == "index":
+        return x.new_empty((rows, *x.shape[1:]))
+    return x.new_empty((rows, x.dim()) if name == "nonzero" else rows, dtype=torch.int64)
 
 
 def _computes(args: Any, out: Any) -> bool:
@@ -110,22 +130,29 @@ class _FusedNorm(torch.autograd.Function):
 
 
 @contextmanager
-def counting(number: int | None = None) -> Iterator[Launches]:
+def counting(number: int | None = None, chosen: int | None = None) -> Iterator[Launches]:
     """Count the launches of the block, whose tensors must all be made within it.
 
     Args:
         number: what is read where the host waits for a value; None raises there.
+        chosen: how many rows are found where it waits for their number; None raises there.
     """
-    mode = Launches(number)
+    mode = Launches(number, chosen)
 
     def rms_norm(x: Tensor, *_: Any, **__: Any) -> Tensor:
         if torch.is_autocast_enabled("cpu"):
             x = x.float()  # as autocast of a GPU does
         return _FusedNorm.apply(mode.note, x)
 
-    places = {
+    def tables(length: int, head_dim: int, base: float, device: torch.device) -> list[Tensor]:
+        return [torch.empty(length, head_dim // 2) for _ in range(2)]  # kept from other calls
+
+    places: dict[tuple[Any, str], Any] = {
         (runtime, "on_gpu"): lambda device: True,
         (F, "rms_norm"): rms_norm,
+        (packing, "rotary_tables"): tables,
+        (attention, "rotary_tables"): tables,
+        (nn.Module, "to"): lambda module, device: module,  # which is there already
     }
     before = {place: getattr(*place) for place in places}
     with contextlib.ExitStack() as stack:

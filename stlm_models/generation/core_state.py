@@ -39,7 +39,7 @@ class _SteppedCore:
     def start(self, rows: Tensor, x: Tensor, cu_seqlens: Tensor, is_open: Tensor) -> Tensor:
         out = self.core(x, cu_seqlens, caches_at(self.caches, rows))
         for cache in self.caches:
-            cache.lens[rows] -= is_open.int()
+            cache.lens = cache.lens.index_add(0, rows, -is_open.int())
         return out
 
     def append(self, rows: Tensor, x: Tensor) -> Tensor:

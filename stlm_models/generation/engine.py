@@ -6,7 +6,7 @@ The core runs once for each patch that closes, on the rows where one does.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from stlm_kernels import Patches, ema_unpool, unpool
 
 from ..build import ngram_mode
 from ..config import BOS_ID
+from ..layers.linear import keeping
 from ..layers.packing import Packing
 from ..layers.pooling import EmaUnpooling
 from ..layers.transformer import new_caches
@@ -40,6 +41,8 @@ class CachedRun:
     @torch.no_grad()
     def __init__(self, model: ByteModel, windows: Sequence[list[int]]) -> None:
         self.model, self.device = model, model.embedding.weight.device
+        self._weights: dict[Any, Tensor] = {}
+        """Weights side by side, for every step until the next restart."""
         batch = len(windows)
         self._rows: _Rows = FlatRows(model, batch) if model.is_flat else PatchedRows(model, batch)
         self.hidden = self._rows.start(self._index(range(batch)), *_packed(windows, self.device))
@@ -50,6 +53,7 @@ class CachedRun:
     def restart(self, rows: Sequence[int], windows: Sequence[list[int]]) -> None:
         """Put these ids in place of all that these rows have seen; the others stay."""
         index = self._index(rows)
+        self._weights.clear()
         self.hidden[index] = self._rows.start(index, *_packed(windows, self.device))
 
     @torch.inference_mode(False)
@@ -60,7 +64,12 @@ class CachedRun:
         A row that is left out must be restarted before it goes on.
         """
         index = self._index(rows)
-        self.hidden[index] = self._rows.step(byte_ids, index)
+        with keeping(self._weights):
+            hidden = self._rows.step(byte_ids, index)
+        if len(index) == len(self.hidden):
+            self.hidden = hidden
+        else:
+            self.hidden[index] = hidden
 
     def _index(self, rows: Sequence[int]) -> Tensor:
         return torch.tensor(list(rows), dtype=torch.int64, device=self.device)
@@ -96,9 +105,9 @@ class FlatRows:
     def step(self, byte_ids: Tensor, rows: Tensor) -> Tensor:
         model, ngrams = self.model, None
         if model.ngrams is not None and self.ngrams is not None:
-            ngrams = model.ngrams.embed(self.ngrams.step(byte_ids))[rows]
+            ngrams = _at(model.ngrams.embed(self.ngrams.step(byte_ids)), rows)
         matches = _next_matches(model, self.matches, byte_ids, rows)
-        x = model.own_states(model.embedding.embed(byte_ids[rows]), ngrams, matches)
+        x = model.own_states(model.embedding.embed(_at(byte_ids, rows)), ngrams, matches)
         return model.decode(x[:, None], None, caches_at(self.caches, rows))[:, 0]
 
 
@@ -134,25 +143,26 @@ class PatchedRows:
         assert self.reads is not None
         closed = self.patches.step(byte_ids)
         # The host waits for how many rows these are, and where bytes are kept for their room.
-        closing = rows[closed[rows]]
+        closing = rows[_at(closed, rows)]
         embedded = model.embedding.embed(byte_ids)
         caches = caches_at(self.encoder_caches, rows)
         ngrams = None
         if model.ngrams is not None and self.ngrams is not None:
             ngrams = model.ngrams.embed(self.ngrams.step(byte_ids))
         matches = _next_matches(model, self.matches, byte_ids, rows)
-        own = model.own_states(embedded[rows], None if ngrams is None else ngrams[rows], matches)
+        own_ngrams = None if ngrams is None else _at(ngrams, rows)
+        own = model.own_states(_at(embedded, rows), own_ngrams, matches)
         encoded = model.encode(own[:, None], None, caches)[:, 0]
         pooled = [self.pool.step(embedded, rows, encoded, closed, closing)]
         if ngrams is not None:
-            pooled.append(self.ngram_pool.step(ngrams, closed)[closing])
+            pooled.append(self.ngram_pool.step(ngrams, closed, closing))
         if len(closing):
             inputs = model.core_inputs(*pooled)
             states = model.core_states(self.core.append(closing, inputs), inputs)
             self.reads[closing] = self._next_reads(states, self.reads[closing])
         if model.head is not None:
             return model.output_states(self.reads[rows, self.patches.lengths[rows].long()])
-        x = encoded + self.reads[rows]
+        x = encoded + _at(self.reads, rows)
         return model.decode(x[:, None], None, caches_at(self.caches, rows))[:, 0]
 
     def start(self, rows: Tensor, byte_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -209,6 +219,11 @@ class PatchedRows:
             self.reads = reads
         else:
             self.reads[rows] = reads
+
+
+def _at(x: Tensor, rows: Tensor) -> Tensor:
+    """Return these rows of x (B, ...), ascending; all of them without a copy."""
+    return x if len(rows) == len(x) else x[rows]
 
 
 def _ngram_state(model: ByteModel, batch: int) -> IncrementalNgrams | None:

@@ -56,10 +56,10 @@ class RunningPool:
         self, embedded: Tensor, rows: Tensor, encoded: Tensor, closed: Tensor, closing: Tensor
     ) -> Tensor:
         if self.plain:
-            return self.state.step(embedded, closed)[closing]
+            return self.state.step(embedded, closed, closing)
         x = encoded.new_zeros(embedded.shape)
         x[rows] = encoded
-        return self.state.step(x, closed)[closing]
+        return self.state.step(x, closed, closing)
 
     def resume(
         self, rows: Tensor, pooled: Tensor, encoded: Tensor, last: Tensor, lengths: Tensor

@@ -48,6 +48,7 @@ class IncrementalPatcher:
         self._closing = alone.read_ids >= 0
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         """(B,) bytes of the open patch."""
+        self._none = torch.zeros((), dtype=torch.int32, device=device)
         self.positions = torch.zeros(batch, dtype=torch.int32, device=device)
         """(B,) bytes of the document so far."""
         self.after_closing = torch.zeros(batch, dtype=torch.bool, device=device)
@@ -65,7 +66,7 @@ class IncrementalPatcher:
             self.after_closing = closing
         if self.max_patch_len is not None:
             closed = closed | (self.lengths == self.max_patch_len)
-        self.lengths = self.lengths.masked_fill(closed, 0)
+        self.lengths = torch.where(closed, self._none, self.lengths)
         return closed
 
     def begin_documents(self, rows: Tensor) -> None:
@@ -118,6 +119,8 @@ class IncrementalPooling:
         dtype = torch.float32 if where.type == "mps" else torch.float64
         self.states = torch.full((batch, dim), self._nothing, dtype=dtype, device=where)
         """(B, D) the sum, maximum, minimum, first or last of the open patch."""
+        self._no_state = torch.full((), self._nothing, dtype=dtype, device=where)
+        self._no_bytes = torch.zeros((), dtype=torch.int32, device=where)
         self.counts = torch.zeros(batch, 1, dtype=torch.int32, device=where)
         """(B, 1) bytes of the open patch."""
 
@@ -125,23 +128,27 @@ class IncrementalPooling:
         self,
         x: Tensor,  # (B, D)
         closed: Tensor,  # (B,) bool
-    ) -> Tensor:  # (B, D)
+        wanted: Tensor | None = None,  # (R,) int64
+    ) -> Tensor:  # (B, D), or (R, D) of the rows that are wanted
         """Add the state of each row's next byte.
 
         Returns:
             in x's dtype, each row's patch pooled up to and with this byte: what the full run gives
             where the byte closes it. The next byte of those rows begins a patch.
         """
-        pooled = self._with(x.to(self.states.dtype))
-        counts = self.counts + 1
+        pooled, counts = self._with(x), self.counts + 1
         closed = closed[:, None]
-        self.states = pooled.masked_fill(closed, self._nothing)
-        self.counts = counts.masked_fill(closed, 0)
+        # One launch each, where masked_fill copies first.
+        self.states = torch.where(closed, self._no_state, pooled)
+        self.counts = torch.where(closed, self._no_bytes, counts)
+        if wanted is not None:
+            pooled, counts = pooled[wanted], counts[wanted]
         return (pooled / counts if self.mode == "mean" else pooled).to(x.dtype)
 
     def _with(self, x: Tensor) -> Tensor:
         if self.mode in ("mean", "sum"):
             return self.states + x
+        x = x.to(self.states.dtype)
         if self.mode == "max":
             return torch.maximum(self.states, x)
         if self.mode == "min":

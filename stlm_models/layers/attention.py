@@ -12,7 +12,8 @@ from stlm_kernels import attention, decode_attention, patch_attention, qk_norm_r
 
 from ..config import check_heads
 from .kv_cache import CacheRows, KVCache
-from .packing import Packing, Rows
+from .linear import Products
+from .packing import Packing, Rows, cleared
 from .rotary import rotary_tables
 from .typed_call import typed_as
 
@@ -125,7 +126,7 @@ class Attention(nn.Module):
         if x.dim() == 3 and cache is not None:
             positions = cache.positions()
             cos, sin = self._tables(cache.longest + 1, x.device)
-            return Rows(cos[positions], sin[positions])
+            return Rows(cos[positions], sin[positions], slots=cache.next_slots())
         if cu_seqlens is None:
             return Rows(*self._tables(x.shape[-2], x.device))
         packing = Packing(cu_seqlens, len(x)) if isinstance(cu_seqlens, Tensor) else cu_seqlens
@@ -138,13 +139,14 @@ class Attention(nn.Module):
         """Attend over x (B, T, D) or (T, D); only the latter has documents and a cache."""
         if rows.unused is not None:
             # Their output and gradients are zero, but zero times NaN in a projection is not.
-            x = x.masked_fill(rows.unused, 0)
-        q, k, v = self._heads(x, rows)
+            x = cleared(x, rows.unused)
+        products = self._products(x)
+        q, k, v = self._heads(products, x, rows)
         if cache is not None and rows.cu_seqlens is not None:
             cache.fill(k, v, rows.cu_seqlens)
-        out = self.output(self._mix(q, k, v, rows.cu_seqlens).flatten(-2))
+        (out,) = products(1, self._mix(q, k, v, rows.cu_seqlens).flatten(-2))
         # Nor is it on the way back.
-        return out if rows.unused is None else out.masked_fill(rows.unused, 0)
+        return out if rows.unused is None else cleared(out, rows.unused)
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         return attention(q, k, v, window=self.window, cu_seqlens=cu_seqlens)
@@ -155,16 +157,20 @@ class Attention(nn.Module):
         if x.shape[:2] != (batch, 1):
             expected = f"({batch}, 1, {self.dim}) beside a cache"
             raise ValueError(f"x: expected shape {expected}, got {tuple(x.shape)}")
-        q, k, v = self._heads(x[:, 0], self.new_rows(x, cache=cache) if rows is None else rows)
-        keys, values, lens = cache.append(k, v)
+        rows = self.new_rows(x, cache=cache) if rows is None else rows
+        x = x[:, 0]
+        products = self._products(x)
+        q, k, v = self._heads(products, x, rows)
+        keys, values, lens = cache.append(k, v, slots=rows.slots)
         out = decode_attention(q.to(keys.dtype), keys, values, lens)
-        return self.output(out.to(q.dtype).flatten(-2))[:, None]
+        return products(1, out.to(q.dtype).flatten(-2))[0][:, None]
 
-    def _heads(self, x: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    def _products(self, x: Tensor) -> Products:
+        return Products(x, (self.query, self.key, self.value), (self.output,))
+
+    def _heads(self, products: Products, x: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries (..., T, H, K), keys and values (..., T, H_kv, K) of x (..., T, D)."""
-        q = self.query(x).unflatten(-1, (self.heads, self.head_dim))
-        k = self.key(x).unflatten(-1, (self.kv_heads, self.head_dim))
-        v = self.value(x).unflatten(-1, (self.kv_heads, self.head_dim))
+        q, k, v = (each.unflatten(-1, (-1, self.head_dim)) for each in products(0, x))
         q, k = qk_norm_rope(
             q, k, rows.cos, rows.sin, q_weight=self.query_norm, k_weight=self.key_norm
         )

@@ -103,7 +103,8 @@ class TiedEmbedding(nn.Embedding):
         wide = torch.promote_types(dtype, torch.float32)
         with without_autocast(x):
             operands = x.to(dtype).to(wide), weight.to(dtype).to(wide)
-            logits = self.logit_scale * F.linear(*operands)
+            logits = F.linear(*operands)
+            logits = logits if self.logit_scale == 1 else self.logit_scale * logits
             return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
 
     def loss(

@@ -11,6 +11,22 @@ ROUNDING = 64
 """Memory grows by at least this many positions, and to twice what there was."""
 
 
+@dataclass(frozen=True)
+class Slots:
+    """Places of the next position of some rows, the same in every layer of a stack.
+
+    Args:
+        rows: (R,) int64, and the slot of each in `slots`, (R,) int64.
+        lens: (B,) int32 positions that each row of the cache has been shown then.
+        held: (R,) int32 slots of each of the rows that hold a position then.
+    """
+
+    rows: Tensor
+    slots: Tensor
+    lens: Tensor
+    held: Tensor
+
+
 class KVCache:
     """Keys and values of one layer for each row of a batch; `Attention.new_cache` makes one.
 
@@ -56,6 +72,16 @@ class KVCache:
         """(B,) the position that comes next in each row."""
         return self.lens
 
+    def next_slots(self, *, rows: Tensor | None = None) -> Slots:
+        """Where `append` puts the next position of each row."""
+        lens = self.lens if rows is None else self.lens[rows]
+        after = lens + 1
+        held = after if self.window is None else after.clamp(max=self.window)
+        if rows is None:
+            every = torch.arange(len(lens), device=lens.device)
+            return Slots(every, self._slots(lens.long()), after, held)
+        return Slots(rows, self._slots(lens.long()), self.lens.index_copy(0, rows, after), held)
+
     def fill(self, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, rows: Tensor | None = None) -> None:
         """Begin each row anew with a document: packed k, v (T, H_kv, K), cu_seqlens (B+1,).
 
@@ -74,16 +100,20 @@ class KVCache:
         if self.window is not None:
             kept = positions >= lens[documents] - self.window
             used, documents, positions = used[kept], documents[kept], positions[kept]
-        self.lens[rows] = lens
+        # Layers may hold one tensor: it is replaced, never changed.
+        self.lens = self.lens.index_copy(0, rows, lens.to(self.lens.dtype))
         self.longest = int(self.lens.max()) if len(self.lens) else 0
         self._reserve(self.longest)
         at = rows[documents], self._slots(positions)
         self.k[at], self.v[at] = (x.detach()[used].to(self.k.dtype) for x in (k, v))
 
     def append(
-        self, k: Tensor, v: Tensor, *, rows: Tensor | None = None
+        self, k: Tensor, v: Tensor, *, rows: Tensor | None = None, slots: Slots | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Add one position, k and v (B, H_kv, K), to each row.
+
+        Args:
+            slots: of `next_slots`, where layers share it; None makes it.
 
         Returns:
             keys and values (B, C, H_kv, K) and how many slots of each row hold one, (B,) int32:
@@ -95,18 +125,16 @@ class KVCache:
             # Rows that were begun anew, or that skip steps, leave `longest` too high.
             self.longest = int(self.lens.max())
             self._reserve(self.longest + 1)
-        lens = self.lens if rows is None else self.lens[rows]
-        index = torch.arange(len(lens), device=k.device) if rows is None else rows
-        at = index, self._slots(lens.long())
+        slots = self.next_slots(rows=rows) if slots is None else slots
+        at = slots.rows, slots.slots
         self.k[at], self.v[at] = (x.detach().to(self.k.dtype) for x in (k, v))
-        lens = lens + 1
-        self.lens[index] = lens
+        self.lens = slots.lens
         self.longest += 1
-        held = self.longest
-        if self.window is not None:
-            held, lens = min(held, self.window), lens.clamp(max=self.window)
+        held = self.longest if self.window is None else min(self.longest, self.window)
         keys, values = self.k[:, :held], self.v[:, :held]
-        return (keys, values, lens) if rows is None else (keys[rows], values[rows], lens)
+        if rows is not None:
+            keys, values = keys[rows], values[rows]
+        return keys, values, slots.held
 
     def _adopt(self, k: Tensor) -> None:
         """Move to the keys' device, in their dtype unless another is set, while nothing is kept."""
@@ -148,5 +176,10 @@ class CacheRows:
     def fill(self, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> None:
         self.cache.fill(k, v, cu_seqlens, rows=self.rows)
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.cache.append(k, v, rows=self.rows)
+    def next_slots(self) -> Slots:
+        return self.cache.next_slots(rows=self.rows)
+
+    def append(
+        self, k: Tensor, v: Tensor, *, slots: Slots | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return self.cache.append(k, v, rows=self.rows, slots=slots)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..config import IGNORED
+from .kv_cache import Slots
 from .rotary import rotary_tables
 
 
@@ -21,12 +22,14 @@ class Rows:
         cos, sin: (T or more, K/2) float32, the rotary position of each row.
         cu_seqlens: (S+1,) int32 documents of packed rows; None for dense or cached ones.
         unused: (T, 1) bool, packed rows of no document.
+        slots: places of cached rows in the caches of all layers.
     """
 
     cos: Tensor
     sin: Tensor
     cu_seqlens: Tensor | None = None
     unused: Tensor | None = None
+    slots: Slots | None = None
 
 
 class Packing:
@@ -67,11 +70,19 @@ class Packing:
         return self._rows[head_dim, base]
 
     def clear(self, x: Tensor) -> Tensor:
-        """Return x (T, D) with zeros in unused rows, whatever they hold, NaN even.
+        """Return x (T, D) with zeros in unused rows: see `cleared`."""
+        return cleared(x, self.unused())
 
-        Nothing reads them, but in the gradient of a linear map zero times NaN is not zero.
-        """
-        return x.masked_fill(self.unused(), 0)
+
+def cleared(
+    x: Tensor,  # (T, D)
+    unused: Tensor,  # (T, 1) bool
+) -> Tensor:
+    """Return x with zeros in unused rows, and so its gradient, whatever they hold, NaN even.
+
+    Nothing reads them, but in the gradient of a linear map zero times NaN is not zero.
+    """
+    return torch.where(unused, 0.0, x)  # one launch, where masked_fill copies first
 
 
 def packing_of(byte_ids: Tensor, cu_seqlens: Tensor | None) -> Packing:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -13,8 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from ..config import ModelConfig
 from .attention import Attention
 from .kv_cache import CacheRows, KVCache
+from .linear import Products
 from .norms import rms_norm
-from .packing import Packing, Rows
+from .packing import Packing, Rows, cleared
 from .typed_call import typed_as
 
 
@@ -32,7 +34,9 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(hidden_dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        products = Products(x, (self.gate, self.up), (self.down,))
+        gate, up = products(0, x)
+        return products(1, F.silu(gate) * up)[0]
 
     if TYPE_CHECKING:
 
@@ -154,6 +158,10 @@ def run_blocks(
         return x
     first = cast(TransformerBlock, blocks[0]).attention
     rows = first.new_rows(x, cu_seqlens, None if caches is None else caches[0])
+    unused = rows.unused
+    if unused is not None:
+        # No layer makes anything of zeros, so once is enough; and so it is on the way back.
+        x, rows = cleared(x, unused), replace(rows, unused=None)
     for i, block in enumerate(blocks):
         cache = None if caches is None else caches[i]
         arguments = [x, rows.cu_seqlens, cache, feed_forward, rows]
@@ -162,7 +170,7 @@ def run_blocks(
             x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
             x = block(*arguments)
-    return x
+    return x if unused is None else cleared(x, unused)
 
 
 def new_caches(blocks: nn.ModuleList, batch: int) -> list[KVCache]:

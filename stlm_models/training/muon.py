@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from stlm_kernels import runtime
+
+from .stacks import ITERATIONS, map_stacked
+
 MOMENTUM = 0.95
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-ITERATIONS = 5
 EPS = 1e-7
-STACK_ELEMENTS = 2**22
-"""The most elements that are orthogonalised together, which bounds the memory of a step."""
 
 
 class Muon(torch.optim.Optimizer):
@@ -66,44 +67,49 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for parameters in _stacks([p for p in group["params"] if p.grad is not None]):
+            moving = [p for p in group["params"] if p.grad is not None]
+            for parameters in _of_one_kind(moving):
                 self._move(parameters, group["lr"], group["weight_decay"])
         return loss
 
     def _move(self, parameters: list[Tensor], lr: float, weight_decay: float) -> None:
-        """Step matrices of one shape, which are orthogonalised as one stack."""
-        momenta = [self._advanced_momentum(parameter) for parameter in parameters]
-        if len(parameters) == 1:
-            updates: Iterable[Tensor] = [orthogonalized(momenta[0], self.dtype)]
-        else:
-            updates = orthogonalized(torch.stack(momenta), self.dtype)
-        n_rows, n_columns = parameters[0].shape
-        step_size = lr * math.sqrt(max(1, n_rows / max(1, n_columns)))
-        for parameter, update in zip(parameters, updates, strict=True):
-            parameter.mul_(1 - lr * weight_decay).add_(update, alpha=-step_size)
+        """Step parameters of one device and dtype: whatever runs over all of them is one call."""
+        momenta = self._advanced_momenta(parameters)
+        updates = self._orthogonalized(momenta)
+        scaled = [-lr * math.sqrt(max(1, p.shape[0] / max(1, p.shape[1]))) for p in parameters]
+        torch._foreach_mul_(parameters, 1 - lr * weight_decay)
+        torch._foreach_mul_(updates, scaled)
+        torch._foreach_add_(parameters, updates)
 
-    def _advanced_momentum(self, parameter: Tensor) -> Tensor:
-        """Nesterov's momentum after this step's gradient."""
-        gradient, state = parameter.grad, self.state[parameter]
-        assert gradient is not None
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(gradient)
-        momentum = state["momentum_buffer"].lerp_(gradient, 1 - MOMENTUM)
-        return gradient.lerp(momentum, MOMENTUM)
+    def _orthogonalized(self, matrices: list[Tensor]) -> list[Tensor]:
+        if _is_sharded(matrices[0]):
+            return [orthogonalized(matrix, self.dtype).to(matrix.dtype) for matrix in matrices]
+        pads = runtime.on_gpu(matrices[0].device)
+        return map_stacked(matrices, lambda stack: orthogonalized(stack, self.dtype), pads=pads)
+
+    def _advanced_momenta(self, parameters: list[Tensor]) -> list[Tensor]:
+        """Nesterov's momentum of each after this step's gradient."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if "momentum_buffer" not in self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(gradient)
+        momenta = [self.state[p]["momentum_buffer"] for p in parameters]
+        torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
+        return list(torch._foreach_lerp(gradients, momenta, MOMENTUM))
 
 
-def _stacks(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Parameters in lists of one shape, device and dtype; sharded ones by themselves."""
+def _of_one_kind(parameters: list[Tensor]) -> Iterable[list[Tensor]]:
+    """Parameters in lists of one device and dtype; sharded ones by themselves."""
     alike: dict[Any, list[Tensor]] = defaultdict(list)
     for parameter in parameters:
-        if hasattr(parameter, "full_tensor"):  # a DTensor, whose parts lie on several devices
-            yield [parameter]
-        else:
-            alike[parameter.shape, parameter.device, parameter.dtype].append(parameter)
-    for group in alike.values():
-        size = max(1, STACK_ELEMENTS // max(1, group[0].numel()))
-        for begin in range(0, len(group), size):
-            yield group[begin : begin + size]
+        # A DTensor's parts lie on several devices.
+        alone = id(parameter) if _is_sharded(parameter) else None
+        alike[parameter.device, parameter.dtype, alone].append(parameter)
+    return alike.values()
+
+
+def _is_sharded(parameter: Tensor) -> bool:
+    return hasattr(parameter, "full_tensor")
 
 
 def orthogonalized(
@@ -113,7 +119,7 @@ def orthogonalized(
     """Matrices with their singular values moved near 1, by five Newton-Schulz iterations."""
     a, b, c = COEFFICIENTS
     is_tall = matrices.shape[-2] > matrices.shape[-1]
-    norms = matrices.square().sum((-2, -1), keepdim=True).sqrt()
+    norms = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True)
     x = (matrices / norms.clamp(min=EPS)).to(dtype)
     x = x.mT if is_tall else x
     add_product = torch.addmm if x.ndim == 2 else torch.baddbmm  # rounds once, not three times
