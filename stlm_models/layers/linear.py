@@ -51,7 +51,7 @@ class Products:
     def __init__(self, x: Tensor, *products: Maps) -> None:
         self.products = products
         self._cast: Sequence[Tensor] | None = None
-        gpu, kept = runtime.on_gpu(x.device), _kept.get() is not None
+        gpu, kept = runtime.on_gpu(x.device), _kept_weights() is not None
         self._plain = all(map(_is_plain, _flat(products)))
         self._side_by_side = self._plain and (gpu or kept or x.numel() > FEW_ROWS * x.shape[-1])
         dtype = runtime.compute_dtype(x)
@@ -73,8 +73,14 @@ class Products:
         return out.split([each.weight.shape[0] for each in maps], -1) if len(maps) > 1 else [out]
 
 
+def _kept_weights() -> dict[Any, Tensor] | None:
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return None
+    return _kept.get()
+
+
 def _side_by_side(maps: Maps, dtype: torch.dtype) -> Tensor:
-    kept = None if torch.is_grad_enabled() else _kept.get()
+    kept = _kept_weights()
     if kept is None:
         return torch.cat([each.weight for each in maps])
     key = id(maps[0]), dtype
