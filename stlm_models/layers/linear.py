@@ -26,7 +26,7 @@ _kept: ContextVar[dict[Any, Tensor] | None] = ContextVar("kept_weights", default
 def keeping(weights: dict[Any, Tensor]) -> Iterator[None]:
     """Keep in a dictionary the weights that lie side by side, for calls without gradients.
 
-    Whoever holds it empties it when a weight has changed.
+    Its owner empties it when a weight has changed.
     """
     token = _kept.set(weights)
     try:

@@ -41,7 +41,7 @@ def test_steps_of_every_kind_of_model_wait_for_nothing(name: str) -> None:
 
 
 def test_more_layers_are_more_launches() -> None:
-    """What is done once for a stream is not done again for every layer."""
+    """Tables, positions and masks of a stream are not made again for every layer."""
     two, three = (
         launches.training_step(replace(preset("demo"), decoder_layers=count)) for count in (2, 3)
     )

@@ -13,7 +13,7 @@ SHAPES: list[Shape] = [(3, 5), (5, 3), (3, 5), (2, 2), (4, 1), (2, 5), (1, 0)]
 
 
 def halved(stack: Tensor) -> Tensor:
-    """What maps zeros to zeros and a transpose to the transpose."""
+    """Half of each: zeros stay zeros, a transpose gives the transpose."""
     return (stack / 2).bfloat16()
 
 
