@@ -16,7 +16,9 @@ import torch
 from .. import terminal
 from ..inspect import LIMITS
 from ..registry import OPS
+from ..spec import Case, OpSpec
 from .bounds import Device
+from .parse import PtxError
 from .reports import SAMPLE, case_report, execute_case, session_values
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -35,22 +37,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     spec = OPS[options.op]
     if options.direction == "bwd" and not spec.grad_args:
         parser.error(f"--pass: {options.op} has no backward pass")
-    named = [case for case in spec.cases if options.case is not None and options.case in case.name]
-    if options.case is not None and not named:
-        parser.error(
-            f"no case named {options.case}; cases: {', '.join(c.name for c in spec.cases)}"
-        )
-    case = named[0] if named else spec.tagged("smoke")[0]
     try:
-        device = Device.load(options.device)
+        case = _case(spec, options.case)
+        device = Device.load(options.device) if options.device else Device.of_arch(options.arch)
     except ValueError as error:
         parser.error(str(error))
     is_large = bool({"bench", "bench_full"} & set(case.tags))
     sample = options.sample or (SAMPLE if is_large else None)
-    session = execute_case(
-        spec, case, arch=options.arch, dtype=DTYPES[options.dtype], direction=options.direction,
-        sample=sample,
-    )  # fmt: skip
+    try:
+        session = execute_case(
+            spec, case, arch=options.arch, dtype=DTYPES[options.dtype],
+            direction=options.direction, sample=sample,
+        )  # fmt: skip
+    except PtxError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 1
     passes = ("fwd", "bwd") if options.direction == "both" else (options.direction,)
     floor = sum(
         spec.bytes_moved(case, DTYPES[options.dtype], each)
@@ -68,6 +69,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if any(done.faults for done in session.executions) else 0
 
 
+def _case(spec: OpSpec, name: str | None) -> Case:
+    """The case of this name, or the first that has it as a part; without a name a smoke case.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name is None:
+        return spec.tagged("smoke")[0]
+    found = [case for case in spec.cases if name in case.name]
+    if not found:
+        known = ", ".join(case.name for case in spec.cases)
+        raise ValueError(f"--case: expected part of a case's name, got {name!r}; cases: {known}")
+    return next((case for case in found if case.name == name), found[0])
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = terminal.argument_parser("stlm_kernels.ptx", __doc__)
     with_kernels = [name for name, spec in OPS.items() if spec.kernels]
@@ -76,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--arch", type=int, choices=sorted(LIMITS), default=90)
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--pass", dest="direction", choices=("fwd", "bwd", "both"), default="both")
-    parser.add_argument("--device", default="h200", help="whose rates make the bounds")
+    parser.add_argument("--device", help="whose rates make the bounds (default: one of the --arch)")
     parser.add_argument(
         "--sample", type=_positive, metavar="N",
         help=f"execute N blocks of each launch (default: all; {SAMPLE} of a benchmark's case)",

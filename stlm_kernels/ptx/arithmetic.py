@@ -17,9 +17,12 @@ from .formats import fused_multiply_add, packed, unpacked, widen
 from .registers import SIGNED, UNSIGNED, Array, bits_of, signed
 
 Function = Callable[..., Array]
-KNOWN_MODIFIERS = {
+TYPES = {
     *(f"{kind}{bits}" for kind in "bsu" for bits in (8, 16, 32, 64)),
-    *("pred", "f16", "f32", "f64", "bf16", "tf32", "f16x2", "bf16x2", "s16x2", "u16x2"),
+    *("pred", "f16", "f32", "f64", "bf16", "tf32", "f16x2", "bf16x2", "f32x2", "s16x2", "u16x2"),
+}
+KNOWN_MODIFIERS = {
+    *TYPES,
     *("rn", "rz", "rm", "rp", "rna", "rni", "rzi", "rmi", "rpi", "ftz", "sat", "relu", "NaN"),
     *("xorsign", "abs"),
     *("lo", "hi", "wide", "approx", "full", "l", "r", "wrap", "clamp"),
@@ -35,6 +38,8 @@ def function_of(opcode: str) -> Function | None:
     maker = _MAKERS.get(name)
     if maker is None or not KNOWN_MODIFIERS.issuperset(modifiers):
         return None
+    if name != "cvt" and len(TYPES.intersection(modifiers)) > 1:
+        return _mixed(name, modifiers)
     return maker(modifiers)
 
 
@@ -42,11 +47,13 @@ FLOATS: dict[str, np.dtype[Any]] = {"f32": np.dtype(np.float32), "f64": np.dtype
 
 
 def _floats(modifiers: list[str], function: Function) -> Function | None:
-    """`function` over fp32, fp64 or 16-bit floats, as the last modifier says."""
+    """`function` over floats of 16, 32 or 64 bits, or pairs, as the last modifier says."""
     kind = modifiers[-1]
-    if kind in FLOATS:
+    if kind in (*FLOATS, "f32x2"):
         if "ftz" in modifiers:
             function = formats.flushing(function)
+        if kind == "f32x2":
+            return _by_pairs(function)
         return _viewed(function, FLOATS[kind], np.dtype(UNSIGNED[bits_of(kind)]))
     if kind in ("bf16", "f16"):
         return unpacked(kind, function)
@@ -64,6 +71,32 @@ def _viewed(function: Function, number: np.dtype[Any], bits: np.dtype[Any]) -> F
         if c is None:
             return function(a.view(number), b.view(number)).view(bits)
         return function(a.view(number), b.view(number), c.view(number)).view(bits)
+
+    return apply
+
+
+def _mixed(name: str, modifiers: list[str]) -> Function | None:
+    """Sums in fp32 whose first operands are 16-bit floats (sm_100)."""
+    sums: dict[str, Function] = {"add": np.add, "sub": np.subtract, "fma": fused_multiply_add}
+    combine = sums.get(name)
+    kind = modifiers[-1]
+    if combine is None or modifiers not in (["rn", "f32", kind], ["f32", kind]):
+        return None
+
+    def apply(*operands: Array) -> Array:
+        *narrow, last = operands
+        return combine(*(widen(x, kind) for x in narrow), last.view(np.float32)).view(np.uint32)
+
+    return apply if kind in ("f16", "bf16") else None
+
+
+def _by_pairs(function: Function) -> Function:
+    """A function of two fp32 numbers in each uint64, from one of fp32 numbers (sm_100)."""
+
+    def apply(*operands: Array) -> Array:
+        count = max(len(x) for x in operands)
+        numbers = (x if len(x) == count else x.repeat(count) for x in operands)
+        return function(*(x.view(np.float32) for x in numbers)).view(np.uint64)
 
     return apply
 
@@ -145,7 +178,7 @@ def _mad(modifiers: list[str]) -> Function | None:
 def _fma(modifiers: list[str]) -> Function | None:
     if _is_unusual(modifiers) or "relu" in modifiers:
         return None
-    if modifiers[-1] == "f32":
+    if modifiers[-1] in ("f32", "f32x2"):
         return _floats(modifiers, fused_multiply_add)
     if modifiers[-1] == "f64":
         return None

@@ -13,7 +13,7 @@ from .code import Step
 from .elements import WORDS, element
 from .operands import Decoder
 from .parse import Constant, Instruction, Operand, PtxError, Register, Vector
-from .registers import Array, Mask, signed, unsigned
+from .registers import Array, Mask, signed, single, unsigned
 from .state import State
 
 WARPGROUP = 128
@@ -95,16 +95,19 @@ def _fixed_shuffle(
 def reduce(decoder: Decoder, instruction: Instruction) -> Step | None:
     target, value, lanes_of_it = instruction.operands
     members = _members(decoder, lanes_of_it)
-    name, kind = instruction.parts[2], instruction.parts[-1]
-    if kind not in ("s32", "u32", "b32"):
+    name, *how, kind = instruction.parts[2:]
+    if kind == "f32" and name in ("min", "max"):
+        name = name if "NaN" in how else f"f{name}"
+    elif kind not in ("s32", "u32", "b32") or how:
         return None
     result, slot = decoder.destination(target), decoder.slot(value, 32)
+    view = {"s": signed, "f": single}.get(kind[0], unsigned)
     assert result is not None
 
     def step(state: State, mask: Mask) -> None:
         members(state, mask)
-        operand = state.whole(slot)
-        operand = signed(np.ascontiguousarray(operand)) if kind == "s32" else operand
+        operand = view(np.ascontiguousarray(state.whole(slot)))
+        operand = np.abs(operand) if "abs" in how else operand
         state.set(result, unsigned(lanes.reduce(name, operand)), mask)
 
     return step

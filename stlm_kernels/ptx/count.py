@@ -194,7 +194,7 @@ CLASSES = {
     "convert": ("cvt",),
     "move": ("mov", "selp", "cvta"),
 }
-FLOATS = {"f16", "f32", "f64", "bf16", "f16x2", "bf16x2"}
+FLOATS = {"f16", "f32", "f64", "bf16", "f16x2", "bf16x2", "f32x2"}
 
 
 def class_of(opcode: str) -> str:

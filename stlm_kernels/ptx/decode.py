@@ -178,6 +178,8 @@ def _source_widths(instruction: Instruction) -> list[int]:
     name, *modifiers = instruction.parts
     count = len(instruction.operands) - 1
     bits = bits_of(modifiers[-1])
+    if modifiers[-2:-1] == ["f32"] and name != "cvt":  # 16-bit floats and a sum in fp32
+        return [bits] * (count - 1) + [32]
     if name == "cvt" and count == 2:
         return [32, 32]
     if name == "cvt":  # a narrow type may come in a wider register

@@ -55,6 +55,8 @@ REDUCTIONS = {
     "and": np.bitwise_and,
     "or": np.bitwise_or,
     "xor": np.bitwise_xor,
+    "fmin": np.fmin,
+    "fmax": np.fmax,
 }
 
 

@@ -244,6 +244,44 @@ def test_flushing_subnormals() -> None:
 
 
 @pytest.mark.parametrize(
+    "opcode",
+    ["add.f32", "add.rn.f32", "sub.f32", "mul.f32", "mul.rn.ftz.f32", "fma.rn.f32", "add.ftz.f32"],
+)
+def test_pairs_of_singles(opcode: str) -> None:
+    """Each half is as by the instruction for one number (sm_100)."""
+    count = 3 if opcode.startswith("fma") else 2
+    operands = [random_singles(4987, seed) for seed in range(count)]
+    operands[1][::5] = operands[0][::5] ^ np.uint32(1 << 31)
+    want = apply(opcode, *operands)
+    pairs = [x.view(np.uint64) for x in operands]
+    got = apply(f"{opcode}x2", *pairs).view(np.uint32)
+    np.testing.assert_array_equal(got, want)
+    for i in range(count):  # a register that is the same for all threads
+        same = [x[:1] if i == j else x for j, x in enumerate(pairs)]
+        all_of_it = [x.repeat(len(pairs[0])) if len(x) == 1 else x for x in same]
+        got = apply(f"{opcode}x2", *same).view(np.uint32)
+        want = apply(opcode, *(x.view(np.uint32) for x in all_of_it))
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+def test_sums_in_fp32_of_16_bit_floats(kind: str) -> None:
+    """All operands but the last are widened (sm_100)."""
+    count = len(ALL_16)
+    narrow = [ALL_16, np.random.default_rng(1).permutation(ALL_16)]
+    wide = [apply(f"cvt.f32.{kind}", x) for x in narrow]
+    last = random_singles(count, 2)[:count]
+    for name in ("add", "add.rn", "sub", "sub.rn"):
+        got = apply(f"{name}.f32.{kind}", narrow[0], last)
+        np.testing.assert_array_equal(
+            got.view(np.float32), apply(f"{name}.f32", wide[0], last).view(np.float32)
+        )
+    got = apply(f"fma.rn.f32.{kind}", *narrow, last)
+    want = apply("fma.rn.f32", *wide, last)
+    np.testing.assert_array_equal(got.view(np.float32), want.view(np.float32))
+
+
+@pytest.mark.parametrize(
     ("opcode", "exact"),
     [
         ("ex2.approx.ftz.f32", np.exp2),
@@ -270,6 +308,11 @@ def test_what_is_not_known_is_none() -> None:
         "setp.lt.f16x2",
         "add.cc.u32",
         "prmt.b32.f4e",
+        "add.f64.f32",
+        "add.rz.f32.f16",
+        "mul.f32.f16",
+        "fma.rn.f32.s16",
+        "add.f32.f16x2",
     ):
         assert function_of(opcode) is None, opcode
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -160,22 +158,6 @@ def test_devices_name_their_sources() -> None:
 def test_classes() -> None:
     names = ("ex2.approx.f32", "fma.rn.f32", "add.s32", "ld.global.b32", "bar.sync", "mov.b32")
     assert [class_of(x) for x in names] == ["mufu", "float", "integer", "memory", "barrier", "move"]
-
-
-def test_the_command() -> None:
-    command = [sys.executable, "-m", "stlm_kernels.ptx", "segment_pool", "--pass", "fwd"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "stlm_segment_pool_fwd" in done.stdout or "stlm_segment" in done.stdout
-    assert "a bound, not a time" in done.stdout
-    done = subprocess.run([*command, "--json"], cwd=ROOT, capture_output=True, text=True)
-    launches = json.loads(done.stdout)["launches"]
-    assert launches[0]["us"]["issue"] > 0
-    assert launches[0]["faults"] == []
-    assert launches[0]["nsight"]["smsp__inst_executed.sum"] > 0
-    done = subprocess.run([*command, "--case", "no such"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "no case named no such" in done.stderr
 
 
 def test_sampled_launches_keep_places_that_later_launches_read() -> None:

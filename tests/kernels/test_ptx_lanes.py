@@ -56,6 +56,20 @@ def test_reductions(name: str) -> None:
         assert set(row.tolist()) == {reduce(REDUCTIONS[name], values) % (1 << 32)}
 
 
+@pytest.mark.parametrize("absolute", [False, True])
+@pytest.mark.parametrize("keeps_nan", [False, True])
+@pytest.mark.parametrize("name", ["min", "max"])
+def test_reductions_of_floats(name: str, keeps_nan: bool, absolute: bool) -> None:
+    values = np.random.default_rng(1).standard_normal((4, 32)).astype(np.float32)
+    values[1, 7], values[2], values[3, 3] = np.nan, -np.inf, np.nan
+    values[3, 4] = 100
+    opcode = f"redux.sync.{name}{'.abs' * absolute}{'.NaN' * keeps_nan}.f32"
+    got = executed(f"{opcode} %d, %a, {EVERY};", values.view(np.uint32)).view(np.float32)
+    values = np.abs(values) if absolute else values
+    function = {"min": (np.nanmin, np.min), "max": (np.nanmax, np.max)}[name][keeps_nan]
+    np.testing.assert_array_equal(got, np.repeat(function(values, 1, keepdims=True), 32, 1))
+
+
 def test_votes() -> None:
     on = WORDS != 0
     ballot = executed(f"vote.sync.ballot.b32 %d, %p, {EVERY};")
