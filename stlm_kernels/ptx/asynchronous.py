@@ -44,18 +44,26 @@ class Copies:
 
     def wait(self, mask: Mask, newest: int) -> None:
         """Complete all but the `newest` groups of these threads."""
-        waits = mask
         left = []
+        landed: dict[
+            int, list[_Copy]
+        ] = {}  # by size: of two to the same bytes, the later one stays
         for copy in self.on_the_way:
             done = copy.group < self.committed[copy.threads] - newest
-            if waits is not None:
-                done &= waits[copy.threads]
+            if mask is not None:
+                done &= mask[copy.threads]
             count = np.count_nonzero(done)
-            landed = copy if count == len(done) else copy.only(done)
             if count:
-                self.shared.end_copy(landed.index, landed.elements, landed.threads)
+                of_its_size = landed.setdefault(copy.elements.itemsize, [])
+                of_its_size.append(copy if count == len(done) else copy.only(done))
             if count < len(done):
                 left.append(copy.only(~done) if count else copy)
+        for copies in landed.values():
+            self.shared.end_copy(
+                np.concatenate([x.index for x in copies]),
+                np.concatenate([x.elements for x in copies]),
+                np.concatenate([x.threads for x in copies]),
+            )
         self.on_the_way = left
         self.shared.has_pending = bool(left)
 

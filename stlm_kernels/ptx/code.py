@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from .parse import Instruction, Program
-from .registers import Array, Mask
-from .state import State
+from .registers import UNSIGNED, Array, Mask
 
-Step = Callable[[State, Mask], None]
+if TYPE_CHECKING:
+    from .state import State
+
+Step = Callable[["State", Mask], None]
 
 
 @dataclass(frozen=True)
@@ -49,3 +55,14 @@ class Code:
     constants: list[tuple[int, Array]]
     reads: list[tuple[int, ...]]
     writes: list[tuple[int, ...]]
+
+    @cached_property
+    def registers(self) -> list[Array]:
+        """Registers of zeros, then the constants; nothing changes such an array in place."""
+        zeros = {bits: np.zeros(1, UNSIGNED.get(bits, bool)) for bits in (1, 8, 16, 32, 64)}
+        values = [zeros[self.program.registers[name]] for name in self.slots]
+        return values + [value for _, value in self.constants]
+
+    @cached_property
+    def has_products(self) -> bool:
+        return any(run.has_products for run in self.runs.values())

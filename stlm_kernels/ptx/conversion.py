@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .formats import narrow, to_single, widen
+from .formats import narrow, paired, to_single, widen
 from .registers import SIGNED, UNSIGNED, Array, bits_of, signed, single, unsigned
 
 Function = Callable[..., Array]
@@ -23,6 +23,8 @@ def convert(modifiers: list[str]) -> Function | None:
         return None
     if target in ("bf16x2", "f16x2") and source == "f32":
         kind = target[:-2]
+        if kind == "bf16":
+            return lambda high, low: paired(single(high), single(low), rounding)
 
         def pack(high: Array, low: Array) -> Array:
             first, second = (
@@ -34,6 +36,10 @@ def convert(modifiers: list[str]) -> Function | None:
     known = {"s8", "u8", "s16", "u16", "s32", "u32", "s64", "u64", "f16", "bf16", "f32", "f64"}
     if source not in known or target not in known | {"tf32"}:
         return None
+    if target[0] in "su" and source[0] in "su" and "sat" not in options:
+        return _to_other_width(target, source)
+    if target == "f32" and source == "bf16" and rounding == "rn":
+        return lambda x: x.astype(np.uint16, copy=False).astype(np.uint32) << np.uint32(16)
     if target[0] in "su":
         return _to_integer(target, source, rounding, "sat" in options)
     if rounding in ("rm", "rp") or "sat" in options:
@@ -44,10 +50,19 @@ def convert(modifiers: list[str]) -> Function | None:
     return lambda x: _from_number(_number(x, source), target, rounding)
 
 
+def _to_other_width(target: str, source: str) -> Function:
+    """Integers extended or cut."""
+    given, bits = np.dtype(UNSIGNED[bits_of(source)]), np.dtype(UNSIGNED[bits_of(target)])
+    if source[0] == "u" or bits_of(target) <= bits_of(source):
+        return lambda x: x.astype(given, copy=False).astype(bits)
+    number, wide = np.dtype(SIGNED[bits_of(source)]), np.dtype(SIGNED[bits_of(target)])
+    return lambda x: x.astype(given, copy=False).view(number).astype(wide).view(bits)
+
+
 def _number(x: Array, kind: str) -> Array:
     """Register bits as the numbers they stand for, exactly (64-bit integers stay integers)."""
     if kind in ("bf16", "f16"):
-        return widen(x.astype(np.uint16), kind)
+        return widen(x.astype(np.uint16, copy=False), kind)
     if kind[0] == "f":
         return single(x)
     narrow_bits = x.astype(UNSIGNED[bits_of(kind)])

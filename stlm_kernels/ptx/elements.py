@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ Ints = NDArray[np.int64]
 WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
+@functools.cache
 def element(size: int) -> np.dtype[Any]:
     """The type of an access of `size` bytes: a word, or a string of bytes beyond 8."""
     return np.dtype(UNSIGNED[8 * size]) if size <= 8 else np.dtype((np.void, size))
@@ -64,7 +66,13 @@ class Marks(Elements):
 
     def mark(self, index: Ints, size: int, value: bool = True) -> None:
         """Mark all bytes of accesses, or none."""
-        self.of(size)[index] = np.full(size, value, np.uint8).view(element(size))
+        self.of(size)[index] = _constant(size, value)
+
+
+@functools.cache
+def _constant(size: int, value: bool) -> Array:
+    """An element whose bytes are all 1, or all 0."""
+    return np.full(size, value, np.uint8).view(element(size))
 
 
 def as_rows(elements: Array, size: int) -> NDArray[np.uint8]:

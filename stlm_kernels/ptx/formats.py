@@ -11,11 +11,28 @@ Bits = NDArray[np.unsignedinteger]
 Floats = NDArray[np.floating]
 
 _ONE, _SIZE, _LARGEST_SUBNORMAL = np.uint32(1), np.uint32(0x7FFFFFFF), np.uint32(0x7FFFFF)
+_HALF_BITS, _UPPER_HALF, _BELOW_HALF = np.uint32(16), np.uint32(0xFFFF0000), np.uint32(0x7FFF)
 _LOW = np.uint64((1 << 29) - 1)
 """Bits of an fp64 number that an fp32 one lacks."""
 _HALF_WAY = np.uint64(1 << 28)
-_SIZE_64, _ONE_64 = np.uint64((1 << 63) - 1), np.uint64(1)
-_TINY = np.float64(2.0**-125).view(np.uint64) - _ONE_64
+_TINY = np.float32(2.0**-125).view(np.uint32)
+
+
+def paired(high: Floats, low: Floats, rounding: str) -> Bits:
+    """Two fp32 numbers as bf16 in one uint32, for the roundings that `narrow` has."""
+    first, second = (_in_upper_half(x, rounding) for x in (high, low))
+    return (first & _UPPER_HALF) | (second >> _HALF_BITS)
+
+
+def _in_upper_half(values: Floats, rounding: str) -> Bits:
+    """fp32 numbers rounded to bf16 in the upper half of a uint32; the lower half is no number."""
+    bits = values.view(np.uint32)
+    if rounding == "rn":
+        rounded = bits + (_BELOW_HALF + ((bits >> _HALF_BITS) & _ONE))
+    else:
+        rounded = bits + (_BELOW_HALF + _ONE) if rounding == "rna" else bits
+    nan = values != values
+    return np.where(nan, _SIZE, rounded) if np.count_nonzero(nan) else rounded
 
 
 def widen(bits: Bits, kind: str) -> NDArray[np.float32]:
@@ -106,9 +123,10 @@ def fused_multiply_add(a: Floats, b: Floats, c: Floats) -> NDArray[np.float32]:
     """
     product = a.astype(np.float64) * b
     total = product + c
-    bits = total.view(np.uint64)
-    half_way = (bits & _LOW) == _HALF_WAY
-    tiny = ((bits & _SIZE_64) - _ONE_64) < _TINY  # zero is none
+    half_way = (total.view(np.uint64) & _LOW) == _HALF_WAY
+    result = total.astype(np.float32)
+    # What became zero was exact, or far enough from the smallest number.
+    tiny = ((result.view(np.uint32) & _SIZE) - _ONE) < _TINY
     if np.count_nonzero(half_way) or np.count_nonzero(tiny):
         few = np.flatnonzero((half_way | tiny) & np.isfinite(total))
         total[few] = _odd_sum(
@@ -116,7 +134,8 @@ def fused_multiply_add(a: Floats, b: Floats, c: Floats) -> NDArray[np.float32]:
             c if len(c) == 1 else c[few],
             total[few],
         )
-    return total.astype(np.float32)
+        return total.astype(np.float32)
+    return result
 
 
 def _odd_sum(a: NDArray[np.float64], b: Floats, total: NDArray[np.float64]) -> NDArray[np.float64]:

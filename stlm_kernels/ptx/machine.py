@@ -23,7 +23,7 @@ from .lanes import LANES
 from .memory import GlobalMemory
 from .parse import Instruction
 from .progress import fingerprint
-from .registers import UNSIGNED, Array, Mask
+from .registers import Array, Mask
 from .state import State
 
 DONE = 1 << 30
@@ -75,7 +75,7 @@ class Machine:
     ) -> None:
         self.code, self.program, self.counts = code, code.program, counts
         self.state = State(
-            code.program, _registers(code), grid, blocks, parameters, memory, shared_bytes,
+            code, grid, blocks, parameters, memory, shared_bytes,
             collector, counts.costs,
         )  # fmt: skip
         self.pcs = np.zeros(self.state.n, np.int32)
@@ -248,14 +248,3 @@ class Machine:
         released = np.repeat(complete, self.state.n_threads)
         waiting[released] = False
         pcs[released] = index + 1
-
-
-def _registers(code: Code) -> list[Array]:
-    """Registers of zeros, then the constants."""
-    values: list[Array] = [np.zeros(1, np.uint32)] * (len(code.slots) + len(code.constants))
-    for name, slot in code.slots.items():
-        bits = code.program.registers[name]
-        values[slot] = np.zeros(1, bool if bits == 1 else UNSIGNED[bits])
-    for slot, value in code.constants:
-        values[slot] = value
-    return values

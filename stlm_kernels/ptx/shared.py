@@ -103,6 +103,8 @@ class SharedMemory:
     ) -> None:
         """Write elements of each thread."""
         races = self._note_write(index, size, threads, report)
+        if self.order is not None:
+            self.order.write(index, size, threads)
         memory = self.elements.of(size)
         before = None if races is None else memory.take(index)
         memory[index] = elements
@@ -176,9 +178,7 @@ class SharedMemory:
         owners = self.batch.of_threads(self.batch.warp, threads)
         races = self.touches.write(index, size, owners, self.batch.epochs(threads))
         self.written.mark(index, size)
-        if self.order is not None:
-            if self.order.on_their_way:
-                read = self.order.is_read_by_a_product(index, size)
-                report("async", read, "a product that was not waited for reads it")
-            self.order.write(index, size, threads)
+        if self.order is not None and self.order.on_their_way:
+            read = self.order.is_read_by_a_product(index, size)
+            report("async", read, "a product that was not waited for reads it")
         return races

@@ -6,12 +6,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .asynchronous import Copies, Products
+from .code import Code
 from .count import Costs
 from .faults import Collector
 from .lanes import LANES
 from .local import LocalMemory
 from .memory import GlobalMemory
-from .parse import Program
 from .progress import Progress
 from .registers import Array, Mask
 from .shared import SharedMemory
@@ -25,8 +25,7 @@ class State(Threads):
     same).
 
     Args:
-        program: the kernel.
-        registers: what each slot holds at first.
+        code: the decoded kernel.
         grid: blocks along x, y, z.
         blocks: indices of the batch's blocks in the grid.
         parameters: name -> bits, as arrays of one element.
@@ -38,8 +37,7 @@ class State(Threads):
 
     def __init__(
         self,
-        program: Program,
-        registers: list[Array],
+        code: Code,
         grid: tuple[int, int, int],
         blocks: NDArray[np.int64],
         parameters: dict[str, Array],
@@ -48,12 +46,11 @@ class State(Threads):
         collector: Collector,
         costs: Costs | None,
     ) -> None:
-        super().__init__(program, blocks, collector)
-        self.values, self.parameters = registers, parameters
+        super().__init__(code.program, blocks, collector)
+        self.values, self.parameters = list(code.registers), parameters
         self.special = _special_registers(self, grid)
-        has_products = any(x.parts[0] == "wgmma" for x in program.instructions)
-        self.memory, self.shared = memory, SharedMemory(self, shared_bytes, has_products)
-        self.local = LocalMemory(self, program.local_bytes)
+        self.memory, self.shared = memory, SharedMemory(self, shared_bytes, code.has_products)
+        self.local = LocalMemory(self, code.program.local_bytes)
         self.copies, self.products = Copies(self, self.shared), Products(self, self.shared)
         self.progress = Progress(self)
         self.costs = costs

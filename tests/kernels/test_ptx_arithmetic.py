@@ -97,6 +97,18 @@ def test_fma_is_not_two_roundings() -> None:
     assert got[0] == 2.0**-24
 
 
+def test_fma_of_sums_that_fp64_rounds_to_a_tie() -> None:
+    """Numbers next to a tie, above and below, that fp64 cannot tell from it."""
+    unit = np.float32(2.0**-149)
+    below_three_halves = np.float32(1.5 - 1.5 * 2.0**-22)
+    a = np.float32([1.5, 1.5, 1.5, 1 + 2.0**-22])
+    b = np.float32([(1 << 23) + 1] * 3 + [below_three_halves * np.float32(2.0**-149 * 2**40)])
+    a[3] *= np.float32(2.0**-40)
+    c = np.float32([2.0**-40, -(2.0**-40), 0, 1024 * unit])
+    got = apply("fma.rn.f32", *(x.view(np.uint32) for x in (a, b, c))).view(np.float32)
+    np.testing.assert_array_equal(got, np.float32([12582914, 12582913, 12582914, 1025 * unit]))
+
+
 @pytest.mark.parametrize("rounding", ["rni", "rzi", "rmi", "rpi"])
 def test_floats_to_integers_saturate(rounding: str) -> None:
     values = np.array([2.5, -2.5, 3.5, 1e20, -1e20, np.nan, -0.4], np.float32)
