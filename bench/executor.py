@@ -1,8 +1,9 @@
-"""Time the execution of compiled kernels (`stlm_kernels.ptx`) beside triton's interpreter.
+"""Compare executing compiled kernels (`stlm_kernels.ptx`) with triton's interpreter.
 
-Both run the same kernels over the same tensors: each op's smoke cases in bf16, forward and
-backward, once compiled. Seconds are those of the CPU, so other processes disturb little; each side
-has a process of its own, whose largest memory is shown.
+Both run the same kernels over the same tensors, by turns, each in a process of its own: each op's
+smoke cases, forward and backward, once compiled. The dtype is fp16: the interpreter's bf16 is not
+the hardware's, and kernels that pair bf16 numbers do not run there. Times are seconds of one core
+(CPU time of a process with one thread), so other processes disturb little.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -30,14 +32,17 @@ from .harness.results import Result, add_result_options, command_line, result_pa
 Record = dict[str, Any]
 WAYS = {"compiled": "0", "interpreted": "1"}
 """Each side, and what triton is told with it."""
-RUNS = 3
+TURNS = 3
+DTYPE = torch.float16
+AIM = 5
+"""Times faster than the interpreter that the executor should be."""
 ACCEPTED = ("lanes", "proxy")
 """Faults that the compiled lane accepts by kernel; here they would end the timing."""
 
 
 def run_once(spec: OpSpec, case: Case, way: str) -> float:
     """CPU seconds of the kernels of a case, forward and backward."""
-    inputs = spec.make_inputs(case, torch.bfloat16, torch.device("cpu"), 0)
+    inputs = spec.make_inputs(case, DTYPE, torch.device("cpu"), 0)
     leaves = [inputs[name] for name in spec.grad_args if inputs.get(name) is not None]
     for leaf in leaves:
         leaf.requires_grad_()
@@ -59,54 +64,105 @@ def _executing(way: str) -> contextlib.AbstractContextManager[Any]:
     return ptx.executing(collect=ACCEPTED)
 
 
-def side(ops: Sequence[str], way: str) -> list[Record]:
-    """Run the smoke cases one way, in this process."""
+def serve(way: str) -> None:
+    """Run the smoke cases that standard input names, `op index` a line, and write what they took.
+
+    The first run of a case, which compiles, does not count. With the seconds comes the largest
+    memory of this process so far, in MiB.
+    """
     torch.set_num_threads(1)
-    found = []
-    for spec in (OPS[name] for name in ops):
-        for case in spec.tagged("smoke"):
-            run_once(spec, case, way)  # compiles
-            seconds = [run_once(spec, case, way) for _ in range(RUNS)]
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            found.append(
-                {"op": spec.name, "case": case.name, "seconds": seconds, "peak_bytes": peak}
-            )
-    return found
+    compiled: set[str] = set()
+    for line in sys.stdin:
+        name, index = line.split()
+        spec = OPS[name]
+        case = spec.tagged("smoke")[int(index)]
+        if line not in compiled:
+            run_once(spec, case, way)
+            compiled.add(line)
+        seconds = run_once(spec, case, way)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(json.dumps({"seconds": seconds, "peak_mib": round(peak)}), flush=True)
 
 
-def other_process(ops: Sequence[str], way: str) -> list[Record]:
-    """Run `side` where triton's kernels are decorated the one way or the other."""
-    run = f"json.dumps(side({list(ops)!r}, {way!r}))"
-    code = f"import json; from bench.executor import side; print({run})"
-    environment_of = {**os.environ, "TRITON_INTERPRET": WAYS[way]}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], env=environment_of, text=True,
-        stdout=subprocess.PIPE, check=True,
-    )  # fmt: skip
-    found: list[Record] = json.loads(done.stdout.splitlines()[-1])
-    return found
+class Side:
+    """A process in which triton's kernels are compiled, or one in which they are interpreted."""
+
+    def __init__(self, way: str) -> None:
+        self._process = subprocess.Popen(
+            [
+                sys.executable, "-W", "ignore", "-c",
+                f"from bench.executor import serve; serve({way!r})",
+            ],
+            env={**os.environ, "TRITON_INTERPRET": WAYS[way]},
+            text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        self.peak_mib = 0
+
+    def __enter__(self) -> Side:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._process.communicate()
+
+    def seconds(self, op: str, index: int) -> float:
+        """CPU seconds of one run of a smoke case.
+
+        Raises:
+            RuntimeError: the process ended; its message is on standard error.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(op, index, file=self._process.stdin, flush=True)
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"{op}: the run of smoke case {index} ended without a time")
+        found = json.loads(answer)
+        self.peak_mib = found["peak_mib"]
+        return float(found["seconds"])
 
 
-def joined(compiled: Sequence[Record], interpreted: Sequence[Record]) -> list[Record]:
-    """Both sides of each case."""
-    return [
-        {
-            "op": ours["op"],
-            "case": ours["case"],
-            "compiled_s": ours["seconds"],
-            "interpreted_s": other["seconds"],
-            "times_faster": min(other["seconds"]) / min(ours["seconds"]),
-        }
-        for ours, other in zip(compiled, interpreted, strict=True)
-    ]
+def measure(ops: Sequence[str], compiled: Side, interpreted: Side) -> Iterator[Record]:
+    """Time each smoke case on both sides, by turns."""
+    for name in ops:
+        for index, case in enumerate(OPS[name].tagged("smoke")):
+            turns = [
+                (compiled.seconds(name, index), interpreted.seconds(name, index))
+                for _ in range(TURNS)
+            ]
+            ours, others = ([turn[i] for turn in turns] for i in (0, 1))
+            yield {
+                "op": name,
+                "case": case.name,
+                "compiled_s": ours,
+                "interpreted_s": others,
+                "times_faster": min(others) / min(ours),
+            }
 
 
 def line(row: Record) -> str:
     """A row of the table."""
-    name = f"{row['op']} {row['case']}"
     return (
         f"{min(row['compiled_s']):8.3f} s of a core, the interpreter"
-        f" {min(row['interpreted_s']):.3f}, {row['times_faster']:5.1f} times faster  {name}"
+        f" {min(row['interpreted_s']):.3f}, {row['times_faster']:5.1f} times faster "
+        f" {row['op']} {row['case']}"
+    )
+
+
+def conclusion(rows: Sequence[Record], peak_mib: int) -> str:
+    """The medians of all cases, and how many fall short of the aim."""
+    middle = statistics.median(min(row["compiled_s"]) for row in rows)
+    faster = statistics.median(row["times_faster"] for row in rows)
+    total = sum(min(x["interpreted_s"]) for x in rows) / sum(min(x["compiled_s"]) for x in rows)
+    short = sum(row["times_faster"] < AIM for row in rows)
+    return (
+        f"median {middle:.3f} s of a core a case, {faster:.1f} times faster in the median and"
+        f" {total:.1f} in sum; {short} of {len(rows)} cases are less than {AIM} times faster;"
+        f" largest memory {peak_mib:,} MiB"
     )
 
 
@@ -119,19 +175,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     path = result_path(options.json, "executor", parser)
     about = environment.software(torch.device("cpu"), options.commit)
-    sides = {way: other_process(options.ops or known, way) for way in WAYS}
-    rows = joined(sides["compiled"], sides["interpreted"])
-    middle = statistics.median(min(row["compiled_s"]) for row in rows)
-    faster = statistics.median(row["times_faster"] for row in rows)
-    peak = max(x["peak_bytes"] for x in sides["compiled"]) / 2**20
-    total = sum(min(x["interpreted_s"]) for x in rows) / sum(min(x["compiled_s"]) for x in rows)
-    summary = [line(row) for row in rows]
-    summary.append(
-        f"median {middle:.3f} s of a core a case, {faster:.1f} times faster in the median and"
-        f" {total:.1f} in sum; largest memory {peak:,.0f} MiB"
-    )
-    print("\n".join(summary))
-    settings = {"runs": RUNS, "peak_mib": round(peak)}
+    rows: list[Record] = []
+    with Side("compiled") as compiled, Side("interpreted") as interpreted:
+        for row in measure(options.ops or known, compiled, interpreted):
+            rows.append(row)
+            print(line(row), flush=True)
+    summary = [*map(line, rows), conclusion(rows, compiled.peak_mib)]
+    print(summary[-1])
+    settings = {"turns": TURNS, "dtype": "float16", "peak_mib": compiled.peak_mib}
     Result(command_line("bench.executor", arguments), about, rows, summary, settings).write(path)
     print(path)
     return 0
