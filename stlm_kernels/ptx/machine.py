@@ -182,7 +182,7 @@ class Machine:
     def _straight_run(self, run: Run, mask: Mask) -> None:
         """Execute instructions that the active threads take in a row."""
         state = self.state
-        self._count(run.begin, min(run.end + 1, len(self.program.instructions)), mask)
+        self._count(run, mask)
         state.progress.turn()
         if self.chains is not None:
             for index in range(run.begin, run.end):
@@ -206,15 +206,16 @@ class Machine:
                 state.products.check(reads[index], writes[index], mask)
             step(state, None if is_own else mask)
 
-    def _count(self, begin: int, end: int, mask: Mask) -> None:
-        """Note that the active warps issue a run of instructions."""
+    def _count(self, run: Run, mask: Mask) -> None:
+        """Note that the active warps issue a run of instructions, and the branch that ends it."""
+        begin, end = run.begin, run.end + (run.end in self.code.flow)
         if mask is None:
             self.counts.issued[begin:end] += self.state.n // LANES
             return
-        by_warp = mask.reshape(-1, LANES)
-        active = by_warp.any(1)
-        self.counts.issued[begin:end] += int(active.sum())
-        self.counts.partial[begin:end] += int((active & ~by_warp.all(1)).sum())
+        active, partial = self.state.warps(mask)
+        self.counts.issued[begin:end] += active
+        if partial:
+            self.counts.partial[begin:end] += partial
 
     def _predicated(self, instruction: Instruction, mask: Mask) -> Mask:
         """Select the active threads that an instruction is on for; None for all of the batch."""

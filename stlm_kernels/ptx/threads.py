@@ -35,10 +35,25 @@ class Threads:
         self.owner = self.block_index.astype(np.int32)  # of what a thread does to global memory
         self.epoch = np.zeros(count, np.int32)  # barriers that each block has passed
         self.current: Instruction = program.instructions[0]
+        self._mask_of_active: Mask = None
+        self._mask_of_warps: Mask = None
+        self._active, self._warps = self.every, (0, 0)
 
     def active(self, mask: Mask) -> Array:
         """Indices of the active threads: `every` where all are."""
-        return self.every if mask is None else np.flatnonzero(mask)
+        if mask is None:
+            return self.every
+        if mask is not self._mask_of_active:  # the same for a whole run, mostly
+            self._mask_of_active, self._active = mask, mask.nonzero()[0]
+        return self._active
+
+    def warps(self, mask: Array) -> tuple[int, int]:
+        """Count the warps with an active lane, and those of them with one that is not."""
+        if mask is not self._mask_of_warps:
+            by_warp = mask.reshape(-1, LANES)
+            active, whole = (int(np.count_nonzero(x)) for x in (by_warp.any(1), by_warp.all(1)))
+            self._mask_of_warps, self._warps = mask, (active, active - whole)
+        return self._warps
 
     def of_threads(self, values: Array, threads: Array) -> Array:
         """The values of these threads out of those of all."""
@@ -65,10 +80,8 @@ class Threads:
 
     def require_whole_warps(self, mask: Mask, what: str = "all 32 lanes") -> None:
         """A warp-wide instruction needs every lane of each warp that takes part."""
-        if mask is None:
-            return
-        by_warp = mask.reshape(-1, LANES)
-        partial = by_warp.any(1) & ~by_warp.all(1)
-        if partial.any():
+        if mask is not None and self.warps(mask)[1]:
+            by_warp = mask.reshape(-1, LANES)
+            partial = by_warp.any(1) & ~by_warp.all(1)
             thread = int(np.flatnonzero(partial)[0]) * LANES
             self.fault("barrier", thread, f"expected {what} of the warp here, got some")

@@ -339,3 +339,21 @@ def test_importing_the_library_does_not_load_the_executor() -> None:
     code = "import stlm_kernels, stlm_models, sys; assert 'stlm_kernels.ptx' not in sys.modules"
     root = Path(__file__).parents[2]
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
+
+
+def test_what_follows_a_label_is_issued_once() -> None:
+    text = """.visible .entry one() .reqntid 32 { .reg .b32 %a;
+    mov.u32 %a, 1; reached: add.u32 %a, %a, 1; ret; }"""
+    done = ptx.execute(text, (2,), (), shared_bytes=0)
+    assert done.counts.issued[:3].tolist() == [2, 2, 2]
+
+
+def test_threads_that_left_a_loop_keep_what_they_had() -> None:
+    text = """.visible .entry one(.param .u64 out) .reqntid 64 { .reg .b32 %t, %n, %twice;
+    .reg .pred %p; .reg .b64 %at, %o; ld.param.u64 %o, [out]; mov.u32 %t, %tid.x; mov.u32 %n, 0;
+    again: add.u32 %twice, %n, %n; sub.u32 %twice, %twice, %n; add.u32 %n, %twice, 1;
+    setp.lt.u32 %p, %n, %t; @%p bra again;
+    mul.wide.u32 %at, %t, 4; add.s64 %o, %o, %at; st.global.b32 [%o], %n; ret; }"""
+    out = torch.zeros(64, dtype=torch.int32)
+    ptx.execute(text, (1,), (out,), shared_bytes=0)
+    assert out.tolist() == [1, *range(1, 64)]
