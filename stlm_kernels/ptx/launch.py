@@ -20,10 +20,13 @@ from .machine import Counts, Machine
 from .memory import NO_SHADOWS, GlobalMemory, Shadow
 from .parse import Program, parse
 from .registers import UNSIGNED
+from .state import state_bytes
 from .turns import run_in_turn
 
 THREADS_AT_ONCE = 8192
 """Threads whose registers lie side by side: more leave the caches, fewer cost more calls."""
+STATE_BYTES = 128 << 20
+"""What the registers and memory of a batch of blocks may take, if one block does not take more."""
 
 
 @dataclass
@@ -142,7 +145,7 @@ def execute(
         Costs() if costs else None,
     )  # fmt: skip
     memory.costs = counts.costs
-    at_once = max(1, THREADS_AT_ONCE // code.program.threads)
+    at_once = blocks_at_once(code, shared_bytes)
     # Lanes that are switched off compute too; what they overflow says nothing.
     with np.errstate(all="ignore"):
         run_in_turn(
@@ -154,6 +157,12 @@ def execute(
         code.program.name, (x, y, z), code.program, counts, faults, ptx,
         tuple(arguments), shared_bytes,
     )  # fmt: skip
+
+
+def blocks_at_once(code: Code, shared_bytes: int) -> int:
+    """Blocks of a batch: as many as its threads and the bytes of its state allow."""
+    of_threads = THREADS_AT_ONCE // code.program.threads
+    return max(1, min(of_threads, STATE_BYTES // state_bytes(code, shared_bytes)))
 
 
 @functools.lru_cache(maxsize=512)

@@ -22,6 +22,9 @@ class LocalMemory:
         size: bytes of each.
     """
 
+    BYTES_OF_A_BYTE = 2
+    """With the flag of whether it was written."""
+
     def __init__(self, batch: Threads, size: int) -> None:
         self.size, self.pitch = size, -(-size // ALIGNMENT) * ALIGNMENT
         self.elements = Elements(np.zeros(batch.n * self.pitch, np.uint8))

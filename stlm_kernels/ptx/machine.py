@@ -99,6 +99,8 @@ class Machine:
         if self.chains is not None and self.counts.costs is not None:
             longest = max(self.counts.costs.longest_chain, self.chains.longest)
             self.counts.costs.longest_chain = longest
+        # Its parts refer to each other, so that it would stay until Python looks for cycles.
+        vars(self.state).clear()
 
     def report_deadlock(self) -> None:
         """Report a thread that waits for what nothing will store."""

@@ -56,11 +56,12 @@ class Session:
         return bool(tensors) and not any(x.is_floating_point() for x in fresh or tensors)
 
     def shadows(self) -> dict[int, Shadow]:
-        """Shadows of fresh memory; what torch itself has written since counts as written."""
-        for x, version, shadow in self._fresh.values():
-            if x._version != version:
-                shadow[:] = True
-        return {address: shadow for address, (_, _, shadow) in self._fresh.items()}
+        """Shadows of fresh memory that only launches have written since."""
+        return {
+            address: shadow
+            for address, (x, version, shadow) in self._fresh.items()
+            if x._version == version
+        }
 
     def assert_written(self, *results: Tensor) -> None:
         """Every element of results that kernels made was stored by one.

@@ -25,6 +25,9 @@ class SharedMemory:
         has_products: whether `wgmma` reads it: only then is the order of the two proxies followed.
     """
 
+    BYTES_OF_A_BYTE = 24
+    """With two flags, and at worst (accesses of a byte) stamps of its writer, reader and proxy."""
+
     def __init__(self, batch: Threads, size: int, has_products: bool) -> None:
         self.batch = batch
         # Whole lines, so that what is aligned in a block is aligned here.

@@ -96,6 +96,18 @@ class State(Threads):
         return value.repeat(self.n) if len(value) == 1 else value
 
 
+PLACES_OF_A_THREAD = 96
+"""Bytes of a thread's indices and special registers."""
+
+
+def state_bytes(code: Code, shared_bytes: int) -> int:
+    """The most bytes that the registers and memory of a block take."""
+    registers = sum(max(bits // 8, 1) for bits in code.program.registers.values())
+    local = LocalMemory.BYTES_OF_A_BYTE * code.program.local_bytes
+    of_a_thread = registers + local + PLACES_OF_A_THREAD
+    return code.program.threads * of_a_thread + SharedMemory.BYTES_OF_A_BYTE * shared_bytes
+
+
 def _special_registers(threads: Threads, grid: tuple[int, int, int]) -> dict[str, Array]:
     """%tid.x and the like. Triton's blocks have one dimension."""
     block = threads.block_index.astype(np.uint32)

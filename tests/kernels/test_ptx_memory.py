@@ -1,0 +1,57 @@
+"""Bounds of what an execution keeps in memory."""
+
+from __future__ import annotations
+
+import tracemalloc
+
+import pytest
+
+from stlm_kernels import ptx
+from stlm_kernels.ptx import launch
+from stlm_kernels.ptx.decode import decode
+from stlm_kernels.ptx.parse import parse
+from stlm_kernels.ptx.state import state_bytes
+
+pytestmark = pytest.mark.lanes("compiled")
+SHARED, BLOCKS, MIB = 100_000, 64, 1 << 20
+
+BYTES_IN_SHARED_MEMORY = """.extern .shared .align 16 .b8 memory[];
+.visible .entry bytes() .reqntid 32 { .reg .b32 %t, %at; .reg .b16 %x;
+mov.u32 %t, %tid.x; mov.u32 %at, memory; add.u32 %at, %at, %t; mov.u16 %x, 1;
+st.shared.b8 [%at], %x; bar.sync 0; ld.shared.b8 %x, [%at]; st.shared.b8 [%at], %x; ret; }"""
+
+
+def many_registers(count: int) -> str:
+    """A kernel all of whose registers differ by thread."""
+    lines = "".join(f"add.u32 %r{i}, %r{i - 1}, %r0;\n" for i in range(1, count))
+    return f""".visible .entry wide() .reqntid 128 {{ .reg .b32 %r<{count}>;
+    mov.u32 %r0, %tid.x;\n{lines} ret; }}"""
+
+
+@pytest.mark.parametrize(
+    ("text", "shared"),
+    [(BYTES_IN_SHARED_MEMORY, SHARED), (many_registers(2000), 0)],
+    ids=["shared", "registers"],
+)
+def test_a_batch_stays_within_its_bytes(
+    monkeypatch: pytest.MonkeyPatch, text: str, shared: int
+) -> None:
+    limit = 16 * MIB
+    monkeypatch.setattr(launch, "STATE_BYTES", limit)
+    ptx.execute(text, (1,), (), shared_bytes=shared)  # decodes
+    tracemalloc.start()
+    try:
+        ptx.execute(text, (BLOCKS,), (), shared_bytes=shared)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    whole = BLOCKS * state_bytes(decode(parse(text)), shared)
+    assert whole > 2 * limit, "all blocks at once would be beyond it"
+    assert peak < 1.25 * limit
+
+
+def test_a_block_larger_than_the_limit_runs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "STATE_BYTES", 1)
+    code = decode(parse(BYTES_IN_SHARED_MEMORY))
+    assert launch.blocks_at_once(code, SHARED) == 1
+    ptx.execute(BYTES_IN_SHARED_MEMORY, (3,), (), shared_bytes=SHARED)
