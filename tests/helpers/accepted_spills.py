@@ -45,7 +45,6 @@ SIZED_FOR_PINNED = "none in the pinned triton, for whose assembler the tile is s
 OTHERS: dict[str, Spills] = {
     "3.6": {
         ("stlm_attention_bwd_kv", 90): (36, f"at K = 48, most under autocast; {SIZED_FOR_PINNED}"),
-        ("stlm_attention_bwd_kv", 89): (4, f"at K = 48; {SIZED_FOR_PINNED}"),
         ("stlm_attention_bwd_q", 90): (27, f"at K = 64, with documents; {SIZED_FOR_PINNED}"),
         ("stlm_linear_logprobs_fwd", 90): (
             7,
@@ -58,7 +57,6 @@ OTHERS: dict[str, Spills] = {
             4,
             f"16 bytes, with class weights, {FP32}; {SIZED_FOR_PINNED}",
         ),
-        ("stlm_attention_bwd_kv", 89): (15, f"at K = 48; {SIZED_FOR_PINNED}"),
     },
     "3.9": {
         ("stlm_ema_unpool_smooth", 90): (2, f"8 bytes; {SIZED_FOR_PINNED}"),
@@ -70,7 +68,6 @@ OTHERS: dict[str, Spills] = {
             4,
             f"16 bytes, under autocast; {SIZED_FOR_PINNED}",
         ),
-        ("stlm_attention_bwd_kv", 89): (19, f"at K = 48; {SIZED_FOR_PINNED}"),
     },
 }
 """Bounds in place of those above, for releases that have more, or others."""
