@@ -126,7 +126,7 @@ def test_every_case_fits_small_shared_memory(
 
 def test_a_block_that_needs_more_than_a_small_gpu_has_is_caught() -> None:
     spec = OPS["decode_attention"]
-    large = {"BLOCK": 128, "num_stages": 6}
+    large = {"BLOCK": 128, "num_stages": 3}
     with _launch.overriding({"decode_attention_fwd": large}):
         reports = {
             arch: inspect_op(spec, spec.tagged("aot")[2], arch, disassemble=False)[0]
