@@ -108,9 +108,9 @@ def dense_cu_seqlens(byte_ids: Tensor, cu_seqlens: Tensor | None = None) -> Tens
 
 def document_starts(cu_seqlens: Tensor, length: int) -> Tensor:
     """Return the first row of the document of each of `length` rows, (length,) int64."""
-    rows = torch.arange(length, device=cu_seqlens.device)
-    # right=True steps over empty documents: a row belongs to the last that starts at or before.
-    return cu_seqlens.long()[torch.searchsorted(cu_seqlens.long(), rows, right=True) - 1]
+    rows = torch.arange(length, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    # right=True steps over empty documents: as many end at or before a row as lie before its own.
+    return cu_seqlens[torch.searchsorted(cu_seqlens[1:], rows, right=True)].long()
 
 
 def unused_rows(cu_seqlens: Tensor, length: int) -> Tensor:

@@ -197,7 +197,7 @@ class Trainer:
         batches = [self.loader.batch(self.step * parts + part) for part in range(parts)]
         if self.options.compile and self.max_patches is None:
             batches = [batch.with_open_sizes() for batch in batches]
-        n_valid = torch.stack([(batch.targets != IGNORED).sum() for batch in batches]).sum()
+        n_valid = _total([(batch.targets != IGNORED).sum() for batch in batches])
         self.model.train()
         means = [
             self._add_gradients(batch, n_valid, is_last=batch is batches[-1]) for batch in batches
@@ -207,8 +207,9 @@ class Trainer:
         self.optimizers.step(lr_scale(self.progress, self.options.schedule))
         self.step += 1
         n_ids = sum(batch.n_bytes for batch in batches) * self.ranks.world
+        loss = _total(means)
         return StepResult(
-            torch.stack(means).sum() / self.bytes_per_id,
+            loss if self.bytes_per_id == 1 else loss / self.bytes_per_id,
             round(n_ids * self.bytes_per_id),
             self._lost_patches(batches),
         )
@@ -234,7 +235,7 @@ class Trainer:
     def _lost_patches(self, batches: list[Batch]) -> Tensor | None:
         if self.max_patches is None:
             return None
-        return self.ranks.total(torch.stack([batch.lost_patches for batch in batches]).sum())
+        return self.ranks.total(_total([batch.lost_patches for batch in batches]))
 
     def run(
         self,
@@ -313,6 +314,11 @@ class Trainer:
         trainer.step, trainer.seconds = int(state["step"]), float(state["seconds"])
         trainer.run_id = state.get(RUN)
         return trainer
+
+
+def _total(parts: list[Tensor]) -> Tensor:
+    """Return the sum of 0-d tensors; of one without a launch."""
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
 
 
 def _windows_at_once(options: TrainOptions, ranks: Ranks) -> int:
