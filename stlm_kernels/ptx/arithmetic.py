@@ -176,6 +176,8 @@ def _mad(modifiers: list[str]) -> Function | None:
 
 
 def _fma(modifiers: list[str]) -> Function | None:
+    if modifiers[0] == "rm" and modifiers[-1] == "f32" and "sat" not in modifiers:
+        return _floats(modifiers, formats.fused_multiply_add_down)
     if _is_unusual(modifiers) or "relu" in modifiers:
         return None
     if modifiers[-1] in ("f32", "f32x2"):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .formats import narrow, paired, to_single, widen
+from .formats import flushed, narrow, paired, to_single, widen
 from .registers import SIGNED, UNSIGNED, Array, bits_of, signed, single, unsigned
 
 Function = Callable[..., Array]
@@ -38,12 +38,14 @@ def convert(modifiers: list[str]) -> Function | None:
         return None
     if target[0] in "su" and source[0] in "su" and "sat" not in options:
         return _to_other_width(target, source)
-    if target == "f32" and source == "bf16" and rounding == "rn":
+    if target == "f32" and source == "bf16" and rounding == "rn" and "sat" not in options:
         return lambda x: x.astype(np.uint16, copy=False).astype(np.uint32) << np.uint32(16)
     if target[0] in "su":
         return _to_integer(target, source, rounding, "sat" in options)
-    if rounding in ("rm", "rp") or "sat" in options:
+    if rounding in ("rm", "rp"):
         return None
+    if "sat" in options or ("ftz" in options and source == target == "f32"):
+        return _limited(options, rounding) if source == target == "f32" else None
     if rounding in ROUND_TO_INTEGER:
         to_integral = ROUND_TO_INTEGER[rounding]
         return lambda x: _from_number(to_integral(_number(x, source)), target, "rn")
@@ -57,6 +59,21 @@ def _to_other_width(target: str, source: str) -> Function:
         return lambda x: x.astype(given, copy=False).astype(bits)
     number, wide = np.dtype(SIGNED[bits_of(source)]), np.dtype(SIGNED[bits_of(target)])
     return lambda x: x.astype(given, copy=False).view(number).astype(wide).view(bits)
+
+
+def _limited(options: list[str], rounding: str) -> Function:
+    """fp32 as fp32: without subnormals (`ftz`), between 0 and 1 with NaN as 0 (`sat`)."""
+    to_integral = ROUND_TO_INTEGER.get(rounding)
+
+    def apply(x: Array) -> Array:
+        number = single(x) if to_integral is None else to_integral(single(x))
+        if "ftz" in options:
+            number = flushed(number)
+        if "sat" in options:
+            number = np.where(np.isnan(number), np.float32(0), np.clip(number, 0, 1))
+        return unsigned(number.astype(np.float32))
+
+    return apply
 
 
 def _number(x: Array, kind: str) -> Array:

@@ -192,7 +192,7 @@ CLASSES = {
     "barrier": ("bar", "barrier", "fence"),
     "branch": ("bra", "ret", "exit"),
     "convert": ("cvt",),
-    "move": ("mov", "selp", "cvta"),
+    "move": ("mov", "selp", "cvta", "createpolicy"),
 }
 FLOATS = {"f16", "f32", "f64", "bf16", "f16x2", "bf16x2", "f32x2"}
 

@@ -335,10 +335,18 @@ def _names(operand: Operand) -> Iterator[str]:
         yield from _names(operand.base)
 
 
+def _cache_policy(decoder: Decoder, instruction: Instruction) -> Step | None:
+    """createpolicy: of caches, which hold nothing here."""
+    result = decoder.destination(instruction.operands[0])
+    assert result is not None
+    return lambda state, mask: state.set(result, np.zeros(1, np.uint64), mask)
+
+
 _MAKERS: dict[str, Callable[[Decoder, Instruction], Step | None]] = {
     "mov": _move,
     "setp": _set_predicate,
     "cvta": _convert_address,
+    "createpolicy": _cache_policy,
     "ld": accesses.load,
     "ldu": accesses.load,
     "st": accesses.store,

@@ -148,6 +148,19 @@ def _odd_sum(a: NDArray[np.float64], b: Floats, total: NDArray[np.float64]) -> N
     return np.where((error != 0) & even, np.nextafter(total, towards), total)
 
 
+def fused_multiply_add_down(a: Floats, b: Floats, c: Floats) -> NDArray[np.float32]:
+    """a * b + c of fp32 numbers, rounded once towards minus infinity."""
+    product, last = a.astype(np.float64) * b, c.astype(np.float64)
+    total = product + last
+    part = total - product
+    error = (product - (total - part)) + (last - part)
+    single = total.astype(np.float32)
+    above = (single > total) | ((single == total) & (error < 0))
+    single = np.where(above, np.nextafter(single, np.float32(-np.inf)), single)
+    cancels = (total == 0) & (np.signbit(product) != np.signbit(last))
+    return np.where(cancels, np.float32(-0.0), single)
+
+
 def packed(kind: str, function: Callable[..., Floats]) -> Callable[..., Bits]:
     """A function of two 16-bit floats in each uint32, from one of exact floats."""
     return by_halves(unpacked(kind, function))

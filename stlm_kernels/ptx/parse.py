@@ -310,6 +310,8 @@ def _constant(text: str) -> Constant:
         return Constant(int(text[2:], 16), 32)
     if text[:2] in ("0d", "0D"):
         return Constant(int(text[2:], 16), 64)
+    if "." in text:
+        return Constant(int(np.float64(text).view(np.uint64)), 64)
     return Constant(int(text.rstrip("U"), 0))
 
 

@@ -293,6 +293,35 @@ def test_sums_in_fp32_of_16_bit_floats(kind: str) -> None:
     np.testing.assert_array_equal(got.view(np.float32), want.view(np.float32))
 
 
+def test_sums_of_products_rounded_down() -> None:
+    a, b, c = (random_singles(3000, seed).view(np.float32) for seed in range(3))
+    b[::7], c[::3] = np.float32(1), -a[::3]
+    c[::21] *= np.float32(1.0000001)
+    got = apply("fma.rm.f32", *(x.view(np.uint32) for x in (a, b, c))).view(np.float32)
+    for x, y, z, value in zip(*(v.tolist() for v in (a, b, c, got)), strict=True):
+        if not np.isfinite([x, y, z]).all():
+            continue
+        exact = Fraction(x) * Fraction(y) + Fraction(z)
+        if np.isinf(value):
+            assert value < 0
+            assert exact < Fraction(float(np.finfo(np.float32).min))
+            continue
+        assert Fraction(value) <= exact
+        if value < np.finfo(np.float32).max:
+            assert Fraction(float(np.nextafter(np.float32(value), np.float32(np.inf)))) > exact
+
+
+def test_conversions_between_0_and_1() -> None:
+    values = np.array([-1.0, 0.25, 2.0, np.nan, np.inf, -np.inf, 1e-40], np.float32)
+    got = apply("cvt.sat.f32.f32", values.view(np.uint32)).view(np.float32)
+    np.testing.assert_array_equal(got, np.float32([0, 0.25, 1, 0, 1, 0, 1e-40]))
+    got = apply("cvt.ftz.sat.f32.f32", values.view(np.uint32)).view(np.float32)
+    assert got[-1] == 0
+    got = apply("cvt.ftz.f32.f32", values.view(np.uint32)).view(np.float32)
+    np.testing.assert_array_equal(got[:-1], values[:-1])
+    assert function_of("cvt.sat.f16.f32") is None
+
+
 @pytest.mark.parametrize(
     ("opcode", "exact"),
     [

@@ -26,6 +26,14 @@ def test_atomics_on_shared_memory(kernels: Any, arch: int) -> None:
     assert torch.equal(bins, torch.bincount(ids, minlength=16).int())
 
 
+def test_cache_policies_and_the_device_library(kernels: Any, arch: int) -> None:
+    x = torch.cat([torch.linspace(-110, 90, 251), torch.tensor([0.0, -0.0, 1.0, 5e3, -5e3])])
+    out = torch.empty(256)
+    done = ptx.run(kernels.exponentials, (1,), x, out, N=256, arch=arch)
+    assert "createpolicy" in done.ptx
+    torch.testing.assert_close(out, x.double().exp().float(), rtol=3e-7, atol=1e-44)
+
+
 def test_sorts(kernels: Any, arch: int) -> None:
     x, out = torch.randn(3, 64), torch.empty(3, 64)
     ptx.run(kernels.sort_rows, (3,), x, out, N=64, arch=arch)
