@@ -109,6 +109,5 @@ SPEC = OpSpec(
         "find_patches_blocks",
         "find_patches_carry",
         "find_patches_write",
-        "find_patches_finish",
     ),
 )

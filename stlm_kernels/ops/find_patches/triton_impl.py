@@ -1,20 +1,28 @@
-"""find_patches in Triton: a scan in three small passes, and a fourth for what is left over.
+"""find_patches in Triton: a scan over bytes in three launches.
 
 A byte begins a natural patch if it is the first of its document, is a start, or follows a byte that
-closes by the rule. With L(t) the last natural begin at or before t, a byte begins a patch where
-(t - L(t)) mod max_patch_len = 0 and closes one by length where (t - L(t) + 1) mod max_patch_len = 0
+closes by the rule. With L(t) the last natural begin at or before t and r(t) = (t - L(t)) mod
+max_patch_len, a byte begins a patch where r = 0 and closes one by length where r is the largest
 (no limit: the largest int32). The number of a patch is the count of begins.
 
 1. blocks: a program owns BLOCK bytes and sums them up: its last natural begin, the begins that
-   follow its first natural one, and how many bytes lie before that one.
-2. carry: one program scans the blocks: the last natural begin and the count before each. Between
-   two natural begins the forced ones are evenly spaced, so their count is two divisions.
-3. write: a program owns BLOCK bytes: patch_ids, read_ids, and cu_patchlens where a patch begins.
-4. finish: unused slots, document boundaries in patches, and the reads that an overflow takes away.
+   follow its first natural one, how many bytes lie before that one, and the begins from the start
+   of its last document on.
+2. carry: one program scans the blocks: the last natural begin, the count and the first patch of the
+   document before each. Between two natural begins the forced ones are evenly spaced, so their
+   count is two divisions.
+3. write: a program owns BLOCK bytes: patch_ids, read_ids, and cu_patchlens where a patch begins;
+   the boundaries of documents that begin there; its share of unused slots and empty documents.
 
+A program finds its document once, by bisection; only where another begins in its bytes does each
+byte look for its own. Divisions by what a launch keeps constant are products with the reciprocal.
 No atomics, no waiting of one program for another, no synchronisation with the host.
 Floor: 9 T + 4 P bytes (an id or a mask read, two int32 written for each byte), 10 MB at 1M bytes;
 passes 1 and 3 both read the ids.
+Counted on sm_90 for English text: at least 4.9 + 0.02 + 6.6 us, by integer instructions, which have
+half the rate of others (10 us in sum was aimed at); 8.9 by all instructions. Stores move 1.06 of
+the fewest sectors, loads 2 to 3: the two bytes before each byte are read anew, off the alignment of
+16, from lines that the first load has brought into L1; the notes of blocks are few.
 """
 
 from __future__ import annotations
@@ -26,13 +34,14 @@ from torch import Tensor
 
 from ... import _launch
 from ..._torch import segments
-from ..._triton.tiles import segments_of
+from ..._triton.tiles import segment_at, segments_from
 from . import config as configs
 
 SPACE, FIXED, STARTS, CLOSES = (tl.constexpr(i) for i in range(4))
 MODE_CODES = {"space": 0, "fixed": 1, "patch_start_mask": 2, "patch_end_mask": 3}
 NO_LIMIT = torch.iinfo(torch.int32).max
-FINISH_BLOCK = 1024
+DOCUMENTS = tl.constexpr(32)
+"""Documents whose boundaries a program writes at a time, and offsets that a bisection reads."""
 
 
 @triton.jit
@@ -41,9 +50,17 @@ def _maximum(a, b):
 
 
 @triton.jit
-def _spacelike(ids_ptr, positions, mask):
-    """Neither ASCII alphanumeric nor a UTF-8 continuation byte; True where masked out."""
-    ids = tl.load(ids_ptr + positions, mask=mask, other=0)
+def _remainder(x, divisor, magic, shift):
+    """x modulo a divisor for x >= 0, by what `_reciprocal` made of the divisor."""
+    magic = tl.zeros(x.shape, tl.int32) + magic
+    quotient = tl.umulhi(x.to(tl.uint32), magic.to(tl.uint32)) >> shift
+    return tl.minimum(x - quotient.to(tl.int32) * divisor, divisor - 1)
+
+
+@triton.jit
+def _spacelike(ids_ptr, positions, mask=None):
+    """Neither ASCII alphanumeric nor a UTF-8 continuation byte; False where masked out."""
+    ids = tl.load(ids_ptr + positions, mask=mask, other=None if mask is None else 97)
     if ids.dtype == tl.int64:
         ids = tl.minimum(ids, 256)  # before it is narrowed: 2^32 + 97 is no letter
     ids = ids.to(tl.int32)
@@ -55,139 +72,273 @@ def _spacelike(ids_ptr, positions, mask):
 
 
 @triton.jit
-def _closes_by_rule(source_ptr, positions, starts, mask, size, MODE: tl.constexpr):
-    """Mask of bytes that end their patch by the rule; `starts`: first bytes of their documents."""
-    if MODE == SPACE:
-        has_predecessor = mask & (positions > starts)
-        after_space = _spacelike(source_ptr, positions - 1, has_predecessor) & has_predecessor
-        closes = _spacelike(source_ptr, positions, mask) & ~after_space
-    elif MODE == FIXED:
-        closes = (positions - starts + 1) % size == 0
-    elif MODE == CLOSES:
-        closes = tl.load(source_ptr + positions, mask=mask, other=0) != 0
-    else:
-        closes = positions < 0
-    return closes & mask
+def _document_at(offsets_ptr, first, n_documents, BLOCK: tl.constexpr):
+    """Last document that begins two bytes before a block or earlier, its first byte, and whether it
+    holds the whole block. Offsets must be clamped and sorted."""
+    document = segment_at(offsets_ptr, first - 2, n_documents, DOCUMENTS)
+    known = (document >= 0) & (document < n_documents)
+    start = tl.load(offsets_ptr + document, mask=known, other=0)
+    end = tl.load(offsets_ptr + document + 1, mask=known, other=-1)
+    return document, start, end >= first + BLOCK
 
 
 @triton.jit
-def _documents_of(offsets_ptr, first, n_documents, BLOCK: tl.constexpr):
-    """Mask of bytes in a document, and its first byte; offsets must be clamped and sorted."""
-    document = segments_of(offsets_ptr, first, n_documents, BLOCK)
-    inside = (document >= 0) & (document < n_documents)
-    return inside, tl.load(offsets_ptr + document, mask=inside, other=0)
-
-
-@triton.jit
-def _natural_begins(source_ptr, positions, inside, starts, size, MODE: tl.constexpr):
-    """Mask of the bytes that begin a patch whatever its length may be."""
+def _by_rule(source_ptr, positions, inside, starts, size, magic, shift, MODE: tl.constexpr):
+    """Masks of the bytes that begin a patch whatever its length may be, and of those that close."""
     follows = inside & (positions > starts)
-    if MODE == STARTS:
-        begins = tl.load(source_ptr + positions, mask=follows, other=0) != 0
+    if MODE == SPACE:
+        before = _spacelike(source_ptr, positions - 1, follows)
+        begins = before & ~_spacelike(source_ptr, positions - 2, follows & (positions - 1 > starts))
+        closes = _spacelike(source_ptr, positions, inside) & ~before
+    elif MODE == FIXED:
+        place = _remainder(tl.maximum(positions - starts, 0), size, magic, shift)
+        begins, closes = inside & (place == 0), inside & (place == size - 1)
+    elif MODE == CLOSES:
+        begins = tl.load(source_ptr + positions - 1, mask=follows, other=0) != 0
+        closes = tl.load(source_ptr + positions, mask=inside, other=0) != 0
     else:
-        begins = _closes_by_rule(source_ptr, positions - 1, starts, follows, size, MODE)
-    return (begins & follows) | (inside & (positions == starts))
+        begins = tl.load(source_ptr + positions, mask=follows, other=0) != 0
+        closes = inside & (positions < 0)
+    return begins | (inside & (positions == starts)), closes
 
 
-@triton.jit(do_not_specialize=["n_documents", "size", "limit", "n_blocks"])
+@triton.jit
+def _in_one_document(source_ptr, positions, start, size, magic, shift, MODE: tl.constexpr):
+    """The same where all bytes are in a document that begins two bytes before them or earlier."""
+    if MODE == SPACE:
+        before = _spacelike(source_ptr, positions - 1)
+        begins = before & ~_spacelike(source_ptr, positions - 2)
+        closes = _spacelike(source_ptr, positions) & ~before
+    elif MODE == FIXED:
+        place = _remainder(positions - start, size, magic, shift)
+        begins, closes = place == 0, place == size - 1
+    elif MODE == CLOSES:
+        begins = tl.load(source_ptr + positions - 1) != 0
+        closes = tl.load(source_ptr + positions) != 0
+    else:
+        begins = tl.load(source_ptr + positions) != 0
+        closes = positions < 0
+    return begins, closes
+
+
+@triton.jit
+def _cut(source_ptr, offsets_ptr, first, document, start, n_documents, size, magic, shift,
+         MODE: tl.constexpr, BLOCK: tl.constexpr, ALONE: tl.constexpr):  # fmt: skip
+    """Masks of a block's bytes: those in a document, those that begin one, those that begin a
+    patch by the rule, those that close one. ALONE: `document` holds the block."""
+    positions = (first + tl.arange(0, BLOCK)).to(tl.int32)
+    if ALONE:
+        inside, heads = tl.full((BLOCK,), 1, tl.int1), tl.full((BLOCK,), 0, tl.int1)
+        begins, closes = _in_one_document(source_ptr, positions, start, size, magic, shift, MODE)
+    else:
+        documents = segments_from(offsets_ptr, document, first, n_documents, BLOCK)
+        inside = (documents >= 0) & (documents < n_documents)
+        starts = tl.load(offsets_ptr + documents, mask=inside, other=0)
+        heads = inside & (positions == starts)
+        begins, closes = _by_rule(
+            source_ptr, positions, inside, starts, size, magic, shift, MODE
+        )  # fmt: skip
+    return positions, inside, heads, begins, closes
+
+
+@triton.jit
+def _summarize(
+    source_ptr, offsets_ptr, summary_ptr, block, document, start, n_documents,
+    size, size_magic, size_shift, limit, limit_magic, limit_shift, pitch,
+    MODE: tl.constexpr, BLOCK: tl.constexpr, ALONE: tl.constexpr,
+):  # fmt: skip
+    positions, inside, heads, natural, _ = _cut(
+        source_ptr, offsets_ptr, block * BLOCK, document, start, n_documents,
+        size, size_magic, size_shift, MODE, BLOCK, ALONE,
+    )  # fmt: skip
+    latest = tl.associative_scan(tl.where(natural, positions, -1), 0, _maximum)
+    since = _remainder(positions - latest, limit, limit_magic, limit_shift)
+    begins = (inside & (latest >= 0) & (since == 0)).to(tl.int32)
+    # Both counts fit a half of one number.
+    counts = tl.sum(tl.where(inside & (latest < 0), 1 << 16, begins))
+    tl.store(summary_ptr + block, counts >> 16)
+    tl.store(summary_ptr + pitch + block + 1, tl.max(latest))
+    tl.store(summary_ptr + 2 * pitch + block, counts & 0xFFFF)
+    from_document = tl.full((), -1, tl.int32)
+    if not ALONE:
+        last = tl.max(tl.where(heads, positions, -1))
+        counted = tl.sum(tl.where(positions >= last, begins, 0))
+        from_document = tl.where(last >= 0, counted, -1)
+    tl.store(summary_ptr + 3 * pitch + block, from_document)
+
+
+@triton.jit(do_not_specialize=["n_documents", "size", "size_magic", "size_shift",
+                               "limit", "limit_magic", "limit_shift"])  # fmt: skip
 def stlm_find_patches_blocks(
-    source_ptr, offsets_ptr, summary_ptr,
-    n_documents, size, limit, n_blocks,
+    source_ptr, offsets_ptr, summary_ptr, n_documents,
+    size, size_magic, size_shift, limit, limit_magic, limit_shift, pitch,
     MODE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """summary[:, block]: bytes before the first natural begin, the last one, begins from there."""
+    """summary[:, block]: bytes before the first natural begin; the last one, one place on; begins
+    from the first one; begins from the last document's start, -1 where none starts here."""
     block = tl.program_id(0).to(tl.int64)
-    first = block * BLOCK
-    rows = first + tl.arange(0, BLOCK)
-    positions = rows.to(tl.int32)
-    inside, starts = _documents_of(offsets_ptr, first, n_documents, BLOCK)
-    natural = _natural_begins(source_ptr, positions, inside, starts, size, MODE)
-    latest = tl.associative_scan(tl.where(natural, positions, -1), 0, _maximum)
-    begins = inside & (latest >= 0) & ((positions - latest) % limit == 0)
-    tl.store(summary_ptr + block, tl.sum((inside & (latest < 0)).to(tl.int32)))
-    tl.store(summary_ptr + n_blocks + block, tl.max(latest))
-    tl.store(summary_ptr + 2 * n_blocks + block, tl.sum(begins.to(tl.int32)))
+    if block == 0:
+        tl.store(summary_ptr + pitch, -1)
+    document, start, alone = _document_at(offsets_ptr, block * BLOCK, n_documents, BLOCK)
+    if alone:
+        _summarize(
+            source_ptr, offsets_ptr, summary_ptr, block, document, start, n_documents,
+            size, size_magic, size_shift, limit, limit_magic, limit_shift, pitch,
+            MODE, BLOCK, True,
+        )  # fmt: skip
+    else:
+        _summarize(
+            source_ptr, offsets_ptr, summary_ptr, block, document, start, n_documents,
+            size, size_magic, size_shift, limit, limit_magic, limit_shift, pitch,
+            MODE, BLOCK, False,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["limit", "n_blocks"])
 def stlm_find_patches_carry(
-    summary_ptr, carry_ptr, n_patches_ptr, limit, n_blocks,
+    summary_ptr, carry_ptr, n_patches_ptr, limit, n_blocks, pitch,
     BYTES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """carry[:, block]: the last natural begin and the number of begins before the block."""
+    """carry[:, block]: the last natural begin and the number of begins before the block; the first
+    patch of the last document that begins before its end."""
     latest = tl.full((), -1, tl.int32)
-    begun = tl.zeros((), tl.int32)
+    begun, of_document = tl.zeros((), tl.int32), tl.zeros((), tl.int32)
     for first in range(0, n_blocks, BLOCK):
         blocks = first + tl.arange(0, BLOCK)
         own = blocks < n_blocks
-        before = tl.load(summary_ptr + n_blocks + blocks - 1, mask=own & (blocks > 0), other=-1)
+        before = tl.load(summary_ptr + pitch + blocks, mask=own, other=-1)
         before = tl.maximum(tl.associative_scan(before, 0, _maximum), latest)
         latest = tl.max(before)
         leading = tl.load(summary_ptr + blocks, mask=own, other=0)
-        counted = tl.load(summary_ptr + 2 * n_blocks + blocks, mask=own, other=0)
+        counted = tl.load(summary_ptr + 2 * pitch + blocks, mask=own, other=0)
+        from_document = tl.load(summary_ptr + 3 * pitch + blocks, mask=own, other=-1)
         since = tl.where(own, blocks * BYTES - 1 - before, 0)
         counted += (since + leading) // limit - since // limit
+        ends = begun + tl.cumsum(counted)
+        documents = tl.where(from_document >= 0, ends - from_document, 0)
+        documents = tl.maximum(tl.associative_scan(documents, 0, _maximum), of_document)
+        of_document = tl.max(documents)
         tl.store(carry_ptr + blocks, before, mask=own)
-        tl.store(carry_ptr + n_blocks + blocks, begun + tl.cumsum(counted) - counted, mask=own)
+        tl.store(carry_ptr + pitch + blocks, ends - counted, mask=own)
+        tl.store(carry_ptr + 2 * pitch + blocks, documents, mask=own)
         begun += tl.sum(counted)
     tl.store(n_patches_ptr, begun)
 
 
-@triton.jit(do_not_specialize=["n_documents", "size", "limit", "n_blocks", "total", "slots"])
+@triton.jit
+def _put(x_ptr, x, first, total, BLOCK: tl.constexpr):
+    """Store a block; where it is whole without a mask, which would keep words apart."""
+    rows = first + tl.arange(0, BLOCK)
+    if first + BLOCK <= total:
+        tl.store(x_ptr + rows, x)
+    else:
+        tl.store(x_ptr + rows, x, mask=rows < total)
+
+
+@triton.jit
+def _write(
+    source_ptr, offsets_ptr, carry_ptr, cu_ptr, patch_ids_ptr, read_ids_ptr, block,
+    document, start, n_documents, size, size_magic, size_shift, limit, limit_magic, limit_shift,
+    pitch, total, slots,
+    MODE: tl.constexpr, BLOCK: tl.constexpr, ALONE: tl.constexpr,
+):  # fmt: skip
+    first = block * BLOCK
+    positions, inside, heads, natural, closes = _cut(
+        source_ptr, offsets_ptr, first, document, start, n_documents,
+        size, size_magic, size_shift, MODE, BLOCK, ALONE,
+    )  # fmt: skip
+    latest = tl.associative_scan(tl.where(natural, positions, -1), 0, _maximum)
+    latest = tl.maximum(latest, tl.load(carry_ptr + block))
+    since = _remainder(positions - latest, limit, limit_magic, limit_shift)
+    begins = inside & (since == 0)
+    patches = tl.load(carry_ptr + pitch + block) - 1 + tl.cumsum(begins.to(tl.int32))
+    tl.store(cu_ptr + patches, positions, mask=begins & (patches <= slots))
+    patch_ids = tl.where(inside & (patches < slots), patches, -1)
+    _put(patch_ids_ptr, patch_ids, first, total, BLOCK)
+
+    closes |= since == limit - 1
+    of_document = tl.load(carry_ptr + 2 * pitch + block - 1, mask=block > 0, other=0)
+    if not ALONE:
+        here = tl.associative_scan(tl.where(heads, patches, -1), 0, _maximum)
+        of_document = tl.where(here >= 0, here, of_document)
+    # Where documents begin behind the last slot, their bytes read nothing.
+    readable = inside & (closes | (patches > of_document)) & (of_document < slots)
+    complete = tl.minimum(patches - 1 + closes.to(tl.int32), slots - 1)
+    _put(read_ids_ptr, tl.where(readable, complete, -1), first, total, BLOCK)
+
+
+@triton.jit
+def _unused(offsets_ptr, cu_ptr, boundaries_ptr, block, blocks, n_patches, slots, n_documents,
+            BLOCK: tl.constexpr):  # fmt: skip
+    """A program's share of the slots that no patch took, and of the documents without bytes at the
+    end."""
+    end = tl.load(offsets_ptr + n_documents)
+    share = tl.cdiv(slots + 1, blocks)
+    limit = tl.minimum((block + 1) * share, slots + 1)
+    for slot in range(tl.maximum(block * share, n_patches), limit, BLOCK):
+        rows = slot + tl.arange(0, BLOCK)
+        tl.store(cu_ptr + rows, tl.zeros((BLOCK,), tl.int32) + end, mask=rows < limit)
+    share = tl.cdiv(n_documents + 1, blocks)
+    limit = tl.minimum((block + 1) * share, n_documents + 1)
+    for document in range(block * share, limit, DOCUMENTS):
+        rows = document + tl.arange(0, DOCUMENTS)
+        empty = (rows < limit) & (tl.load(offsets_ptr + rows, mask=rows < limit, other=0) >= end)
+        counts = tl.zeros((DOCUMENTS,), tl.int32) + tl.minimum(n_patches, slots)
+        tl.store(boundaries_ptr + rows, counts, mask=empty)
+
+
+@triton.jit
+def _boundaries(offsets_ptr, patch_ids_ptr, boundaries_ptr, document, first, limit, n_patches,
+                slots, n_documents):  # fmt: skip
+    """Boundaries of the documents from `document` on whose first byte this program has written."""
+    limit = tl.minimum(limit, tl.load(offsets_ptr + n_documents))
+    written = tl.full((), 1, tl.int32)
+    while written > 0:
+        rows = document + tl.arange(0, DOCUMENTS)
+        place = tl.load(offsets_ptr + rows, mask=rows <= n_documents, other=2**31 - 1)
+        owned = (place >= first) & (place < limit)
+        patches = tl.load(patch_ids_ptr + place, mask=owned, other=-1)
+        patches = tl.where(patches >= 0, patches, tl.minimum(n_patches, slots))
+        tl.store(boundaries_ptr + rows, patches, mask=owned)
+        written = tl.sum((place < limit).to(tl.int32))
+        document += DOCUMENTS
+
+
+@triton.jit(do_not_specialize=["n_documents", "size", "size_magic", "size_shift", "limit",
+                               "limit_magic", "limit_shift", "n_blocks", "total",
+                               "slots"])  # fmt: skip
 def stlm_find_patches_write(
-    source_ptr, offsets_ptr, carry_ptr, cu_ptr, patch_ids_ptr, read_ids_ptr,
-    n_documents, size, limit, n_blocks, total, slots,
+    source_ptr, offsets_ptr, carry_ptr, n_patches_ptr, cu_ptr, patch_ids_ptr, read_ids_ptr,
+    boundaries_ptr, n_documents,
+    size, size_magic, size_shift, limit, limit_magic, limit_shift, pitch, n_blocks, total, slots,
     MODE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0).to(tl.int64)
     first = block * BLOCK
-    rows = first + tl.arange(0, BLOCK)
-    positions = rows.to(tl.int32)
-    inside, starts = _documents_of(offsets_ptr, first, n_documents, BLOCK)
-    natural = _natural_begins(source_ptr, positions, inside, starts, size, MODE)
-    latest = tl.associative_scan(tl.where(natural, positions, -1), 0, _maximum)
-    latest = tl.maximum(latest, tl.load(carry_ptr + block))
-    begins = inside & ((positions - latest) % limit == 0)
-    begun = tl.load(carry_ptr + n_blocks + block) + tl.cumsum(begins.to(tl.int32))
-    patches = begun - 1
-    tl.store(cu_ptr + patches, positions, mask=begins & (patches <= slots))
-    patch_ids = tl.where(inside & (patches < slots), patches, -1)
-    tl.store(patch_ids_ptr + rows, patch_ids, mask=rows < total)
-
-    closes = _closes_by_rule(source_ptr, positions, starts, inside, size, MODE)
-    closes = closes | ((positions - latest + 1) % limit == 0)
-    # Any begin behind the document's first byte, natural or forced, completes a patch of its own.
-    readable = closes | (latest > starts) | (positions - latest >= limit)
-    complete = tl.minimum(tl.where(closes, patches, patches - 1), slots - 1)
-    read_ids = tl.where(inside & readable, complete, -1)
-    tl.store(read_ids_ptr + rows, read_ids, mask=rows < total)
-
-
-@triton.jit(do_not_specialize=["n_documents", "slots"])
-def stlm_find_patches_finish(
-    offsets_ptr, n_patches_ptr, cu_ptr, patch_ids_ptr, read_ids_ptr, boundaries_ptr,
-    n_documents, slots,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """A program owns BLOCK slots, documents and, if patches overflow, bytes."""
-    first = tl.program_id(0).to(tl.int64) * BLOCK
-    rows = first + tl.arange(0, BLOCK)
+    document, start, alone = _document_at(offsets_ptr, first, n_documents, BLOCK)
+    if alone:
+        _write(
+            source_ptr, offsets_ptr, carry_ptr, cu_ptr, patch_ids_ptr, read_ids_ptr, block,
+            document, start, n_documents, size, size_magic, size_shift,
+            limit, limit_magic, limit_shift, pitch, total, slots, MODE, BLOCK, True,
+        )  # fmt: skip
+    else:
+        _write(
+            source_ptr, offsets_ptr, carry_ptr, cu_ptr, patch_ids_ptr, read_ids_ptr, block,
+            document, start, n_documents, size, size_magic, size_shift,
+            limit, limit_magic, limit_shift, pitch, total, slots, MODE, BLOCK, False,
+        )  # fmt: skip
     n_patches = tl.load(n_patches_ptr)
-    end = tl.load(offsets_ptr + n_documents)
-    unused = (rows >= n_patches) & (rows <= slots)
-    tl.store(cu_ptr + rows, tl.zeros((BLOCK,), tl.int32) + end, mask=unused)
-
-    own = rows <= n_documents
-    first_bytes = tl.load(offsets_ptr + rows, mask=own, other=0)
-    first_patches = tl.load(patch_ids_ptr + first_bytes, mask=own & (first_bytes < end), other=-1)
-    boundaries = tl.where(first_patches >= 0, first_patches, tl.minimum(n_patches, slots))
-    tl.store(boundaries_ptr + rows, boundaries, mask=own)
-
-    if n_patches > slots:
-        overflow = tl.load(cu_ptr + slots)
-        inside, starts = _documents_of(offsets_ptr, first, n_documents, BLOCK)
-        taken_away = inside & (starts >= overflow)
-        tl.store(read_ids_ptr + rows, tl.full((BLOCK,), -1, tl.int32), mask=taken_away)
+    _unused(
+        offsets_ptr, cu_ptr, boundaries_ptr, block.to(tl.int32), n_blocks, n_patches, slots,
+        n_documents, BLOCK,
+    )  # fmt: skip
+    if not alone:
+        tl.debug_barrier()  # other threads of the program wrote the patch_ids
+        _boundaries(
+            offsets_ptr, patch_ids_ptr, boundaries_ptr, document + 1, first, first + BLOCK,
+            n_patches, slots, n_documents,
+        )  # fmt: skip
 
 
 def launch_fwd(
@@ -205,51 +356,43 @@ def launch_fwd(
         cu_seqlens = torch.arange(2, dtype=torch.int32, device=device) * total
     offsets = segments.clamped_bounds(cu_seqlens, total).contiguous()
     documents = offsets.shape[0] - 1
-    limit = min(max_patch_len or NO_LIMIT, NO_LIMIT)
     config = configs.write_config(how, total, device)
-    blocks = _launch.ceil_div(total, config["BLOCK"])
+    blocks = max(1, _launch.ceil_div(total, config["BLOCK"]))
+    pitch = configs.pitch_of(blocks)
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=device)
 
     cu_patchlens, patch_ids, read_ids = empty(max_patches + 1), empty(total), empty(total)
-    n_patches, boundaries, carry = empty(), empty(documents + 1), empty(2, blocks)
+    n_patches, boundaries = empty(), empty(documents + 1)
+    summary, carry = empty(4, pitch), empty(3, pitch)
     bytes_of = ((byte_ids if mask is None else mask).contiguous(), offsets)
-    sizes = (documents, min(patch_size or 1, NO_LIMIT), limit, blocks)
-    _count(bytes_of, sizes, MODE_CODES[how], config, carry, n_patches)
+    limit = min(max_patch_len or NO_LIMIT, NO_LIMIT)
+    lengths = (*_reciprocal(min(patch_size or 1, NO_LIMIT)), *_reciprocal(limit), pitch)
     _launch.launch(
-        stlm_find_patches_write, blocks,
-        *bytes_of, carry, cu_patchlens, patch_ids, read_ids, *sizes, total, max_patches,
+        stlm_find_patches_blocks, blocks,
+        *bytes_of, summary, documents, *lengths,
         MODE=MODE_CODES[how], device=device, **config,
     )  # fmt: skip
     _launch.launch(
-        stlm_find_patches_finish,
-        _launch.ceil_div(max(total, documents + 1, max_patches + 1), FINISH_BLOCK),
-        offsets, n_patches, cu_patchlens, patch_ids, read_ids, boundaries,
-        documents, max_patches,
-        BLOCK=FINISH_BLOCK, num_warps=4, device=device,
+        stlm_find_patches_carry, 1,
+        summary, carry, n_patches, limit, blocks, pitch,
+        BYTES=config["BLOCK"], device=device, **configs.carry_config(blocks, device),
+    )  # fmt: skip
+    _launch.launch(
+        stlm_find_patches_write, blocks,
+        *bytes_of, carry, n_patches, cu_patchlens, patch_ids, read_ids, boundaries,
+        documents, *lengths, blocks, total, max_patches,
+        MODE=MODE_CODES[how], device=device, **config,
     )  # fmt: skip
     return cu_patchlens, patch_ids, read_ids, n_patches, boundaries
 
 
-def _count(
-    bytes_of: tuple[Tensor, Tensor],
-    sizes: tuple[int, int, int, int],
-    mode: int,
-    config: _launch.Config,
-    carry: Tensor,  # (2, blocks), written
-    n_patches: Tensor,  # (), written
-) -> None:
-    """The begins before each block, and of all."""
-    *_, limit, blocks = sizes
-    summary = torch.empty((3, blocks), dtype=torch.int32, device=carry.device)
-    _launch.launch(
-        stlm_find_patches_blocks, blocks,
-        *bytes_of, summary, *sizes,
-        MODE=mode, device=carry.device, **config,
-    )  # fmt: skip
-    _launch.launch(
-        stlm_find_patches_carry, 1,
-        summary, carry, n_patches, limit, blocks,
-        BYTES=config["BLOCK"], device=carry.device, **configs.carry_config(blocks, carry.device),
-    )  # fmt: skip
+def _reciprocal(divisor: int) -> tuple[int, int, int]:
+    """A divisor in [1, 2^31), and what divides x in [0, 2^31) by it: the upper 32 bits of x times
+    the magic number, shifted. 1 has none: `_remainder` is 0 without."""
+    if divisor == 1:
+        return 1, 0, 0
+    bits = (divisor - 1).bit_length()
+    magic = (1 << (31 + bits)) // divisor + 1
+    return divisor, magic - (magic >> 31 << 32), bits - 1
