@@ -29,7 +29,7 @@ BYTES_PER_WORD = 4.5
 NGRAMS = (2, 3, 4)
 """N-grams of pooled presets: bytes then know what ends at them, without a layer that finds out."""
 
-MATCHES = (3, 6)
+MATCHES = (2, 4, 7)
 """Repeats that the demo looks for; without them bytes copy only what attention finds."""
 
 _CORE = ("core_layers", "core_dim", "core_heads", "core_kv_heads", "core_ff")
@@ -122,11 +122,11 @@ close them, and no byte is cut off.
 PRESETS: dict[str, ModelConfig] = {
     **_POOLED,
     "paper-byte": _PAPER_BYTE,
-    "demo-flat": _flat("demo", 192, 4, 3, 3, 624),
+    "demo-flat": _flat("demo", 192, 4, 3, 3, 576),
     "10m-flat": _flat("10m", 384, 6, 6, 2, 1088),
     "50m-flat": _flat("50m", 512, 18, 8, 2, 1376),
     "100m-flat": _flat("100m", 768, 16, 12, 4, 2048),
-    "demo-word": _words("demo", 8192, 128, 4, 2, 2, 1040),
+    "demo-word": _words("demo", 8192, 128, 4, 2, 2, 1216),
     "10m-word": _words("10m", 50257, 128, 20, 2, 2, 320),
     "50m-word": _words("50m", 50257, 512, 8, 8, 2, 1536),
     "100m-word": _words("100m", 50257, 768, 10, 12, 4, 2016),
