@@ -211,7 +211,7 @@ def _extremum(
 ) -> Callable[[list[str]], Function | None]:
     def make(modifiers: list[str]) -> Function | None:
         relu = "relu" in modifiers
-        floating = keeping_nan if "NaN" in modifiers else ignoring_nan
+        floating = _of_two_or_three(keeping_nan if "NaN" in modifiers else ignoring_nan)
         if "xorsign" in modifiers or "abs" in modifiers:
             known = "xorsign" in modifiers and "abs" in modifiers and not relu
             return _floats(modifiers, _with_product_sign(floating)) if known else None
@@ -222,6 +222,15 @@ def _extremum(
         return _either(modifiers, clamped(integer), clamped(floating))
 
     return make
+
+
+def _of_two_or_three(function: Function) -> Function:
+    """A function of two operands, which sm_100 has for three; a ufunc would write to the third."""
+
+    def apply(a: Array, b: Array, c: Array | None = None) -> Array:
+        return function(a, b) if c is None else function(function(a, b), c)
+
+    return apply
 
 
 def _with_product_sign(function: Function) -> Function:

@@ -293,6 +293,17 @@ def test_sums_in_fp32_of_16_bit_floats(kind: str) -> None:
     np.testing.assert_array_equal(got.view(np.float32), want.view(np.float32))
 
 
+@pytest.mark.parametrize("name", ["max.f32", "min.f32", "max.NaN.f32", "min.ftz.NaN.f32"])
+def test_extrema_of_three(name: str) -> None:
+    a, b, c = (random_singles(3000, seed) for seed in range(3))
+    before = c.copy()
+    want = apply(name, apply(name, a, b), c).view(np.float32)
+    np.testing.assert_array_equal(apply(name, a, b, c).view(np.float32), want)
+    np.testing.assert_array_equal(c, before)
+    want = apply(name, apply(name, a, b), c[:1]).view(np.float32)
+    np.testing.assert_array_equal(apply(name, a, b, c[:1]).view(np.float32), want)
+
+
 def test_sums_of_products_rounded_down() -> None:
     a, b, c = (random_singles(3000, seed).view(np.float32) for seed in range(3))
     b[::7], c[::3] = np.float32(1), -a[::3]
