@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import resource
 import tracemalloc
+from pathlib import Path
 
 import pytest
+import torch
 
 from stlm_kernels import ptx
-from stlm_kernels.ptx import launch
+from stlm_kernels.ptx import launch, reports
 from stlm_kernels.ptx.decode import decode
 from stlm_kernels.ptx.parse import parse
 from stlm_kernels.ptx.state import state_bytes
@@ -55,3 +58,19 @@ def test_a_block_larger_than_the_limit_runs_alone(monkeypatch: pytest.MonkeyPatc
     code = decode(parse(BYTES_IN_SHARED_MEMORY))
     assert launch.blocks_at_once(code, SHARED) == 1
     ptx.execute(BYTES_IN_SHARED_MEMORY, (3,), (), shared_bytes=SHARED)
+
+
+def resident() -> int:
+    """Bytes of memory that this process has."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def test_large_gradients_of_sampled_blocks_take_no_memory() -> None:
+    x = torch.empty(1 << 19, 512, dtype=torch.bfloat16)
+    before = resident()
+    upstream = reports.upstream_of(x, 12)
+    assert upstream.shape == x.shape
+    assert upstream.dtype == x.dtype
+    assert resident() - before < x.nbytes // 8
+    assert not torch.count_nonzero(upstream[::4096])
+    assert torch.equal(reports.upstream_of(x[:2], 12), torch.ones_like(x[:2]))
