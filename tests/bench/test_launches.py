@@ -104,7 +104,7 @@ def test_everything_is_as_before_afterwards() -> None:
 
 def test_the_command_and_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "launches.json"
-    assert launches.main(["demo-flat", "--json", str(path), "--commit", "abc"]) == 0
+    assert launches.main(["10m-flat", "--json", str(path), "--commit", "abc"]) == 0
     step, byte = Result.read(path).rows
     assert (step["what"], byte["what"]) == ("step", "byte")
     assert step["launches"] == sum(step["kinds"].values()) > byte["launches"]

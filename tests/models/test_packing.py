@@ -14,12 +14,12 @@ from torch import Tensor
 
 from stlm_kernels import _checks
 from stlm_kernels.runtime import check_ids, checked_ids
-from stlm_models import PRESETS, STLM, Attention
+from stlm_models import PRESETS, STLM, Attention, ModelConfig
 from stlm_models.generation.engine import CachedRun
 from stlm_models.layers import packing as packing_module
 from stlm_models.layers import rotary
 from stlm_models.layers.packing import Packing
-from stlm_models.layers.transformer import TransformerBlock
+from stlm_models.layers.transformer import PatchCore, TransformerBlock
 
 SHAPE_50M = dataclasses.replace(
     PRESETS["50m"],
@@ -212,3 +212,21 @@ class TestCheckedIds:
             thread.start()
             thread.join()
         assert counts.total() == 2
+
+
+def test_blocks_clear_unused_rows_once_and_their_gradient() -> None:
+    """A NaN there reaches neither the result nor the gradient of a weight."""
+    core = PatchCore(ModelConfig(core_dim=64, core_heads=4, core_kv_heads=4, core_layers=2))
+    for parameter in core.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    x = torch.randn(6, 64)
+    x[4:] = torch.nan
+    out = core(x.requires_grad_(), torch.tensor([0, 2, 4], dtype=torch.int32))
+    assert out[:4].isfinite().all()
+    assert not out[4:].any()
+    upstream = torch.ones_like(out)
+    upstream[4:] = torch.nan
+    out.backward(upstream)
+    assert all(parameter.grad.isfinite().all() for parameter in core.parameters())
+    assert x.grad is not None
+    assert not x.grad[4:].any()
