@@ -125,6 +125,7 @@ def differentiable(
     keep: Callable[..., Kept] | Sequence[str],
     gradients: Callable[..., Tensor | Sequence[Tensor | None]],
     derived: int = 1,
+    fills: bool = True,
     public: str | None = None,
 ) -> type[Function]:
     """Make the Function of a registered op; differentiating its gradients raises.
@@ -133,7 +134,7 @@ def differentiable(
         op: what `register` returned; its schema gives the names.
         public: the public op that errors name, where the schema names another one.
         keep: as in `function.differentiable`, or only names, those of tensors first.
-        of, gradients, derived: as there.
+        of, gradients, derived, fills: as there.
     """
     schema = op._schema
     name = schema.name.removeprefix(f"{NAMESPACE}::").removesuffix("_fwd").removesuffix("_chunked")
@@ -152,6 +153,7 @@ def differentiable(
         arguments=names_of(op),
         results=results,
         derived=derived,
+        fills=fills,
     )
 
 

@@ -48,6 +48,7 @@ def differentiable(
     arguments: Sequence[str] = (),
     results: Sequence[str] = ("result",),
     derived: int = 1,
+    fills: bool = True,
 ) -> type[Function]:
     """Make the Function of a forward and its gradients, to be called by `apply`.
 
@@ -60,6 +61,7 @@ def differentiable(
             gradient of each of `of`; of what needs none it may be anything.
         arguments, results: their names; those of the forward's parameters if none are given.
         derived: how many of the results have gradients, the first ones.
+        fills: whether `gradients` gets zeros for a gradient that never came beside others, or None.
     """
     arguments = arguments or tuple(inspect.signature(forward).parameters)
     names = [*arguments, *results]
@@ -83,7 +85,7 @@ def differentiable(
             ctx.mark_non_differentiable(*outputs[derived:])
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        given = _with_zeros(grads[:derived], ctx.shapes)
+        given = _with_zeros(grads[:derived], ctx.shapes, fills)
         if given is None:
             return (None,) * len(arguments)
         needs = [ctx.needs_input_grad[place] for place in places]
@@ -101,12 +103,12 @@ def differentiable(
 
 
 def _with_zeros(
-    grads: Sequence[Tensor | None], shapes: Sequence[tuple[torch.Size, torch.dtype]]
-) -> Sequence[Tensor] | None:
+    grads: Sequence[Tensor | None], shapes: Sequence[tuple[torch.Size, torch.dtype]], fills: bool
+) -> Sequence[Tensor | None] | None:
     """Gradients with zeros where autograd has none: one number, expanded. None: there are none."""
     some = [x for x in grads if x is not None]
-    if not some or len(some) == len(grads):
-        return some or None
+    if not some or len(some) == len(grads) or not fills:
+        return grads if some else None
     return [
         some[0].new_zeros((), dtype=dtype).expand(shape) if x is None else x
         for x, (shape, dtype) in zip(grads, shapes, strict=True)

@@ -188,6 +188,16 @@ def logits_tile(
 
 
 @triton.jit
+def capped(z, cap):
+    """cap * tanh(z / cap), by what the interpreter knows as well."""
+    t = z / cap
+    square = t * t
+    # tanh's series where a difference has few digits
+    series = t * (1.0 - square * (0.33333334 - square * (0.13333334 - square * 0.053968254)))
+    return cap * tl.where(square < 0.015625, series, 2.0 * tl.sigmoid(2.0 * t) - 1.0)
+
+
+@triton.jit
 def finished_logits(acc, bias_ptr, columns, valid, scale, cap, HAS_BIAS: tl.constexpr):
     """(columns, rows) products with bias, scale and cap; columns that do not exist are -inf."""
     in_vocab = columns < valid
@@ -195,11 +205,7 @@ def finished_logits(acc, bias_ptr, columns, valid, scale, cap, HAS_BIAS: tl.cons
         acc += tl.load(bias_ptr + columns, mask=in_vocab, other=0.0).to(tl.float32)[:, None]
     z = acc * scale
     if cap > 0:
-        # tanh, by what the interpreter knows as well; its series where a difference has few digits
-        t = z / cap
-        square = t * t
-        series = t * (1.0 - square * (0.33333334 - square * (0.13333334 - square * 0.053968254)))
-        z = cap * tl.where(square < 0.015625, series, 2.0 * tl.sigmoid(2.0 * t) - 1.0)
+        z = capped(z, cap)
     return tl.where(in_vocab[:, None], z, float("-inf"))
 
 

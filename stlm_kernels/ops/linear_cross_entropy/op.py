@@ -10,7 +10,7 @@ from torch import Tensor
 from ... import _checks, runtime
 from ..._dispatch import Impl
 from ..._errors import named_errors
-from ..._linear.options import RowOptions, row_options
+from ..._linear.options import row_options
 from ..._sharding import require_rows
 from ..linear_logprobs.op import losses
 
@@ -117,10 +117,8 @@ def linear_cross_entropy(
 
     loss, lse = losses(
         "linear_cross_entropy", input, linear_weight, target, linear_bias, weight, options, impl,
-        summed=reduction != "none", with_lse=return_lse,
+        reduction=reduction, with_lse=return_lse,
     )  # fmt: skip
-    if reduction == "mean":
-        loss = mean_of_counted(loss, _counted(target, weight, options))
     return loss if lse is None else (loss, lse)
 
 
@@ -135,22 +133,3 @@ def _check_class_weight(weight: Tensor | None, input: Tensor, linear_weight: Ten
         differentiated = differentiated or runtime.has_tangent(weight)
     got = "one that is differentiated (use weight.detach())"
     _checks.require(not differentiated, "weight", "class weights that are constants", got)
-
-
-def _counted(target: Tensor, class_weight: Tensor | None, options: RowOptions) -> Tensor:
-    """Divisor of a mean: the rows that count, or the sum of their targets' weights."""
-    wide = target.long().flatten()
-    counted = wide != options.ignore_index
-    if class_weight is None:
-        return counted.sum()
-    index = torch.where(counted, wide, 0).clamp(0, options.valid_vocab - 1)
-    dtype = torch.promote_types(class_weight.dtype, torch.float32)
-    return torch.where(counted, class_weight.to(dtype)[index], 0).sum()
-
-
-def mean_of_counted(total: Tensor, count: Tensor) -> Tensor:
-    """The mean of a sum of row losses; over no row NaN, with gradients of exactly 0."""
-    if runtime.values_visible(total, count) and count != 0:
-        return total / count
-    some = count != 0
-    return torch.where(some, total / torch.where(some, count, 1), float("nan"))

@@ -9,9 +9,10 @@ from ... import _checks
 from ..._dispatch import Impl, without_kernel
 from ..._errors import named_errors
 from ..._linear.chunked import row_losses, summed_loss
+from ..._linear.mean import mean_of_counted
 from ..._linear.options import DistillOptions, check_projection
 from ..._sharding import require_plain
-from ..linear_cross_entropy.op import REDUCTIONS, mean_of_counted
+from ..linear_cross_entropy.op import REDUCTIONS
 from .torch_impl import DIVERGENCE
 
 

@@ -114,7 +114,7 @@ def _like(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(x, dtype=dtype)
 
 
-def _rows_bwd_meta(
+def gradients_meta(
     rows: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -145,7 +145,7 @@ def _sum_meta(
     )
 
 
-def _flops(rows: Any, weight: Any, want_rows: bool, want_weight: bool) -> int:
+def product_flops(rows: Any, weight: Any, want_rows: bool, want_weight: bool) -> int:
     return 2 * rows[0] * rows[1] * weight[0] * (1 + want_rows + want_weight)
 
 
@@ -153,33 +153,33 @@ _OPTIONS = (
     "ScalarType dot_dtype, int ignore_index, float softcap, float logit_scale, SymInt valid_vocab, "
     "float label_smoothing, float z_loss"
 )
-_WANTS = "bool want_rows, bool want_weight, bool want_bias"
+WANTS = "bool want_rows, bool want_weight, bool want_bias"
 _HEAD = "Tensor rows, Tensor weight, Tensor targets, Tensor? bias, Tensor? class_weight"
-_ARGUMENTS = f"{_HEAD}, {_OPTIONS}"
+ARGUMENTS = f"{_HEAD}, {_OPTIONS}"
 
 _ROWS = _library.register(
-    f"linear_logprobs_chunked_fwd({_ARGUMENTS}) -> (Tensor, Tensor)",
+    f"linear_logprobs_chunked_fwd({ARGUMENTS}) -> (Tensor, Tensor)",
     launcher="linear_logprobs.chunked_impl:launch_rows",
     meta=lambda rows: [rows.new_empty(rows.shape[0], dtype=torch.float32) for _ in range(2)],
-    flops=lambda rows, weight: _flops(rows, weight, False, False),
+    flops=lambda rows, weight: product_flops(rows, weight, False, False),
     per_row=("rows", "targets"),
     results=(ROW, ROW),
 )
 _ROWS_BWD = _library.register(
-    f"linear_logprobs_chunked_bwd(Tensor dloss, Tensor dlse, {_ARGUMENTS}, {_WANTS}) "
+    f"linear_logprobs_chunked_bwd(Tensor dloss, Tensor dlse, {ARGUMENTS}, {WANTS}) "
     "-> (Tensor, Tensor, Tensor)",
     launcher="linear_logprobs.chunked_impl:launch_rows_bwd",
-    meta=_rows_bwd_meta,
-    flops=_flops,
+    meta=gradients_meta,
+    flops=product_flops,
     per_row=("dloss", "dlse", "rows", "targets"),
     results=(ROW, SUM, SUM),
 )
 _SUM = _library.register(
-    f"linear_cross_entropy_chunked_fwd({_ARGUMENTS}, {_WANTS}) "
+    f"linear_cross_entropy_chunked_fwd({ARGUMENTS}, {WANTS}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     launcher="linear_logprobs.chunked_impl:launch_sum",
     meta=_sum_meta,
-    flops=_flops,
+    flops=product_flops,
     per_row=("rows", "targets"),
     results=(SUM, ROW, ROW, SUM, SUM),
 )

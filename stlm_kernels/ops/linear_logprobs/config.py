@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from ... import _checks
-from ..._launch import Config, block_of, bucket, ceil_div, config_for, remembered, width_bucket
+from ..._launch import (
+    Config,
+    block_of,
+    bucket,
+    ceil_div,
+    config_for,
+    gpu_of,
+    remembered,
+    width_bucket,
+)
 
 MAX_VOCAB = 512
 """Up to here a row of logits fits on the chip."""
@@ -16,8 +25,11 @@ MAX_VOCAB = 512
 SCRATCH_BYTES = 256 << 20
 """Bytes of fp32 logits at a time above MAX_VOCAB; the gradient's fp32 table comes on top."""
 
+SPARE_BYTES = 2048
+"""Shared memory beside the tiles: sums across warps, and what copies of row data take."""
+
 PROGRAMS = 132
-"""Runs of rows that the weight gradient is summed in: one for each SM of an H100."""
+"""Runs of rows that sums are made in: one for each SM of an H100."""
 
 
 def unsupported_reasons(
@@ -64,52 +76,86 @@ def vocab_blocks(valid: int) -> tuple[int, int]:
     return main, block_of(valid - main, whole)
 
 
+def fits_one_kernel(width: int, valid: int, dtype: torch.dtype) -> bool:
+    """Return whether one kernel makes both gradients of a plain sum: its table and that of the
+    gradient fill shared memory and registers."""
+    main, tail = vocab_blocks(valid)
+    return width <= 128 and main == 256 and tail <= 16 and dtype != torch.float32
+
+
+def parts(count: int, valid: int, dtype: torch.dtype) -> list[slice]:
+    """Runs of rows whose logits' gradient fits the scratch; whole tiles of the products."""
+    step = max(128, SCRATCH_BYTES // (dtype.itemsize * dlogits_pitch(valid)) // 128 * 128)
+    return [slice(first, min(first + step, count)) for first in range(0, max(count, 1), step)]
+
+
+def dlogits_pitch(valid: int) -> int:
+    """Columns from one row of the logits' gradient to the next: whole vectors of 16 bytes."""
+    return ceil_div(valid, 8) * 8
+
+
 @remembered
 def fwd_config(width: int, valid: int, dtype: torch.dtype, device: torch.device) -> Config:
-    """16 K fp32 accumulators over 8 warps; twice as many spill (ahead-of-time lane, sm_90)."""
-    main, _ = vocab_blocks(valid)
-    default = {
-        "BLOCK_N": max(16, min(128, 16_384 // main)),
-        "BLOCK_D": block_of(width, 64),
-        "num_warps": 8,
-    }
-    if dtype == torch.float32:
-        default |= {"BLOCK_N": max(16, min(64, 8192 // main)), "BLOCK_D": block_of(width, 32)}
+    """16 K fp32 logits over 4 warps."""
+    default = _rows_default(width, valid, dtype, device, 0)
     return config_for("linear_logprobs_fwd", _bucket(width, valid, dtype), default, device)
 
 
 @remembered
-def bwd_rows_config(width: int, valid: int, dtype: torch.dtype, device: torch.device) -> Config:
-    """Half the forward's rows: the gradient tile lives beside the logits."""
-    main, _ = vocab_blocks(valid)
-    default = {
-        "BLOCK_N": max(16, min(64, 8192 // main)),
-        "BLOCK_D": block_of(width, 64),
-        "num_warps": 8,
-    }
+def dlogits_config(width: int, valid: int, dtype: torch.dtype, device: torch.device) -> Config:
+    """The forward's block of rows over twice the warps: the gradient needs registers as well."""
+    default = _rows_default(width, valid, dtype, device, valid * dtype.itemsize)
+    if default["num_warps"] == 4:
+        default["num_warps"] = 8
+    return config_for("linear_logprobs_dlogits", _bucket(width, valid, dtype), default, device)
+
+
+def _rows_default(
+    width: int, valid: int, dtype: torch.dtype, device: torch.device, result_bytes: int
+) -> Config:
+    """Blocks of rows with the table in shared memory where it fits beside them and their results;
+    elsewhere the table streams past as many rows as the registers hold."""
+    main, tail = vocab_blocks(valid)
     if dtype == torch.float32:
-        # The forward's steps: then its logits are formed again to the bit, and one column has a
-        # gradient of exactly 0.
-        default |= {"BLOCK_N": 16, "BLOCK_D": block_of(width, 32), "num_stages": 1}
-    return config_for("linear_logprobs_bwd_rows", _bucket(width, valid, dtype), default, device)
+        rows = max(16, min(64, 8192 // main))
+        return {"BLOCK_N": rows, "BLOCK_D": block_of(width, 32), "PROGRAMS": 2 * PROGRAMS,
+                "num_warps": 8}  # fmt: skip
+    shared, whole = gpu_of(device).shared_bytes, block_of(width, 256)
+    rows = 64 if main <= 256 else 32
+    table, block = 2 * whole * (main + tail), 2 * whole * rows
+    stages = (shared - SPARE_BYTES - table - result_bytes * rows) // block
+    if width <= 256 and main <= 256 and stages >= 1:
+        small = 2 * (table + block * min(stages, 2)) <= shared
+        return {"BLOCK_N": rows, "BLOCK_D": whole, "PROGRAMS": (1 + small) * PROGRAMS,
+                "num_warps": 4, "num_stages": min(stages, 2)}  # fmt: skip
+    wide = 2 * (2 * 64 * (main + tail + 2 * rows)) <= shared - SPARE_BYTES
+    return {"BLOCK_N": (1 + wide) * rows, "BLOCK_D": block_of(width, 64), "PROGRAMS": 2 * PROGRAMS,
+            "num_warps": 8, "num_stages": 2}  # fmt: skip
+
+
+@remembered
+def bwd_config(width: int, valid: int, dtype: torch.dtype, device: torch.device) -> Config:
+    """The table's gradient takes half the registers of 8 warps; 32 rows leave room for the rest."""
+    default = {
+        "BLOCK_N": 32, "BLOCK_D": block_of(width, 128), "PROGRAMS": PROGRAMS, "num_warps": 8,
+        "num_stages": 2,
+    }  # fmt: skip
+    return config_for("linear_logprobs_bwd", _bucket(width, valid, dtype), default, device)
 
 
 @remembered
 def bwd_weight_config(width: int, valid: int, dtype: torch.dtype, device: torch.device) -> Config:
-    """The weight gradient's tile, 128 x 128 or as large, stays in registers while a program walks
-    its rows. Each column block of D forms the logits of its rows again, so wide tables take few:
-    64 table rows are the least a Hopper product takes; 512 columns spill where there is a bias.
-    """
+    """All columns by BLOCK_W of D stay in registers while a program walks its rows."""
+    main, _ = vocab_blocks(valid)
     default = {
         "BLOCK_N": 32,
-        "BLOCK_D": block_of(width, 64),
-        "BLOCK_W": block_of(width, 256),
-        "BLOCK_V": 128 if width <= 128 else 64,
+        "BLOCK_W": block_of(width, max(16, min(128, 32_768 // main))),
         "PROGRAMS": PROGRAMS,
         "num_warps": 8,
+        "num_stages": 3 if main <= 256 else 2,
     }
     if dtype == torch.float32:
-        default |= {"BLOCK_N": 32, "BLOCK_D": 32, "BLOCK_W": block_of(width, 32), "BLOCK_V": 64}
+        default |= {"BLOCK_N": 32, "BLOCK_W": block_of(width, max(16, min(64, 8192 // main)))}
     return config_for("linear_logprobs_bwd_weight", _bucket(width, valid, dtype), default, device)
 
 

@@ -12,10 +12,12 @@ from ... import _library, runtime
 from ..._dispatch import Impl, use_triton
 from ..._errors import named_errors
 from ..._linear import chunked
+from ..._linear.mean import counted, mean_of_counted
 from ..._linear.options import RowOptions, row_options
-from ..._sharding import ROW, SUM, alike
+from ..._sharding import ROW, SUM, is_dtensor
 from . import chunked_op, torch_impl
-from .config import fits_on_chip, unsupported_reasons
+from .chunked_op import ARGUMENTS, WANTS
+from .config import fits_on_chip, fits_one_kernel, unsupported_reasons
 
 
 @named_errors
@@ -79,10 +81,10 @@ def losses(
     options: RowOptions,
     impl: Impl,
     *,
-    summed: bool = False,
+    reduction: str = "none",
     with_lse: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """The losses of all rows or their sum, and the lse of each row unless that is not wanted.
+    """The losses of all rows, their sum or mean, and the lse of each row unless it is not wanted.
 
     Here alone is decided on which path, for arguments that `row_options` has seen.
     """
@@ -90,7 +92,8 @@ def losses(
     if input.dim() != 2:  # else a view would be one more node of autograd
         rows, targets = input.reshape(-1, input.shape[-1]), target.reshape(-1)
     head = (rows, linear_weight, targets, linear_bias, class_weight)
-    on_chip = fits_on_chip(options.valid_vocab)
+    on_chip, summed = fits_on_chip(options.valid_vocab), reduction != "none"
+    mean = reduction == "mean"
     loss: Tensor
     lse: Tensor | None
     if not use_triton(
@@ -104,12 +107,19 @@ def losses(
             loss, lse = chunked.summed_loss(*operands, with_lse=with_lse)
         else:
             loss, lse = chunked.row_losses(*operands)
-    elif summed and not on_chip and not runtime.inside_torch_func():
-        loss, lse = chunked_op.summed_loss(*head, options, with_lse=with_lse)
+    elif summed and not runtime.inside_torch_func():
+        if on_chip:
+            in_kernel = mean and not is_dtensor(rows)
+            loss, lse = _single_tile_sum(*head, options, mean=in_kernel, with_lse=with_lse)
+            mean = mean and not in_kernel
+        else:
+            loss, lse = chunked_op.summed_loss(*head, options, with_lse=with_lse)
     else:
         row_losses = _single_tile_losses if on_chip else chunked_op.row_losses
         loss, lse = row_losses(op, *head, options)
         loss = loss.sum() if summed else loss
+    if mean:
+        loss = mean_of_counted(loss, counted(target, class_weight, options))
     if input.dim() != 2:
         loss = loss if summed else loss.view(target.shape)
         lse = None if lse is None else lse.view(target.shape)
@@ -127,65 +137,116 @@ def _single_tile_losses(
 ) -> tuple[Tensor, Tensor]:
     dot_dtype = runtime.compute_dtype(rows)
     head = (rows, weight, targets, bias, class_weight)
-    loss, lse, *_ = _RowLosses[op].apply(*head, dot_dtype, *options)
+    loss, lse = _RowLosses[op].apply(*head, dot_dtype, *options)
     return loss, lse
 
 
-_OPTIONS = (
-    "ScalarType dot_dtype, int ignore_index, float softcap, float logit_scale, SymInt valid_vocab, "
-    "float label_smoothing, float z_loss"
-)
+def _single_tile_sum(
+    rows: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+    options: RowOptions,
+    *,
+    mean: bool,
+    with_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    dot_dtype = runtime.compute_dtype(rows)
+    differentiated = torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad)
+    plain = bias is class_weight is None and not options.softcap and not options.z_loss
+    kept = (
+        differentiated and plain
+        and fits_one_kernel(rows.shape[1], options.valid_vocab, dot_dtype)
+    )  # fmt: skip
+    head = (rows, weight, targets, bias, class_weight)
+    loss, lse, *_ = _SummedLoss.apply(*head, dot_dtype, *options, mean, with_lse, kept)
+    return loss, lse if with_lse else None
+
+
 _FWD = _library.register(
-    "linear_logprobs_fwd(Tensor rows, Tensor weight, Tensor targets, Tensor? bias, "
-    f"Tensor? class_weight, {_OPTIONS}) "
-    "-> (Tensor loss, Tensor lse, Tensor top, Tensor log_total)",
+    f"linear_logprobs_fwd({ARGUMENTS}) -> (Tensor loss, Tensor lse)",
     launcher="linear_logprobs:launch_fwd",
-    meta=lambda rows: [rows.new_empty(rows.shape[0], dtype=torch.float32) for _ in range(4)],
+    meta=lambda rows: [rows.new_empty(rows.shape[0], dtype=torch.float32) for _ in range(2)],
     flops=lambda rows, weight: 2 * rows[0] * rows[1] * weight[0],
     per_row=("rows", "targets"),
-    results=(ROW, ROW, ROW, ROW),
+    results=(ROW, ROW),
 )
-_BWD_ARGUMENTS = (
-    "Tensor dloss, Tensor dlse, Tensor rows, Tensor weight, Tensor targets, Tensor? bias, "
-    f"Tensor? class_weight, Tensor top, Tensor log_total, {_OPTIONS}"
-)
-_BWD_PER_ROW = ("dloss", "dlse", "rows", "targets", "top", "log_total")
-_BWD_ROWS = _library.register(
-    f"linear_logprobs_bwd_rows({_BWD_ARGUMENTS}) -> Tensor",
-    launcher="linear_logprobs:launch_bwd_rows",
-    meta=lambda rows: rows.new_empty(rows.shape),
-    flops=lambda rows, weight: 2 * rows[0] * rows[1] * weight[0],
-    per_row=_BWD_PER_ROW,
-    results=(ROW,),
-)
-_BWD_WEIGHT = _library.register(
-    f"linear_logprobs_bwd_weight({_BWD_ARGUMENTS}) -> (Tensor, Tensor)",
-    launcher="linear_logprobs:launch_bwd_weight",
-    meta=lambda rows, weight, bias: _library.empty_like(
-        weight, rows.new_empty(0) if bias is None else bias
-    ),
-    flops=lambda rows, weight: 2 * rows[0] * rows[1] * weight[0],
-    per_row=_BWD_PER_ROW,
-    results=(SUM, SUM),
+_BWD = _library.register(
+    f"linear_logprobs_bwd(Tensor? dloss, Tensor? dlse, {ARGUMENTS}, {WANTS}) "
+    "-> (Tensor, Tensor, Tensor)",
+    launcher="linear_logprobs.backward_impl:launch_bwd",
+    meta=chunked_op.gradients_meta,
+    flops=chunked_op.product_flops,
+    per_row=("dloss", "dlse", "rows", "targets"),
+    results=(ROW, SUM, SUM),
 )
 
 
-def _gradients(
-    needs: Sequence[bool], dloss: Tensor, dlse: Tensor, *saved: Any
-) -> tuple[Tensor | None, ...]:
-    arguments = (*alike((dloss, dlse)), *saved)
-    drows = _BWD_ROWS(*arguments) if needs[0] else None
-    return drows, *(_BWD_WEIGHT(*arguments) if needs[1] or needs[2] else (None, None))
+def _sum_meta(rows: Tensor, with_lse: bool, kept: bool) -> tuple[Tensor, ...]:
+    scalars = [rows.new_empty((), dtype=torch.float32) for _ in range(2)]
+    lse, top, log_total = (
+        rows.new_empty(rows.shape[0] if stored else 0, dtype=torch.float32)
+        for stored in (with_lse, kept, kept)
+    )
+    return scalars[0], lse, scalars[1], top, log_total, top.new_empty(top.shape, dtype=torch.int32)
+
+
+_SUM = _library.register(
+    f"linear_cross_entropy_fwd({ARGUMENTS}, bool mean, bool with_lse, bool kept) -> (Tensor loss, "
+    "Tensor lse, Tensor divisor, Tensor top, Tensor log_total, Tensor codes)",
+    launcher="linear_logprobs:launch_sum",
+    meta=_sum_meta,
+    flops=lambda rows, weight: 2 * rows[0] * rows[1] * weight[0],
+    per_row=("rows", "targets"),
+    results=(SUM, ROW, SUM, ROW, ROW, ROW),
+)
+_SUM_BWD = _library.register(
+    "linear_cross_entropy_bwd(Tensor dloss, Tensor? dlse, Tensor? divisor, Tensor top, "
+    f"Tensor log_total, Tensor codes, {ARGUMENTS}, {WANTS}) -> (Tensor, Tensor, Tensor)",
+    launcher="linear_logprobs.backward_impl:launch_sum_bwd",
+    meta=chunked_op.gradients_meta,
+    flops=chunked_op.product_flops,
+    per_row=("dlse", "top", "log_total", "codes", "rows", "targets"),
+    results=(ROW, SUM, SUM),
+)
+
+
+def _sum_gradients(
+    needs: Sequence[bool],
+    dloss: Tensor | None,
+    dlse: Tensor | None,
+    divisor: Tensor,
+    top: Tensor,
+    log_total: Tensor,
+    codes: Tensor,
+    *head_and_mean: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    *head, mean = head_and_mean
+    if dloss is None:
+        return _BWD(None, dlse, *head, *needs)
+    return _SUM_BWD(
+        dloss, dlse, divisor if mean else None, top, log_total, codes, *head, *needs
+    )  # fmt: skip
 
 
 _RowLosses = {
     op: _library.differentiable(
         _FWD,
         of=("rows", "weight", "bias"),
-        keep=_library.names_of(_BWD_ROWS)[2:],
-        gradients=_gradients,
+        keep=_library.names_of(_FWD),
+        gradients=lambda needs, *rest: _BWD(*rest, *needs),
         derived=2,
+        fills=False,
         public=op,
     )
     for op in chunked_op.PUBLIC
 }
+_SummedLoss = _library.differentiable(
+    _SUM,
+    of=("rows", "weight", "bias"),
+    keep=("divisor", "top", "log_total", "codes", *_library.names_of(_FWD), "mean"),
+    gradients=_sum_gradients,
+    derived=2,
+    fills=False,
+)
