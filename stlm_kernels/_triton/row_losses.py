@@ -48,13 +48,13 @@ def hidden_tile(h_ptr, first, local, live, d, D: tl.constexpr, DOT: tl.constexpr
 
 
 @triton.jit
-def finished(z, bias_ptr, columns, scale, cap, VALID: tl.constexpr, WHOLE: tl.constexpr):
+def finished(z, bias, columns, scale, cap, VALID: tl.constexpr, WHOLE: tl.constexpr):
     """Products with bias, scale and cap; `columns`, each product's, may lack dimensions.
 
     Columns that do not exist are -inf, unless the block is whole.
     """
-    if bias_ptr is not None:
-        z += tl.load(bias_ptr + columns, mask=columns < VALID, other=0.0).to(tl.float32)
+    if bias is not None:
+        z += bias
     if scale is not None:
         z *= scale
     if cap is not None:
@@ -65,23 +65,13 @@ def finished(z, bias_ptr, columns, scale, cap, VALID: tl.constexpr, WHOLE: tl.co
 
 
 @triton.jit
-def logits(
-    h_ptr, w_ptr, bias_ptr, table, first, local, live, columns, scale, cap,
-    D: tl.constexpr, VALID: tl.constexpr, DOT: tl.constexpr, BLOCK_D: tl.constexpr,
-    WHOLE: tl.constexpr,
-):  # fmt: skip
-    """(rows, columns) logits; `table` is the columns' part of the table where BLOCK_D spans D."""
-    if BLOCK_D >= D:
-        h = hidden_tile(h_ptr, first, local, live, tl.arange(0, BLOCK_D), D, DOT)
-        z = tl.dot(h, tl.trans(table), input_precision="ieee")
-    else:
-        z = tl.zeros((local.shape[0], columns.shape[0]), tl.float32)
-        for start in range(0, D, BLOCK_D):
-            d = start + tl.arange(0, BLOCK_D)
-            h = hidden_tile(h_ptr, first, local, live, d, D, DOT)
-            w = table_tile(w_ptr, columns, d, D, VALID, DOT)
-            z = tl.dot(h, tl.trans(w), z, input_precision="ieee")
-    return finished(z, bias_ptr, columns[None, :], scale, cap, VALID, WHOLE)
+def finished_rows(z, bias_ptr, columns, scale, cap, VALID: tl.constexpr, WHOLE: tl.constexpr):
+    """`finished` for (rows, columns) products."""
+    bias = None
+    if bias_ptr is not None:
+        # A vector, not a row of a tile: that would bring the products into the load's layout.
+        bias = tl.load(bias_ptr + columns, mask=columns < VALID, other=0.0).to(tl.float32)[None, :]
+    return finished(z, bias, columns[None, :], scale, cap, VALID, WHOLE)
 
 
 @triton.jit
@@ -140,22 +130,46 @@ def smoothing_weights(
 
 
 @triton.jit
+def products(
+    h_ptr, w_ptr, table, rest, first, local, live,
+    D: tl.constexpr, VALID: tl.constexpr, DOT: tl.constexpr, MAIN: tl.constexpr,
+    TAIL: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Products of a block of rows with both blocks of columns; `tables` where BLOCK_D spans D."""
+    d = tl.arange(0, BLOCK_D)
+    if BLOCK_D >= D:
+        h = hidden_tile(h_ptr, first, local, live, d, D, DOT)
+        z = tl.dot(h, tl.trans(table), input_precision="ieee")
+        y = z
+        if TAIL > 0:
+            y = tl.dot(h, tl.trans(rest), input_precision="ieee")
+    else:
+        z = tl.zeros((local.shape[0], MAIN), tl.float32)
+        y = tl.zeros((local.shape[0], TAIL if TAIL > 0 else 1), tl.float32)
+        for start in range(0, D, BLOCK_D):
+            h = hidden_tile(h_ptr, first, local, live, start + d, D, DOT)
+            if TAIL > 0:
+                w = table_tile(w_ptr, MAIN + tl.arange(0, TAIL), start + d, D, VALID, DOT)
+                y = tl.dot(h, tl.trans(w), y, input_precision="ieee")
+            w = table_tile(w_ptr, tl.arange(0, MAIN), start + d, D, VALID, DOT)
+            z = tl.dot(h, tl.trans(w), z, input_precision="ieee")
+    return z, y
+
+
+@triton.jit
 def both_logits(
     h_ptr, w_ptr, bias_ptr, table, rest, first, local, live, scale, cap,
     D: tl.constexpr, VALID: tl.constexpr, DOT: tl.constexpr, MAIN: tl.constexpr,
     TAIL: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Logits of a block of rows in both blocks of columns, and the largest of each row."""
-    z = logits(
-        h_ptr, w_ptr, bias_ptr, table, first, local, live, tl.arange(0, MAIN), scale, cap,
-        D, VALID, DOT, BLOCK_D, MAIN <= VALID,
-    )  # fmt: skip
-    y, top = z, tl.max(z, 1)
+    z, y = products(
+        h_ptr, w_ptr, table, rest, first, local, live, D, VALID, DOT, MAIN, TAIL, BLOCK_D
+    )
+    z = finished_rows(z, bias_ptr, tl.arange(0, MAIN), scale, cap, VALID, MAIN <= VALID)
+    top = tl.max(z, 1)
     if TAIL > 0:
-        y = logits(
-            h_ptr, w_ptr, bias_ptr, rest, first, local, live, MAIN + tl.arange(0, TAIL), scale,
-            cap, D, VALID, DOT, BLOCK_D, False,
-        )  # fmt: skip
+        y = finished_rows(y, bias_ptr, MAIN + tl.arange(0, TAIL), scale, cap, VALID, False)
         top = tl.maximum(top, tl.max(y, 1))
     return z, y, tl.maximum(top, LEAST)  # a bias of -inf may rule out all columns
 
@@ -210,7 +224,7 @@ def upstream(dloss_ptr, divisor_ptr, unit_ptr, first, local, codes, stride):
 def rates(
     dloss, dlse_ptr, unit_ptr, first, local, stride, codes, top, total, mass, z_loss
 ):  # fmt: skip
-    """Factors of each row's `powers` in the gradient of its logits; None: no lse's gradient came."""
+    """Factors of each row's `powers` in its gradient; dlse_ptr is None where no such one came."""
     rate = dloss * mass
     if z_loss is not None:
         rate += dloss * (2.0 * z_loss * (top + tl.log2(total) * LN2))

@@ -30,10 +30,7 @@ PINNED: Spills = {
     ("stlm_patch_attention_short_bwd", 100): (7, SIZED_FOR_90),
     ("stlm_patch_attention_bwd_kv", 100): (28, SIZED_FOR_90),
     ("stlm_linear_logprobs_fwd", 100): (732, READS_TWICE),
-    ("stlm_linear_logprobs_bwd_rows", 80): (36, READS_TWICE),
-    ("stlm_linear_logprobs_bwd_rows", 90): (10, FP32),
-    ("stlm_linear_logprobs_bwd_rows", 100): (167, READS_TWICE),
-    ("stlm_linear_logprobs_bwd_weight", 90): (2, f"8 bytes, {FP32}"),
+    ("stlm_linear_logprobs_dlogits", 90): (2, f"8 bytes, {FP32}"),
     ("stlm_linear_logprobs_bwd_weight", 80): (
         2,
         "8 bytes, under autocast; the default tile is sized for sm_90",

@@ -82,7 +82,7 @@ SPEC = OpSpec(
     grad_args=rows.GRAD_ARGS,
     row_args=("linear_weight",),
     terms=terms,
-    kernels=rows.KERNELS,
+    kernels=(*rows.KERNELS, "linear_logprobs_mean", "linear_logprobs_bwd"),
     registered="linear_logprobs",
-    mma_kernels=rows.MMA_KERNELS,
+    mma_kernels=(*rows.MMA_KERNELS, "linear_logprobs_bwd"),
 )

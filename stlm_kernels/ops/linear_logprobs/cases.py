@@ -82,7 +82,7 @@ def flops(case: Case, direction: str) -> int:
 
 
 GRAD_ARGS = ("input", "linear_weight", "linear_bias")
-MMA_KERNELS = ("linear_logprobs_fwd", "linear_logprobs_bwd_rows", "linear_logprobs_bwd_weight")
+MMA_KERNELS = ("linear_logprobs_fwd", "linear_logprobs_dlogits", "linear_logprobs_bwd_weight")
 KERNELS = (*MMA_KERNELS, "linear_logprobs_chunk")
 
 SPEC = OpSpec(

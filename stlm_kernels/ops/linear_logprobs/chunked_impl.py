@@ -38,7 +38,7 @@ from ..._triton.row_losses import (
     upstream,
 )
 from . import config as configs
-from .backward_impl import empty_bias, largest_upstream, multiply, multiply_into
+from .dlogits_impl import empty_bias, largest_upstream, multiply, multiply_into
 from .triton_impl import Head, head_of
 
 SLICE = 16_384
@@ -75,9 +75,9 @@ def stlm_linear_logprobs_chunk(
     top = tl.max(tops, 0)
     total = tl.sum(totals * powers(tops, top), 0)
     log_total, hard = tl.log2(total) * LN2, target_weights(class_ptr, code, smoothing)
-    place = z_ptr + code
-    picked = tl.load(place, mask=(code >= 0) & (code < VALID), other=0.0)
-    picked = finished(picked, bias_ptr, code, scale, cap, VALID, True)
+    # Where there is no target its column is the first.
+    named = tl.where((code >= 0) & (code < VALID), code, 0)
+    picked = _stored_logits(z_ptr, bias_ptr, named, pitch, scale, cap, VALID)
     # Differences from the largest logit first: a confident row's loss keeps its digits.
     mass = hard + tl.sum(softs, 0)
     loss = mass * log_total + hard * (top - picked)
@@ -90,9 +90,7 @@ def stlm_linear_logprobs_chunk(
     tl.store(lse_ptr + row, tl.where(live, top + log_total, 0.0))
     if WITH_GRAD:
         dloss = upstream(dloss_ptr, None, unit_ptr, row, 0, code, dloss_stride)
-        rate = rates(
-            dloss, dlse_ptr, unit_ptr, row, 0, dlse_stride, code, top, total, mass, z_loss
-        )
+        rate = rates(dloss, dlse_ptr, unit_ptr, row, 0, dlse_stride, code, top, total, mass, z_loss)
         grad_ptr += row * pitch * (32 // grad_ptr.dtype.element_ty.primitive_bitwidth)
         for first in range(0, VALID, BLOCK):
             columns = first + lanes
@@ -101,9 +99,7 @@ def stlm_linear_logprobs_chunk(
             if smoothing is not None:
                 soft = column_weights(class_ptr, columns, smoothing, VALID)
             after = scale if unit_ptr is None else None
-            grad = dlogits(
-                z, top, rate, dloss, hard, soft, columns, code, after, cap, VALID, False
-            )
+            grad = dlogits(z, top, rate, dloss, hard, soft, columns, code, after, cap, VALID, False)
             # 16-bit gradients of the first block lie over logits that other threads still load.
             tl.debug_barrier()
             tl.store(grad_ptr + columns, grad.to(grad_ptr.dtype.element_ty), mask=columns < pitch)
@@ -114,7 +110,10 @@ def _stored_logits(z_ptr, bias_ptr, columns, pitch, scale, cap, VALID: tl.conste
     """Logits of a row from its stored products."""
     # Up to the pitch: whole vectors. What lies behind the vocabulary becomes -inf.
     products = tl.load(z_ptr + columns, mask=columns < pitch, other=0.0)
-    return finished(products, bias_ptr, columns, scale, cap, VALID, False)
+    bias = None
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + columns, mask=columns < VALID, other=0.0).to(tl.float32)
+    return finished(products, bias, columns, scale, cap, VALID, False)
 
 
 class Totals(NamedTuple):
@@ -136,7 +135,9 @@ def _walk(
     wants: Sequence[bool],
 ) -> Totals:
     rows, weight, targets, *_ = operands
-    assert rows is not None and weight is not None and targets is not None
+    assert rows is not None
+    assert weight is not None
+    assert targets is not None
     (count, width), vocab, device = rows.shape, weight.shape[0], rows.device
     valid = head.shape["VALID"]
     fp32: dict[str, Any] = {"dtype": torch.float32, "device": device}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import _checks
+from ..._dispatch import constant_while_traced
 from ..._launch import (
     Config,
     block_of,
@@ -76,11 +77,20 @@ def vocab_blocks(valid: int) -> tuple[int, int]:
     return main, block_of(valid - main, whole)
 
 
-def fits_one_kernel(width: int, valid: int, dtype: torch.dtype) -> bool:
-    """Return whether one kernel makes both gradients of a plain sum: its table and that of the
-    gradient fill shared memory and registers."""
-    main, tail = vocab_blocks(valid)
-    return width <= 128 and main == 256 and tail <= 16 and dtype != torch.float32
+def fits_one_kernel(width: int, valid: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Return whether one kernel makes both gradients of a plain sum.
+
+    The table and its gradient fill shared memory and registers of sm_90; the products of other
+    architectures take more registers, and spill.
+    """
+    if dtype == torch.float32 or width > 128 or not 128 < valid <= 272:
+        return False
+    return vocab_blocks(valid)[0] == 256 and _is_sm_90(device)
+
+
+@constant_while_traced
+def _is_sm_90(device: torch.device) -> bool:
+    return gpu_of(device).arch == 90
 
 
 def parts(count: int, valid: int, dtype: torch.dtype) -> list[slice]:
@@ -95,18 +105,22 @@ def dlogits_pitch(valid: int) -> int:
 
 
 @remembered
-def fwd_config(width: int, valid: int, dtype: torch.dtype, device: torch.device) -> Config:
-    """16 K fp32 logits over 4 warps."""
+def fwd_config(
+    width: int, valid: int, dtype: torch.dtype, plain: bool, device: torch.device
+) -> Config:
+    """16 K fp32 logits over 4 warps, twice as many with bias, class weights or smoothing."""
     default = _rows_default(width, valid, dtype, device, 0)
-    return config_for("linear_logprobs_fwd", _bucket(width, valid, dtype), default, device)
+    name = _bucket(width, valid, dtype) if plain else f"{_bucket(width, valid, dtype)}-options"
+    if not plain:
+        default["num_warps"] = 8
+    return config_for("linear_logprobs_fwd", name, default, device)
 
 
 @remembered
 def dlogits_config(width: int, valid: int, dtype: torch.dtype, device: torch.device) -> Config:
     """The forward's block of rows over twice the warps: the gradient needs registers as well."""
     default = _rows_default(width, valid, dtype, device, valid * dtype.itemsize)
-    if default["num_warps"] == 4:
-        default["num_warps"] = 8
+    default["num_warps"] = 8
     return config_for("linear_logprobs_dlogits", _bucket(width, valid, dtype), default, device)
 
 
@@ -155,7 +169,8 @@ def bwd_weight_config(width: int, valid: int, dtype: torch.dtype, device: torch.
         "num_stages": 3 if main <= 256 else 2,
     }
     if dtype == torch.float32:
-        default |= {"BLOCK_N": 32, "BLOCK_W": block_of(width, max(16, min(64, 8192 // main)))}
+        wide = block_of(width, max(16, min(64, 8192 // main)))
+        default |= {"BLOCK_N": 16, "BLOCK_W": wide, "num_stages": 2}
     return config_for("linear_logprobs_bwd_weight", _bucket(width, valid, dtype), default, device)
 
 

@@ -155,10 +155,8 @@ def _single_tile_sum(
     dot_dtype = runtime.compute_dtype(rows)
     differentiated = torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad)
     plain = bias is class_weight is None and not options.softcap and not options.z_loss
-    kept = (
-        differentiated and plain
-        and fits_one_kernel(rows.shape[1], options.valid_vocab, dot_dtype)
-    )  # fmt: skip
+    fits = fits_one_kernel(rows.shape[1], options.valid_vocab, dot_dtype, rows.device)
+    kept = differentiated and plain and fits
     head = (rows, weight, targets, bias, class_weight)
     loss, lse, *_ = _SummedLoss.apply(*head, dot_dtype, *options, mean, with_lse, kept)
     return loss, lse if with_lse else None
@@ -175,7 +173,7 @@ _FWD = _library.register(
 _BWD = _library.register(
     f"linear_logprobs_bwd(Tensor? dloss, Tensor? dlse, {ARGUMENTS}, {WANTS}) "
     "-> (Tensor, Tensor, Tensor)",
-    launcher="linear_logprobs.backward_impl:launch_bwd",
+    launcher="linear_logprobs.dlogits_impl:launch_bwd",
     meta=chunked_op.gradients_meta,
     flops=chunked_op.product_flops,
     per_row=("dloss", "dlse", "rows", "targets"),
@@ -202,8 +200,8 @@ _SUM = _library.register(
     results=(SUM, ROW, SUM, ROW, ROW, ROW),
 )
 _SUM_BWD = _library.register(
-    "linear_cross_entropy_bwd(Tensor dloss, Tensor? dlse, Tensor? divisor, Tensor top, "
-    f"Tensor log_total, Tensor codes, {ARGUMENTS}, {WANTS}) -> (Tensor, Tensor, Tensor)",
+    "linear_cross_entropy_bwd(Tensor dloss, Tensor? dlse, Tensor? divisor, Tensor? top, "
+    f"Tensor? log_total, Tensor? codes, {ARGUMENTS}, {WANTS}) -> (Tensor, Tensor, Tensor)",
     launcher="linear_logprobs.backward_impl:launch_sum_bwd",
     meta=chunked_op.gradients_meta,
     flops=chunked_op.product_flops,
@@ -220,14 +218,15 @@ def _sum_gradients(
     top: Tensor,
     log_total: Tensor,
     codes: Tensor,
-    *head_and_mean: Any,
+    *head_and_results: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    *head, mean = head_and_mean
+    *head, mean, with_lse, kept = head_and_results
+    if not with_lse:
+        dlse = None  # of an empty tensor, which torch.compile fills
     if dloss is None:
         return _BWD(None, dlse, *head, *needs)
-    return _SUM_BWD(
-        dloss, dlse, divisor if mean else None, top, log_total, codes, *head, *needs
-    )  # fmt: skip
+    known = (top, log_total, codes) if kept else (None,) * 3
+    return _SUM_BWD(dloss, dlse, divisor if mean else None, *known, *head, *needs)
 
 
 _RowLosses = {
@@ -245,7 +244,16 @@ _RowLosses = {
 _SummedLoss = _library.differentiable(
     _SUM,
     of=("rows", "weight", "bias"),
-    keep=("divisor", "top", "log_total", "codes", *_library.names_of(_FWD), "mean"),
+    keep=(
+        "divisor",
+        "top",
+        "log_total",
+        "codes",
+        *_library.names_of(_FWD),
+        "mean",
+        "with_lse",
+        "kept",
+    ),
     gradients=_sum_gradients,
     derived=2,
     fills=False,

@@ -221,7 +221,9 @@ def _launch_fwd(
 ) -> Tensor:
     """(2, programs) sums of losses and of what a mean is divided by, where those are asked for."""
     count, width = rows.shape
-    config = configs.fwd_config(width, head.shape["VALID"], dot_dtype, rows.device)
+    _, _, bias, class_weight, _ = head.operands
+    plain = bias is class_weight is head.smoothing is None
+    config = configs.fwd_config(width, head.shape["VALID"], dot_dtype, plain, rows.device)
     programs = min(config.pop("PROGRAMS"), _launch.ceil_div(count, config["BLOCK_N"]))
     partial = _fp32(rows, 2, programs)
     _launch.launch(
