@@ -86,17 +86,13 @@ def counted(case: Case) -> dict[str, Any]:
     """Return the record of a mean loss, forward and backward."""
     spec = OPS["linear_cross_entropy"]
     ours = entries(spec.name, case)[0]
-<<<<<<< HEAD
-    found = measure(Target(spec.name, case.name, "both"), ours, Device.load("h200"), 90, sample=2)
-=======
-    return measure(Row(spec.name, case.name, "both"), ours, Device.load("h200"), 90, sample=2)
+    return measure(Target(spec.name, case.name, "both"), ours, Device.load("h200"), 90, sample=2)
 
 
 def test_torch_counts_between_launches() -> None:
     """The products of a large vocabulary are torch's: operators of their own on a GPU."""
     cases = OPS["linear_cross_entropy"].tagged("edge")
     found = counted(next(x for x in cases if x["V"] == 1000 and x["reduction"] == "mean"))
->>>>>>> a6b9605 (Row losses: gradients through one kernel on sm_90 or through the logits' gradient in memory; two launches forward, two to four backward; bounds counted anew)
     assert found["torch_ops"] > 5
     assert {"aten::mm", "stlm_linear_logprobs_chunk"} <= set(found["bound_of"])
     assert found["bound"] == pytest.approx(sum(found["bound_of"].values()), abs=0.1)

@@ -21,11 +21,9 @@ from helpers.sources import (
 
 OP_FILES = ("__init__", "op", "torch_impl", "reference", "cases")
 KERNEL_FILES = ("triton_impl", "config")
-<<<<<<< HEAD
-SECOND_FAMILY = ("chunked_op", "chunked_impl", "short_impl", "blocks")
-=======
-SECOND_FAMILY = ("chunked_op", "chunked_impl", "dlogits_impl", "backward_impl")
->>>>>>> a6b9605 (Row losses: gradients through one kernel on sm_90 or through the logits' gradient in memory; two launches forward, two to four backward; bounds counted anew)
+SECOND_FAMILY = (
+    "chunked_op", "chunked_impl", "dlogits_impl", "backward_impl", "short_impl", "blocks",
+)  # fmt: skip
 WAYS_OF_TORCH = ("banded", "documents", "folded")
 """Registered ops and kernels of an op that large shapes take, where one file would hold two."""
 MAX_KERNEL_LINES, MAX_KERNEL_PARAMETERS, MAX_KERNEL_FLAGS = 80, 20, 3
