@@ -74,12 +74,15 @@ def patch_boundaries(kind: str, total: int, patches: int, rng: torch.Generator) 
 
     "ragged": random boundaries, so that empty patches, single bytes and long ones occur; "tail":
     the same over three quarters of the bytes; "hollow": every patch empty; "even": equal lengths;
-    "words": what the space rule makes of English, as far as patches or bytes suffice.
+    "words": what the space rule makes of English, as far as patches or bytes suffice; "hot": the
+    same, with all other bytes in one patch in the middle.
     """
-    if kind == "words":
+    if kind in ("words", "hot"):
         lengths = _word_lengths()
         first = int(torch.randint(0, len(lengths), (), generator=rng))
         lengths = lengths.roll(-first).repeat(-(-patches // len(lengths)))[:patches]
+        if kind == "hot":
+            lengths[patches // 2] += max(0, total - int(lengths.sum()))
         return torch.cat([lengths.new_zeros(1), lengths]).cumsum(0).clamp(max=total).int()
     end = {"ragged": total, "even": total, "tail": total * 3 // 4, "hollow": 0}[kind]
     if patches == 0:

@@ -22,6 +22,26 @@ def segment_sum_config(total: int, width: int, dtype: torch.dtype, device: torch
     return config_for("segment_sum", shape, default, device)
 
 
+def part_rows_for(total: int, least: int) -> int:
+    """Rows of a part of long segments: `least`, or so many that there are at most 2,048 parts."""
+    return max(least, 1 << (max(total, 1) - 1 >> 11).bit_length())
+
+
+def segment_sum_long_config(
+    total: int, width: int, dtype: torch.dtype, device: torch.device
+) -> Config:
+    """A program adds the rows of a part, at least `PART_ROWS`, `BLOCK_T` at a time."""
+    default = {"PART_ROWS": 512, "BLOCK_T": 16, "BLOCK_D": block_of(width, 128), "num_warps": 4}
+    config = config_for("segment_sum_long", width_bucket(width, dtype), default, device)
+    return config | {"PART_ROWS": part_rows_for(total, config["PART_ROWS"])}
+
+
+def long_segments_config(width: int, device: torch.device) -> Config:
+    """Sums of `BLOCK_S` parts are added at a time."""
+    default = {"BLOCK_S": 32, "BLOCK_D": block_of(width, 128), "num_warps": 4}
+    return config_for("long_segments", width_bucket(width), default, device)
+
+
 def row_bounds_config(total: int, device: torch.device) -> Config:
     default = {"BLOCK": 256, "num_warps": 4}
     return config_for("row_bounds", amount(total), default, device)

@@ -10,6 +10,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from .. import _launch
 from . import config as configs
+from .long_segments import add_long_segments, note_long, notes_for, stlm_segment_sum_long
 
 NO_WINDOW = 2**31 - 1
 LOG2_E = 1.4426950408889634
@@ -68,15 +69,21 @@ def sum_splits(
 
 
 @triton.jit
-def segment_at(cu_ptr, position, n_segments, PROBES: tl.constexpr = 128):
-    """Find the last segment that starts at or before one position, PROBES offsets at a time."""
+def segment_at(
+    cu_ptr, position, n_segments, PROBES: tl.constexpr = 128, WORK: tl.constexpr = 0
+):  # fmt: skip
+    """Find the last segment that starts at or before one position, PROBES offsets at a time.
+
+    Positions count the rows before, and WORK for each segment before.
+    """
     low = tl.full((), -1, tl.int32)
     span = n_segments + 1  # it is one of low .. low + span
     while span > 0:
         step = tl.cdiv(span, PROBES)
         probes = low + (1 + tl.arange(0, PROBES)) * step
-        start = tl.load(cu_ptr + probes, mask=probes <= n_segments, other=2**31 - 1)
-        low += tl.sum((start.to(tl.int64) <= position).to(tl.int32), 0) * step
+        start = tl.load(cu_ptr + probes, mask=probes <= n_segments, other=0)
+        start = start.to(tl.int64) + probes.to(tl.int64) * WORK
+        low += tl.sum(((start <= position) & (probes <= n_segments)).to(tl.int32), 0) * step
         span = step - 1
     return low
 
@@ -120,13 +127,14 @@ def segments_from(cu_ptr, at_first, first, n_segments, BLOCK: tl.constexpr):
     return low
 
 
-@triton.jit(do_not_specialize=["n_segments", "total", "chunks"])
+@triton.jit(do_not_specialize=["n_segments", "total", "chunks", "part_rows"])
 def stlm_segment_sum(
-    x_ptr, start_ptr, end_ptr, out_ptr,
-    n_segments, total, chunks,
+    x_ptr, start_ptr, end_ptr, out_ptr, at_ptr,
+    n_segments, total, chunks, part_rows,
     D: tl.constexpr, MEAN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A program owns BLOCK_P segments x BLOCK_D columns and walks their rows together."""
+    """A program owns BLOCK_P segments x BLOCK_D columns and walks their rows together; it notes
+    those of more than `part_rows` rows, which get zeros."""
     program = tl.program_id(0).to(tl.int64)
     columns = (program // chunks) * BLOCK_D + tl.arange(0, BLOCK_D)
     segments = (program % chunks) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -137,7 +145,12 @@ def stlm_segment_sum(
     end = tl.minimum(tl.maximum(end, start), total)
     stored = out_ptr.dtype.element_ty
     acc = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
-    for slot in range(0, tl.max(end - start).to(tl.int32)):
+    longest = tl.max(end - start).to(tl.int32)
+    if longest > part_rows:
+        note_long(at_ptr, segments, start, end, part_rows)
+        end = tl.where(end - start > part_rows, start, end)
+        longest = part_rows.to(tl.int32)
+    for slot in range(0, longest):
         rows = start + slot
         mask = (rows < end)[:, None] & (columns < D)[None, :]
         x = tl.load(x_ptr + rows[:, None] * D + columns[None, :], mask=mask, other=0.0)
@@ -155,17 +168,34 @@ def segment_sum(
     mean: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    """(P, D) sums or means of rows starts[p] to ends[p], accumulated in fp32."""
+    """(P, D) sums or means of rows starts[p] to ends[p], accumulated in fp32.
+
+    Two more launches add up segments of more than `PART_ROWS` rows, and return at once where there
+    is none.
+    """
     (total, width), count = x.shape, starts.shape[0]
     out = torch.empty((count, width), dtype=dtype, device=x.device)
     config = configs.segment_sum_config(total, width, x.dtype, x.device)
+    long = configs.segment_sum_long_config(total, width, x.dtype, x.device)
+    part_rows = long.pop("PART_ROWS")
+    x, starts, ends = x.contiguous(), starts.contiguous(), ends.contiguous()
+    may_be_long = total > part_rows and count > 0
+    at = notes_for(total, part_rows, x.device) if may_be_long else starts
     chunks = _launch.ceil_div(count, config["BLOCK_P"])
     _launch.launch(
         stlm_segment_sum, chunks * _launch.ceil_div(width, config["BLOCK_D"]),
-        x.contiguous(), starts.contiguous(), ends.contiguous(), out,
-        count, total, chunks,
+        x, starts, ends, out, at, count, total, chunks, part_rows,
         D=width, MEAN=mean, device=x.device, **config,
     )  # fmt: skip
+    if may_be_long:
+        parts = at.shape[0] - 1
+        partial = torch.empty((parts, 2, width), dtype=torch.float32, device=x.device)
+        _launch.launch(
+            stlm_segment_sum_long, parts,
+            x, at, starts, ends, partial, count, total, part_rows,
+            D=width, STORED=dot_type(dtype), device=x.device, **long,
+        )  # fmt: skip
+        add_long_segments(partial, out, at, starts, ends, total, part_rows, mean)
     return out
 
 

@@ -255,7 +255,7 @@ def test_neighbours_change_one_value_within_bounds() -> None:
 @pytest.mark.lanes("aot")
 def test_compilers_drop_what_spills_or_does_not_compile() -> None:
     case = SPEC.tagged("aot")[0]
-    default = byte_pool_config.bwd_config(case["D"], torch.bfloat16, CPU)
+    default = byte_pool_config.bwd_config(case["D"], False, torch.bfloat16, CPU)
     target = Target(SPEC, case, "bwd", "byte_pool_bwd", "any", default)
     large = default | {"BLOCK_V": 128, "BLOCK_P": 32, "BLOCK_D": 128, "num_warps": 1}
     odd = default | {"BLOCK_P": 24}  # no power of two

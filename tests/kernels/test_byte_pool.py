@@ -33,7 +33,7 @@ from stlm_kernels.testing import assert_matches
 SMALL_TILES = {
     "byte_pool_fwd": {"BLOCK_D": 16, "PATCHES": 4, "num_warps": 4},
     "byte_pool_bwd": {
-        "BLOCK_V": 16, "BLOCK_P": 16, "BLOCK_D": 16, "PROGRAMS": 4096, "num_warps": 4,
+        "BLOCK_V": 32, "BLOCK_P": 16, "BLOCK_D": 16, "PROGRAMS": 4096, "num_warps": 4,
     },
     "byte_pool_bwd_gain": {
         "BLOCK_V": 16, "BLOCK_P": 16, "BLOCK_D": 16, "PROGRAMS": 4096, "num_warps": 4,
@@ -116,6 +116,19 @@ def test_patches_longer_than_a_bf16_count(way: Way, mode: str) -> None:
 
 
 @RESULT_LANES
+@pytest.mark.parametrize("programs", [1, 4096])
+def test_long_patches_among_short_ones(way: Way, programs: int) -> None:
+    """Tiles of one long patch, the tiles around it, and shares that begin and end inside it."""
+    lengths = [2, 0, 260, 5, 257, 1]
+    if not interpreted(way):
+        lengths += [256, 9_000, 3, 0, 2_049, 2_048]
+    inputs = pool_inputs(lengths, way, tail=2, width=3)
+    small = SMALL_TILES["byte_pool_bwd"] | {"PROGRAMS": programs}
+    with _launch.overriding({"byte_pool_bwd": small}):
+        assert_right(inputs, way.impl)
+
+
+@RESULT_LANES
 def test_a_thousand_ones_sum_to_a_thousand(way: Way) -> None:
     """Forward and gradient: 16-bit accumulation would stop at 256 (bf16) or drift."""
     count = 300 if interpreted(way) else 1000  # both are bf16 numbers
@@ -168,7 +181,7 @@ def test_more_patches_than_a_grid_dimension(way: Way) -> None:
     if way.dtype not in (FP32, FP16):
         pytest.skip("two dtypes show what indexing does")
     patches = 5_001 if interpreted(way) else 70_001
-    wide = {"BLOCK_V": 16, "BLOCK_P": 1024, "BLOCK_D": 16, "PROGRAMS": 8, "num_warps": 4}
+    wide = {"BLOCK_V": 32, "BLOCK_P": 1024, "BLOCK_D": 16, "PROGRAMS": 8, "num_warps": 4}
     configs = {
         "byte_pool_fwd": {"BLOCK_D": 16, "PATCHES": 1024, "num_warps": 4},
         "byte_pool_bwd": wide,

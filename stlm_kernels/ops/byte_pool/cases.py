@@ -58,6 +58,19 @@ CASES = (
         for text in ("english", "code")
     ),
     *(
+        case(
+            "bench_full",
+            T=MILLION,
+            P=patches,
+            V=256,
+            D=128,
+            mode="mean",
+            boundaries=boundaries,
+            text="english",
+        )
+        for patches, boundaries in ((1, "even"), (60_324, "hot"))
+    ),
+    *(
         case("bench_cpu", T=65_536, P=10_923, V=256, D=128, mode=mode, boundaries="even", text=text)
         for mode, text in (
             ("mean", "english"),

@@ -8,8 +8,17 @@ from torch import Tensor
 from ... import _checks
 from ..._launch import Config, block_of, config_for, remembered, width_bucket
 
-COUNT_CHUNK = 256
-"""Slots counted at a time: bfloat16 holds whole numbers exactly up to 256."""
+LONG = 256
+"""A patch of more bytes takes tiles of its own, in columns of 32 bytes."""
+
+PATCH_WORK = 32
+"""Bytes that a patch is worth where work is shared out, as in the kernel: it takes a column."""
+
+WORK_BLOCK = 64
+"""Work of a share is a multiple of this."""
+
+MUCH_WORK = 1 << 20
+"""Work from which a program may own whole rows of a narrow table."""
 
 TARGET_PROGRAMS = 264
 """Programs of a split reduction on an untuned device: two for each SM of an H100."""
@@ -29,25 +38,40 @@ def unsupported_reasons(
 
 @remembered
 def fwd_config(width: int, dtype: torch.dtype, device: torch.device) -> Config:
-    """One warp, one patch at a time: no patch waits for a longer one."""
-    default = {"BLOCK_D": block_of(width, 256), "PATCHES": 16, "num_warps": 1}
+    """One warp, one patch at a time: no patch waits for a longer one.
+
+    One of more than `PART_ROWS` bytes is cut, at least where there are 2,048 parts.
+    """
+    default = {"BLOCK_D": block_of(width, 256), "PATCHES": 16, "num_warps": 1, "PART_ROWS": 512}
     return config_for("byte_pool_fwd", width_bucket(width, dtype), default, device)
 
 
+def work_of(total: int, patches: int) -> int:
+    """Units of work in all patches together, at most."""
+    return total + PATCH_WORK * (patches + 1)
+
+
 @remembered
-def bwd_config(width: int, dtype: torch.dtype, device: torch.device) -> Config:
-    """Half the rows of a byte table each: blocks of pure ASCII skip the upper half."""
+def bwd_config(width: int, much: bool, dtype: torch.dtype, device: torch.device) -> Config:
+    """A program owns all rows of a byte table, with fewer columns where there is little work.
+
+    Partial sums are as many as the splits: two programs for each SM of an H100 where few splits
+    make them, else one. `much`: MUCH_WORK or more.
+    """
+    block_d = block_of(width, 128 if much else max(32, min(64, width // 4)))
     default = {
-        "BLOCK_V": 128,
+        "BLOCK_V": 256,
         "BLOCK_P": 64,
-        "BLOCK_D": block_of(width, 128),
-        "PROGRAMS": TARGET_PROGRAMS,
+        "BLOCK_D": block_d,
+        "PROGRAMS": TARGET_PROGRAMS // 2 if much else TARGET_PROGRAMS,
         "num_warps": 8,
     }
     if dtype == torch.float32:
         # Products of fp32 tiles run on the ordinary cores and keep both operands in registers.
-        default |= {"BLOCK_V": 64, "BLOCK_P": 32, "BLOCK_D": block_of(width, 64)}
-    return config_for("byte_pool_bwd", width_bucket(width, dtype), default, device)
+        default |= {"BLOCK_V": 64, "BLOCK_P": 32, "BLOCK_D": min(64, block_d)}
+        default["PROGRAMS"] = TARGET_PROGRAMS
+    bucket = width_bucket(width, dtype, "much" if much else "little")
+    return config_for("byte_pool_bwd", bucket, default, device)
 
 
 @remembered

@@ -127,7 +127,7 @@ _BWD = _library.register(
 _BWD_GAIN = _library.register(
     "byte_pool_bwd_gain(Tensor grad, Tensor byte_ids, Tensor weight, Tensor cu_patchlens, "
     "Tensor position_weight, bool mean) -> (Tensor, Tensor)",
-    launcher="byte_pool:launch_bwd_gain",
+    launcher="byte_pool.gain_impl:launch_bwd_gain",
     meta=lambda weight, position_weight: (
         weight.new_empty(weight.shape),
         position_weight.new_empty(position_weight.shape),

@@ -6,16 +6,21 @@ once, and no patch waits for a longer one. Four rows are under way together. Pai
 read as one int32, whose halves are fp32 after a shift or a mask. Floor: T + 4P + 2PD bytes (bf16),
 at 1M bytes, mean patch 6, D = 768: 271 MB = 63 us at 4.3 TB/s; D = 128: 11 us. Adds: T x D. Issue
 slots of an H200 as bench.bounds counts them, not timed: 38 us at D = 128 and 179 at D = 768 for
-patches of 6 bytes, 33 and 157 for English words; too many where the assembler unrolls a loop.
+patches of 6 bytes, 33 and 157 for English words; too many where the assembler unrolls a loop. The
+rows count as read from L2, 60 us and 330; a product with counts of bytes would need neither.
+Patches of more than 512 bytes are cut into parts, see `_triton/long_segments.py`: two launches that
+return at once where there is none, so 1M bytes in one patch count as much as in words.
 
-Backward. A program owns BLOCK_V rows x BLOCK_D columns of dE for one run of patches. It counts the
-bytes of BLOCK_P patches into a tile of C^T by comparing slot by slot, and multiplies that with the
-upstream tile on the tensor cores; its cost does not depend on which bytes are frequent. The runs'
-partial sums are added in a fixed order. Floor: T + 4P + 2PD + 4VD bytes, 63 us at D = 768, against
-2 P V D = 69 GFLOP = 87 us of products, half that where the upper 128 rows are skipped.
-
-With a slot gain a patch is no longer a bag: dE takes one one-hot product for each slot, and dgain
-one gathered product sum. Right and deterministic, without a speed target.
+Backward. A program owns BLOCK_V rows x BLOCK_D columns of dE for a share of the work, which is cut
+by bytes and patches alike and may begin and end inside a patch. It counts the bytes of BLOCK_P
+patches, 32 slots of each at a time, into a tile of C^T (`_triton/counts.py`: from bit planes, at a
+cost that depends neither on lengths nor on which bytes are frequent) and multiplies that with the
+upstream tile; a half of the rows that no byte hits is skipped, so ASCII takes half of it. A patch
+of more than LONG bytes is alone in its tiles, 2 KB each. The shares' partial sums are added in a
+fixed order. Floor: T + 4P + 2PD + 4VD bytes, 56 us at D = 768, against 2 P V D = 69 GFLOP = 69 us
+of products, half that in ASCII. As bench.bounds counts it: 16 us for English words and 19 to 23
+for patches of 6 bytes at D = 128, 69 and 92 to 117 at D = 768, the sums of shares included; half of
+the instructions make bit planes and scales, which shorter patches do not lessen.
 """
 
 from __future__ import annotations
@@ -26,31 +31,21 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import _launch
-from ..._triton.tiles import INTERPRETED, segment_bounds, sum_splits
+from ..._triton.config import part_rows_for
+from ..._triton.counts import (
+    SLOTS,
+    counts_of,
+    planes_of,
+    share_start,
+    slots_with,
+)
+from ..._triton.long_segments import add_long_segments, long_rows, note_long, notes_for
+from ..._triton.tiles import INTERPRETED, dot_type, sum_splits
 from . import config as configs
 
 
 @triton.jit
-def _ids_at(first_ptrs, length, slot, vocab):
-    """Return the id in this slot of each patch, -1 where the patch is shorter or the id is bad."""
-    inside = slot < length
-    raw = tl.load(first_ptrs + slot, mask=inside, other=0)
-    return tl.where(inside & (raw >= 0) & (raw < vocab), raw.to(tl.int32), -1)
-
-
-@triton.jit
-def _patch_tile(cu_ptr, patches, last_patch, total, MEAN: tl.constexpr):
-    """Start, length and scale of a tile of patches; those past the end are empty."""
-    start, end = segment_bounds(cu_ptr, patches, patches < last_patch, total)
-    length = (end - start).to(tl.int32)
-    scale = tl.full(length.shape, 1.0, tl.float32)
-    if MEAN:
-        scale = 1.0 / tl.maximum(length, 1).to(tl.float32)
-    return start, length, scale
-
-
-@triton.jit
-def _upstream_tile(grad_ptr, patches, columns, live, scale, D: tl.constexpr):
+def upstream_tile(grad_ptr, patches, columns, live, scale, D: tl.constexpr):
     """scale * G in fp32; rows of empty patches are not read, so that NaN there reaches nothing."""
     mask = live[:, None] & (columns < D)[None, :]
     grad = tl.load(grad_ptr + patches[:, None] * D + columns[None, :], mask=mask, other=0.0)
@@ -58,7 +53,7 @@ def _upstream_tile(grad_ptr, patches, columns, live, scale, D: tl.constexpr):
 
 
 @triton.jit
-def _add_product(acc, left, x, DOT: tl.constexpr, TERMS: tl.constexpr):
+def add_product(acc, left, x, DOT: tl.constexpr, TERMS: tl.constexpr):
     """acc + left @ x; `left` is exact in DOT, x may need several terms to keep its digits."""
     left = left.to(DOT)
     for _ in tl.static_range(TERMS):
@@ -80,10 +75,10 @@ def _id_at(ids_ptr, position, vocab, CHECKED: tl.constexpr):
 
 @triton.jit
 def _sum_of_rows(
-    ids_ptr, weight_ptr, gain_ptr, start, end, columns, vocab, gain_slots,
+    ids_ptr, weight_ptr, gain_ptr, patch, start, end, columns, vocab, gain_slots,
     D: tl.constexpr, HAS_GAIN: tl.constexpr, CHECKED: tl.constexpr, STORED: tl.constexpr,
 ):  # fmt: skip
-    """Add the rows of a patch; also returns whether all its ids are good."""
+    """Add the rows of bytes of the patch that begins at `patch`; are all its ids good?"""
     acc = tl.zeros(columns.shape, tl.float32)
     all_good = tl.full((), 1, tl.int1)
     for position in tl.range(start, end, loop_unroll_factor=4):
@@ -93,7 +88,7 @@ def _sum_of_rows(
         # Cast to the stored dtype first: under autocast the table is fp32.
         row = row.to(STORED).to(tl.float32)
         if HAS_GAIN:
-            slot = tl.minimum(position - start, gain_slots - 1).to(tl.int64)
+            slot = tl.minimum(position - patch, gain_slots - 1).to(tl.int64)
             gain = tl.load(gain_ptr + slot * D + columns, mask=columns < D, other=0.0)
             row *= gain.to(STORED).to(tl.float32)
         acc += row
@@ -120,10 +115,33 @@ def _sum_of_pairs(
     return tl.interleave(low, high), all_good
 
 
-@triton.jit(do_not_specialize=["total", "n_patches", "gain_slots", "chunks"])
+@triton.jit
+def _sum_of_bytes(
+    ids_ptr, weight_ptr, gain_ptr, patch, start, end, block, vocab, gain_slots,
+    D: tl.constexpr, HAS_GAIN: tl.constexpr, CHECKED: tl.constexpr, STORED: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_D,) sum of the rows of bytes of the patch that begins at `patch`; NaN of a bad id."""
+    if weight_ptr.dtype.element_ty == tl.int32:
+        pairs = block * (BLOCK_D // 2) + tl.arange(0, BLOCK_D // 2)
+        acc, all_good = _sum_of_pairs(
+            ids_ptr, weight_ptr, start, end, pairs, vocab, D // 2, CHECKED
+        )  # fmt: skip
+    else:
+        columns = block * BLOCK_D + tl.arange(0, BLOCK_D)
+        acc, all_good = _sum_of_rows(
+            ids_ptr, weight_ptr, gain_ptr, patch, start, end, columns, vocab, gain_slots,
+            D, HAS_GAIN, CHECKED, STORED,
+        )  # fmt: skip
+    if CHECKED:
+        acc = tl.where(all_good, acc, float("nan"))
+    return acc
+
+
+@triton.jit(do_not_specialize=["total", "n_patches", "gain_slots", "chunks", "part_rows"])
 def stlm_byte_pool_fwd(
-    ids_ptr, weight_ptr, cu_ptr, gain_ptr, out_ptr,
-    total, n_patches, vocab, gain_slots, chunks,
+    ids_ptr, weight_ptr, cu_ptr, gain_ptr, at_ptr, out_ptr,
+    total, n_patches, vocab, gain_slots, chunks, part_rows,
     D: tl.constexpr, MEAN: tl.constexpr, HAS_GAIN: tl.constexpr, CHECKED: tl.constexpr,
     BLOCK_D: tl.constexpr, PATCHES: tl.constexpr,
 ):  # fmt: skip
@@ -137,22 +155,71 @@ def stlm_byte_pool_fwd(
         # Safe for any offsets: no byte outside [0, total) is read, a negative length is empty.
         start = tl.maximum(tl.load(cu_ptr + patch), 0)
         end = tl.minimum(tl.load(cu_ptr + patch + 1), total)
-        if weight_ptr.dtype.element_ty == tl.int32:
-            pairs = block * (BLOCK_D // 2) + tl.arange(0, BLOCK_D // 2)
-            acc, all_good = _sum_of_pairs(
-                ids_ptr, weight_ptr, start, end, pairs, vocab, D // 2, CHECKED
-            )
-        else:
-            acc, all_good = _sum_of_rows(
-                ids_ptr, weight_ptr, gain_ptr, start, end, columns, vocab, gain_slots,
-                D, HAS_GAIN, CHECKED, stored,
-            )  # fmt: skip
+        if end - start > part_rows:
+            one = tl.arange(0, 1)
+            note_long(at_ptr, patch + one, start + one, end + one, part_rows)
+            end = start
+        acc = _sum_of_bytes(
+            ids_ptr, weight_ptr, gain_ptr, start, start, end, block, vocab, gain_slots,
+            D, HAS_GAIN, CHECKED, stored, BLOCK_D,
+        )  # fmt: skip
         if MEAN:
             acc *= 1.0 / tl.maximum(end - start, 1).to(tl.float32)
-        if CHECKED:
-            acc = tl.where(all_good, acc, float("nan"))
         tl.store(out, acc.to(stored), mask=columns < D)
         out += D
+
+
+@triton.jit(do_not_specialize=["total", "n_patches", "gain_slots", "parts", "part_rows"])
+def stlm_byte_pool_fwd_long(
+    ids_ptr, weight_ptr, cu_ptr, gain_ptr, at_ptr, partial_ptr,
+    total, n_patches, vocab, gain_slots, parts, part_rows,
+    D: tl.constexpr, HAS_GAIN: tl.constexpr, CHECKED: tl.constexpr, STORED: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Sum the bytes of long patches in each part, see `_triton/long_segments.py`."""
+    block = tl.program_id(0) // parts
+    part = (tl.program_id(0) % parts).to(tl.int64)
+    columns = block * BLOCK_D + tl.arange(0, BLOCK_D)
+    for side in tl.static_range(2):
+        start, end, patch = long_rows(
+            at_ptr, cu_ptr, cu_ptr + 1, part, n_patches, total, part_rows, side
+        )
+        if end > start:
+            acc = _sum_of_bytes(
+                ids_ptr, weight_ptr, gain_ptr, patch.to(tl.int32), start.to(tl.int32),
+                end.to(tl.int32), block, vocab, gain_slots,
+                D, HAS_GAIN, CHECKED, STORED, BLOCK_D,
+            )  # fmt: skip
+            tl.store(partial_ptr + (2 * part + side) * D + columns, acc, mask=columns < D)
+
+
+@triton.jit
+def _patch_ends(cu_ptr, patches, mask, total, MEAN: tl.constexpr):
+    """Start, end and scale of patches, int32; those masked out are empty, ends may lie before."""
+    start = tl.maximum(tl.load(cu_ptr + patches, mask=mask, other=0), 0)
+    end = tl.minimum(tl.load(cu_ptr + patches + 1, mask=mask, other=0), total)
+    scale = tl.full(patches.shape, 1.0, tl.float32)
+    if MEAN:
+        scale = 1.0 / tl.maximum(end - start, 1).to(tl.float32)
+    return start, end, scale
+
+
+@triton.jit
+def _scaled_tile(
+    grad_ptr, patches, columns, live, scale,
+    D: tl.constexpr, MEAN: tl.constexpr, DOT: tl.constexpr, TERMS: tl.constexpr,
+):  # fmt: skip
+    """scale * G: fp32, or at once in DOT where one term of it is all that is taken."""
+    if MEAN and TERMS == 1 and grad_ptr.dtype.element_ty == DOT:
+        ones = tl.full(scale.shape, 1.0, tl.float32)
+        grad = upstream_tile(grad_ptr, patches, columns, live, ones, D).to(DOT)
+        # The scale in two parts: the sum of both products is rounded once, in pairs of numbers.
+        main = scale.to(DOT)
+        rest = (scale - main.to(tl.float32)).to(DOT)
+        main = main[:, None] + tl.zeros(grad.shape, DOT)
+        return tl.fma(grad, main, grad * rest[:, None])
+    else:
+        return upstream_tile(grad_ptr, patches, columns, live, scale, D)
 
 
 @triton.jit(do_not_specialize=["total", "n_patches", "run"])
@@ -160,100 +227,69 @@ def stlm_byte_pool_bwd(
     ids_ptr, cu_ptr, grad_ptr, partial_ptr,
     total, n_patches, vocab, run,
     D: tl.constexpr, MEAN: tl.constexpr, DOT: tl.constexpr, TERMS: tl.constexpr,
-    COUNT_CHUNK: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    v_tiles = tl.cdiv(vocab, BLOCK_V)
-    d_tiles = tl.cdiv(D, BLOCK_D)
-    # Neighbouring programs read the same upstream tile for other table rows.
-    first_row = (program % v_tiles).to(tl.int32) * BLOCK_V
-    rows = first_row + tl.arange(0, BLOCK_V)
-    columns = (program // v_tiles % d_tiles) * BLOCK_D + tl.arange(0, BLOCK_D)
-    split = program // (v_tiles * d_tiles)
-    last_patch = tl.minimum((split + 1) * run, n_patches)
-    acc = tl.zeros((BLOCK_V, BLOCK_D), tl.float32)
-    for first in range(split * run, last_patch, BLOCK_P):
-        patches = first + tl.arange(0, BLOCK_P)
-        start, length, scale = _patch_tile(cu_ptr, patches, last_patch, total, MEAN)
-        longest = tl.max(length)
-        hits = tl.zeros((BLOCK_P,), tl.int32)
-        for slot in range(0, longest):
-            offset = _ids_at(ids_ptr + start, length, slot, vocab) - first_row
-            hits |= ((offset >= 0) & (offset < BLOCK_V)).to(tl.int32)
-        if tl.max(hits) > 0:
-            x = _upstream_tile(grad_ptr, patches, columns, length > 0, scale, D)
-            for chunk in range(0, longest, COUNT_CHUNK):
-                counts = tl.zeros((BLOCK_V, BLOCK_P), tl.int32)
-                for slot in range(chunk, tl.minimum(chunk + COUNT_CHUNK, longest)):
-                    ids = _ids_at(ids_ptr + start, length, slot, vocab)
-                    counts += (rows[:, None] == ids[None, :]).to(tl.int32)
-                acc = _add_product(acc, counts, x, DOT, TERMS)
-    mask = (rows < vocab)[:, None] & (columns < D)[None, :]
-    out = (split * vocab + rows)[:, None] * D + columns[None, :]
-    tl.store(partial_ptr + out, acc, mask=mask)
-
-
-@triton.jit(do_not_specialize=["total", "n_patches", "gain_slots", "run"])
-def stlm_byte_pool_bwd_gain_table(
-    ids_ptr, cu_ptr, gain_ptr, grad_ptr, partial_ptr,
-    total, n_patches, vocab, gain_slots, run,
-    D: tl.constexpr, MEAN: tl.constexpr, DOT: tl.constexpr, TERMS: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    v_tiles = tl.cdiv(vocab, BLOCK_V)
-    d_tiles = tl.cdiv(D, BLOCK_D)
-    rows = (program % v_tiles).to(tl.int32) * BLOCK_V + tl.arange(0, BLOCK_V)
-    columns = (program // v_tiles % d_tiles) * BLOCK_D + tl.arange(0, BLOCK_D)
-    split = program // (v_tiles * d_tiles)
-    last_patch = tl.minimum((split + 1) * run, n_patches)
-    stored = grad_ptr.dtype.element_ty
-    acc = tl.zeros((BLOCK_V, BLOCK_D), tl.float32)
-    for first in range(split * run, last_patch, BLOCK_P):
-        patches = first + tl.arange(0, BLOCK_P)
-        start, length, scale = _patch_tile(cu_ptr, patches, last_patch, total, MEAN)
-        x = _upstream_tile(grad_ptr, patches, columns, length > 0, scale, D)
-        for slot in range(0, tl.max(length)):
-            ids = _ids_at(ids_ptr + start, length, slot, vocab)
-            gains = gain_ptr + tl.minimum(slot, gain_slots - 1).to(tl.int64) * D + columns
-            gain = tl.load(gains, mask=columns < D, other=0.0).to(stored).to(tl.float32)
-            acc = _add_product(acc, rows[:, None] == ids[None, :], x * gain[None, :], DOT, TERMS)
-    mask = (rows < vocab)[:, None] & (columns < D)[None, :]
-    out = (split * vocab + rows)[:, None] * D + columns[None, :]
-    tl.store(partial_ptr + out, acc, mask=mask)
-
-
-@triton.jit(do_not_specialize=["total", "n_patches", "gain_slots", "run"])
-def stlm_byte_pool_bwd_gain_slots(
-    ids_ptr, weight_ptr, cu_ptr, grad_ptr, partial_ptr,
-    total, n_patches, vocab, gain_slots, run,
-    D: tl.constexpr, MEAN: tl.constexpr,
+    CHECKED: tl.constexpr, LONG: tl.constexpr, ROW_BITS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    HALF: tl.constexpr = 2 ** (ROW_BITS - 1)
     program = tl.program_id(0).to(tl.int64)
+    v_tiles = tl.cdiv(vocab, 2 * HALF)
     d_tiles = tl.cdiv(D, BLOCK_D)
-    own_slot = (program % gain_slots).to(tl.int32)
-    columns = (program // gain_slots % d_tiles) * BLOCK_D + tl.arange(0, BLOCK_D)
-    split = program // (gain_slots * d_tiles)
-    last_patch = tl.minimum((split + 1) * run, n_patches)
-    stored = grad_ptr.dtype.element_ty
-    acc = tl.zeros((BLOCK_D,), tl.float32)
-    for first in range(split * run, last_patch, BLOCK_P):
-        patches = first + tl.arange(0, BLOCK_P)
-        start, length, scale = _patch_tile(cu_ptr, patches, last_patch, total, MEAN)
-        x = _upstream_tile(grad_ptr, patches, columns, length > 0, scale, D)
+    # Neighbouring programs read the same upstream tile for other table rows.
+    first_row = (program % v_tiles).to(tl.int32) * (2 * HALF)
+    columns = (program // v_tiles % d_tiles) * BLOCK_D + tl.arange(0, BLOCK_D)
+    split = program // (v_tiles * d_tiles)
+    patch, at = share_start(cu_ptr, split * run, n_patches, total)
+    last_patch, stop = share_start(cu_ptr, (split + 1) * run, n_patches, total)
+    last_patch = tl.minimum(last_patch + 1, n_patches)
+    column = tl.arange(0, BLOCK_P)
+    low = tl.zeros((HALF, BLOCK_D), tl.float32)
+    high = tl.zeros((HALF, BLOCK_D), tl.float32)
+    while patch < last_patch:
+        patches = patch + column
+        start, end, scale = _patch_ends(cu_ptr, patches, patches < last_patch, total, MEAN)
+        start = tl.maximum(start, at)
+        length = tl.minimum(end, stop) - start
         longest = tl.max(length)
-        # The last row of the gain serves every slot from its own on.
-        last = tl.where(own_slot == gain_slots - 1, longest, tl.minimum(own_slot + 1, longest))
-        for slot in range(own_slot, last):
-            ids = _ids_at(ids_ptr + start, length, slot, vocab)
-            table = weight_ptr + ids.to(tl.int64)[:, None] * D + columns[None, :]
-            mask = (ids >= 0)[:, None] & (columns < D)[None, :]
-            row = tl.load(table, mask=mask, other=0.0).to(stored).to(tl.float32)
-            acc += tl.sum(tl.where(mask, x * row, 0.0), 0)
-    out = (split * gain_slots + own_slot) * D + columns
-    tl.store(partial_ptr + out, acc, mask=columns < D)
+        if longest > LONG:
+            taken = tl.min(tl.where(length > LONG, column, BLOCK_P))
+            if taken == 0:
+                # A long patch is alone, in columns of SLOTS bytes.
+                at = tl.maximum(tl.load(cu_ptr + patch), at)
+                left = tl.minimum(tl.minimum(tl.load(cu_ptr + patch + 1), total), stop) - at
+                start = at + SLOTS * column
+                length = tl.minimum(left - SLOTS * column, SLOTS)
+                longest = SLOTS
+                patches -= column
+                scale = tl.zeros(scale.shape, tl.float32) + tl.sum(tl.where(column == 0, scale, 0))
+                at += tl.minimum(left, SLOTS * BLOCK_P)
+                patch += (left <= SLOTS * BLOCK_P).to(tl.int32)
+            else:
+                length = tl.where(column < taken, length, 0)
+                longest = tl.max(length)
+                patch += taken
+        else:
+            patch += BLOCK_P
+        x = _scaled_tile(
+            grad_ptr, patches.to(tl.int64), columns, length > 0, scale, D, MEAN, DOT, TERMS
+        )
+        for slot in range(0, longest, SLOTS):
+            rows = tl.minimum(vocab - first_row, 2 * HALF)
+            planes = planes_of(ids_ptr, start + slot, length - slot, first_row, rows, CHECKED)
+            last_bits = slots_with(planes, 0, 4)
+            first_bits = slots_with(planes, 4, ROW_BITS - 5)
+            live, upper = planes[0], planes[0] & planes[ROW_BITS]
+            hits = tl.sum((upper != live).to(tl.int32) + (upper != 0).to(tl.int32) * 65536)
+            if hits % 65536 > 0:
+                counts = counts_of(first_bits, last_bits, live ^ upper, DOT)
+                low = add_product(low, counts, x, DOT, TERMS)
+            if hits >= 65536:
+                counts = counts_of(first_bits, last_bits, upper, DOT)
+                high = add_product(high, counts, x, DOT, TERMS)
+    row = tl.arange(0, HALF)
+    out = partial_ptr + ((split * vocab + first_row + row)[:, None] * D + columns[None, :])
+    left = vocab - first_row
+    tl.store(out, low, mask=(row < left)[:, None] & (columns < D)[None, :])
+    tl.store(out + HALF * D, high, mask=(row < left - HALF)[:, None] & (columns < D)[None, :])
 
 
 def launch_fwd(
@@ -268,21 +304,38 @@ def launch_fwd(
     (vocab, width), patches = weight.shape, cu_patchlens.shape[0] - 1
     out = torch.empty((patches, width), dtype=out_dtype, device=weight.device)
     config = configs.fwd_config(width, out_dtype, weight.device)
+    total = min(byte_ids.shape[0], 2**31 - 1)
+    part_rows = part_rows_for(total, config.pop("PART_ROWS"))
     chunks = _launch.ceil_div(patches, config["PATCHES"])
+    blocks = _launch.ceil_div(width, config["BLOCK_D"])
     gain, table = weight, weight.contiguous()
     if position_weight is not None:
         gain = position_weight
     elif weight.dtype == out_dtype == torch.bfloat16 and _holds_pairs(table):
         table = table.view(torch.int32)
+    cu = cu_patchlens.contiguous()
     # A byte is in the vocabulary of any table that has all 256 rows.
-    checked = byte_ids.dtype != torch.uint8 or vocab < 256
+    constants = {
+        "D": width, "HAS_GAIN": position_weight is not None,
+        "CHECKED": byte_ids.dtype != torch.uint8 or vocab < 256, "BLOCK_D": config["BLOCK_D"],
+    }  # fmt: skip
+    may_be_long = total > part_rows and patches > 0
+    at = notes_for(total, part_rows, weight.device) if may_be_long else cu
+    arguments = (byte_ids.contiguous(), table, cu, gain.contiguous(), at)
+    sizes = (total, patches, vocab, gain.shape[0])
     _launch.launch(
-        stlm_byte_pool_fwd, chunks * _launch.ceil_div(width, config["BLOCK_D"]),
-        byte_ids.contiguous(), table, cu_patchlens.contiguous(), gain.contiguous(),
-        out, min(byte_ids.shape[0], 2**31 - 1), patches, vocab, gain.shape[0], chunks,
-        D=width, MEAN=mean, HAS_GAIN=position_weight is not None, CHECKED=checked,
-        device=weight.device, **config,
+        stlm_byte_pool_fwd, chunks * blocks, *arguments, out, *sizes, chunks, part_rows,
+        MEAN=mean, device=weight.device, **constants | config,
     )  # fmt: skip
+    if may_be_long:
+        parts = at.shape[0] - 1
+        partial = torch.empty((parts, 2, width), dtype=torch.float32, device=weight.device)
+        _launch.launch(
+            stlm_byte_pool_fwd_long, parts * blocks, *arguments, partial, *sizes, parts, part_rows,
+            STORED=dot_type(out_dtype), num_warps=config["num_warps"], device=weight.device,
+            **constants,
+        )  # fmt: skip
+        add_long_segments(partial, out, at, cu[:-1], cu[1:], total, part_rows, mean)
     return out
 
 
@@ -300,62 +353,26 @@ def launch_bwd(
     weight_dtype: torch.dtype,
 ) -> Tensor:
     """(V, D) gradient of the table."""
-    patches, width = grad.shape
-    config = configs.bwd_config(width, grad.dtype, grad.device)
-    programs = config.pop("PROGRAMS")
-    tiles = _launch.ceil_div(vocab, config["BLOCK_V"]) * _launch.ceil_div(width, config["BLOCK_D"])
-    splits, run = _launch.splits(patches, tiles, programs, config["BLOCK_P"])
+    (patches, width), total = grad.shape, min(byte_ids.shape[0], 2**31 - 1)
+    work = configs.work_of(total, patches)
+    config = configs.bwd_config(width, work >= configs.MUCH_WORK, grad.dtype, grad.device)
+    programs, rows = config.pop("PROGRAMS"), config.pop("BLOCK_V")
+    tiles = _launch.ceil_div(vocab, rows) * _launch.ceil_div(width, config["BLOCK_D"])
+    splits, run = _launch.splits(work, tiles, programs, configs.WORK_BLOCK)
     partial = torch.empty((splits, vocab, width), dtype=torch.float32, device=grad.device)
-    dot, terms = _dot_plan(grad.dtype, weight_dtype, width, exact=not mean)
+    dot, terms = dot_plan(grad.dtype, weight_dtype, width, exact=not mean)
+    checked = byte_ids.dtype != torch.uint8 or not rows == vocab == 256
     _launch.launch(
         stlm_byte_pool_bwd, splits * tiles,
         byte_ids.contiguous(), cu_patchlens.contiguous(), grad.contiguous(), partial,
-        byte_ids.shape[0], patches, vocab, run,
-        D=width, MEAN=mean, DOT=dot, TERMS=terms, COUNT_CHUNK=configs.COUNT_CHUNK,
-        device=grad.device, **config,
+        total, patches, vocab, run,
+        D=width, MEAN=mean, DOT=dot, TERMS=terms, CHECKED=checked, LONG=configs.LONG,
+        ROW_BITS=rows.bit_length() - 1, device=grad.device, **config,
     )  # fmt: skip
     return sum_splits(partial, weight_dtype)
 
 
-def launch_bwd_gain(
-    grad: Tensor,  # (P, D)
-    byte_ids: Tensor,  # (T,)
-    weight: Tensor,  # (V, D)
-    cu_patchlens: Tensor,  # (P+1,)
-    position_weight: Tensor,  # (L, D)
-    mean: bool,
-) -> tuple[Tensor, Tensor]:
-    """(V, D) gradient of the table and (L, D) gradient of the gain."""
-    (patches, width), vocab, slots = grad.shape, weight.shape[0], position_weight.shape[0]
-    grad, byte_ids, weight, cu, gain = (
-        x.contiguous() for x in (grad, byte_ids, weight, cu_patchlens, position_weight)
-    )
-    config = configs.bwd_gain_config(width, grad.dtype, grad.device)
-    programs, block_v = config.pop("PROGRAMS"), config.pop("BLOCK_V")
-    d_tiles = _launch.ceil_div(width, config["BLOCK_D"])
-    sizes = (byte_ids.shape[0], patches, vocab, slots)
-
-    tiles = _launch.ceil_div(vocab, block_v) * d_tiles
-    splits, run = _launch.splits(patches, tiles, programs, config["BLOCK_P"])
-    table = torch.empty((splits, vocab, width), dtype=torch.float32, device=grad.device)
-    dot, terms = _dot_plan(grad.dtype, weight.dtype, width, exact=False)
-    _launch.launch(
-        stlm_byte_pool_bwd_gain_table, splits * tiles,
-        byte_ids, cu, gain, grad, table, *sizes, run,
-        D=width, MEAN=mean, DOT=dot, TERMS=terms, BLOCK_V=block_v, device=grad.device, **config,
-    )  # fmt: skip
-
-    splits, run = _launch.splits(patches, slots * d_tiles, programs, config["BLOCK_P"])
-    by_slot = torch.empty((splits, slots, width), dtype=torch.float32, device=grad.device)
-    _launch.launch(
-        stlm_byte_pool_bwd_gain_slots, splits * slots * d_tiles,
-        byte_ids, weight, cu, grad, by_slot, *sizes, run,
-        D=width, MEAN=mean, device=grad.device, **config,
-    )  # fmt: skip
-    return sum_splits(table, weight.dtype), sum_splits(by_slot, position_weight.dtype)
-
-
-def _dot_plan(
+def dot_plan(
     grad: torch.dtype, result: torch.dtype, width: int, exact: bool
 ) -> tuple[tl.dtype, int]:
     """Operand type of the product, and how many terms keep enough digits of scale * G.

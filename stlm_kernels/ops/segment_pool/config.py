@@ -20,8 +20,15 @@ def pick_config(total: int, width: int, dtype: torch.dtype, device: torch.device
     """Patches of a program side by side, so that ragged lengths share one walk."""
     warps = 8 if dtype == torch.float32 else 4  # four spill on sm_100
     default = {"BLOCK_P": 16, "BLOCK_D": block_of(width, 128), "num_warps": warps}
+    default["PART_ROWS"] = 512  # a longer patch is cut
     shape = width_bucket(width, amount(total * width), dtype)
     return config_for("segment_pool_pick", shape, default, device)
+
+
+def pick_long_config(width: int, dtype: torch.dtype, device: torch.device) -> Config:
+    """`BLOCK_T` rows of a long patch at a time, and as many of its parts."""
+    default = {"BLOCK_T": 16, "BLOCK_D": block_of(width, 128), "num_warps": 8}
+    return config_for("segment_pool_pick_long", width_bucket(width, dtype), default, device)
 
 
 def bwd_config(total: int, width: int, dtype: torch.dtype, device: torch.device) -> Config:
