@@ -109,28 +109,32 @@ def stlm_long_segments(
     partial_ptr, at_ptr, start_ptr, end_ptr, out_ptr,
     n_segments, total, part_rows,
     D: tl.constexpr, MEAN: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The program of the part in which a long segment begins adds up the sums of its parts."""
-    part = tl.program_id(0).to(tl.int64)
-    segment, start, end = begins_long(
-        at_ptr, start_ptr, end_ptr, part, n_segments, total, part_rows
+    """A program adds up the parts of the long segments that begin in PARTS parts."""
+    first = tl.program_id(0).to(tl.int64) * PARTS
+    _, starts, ends = begins_long(
+        at_ptr, start_ptr, end_ptr, first + tl.arange(0, PARTS), n_segments, total, part_rows
     )
-    if end > start:
-        for column in range(0, D, BLOCK_D):
-            columns = column + tl.arange(0, BLOCK_D)
-            acc = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
-            for here in range(part, tl.cdiv(end, part_rows), BLOCK_S):
-                parts = here + tl.arange(0, BLOCK_S)
-                place = part_places(parts, part, start, part_rows)
-                place = partial_ptr + place[:, None] * D + columns[None, :]
-                mask = (parts * part_rows < end)[:, None] & (columns < D)[None, :]
-                acc += tl.load(place, mask=mask, other=0.0)
-            y = tl.sum(acc, 0)
-            if MEAN:
-                y = y / (end - start).to(tl.float32)
-            place = out_ptr + segment * D + columns
-            tl.store(place, y.to(out_ptr.dtype.element_ty), mask=columns < D)
+    if tl.max(ends - starts) > 0:
+        for part in range(first, first + PARTS):
+            segment, start, end = begins_long(
+                at_ptr, start_ptr, end_ptr, part, n_segments, total, part_rows
+            )
+            for column in range(0, tl.where(end > start, D, 0), BLOCK_D):
+                columns = column + tl.arange(0, BLOCK_D)
+                acc = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
+                for here in range(part, tl.cdiv(end, part_rows), BLOCK_S):
+                    parts = here + tl.arange(0, BLOCK_S)
+                    place = part_places(parts, part, start, part_rows)
+                    place = partial_ptr + place[:, None] * D + columns[None, :]
+                    mask = (parts * part_rows < end)[:, None] & (columns < D)[None, :]
+                    acc += tl.load(place, mask=mask, other=0.0)
+                y = tl.sum(acc, 0)
+                if MEAN:
+                    y = y / (end - start).to(tl.float32)
+                place = out_ptr + segment * D + columns
+                tl.store(place, y.to(out_ptr.dtype.element_ty), mask=columns < D)
 
 
 def add_long_segments(
@@ -147,7 +151,7 @@ def add_long_segments(
     width = out.shape[1]
     config = configs.long_segments_config(width, out.device)
     _launch.launch(
-        stlm_long_segments, partial.shape[0],
+        stlm_long_segments, _launch.ceil_div(partial.shape[0], config["PARTS"]),
         partial, at, starts, ends, out, starts.shape[0], total, part_rows,
         D=width, MEAN=mean, device=out.device, **config,
     )  # fmt: skip

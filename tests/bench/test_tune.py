@@ -26,7 +26,7 @@ CASE = SPEC.tagged("smoke")[0]
 CPU = torch.device("cpu")
 DEFAULT = {"BLOCK_P": 16, "num_warps": 4}
 TARGET = Target(SPEC, CASE, "no-grad", "byte_pool_fwd", "D64-float32", DEFAULT)
-COMMON = ("sum_splits", "segment_sum", "row_bounds")
+COMMON = ("sum_splits", "segment_sum", "segment_sum_long", "long_segments", "row_bounds")
 Timing = Callable[[Config], float]
 
 
@@ -146,6 +146,8 @@ WITH_KERNELS = [pytest.param(spec, id=name) for name, spec in OPS.items() if spe
 SHARED = {
     "byte_pool_bwd_gain_table": "byte_pool_bwd_gain",
     "byte_pool_bwd_gain_slots": "byte_pool_bwd_gain",
+    "byte_pool_fwd_long": "byte_pool_fwd",
+    "segment_pool_pick_parts": "segment_pool_pick_long",
     "find_patches_blocks": "find_patches_write",
 }
 """Kernels of one configuration."""

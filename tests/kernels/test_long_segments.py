@@ -17,7 +17,7 @@ EVERY_LANE = pytest.mark.lanes("cpu", "interpret", "gpu")
 PART = 8
 SMALL_PARTS = {
     "segment_sum_long": {"PART_ROWS": PART, "BLOCK_T": 4},
-    "long_segments": {"BLOCK_S": 2},
+    "long_segments": {"PARTS": 4, "BLOCK_S": 2},
     "segment_pool_pick": {"PART_ROWS": PART},
     "segment_pool_pick_long": {"BLOCK_T": 2},
     "byte_pool_fwd": {"PART_ROWS": PART},
@@ -128,9 +128,10 @@ def test_byte_pool(name: str, mode: str, slots: int | None, way: Way) -> None:
     lengths = LENGTHS[name]
     ids = torch.randint(0, 256, (sum(lengths) + TAIL,), dtype=torch.uint8)
     weight = torch.randn(256, 3).to(way.dtype)
-    gain = None if slots is None else torch.randn(slots, 3).to(way.dtype)
+    gain = None
     rows = weight.double()[ids.long()]
-    if gain is not None:
+    if slots is not None:
+        gain = torch.randn(slots, 3).to(way.dtype)
         place = torch.cat([torch.arange(n) for n in [*lengths, TAIL]]).clamp(max=slots - 1)
         rows = rows * gain.double()[place]
     ids, weight = ids.to(way.device), weight.to(way.device)
