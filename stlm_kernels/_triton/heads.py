@@ -1,5 +1,7 @@
 """`@triton.jit` helpers for rows of one head: a tuple of one tile, or of two where the width is no
 power of two (48 is 32 + 16). Importing this imports triton.
+
+`at` is where each row begins, in elements from the pointer.
 """
 
 from __future__ import annotations
@@ -7,29 +9,29 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import harmless, put, tile
+from .tiles import harmless
 
 
 @triton.jit
-def load_head(x_ptr, rows, live, stride, column, DOT: tl.constexpr, MAIN: tl.constexpr,
-          REST: tl.constexpr):  # fmt: skip
-    """One head of some rows, in one or two parts."""
-    x = tile(x_ptr, rows, live, stride, column, MAIN, DOT, MAIN)
+def load_live_rows(x_ptr, at, live, DOT: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr):
+    """Rows as a product's operand, in one or two parts; zeros for those that are not live."""
+    live = live[:, None]
+    x = tl.load(x_ptr + at[:, None] + tl.arange(0, MAIN)[None, :], mask=live, other=0.0).to(DOT)
     if REST == 0:
         return (x,)
     else:
-        return (x, tile(x_ptr, rows, live, stride, column + MAIN, REST, DOT, REST))
+        place = x_ptr + at[:, None] + MAIN + tl.arange(0, REST)[None, :]
+        return (x, tl.load(place, mask=live, other=0.0).to(DOT))
 
 
 @triton.jit
-def store_head(
-    x_ptr, x, rows, live, total, stride, column, MAIN: tl.constexpr, REST: tl.constexpr
-):  # fmt: skip
-    """Zeros for rows of no document, whatever came out of them."""
-    put(x_ptr, tl.where(live[:, None], x[0], 0.0), rows, rows < total, stride, column, MAIN, MAIN)
+def store_rows(x_ptr, x, at, own, MAIN: tl.constexpr, REST: tl.constexpr):
+    """Store `own` rows."""
+    place = x_ptr + at[:, None] + tl.arange(0, MAIN)[None, :]
+    tl.store(place, x[0].to(x_ptr.dtype.element_ty), mask=own[:, None])
     if REST > 0:
-        rest = tl.where(live[:, None], x[1], 0.0)
-        put(x_ptr, rest, rows, rows < total, stride, column + MAIN, REST, REST)
+        place = x_ptr + at[:, None] + MAIN + tl.arange(0, REST)[None, :]
+        tl.store(place, x[1].to(x_ptr.dtype.element_ty), mask=own[:, None])
 
 
 @triton.jit
@@ -50,19 +52,19 @@ def scaled(x, factor):
 
 
 @triton.jit
-def difference(x, y):
+def added(x, y):
     if len(x) == 1:
-        return (x[0] - y[0],)
+        return (x[0] + y[0],)
     else:
-        return (x[0] - y[0], x[1] - y[1])
+        return (x[0] + y[0], x[1] + y[1])
 
 
 @triton.jit
 def inner(x, y):
     """Dot products of every row of x with the row of y of the same index."""
-    s = tl.sum(x[0].to(tl.float32) * y[0], 1)
+    s = tl.sum(x[0].to(tl.float32) * y[0].to(tl.float32), 1)
     if len(x) == 2:
-        s += tl.sum(x[1].to(tl.float32) * y[1], 1)
+        s += tl.sum(x[1].to(tl.float32) * y[1].to(tl.float32), 1)
     return s
 
 
@@ -75,6 +77,20 @@ def clean(x):
         a, poison = harmless(x[0])
         b, more = harmless(x[1])
         return (a, b), poison + more
+
+
+@triton.jit
+def _plus(a, b):
+    return a + b
+
+
+@triton.jit
+def is_finite(x):
+    """Return whether all numbers of a tile are finite."""
+    sick = tl.reduce(x[0] * 0.0, None, _plus)
+    if len(x) == 2:
+        sick += tl.reduce(x[1] * 0.0, None, _plus)
+    return sick == 0.0
 
 
 @triton.jit

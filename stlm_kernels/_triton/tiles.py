@@ -254,20 +254,22 @@ def stlm_row_bounds(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Range of another stream's rows in each row's segment, cut to `before` and `behind` its place;
-    the last rows of a segment stand side by side. 0, 0 where there are none."""
+    the last rows of a segment stand side by side. Empty where there are none; both ends rise with
+    the rows even so."""
     first_row = tl.program_id(0).to(tl.int64) * BLOCK
     rows = first_row + tl.arange(0, BLOCK)
     segments = segments_of(cu_ptr, first_row, n_segments, BLOCK).to(tl.int64)
     inside = (rows < total) & (segments >= 0) & (segments < n_segments)
-    start, end = segment_bounds(cu_ptr, segments, inside, total)
+    known = (tl.zeros((BLOCK,), tl.int32) + n_segments) > 0
+    segments = tl.minimum(tl.maximum(segments, 0), n_segments - 1)  # rows behind all: the last
+    start, end = segment_bounds(cu_ptr, segments, known, total)
     inside = inside & (rows >= start) & (rows < end)
-    first, last = segment_bounds(other_ptr, segments, inside, others)
+    first, last = segment_bounds(other_ptr, segments, known, others)
     place = rows + last - end
-    start = tl.maximum(first, place - before)
-    end = tl.minimum(last, place + behind + 1)
-    inside = inside & (end > start)
-    tl.store(bounds_ptr + rows, tl.where(inside, start, 0).to(tl.int32), mask=rows < total)
-    tl.store(bounds_ptr + total + rows, tl.where(inside, end, 0).to(tl.int32), mask=rows < total)
+    start = tl.minimum(tl.maximum(place - before, first), last)
+    end = tl.minimum(tl.maximum(place + behind + 1, first), last)
+    tl.store(bounds_ptr + rows, tl.where(inside, start, last).to(tl.int32), mask=rows < total)
+    tl.store(bounds_ptr + total + rows, tl.where(inside, end, last).to(tl.int32), mask=rows < total)
 
 
 def row_bounds(

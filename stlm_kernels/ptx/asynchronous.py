@@ -99,7 +99,7 @@ class Products:
         for index in operands:
             self.order.read(index, product.number)
         self.on_their_way.append(product)
-        self.order.on_their_way.append(product.number)
+        self.order.on_their_way[product.number] = self._blocks(product.waiting)
 
     def commit(self, mask: Mask) -> None:
         self.committed += self._warps(mask)
@@ -112,7 +112,7 @@ class Products:
             product.waiting &= ~(waits & (product.group < self.committed - newest))
         self.on_their_way = [x for x in self.on_their_way if x.waiting.any()]
         self.pending = {slot: x for slot, x in self.pending.items() if x.waiting.any()}
-        self.order.on_their_way = [x.number for x in self.on_their_way]
+        self.order.on_their_way = {x.number: self._blocks(x.waiting) for x in self.on_their_way}
 
     def check(self, reads: tuple[int, ...], writes: tuple[int, ...], mask: Mask) -> None:
         """Fault where an instruction touches a register of a product that was not waited for."""
@@ -128,3 +128,9 @@ class Products:
         if mask is None:
             return np.ones(self.batch.n // LANES, bool)
         return np.asarray(mask.reshape(-1, LANES).any(1))
+
+    def _blocks(self, warps: Array) -> Array:
+        """Return which blocks have one of these warps."""
+        found = np.zeros(len(self.batch.epoch), bool)
+        found[self.batch.block[::LANES][warps]] = True
+        return found

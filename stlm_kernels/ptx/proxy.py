@@ -59,8 +59,8 @@ class ProxyOrder:
         self.count = 0
         self.of_threads, self.of_blocks = _Fences(batch.n), _Fences(len(batch.epoch))
         self.read_by = np.zeros(total // UNIT, np.int32)  # number of the last product that reads it
-        self.on_their_way: list[int] = []
-        """Numbers of products that not all their warps have waited for."""
+        self.on_their_way: dict[int, Array] = {}
+        """Products by number, and the blocks of which a warp has not waited for them."""
 
     def write(self, index: Ints, size: int, threads: Array) -> None:
         """Note writes: those of an asynchronous copy once it was waited for."""
@@ -115,7 +115,10 @@ class ProxyOrder:
         """Note that a product reads units, from now until it was waited for."""
         self.read_by[units] = number
 
-    def is_read_by_a_product(self, index: Ints, size: int) -> Array:
-        """Return which accesses meet bytes that a product on its way reads."""
+    def is_read_by_a_product(self, index: Ints, size: int, threads: Array) -> Array:
+        """Return which accesses meet bytes that a product on its way in their block reads."""
         readers = self.read_by[(index * size)[:, None] // UNIT + np.arange(-(-size // UNIT))]
-        return np.asarray(np.isin(readers, self.on_their_way).any(1))
+        block, found = self.batch.of_threads(self.batch.block, threads), np.zeros(len(index), bool)
+        for number, waiting in self.on_their_way.items():
+            found |= (readers == number).any(1) & waiting[block]
+        return found

@@ -182,6 +182,6 @@ class SharedMemory:
         races = self.touches.write(index, size, owners, self.batch.epochs(threads))
         self.written.mark(index, size)
         if self.order is not None and self.order.on_their_way:
-            read = self.order.is_read_by_a_product(index, size)
+            read = self.order.is_read_by_a_product(index, size, threads)
             report("async", read, "a product that was not waited for reads it")
         return races

@@ -16,9 +16,9 @@ PINNED: Spills = {
     ("stlm_byte_pool_bwd", 100): (11, FP32),
     ("stlm_attention_fwd", 80): (12, FP32),
     ("stlm_attention_bwd_q", 80): (27, SIZED_FOR_90),
-    ("stlm_attention_bwd_q", 100): (4, SIZED_FOR_90),
+    ("stlm_attention_bwd_q", 100): (10, f"at K = 128; {SIZED_FOR_90}"),
     ("stlm_attention_bwd_kv", 80): (29, SIZED_FOR_90),
-    ("stlm_attention_bwd_kv", 100): (23, SIZED_FOR_90),
+    ("stlm_attention_bwd_kv", 100): (8, f"at K = 128; {SIZED_FOR_90}"),
     ("stlm_patch_attention_bwd_q", 80): (
         97,
         "at K = 128; tiles of 32 rows have none, but a Hopper product takes 64",

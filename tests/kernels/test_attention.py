@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stlm_kernels import attention, explain
+from stlm_kernels.ops.attention.config import FARTHEST
 from stlm_kernels.ops.attention.reference import reference
 
 EVERY_LANE = pytest.mark.lanes("cpu", "interpret", "gpu")
@@ -32,7 +33,7 @@ EVERY_LANE = pytest.mark.lanes("cpu", "interpret", "gpu")
 BOUNDARIES = ints(0, 6, 6, 9, 36, 44)
 
 
-@EVERY_LANE
+@pytest.mark.lanes("cpu", "interpret", "compiled", "gpu")
 @pytest.mark.parametrize(
     ("where", "poison", "window"),
     [
@@ -73,6 +74,50 @@ def test_nan_reaches_only_what_sees_it(
         assert not got["out"][15, 0, 5].isfinite()
         for name in NAMES:
             assert not got[name][9:36].isfinite().all() or name == where == "v", name
+
+
+@pytest.mark.lanes("cpu", "interpret", "compiled", "gpu")
+@pytest.mark.parametrize("where", ["q", "upstream"])
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_nan_stays_in_its_head(way: Way, where: str, poison: float) -> None:
+    """Query heads that share a key head may share a tile too."""
+    operands = example((40,), 4, 1, 16, way)
+    upstream = torch.randn(40, 4, 16).to(operands[0])
+    clean = with_gradients(operands, way, upstream, window=30)
+    sick = dict(zip((*NAMES, "upstream"), [*operands, upstream], strict=True))
+    sick[where] = sick[where].clone()
+    sick[where][20, 2, 5] = poison
+    upstream = sick.pop("upstream")
+    got = with_gradients(list(sick.values()), way, upstream, window=30)
+    for name in ("out", "q"):
+        assert_close(got[name][:, [0, 1, 3]], clean[name][:, [0, 1, 3]], way, message=name)
+        others = [*range(20), *range(21, 40)]
+        assert_close(got[name][others], clean[name][others], way, message=name)
+    assert not got["q"][20, 2].isfinite().any()
+    for name in ("k", "v"):  # those of the key head's keys that the row does not see
+        assert_close(got[name][21:], clean[name][21:], way, message=name)
+        assert not got[name][:21].isfinite().all()
+
+
+@pytest.mark.lanes("cpu", "interpret", "compiled", "gpu")
+@pytest.mark.parametrize("where", ["k", "v"])
+def test_infinite_key_among_many_tiles(way: Way, where: str) -> None:
+    """Tiles that see all of a block, some of it, or none."""
+    operands = example((1, 300), 2, 1, 16, way)
+    upstream = torch.randn(1, 300, 2, 16).to(operands[0])
+    options = {"causal": False, "window": (70, 9)}
+    clean = with_gradients(operands, way, upstream, **options)
+    sick = dict(zip(NAMES, operands, strict=True))
+    sick[where] = sick[where].clone()
+    sick[where][0, 150, 0, 5] = math.inf
+    got = with_gradients(list(sick.values()), way, upstream, **options)
+    blind = [*range(141), *range(221, 300)]
+    for name in ("out", "q"):
+        assert_close(got[name][0, blind], clean[name][0, blind], way, message=name)
+    far = [*range(71), *range(230, 300)]  # keys that no row sees which sees the sick one
+    for name in ("k", "v"):
+        assert_close(got[name][0, far], clean[name][0, far], way, message=name)
+    assert not got["out"][0, 141:221, :, 5].isfinite().any() or where == "k"
 
 
 @EVERY_LANE
@@ -143,6 +188,17 @@ def test_large_scores_neither_overflow_nor_vanish(way: Way, sign: int) -> None:
     want = reference(*[x.cpu().double() for x in operands])
     eps = torch.finfo(way.dtype).eps
     torch.testing.assert_close(got["out"].cpu().double(), want, rtol=400 * eps, atol=4 * eps)
+    assert all(x.isfinite().all() for x in got.values())
+
+
+@EVERY_LANE
+@pytest.mark.parametrize("scale", [1e-60, 30.0])
+def test_scales_far_from_one(way: Way, scale: float) -> None:
+    """float32 holds no 1e-60, and what is masked stays masked."""
+    operands = example((40,), 1, 1, 16, way)
+    got = with_gradients(operands, way, scale=scale, window=9)
+    want = reference(*[x.cpu().double() for x in operands], scale=scale, window=9)
+    assert_close(got["out"].cpu().double(), want, way, 400)
     assert all(x.isfinite().all() for x in got.values())
 
 
@@ -333,18 +389,26 @@ def test_canary_of_transposed_accumulators() -> None:
 
 
 @pytest.mark.lanes("interpret", "gpu")
-@pytest.mark.parametrize("base", [2**31 - 32, 2**31 + 96, 2**40])
-def test_sight_fits_int32_however_far_the_rows(way: Way, base: int) -> None:
-    """A row sees as far as a window can be; the last two rows do not exist."""
+@pytest.mark.parametrize("longer", [0, 100])
+@pytest.mark.parametrize("sides", [(FARTHEST, 0), (FARTHEST, FARTHEST), (20, 3), (0, 0)])
+@pytest.mark.parametrize("length", [FARTHEST - 100, 100])
+def test_sight_of_a_tile_far_behind(
+    way: Way, length: int, sides: tuple[int, int], longer: int
+) -> None:
+    """The last tile of the sixth sequence, whose last rows do not exist: beyond 2^31 in all."""
     pytest.importorskip("triton")
     from helpers.far_rows import sight_of
 
-    from stlm_kernels._triton.sight import FARTHEST
-
-    first, last = sight_of(base, base + 14, 2**41, FARTHEST, way.device).tolist()
-    assert first[:14] == [max(-base, i - FARTHEST) for i in range(14)]
-    assert last[:14] == [i + FARTHEST + 1 for i in range(14)]
-    assert first[14:] == last[14:]
+    tiles, other, before, behind = -(-length // 16), length + longer, *sides
+    first, last, (base, count, low, high, all_first, all_last) = sight_of(
+        6 * tiles - 1, length, other, sides, way.device
+    )
+    assert (base, count) == (6 * length - length % 16, length % 16)
+    places = [base - 5 * length + longer + i for i in range(count)]
+    assert first[:count] == [5 * other + max(0, place - before) for place in places]
+    assert last[:count] == [5 * other + min(other, place + behind + 1) for place in places]
+    assert (low, high) == (first[0], last[count - 1])
+    assert (all_first, all_last) == (first[count - 1], last[0])
 
 
 @EVERY_LANE

@@ -19,6 +19,7 @@ CASES = (
     case("edge", B=1, T=1, TK=77, H=2, KV=2, K=32),
     case("edge", B=2, T=3, TK=40, H=1, KV=1, K=16, W=5),
     case("edge", B=2, T=0, TK=9, H=2, KV=1, K=16),
+    case("edge", B=9, T=13, H=2, KV=1, K=16),
     case("edge", "cancels", T=150, H=1, KV=1, K=16, W=1),
     case("edge", T=200, H=1, KV=1, K=32, W=70, scale=0.5),
     case("edge", T=40, S=60, H=3, KV=1, K=16, boundaries="ragged", scale=0.7),

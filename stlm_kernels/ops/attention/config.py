@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from ... import _checks
-from ..._launch import Config, bucket, config_for, remembered
+from ..._launch import Config, bucket, config_for, gpu_of, remembered
 
 WIDTHS = (16, 32, 48, 64, 128)
 WIDE, LONG = 96, 1024
 """Width and length from which dense attention is a library's: cuDNN's on Hopper."""
+FARTHEST = 2**30 - 1024
+"""The most keys of a sequence, and the longest side of a window, that still count in int32."""
 
 
 Window = int | tuple[int | None, int | None] | None
@@ -29,7 +31,11 @@ def sides(causal: bool, window: Window) -> tuple[int | None, int | None]:
 
 def unsupported_reasons(**arguments: Any) -> list[str]:
     """List the reasons why the kernels cannot take this call; empty if they can."""
-    return _without_kernel(**arguments) + _checks.dtype_reasons("q", arguments["q"])
+    keys = arguments["k"].shape[-3]
+    reasons = _without_kernel(**arguments) + _checks.dtype_reasons("q", arguments["q"])
+    if arguments["cu_seqlens"] is None and keys > FARTHEST:
+        reasons.append(f"k has {keys} positions; the kernels take {FARTHEST} of a sequence")
+    return reasons
 
 
 def declined_reasons(**arguments: Any) -> list[str]:
@@ -73,32 +79,46 @@ def main_columns(width: int) -> int:
     return 1 << (width.bit_length() - 1)
 
 
+def heads_of_a_tile(group: int, rows: int) -> int:
+    """How many query heads of one key head share a tile: a power of two, 16 rows each at least."""
+    return min(group & -group, max(1, rows // 16))
+
+
 @remembered
 def rows_config(
-    kernel: str, width: int, reach: int, dtype: torch.dtype, device: torch.device
+    kernel: str,
+    width: int,
+    reach: int,
+    dtype: torch.dtype,
+    stored: torch.dtype,
+    device: torch.device,
 ) -> Config:
     """`BLOCK` rows that a program owns, `INNER` rows of the other side that it takes at a time.
 
-    `reach`: how far back a row can see. Blocks of 64 rows waste little on a short reach; a long
-    one is worth larger ones. Products in fp32 run without tensor cores and hold their operands in
-    registers. What is smaller or has more warps than the rest would spill otherwise (ahead-of-time
-    lane, sm_90).
+    `reach`: how far back a row can see. `dtype`: of the products; `stored`: of q. 128 rows read
+    keys half as often as 64. What is smaller than the rest would spill otherwise (ahead-of-time
+    lane). On Hopper two programs share an SM where 128 registers a thread suffice. Products in fp32
+    run without tensor cores and hold their operands in registers.
     """
-    long = reach > 512
-    default = {"BLOCK": 64, "INNER": 64, "num_warps": 4, "num_stages": 2}
-    if kernel == "fwd" and long and width <= 64:
-        default |= {"BLOCK": 128, "num_warps": 8}
-    if width == 48 and kernel != "fwd":
+    arch = gpu_of(device).arch
+    default = {"BLOCK": 128, "INNER": 64, "num_warps": 8, "num_stages": 2}
+    if reach <= 64:  # two blocks of keys for 64 rows, three for 128
+        default |= {"BLOCK": 64, "num_warps": 4}
+    elif arch == 90 and kernel == "fwd" and width <= 64 and stored == dtype:
+        default |= {"maxnreg": 128}
+    if (width == 48 and kernel != "fwd") or (arch != 90 and kernel != "fwd" and width == 64):
         default |= {"INNER": 32}
     if width == 128:
         inner = 16 if kernel == "bwd_q" else 32
         stages = 2 if kernel == "fwd" else 1
-        default |= {"INNER": inner, "num_warps": 8, "num_stages": stages}
+        default |= {"BLOCK": 128, "INNER": inner, "num_warps": 8, "num_stages": stages}
+        if kernel == "bwd_kv":
+            default |= {"BLOCK": 64}
     if dtype == torch.float32:
         most = {"fwd": 0, "bwd_q": 32, "bwd_kv": 64}[kernel]
-        many = (width == 128) != (kernel == "bwd_kv") or (kernel, width) == ("bwd_q", 48)
+        many = kernel == "bwd_kv" or width == 128 or (kernel == "bwd_q" and width >= 48)
         block, warps = 32 if width <= most else 16, 8 if many else 4
         stages = 2 if kernel == "fwd" else 1
         default = {"BLOCK": block, "INNER": 16, "num_warps": warps, "num_stages": stages}
-    shape = bucket(f"K{width}", "long" if long else "short", dtype)
+    shape = bucket(f"K{width}", "short" if reach <= 64 else "long", dtype)
     return config_for(f"attention_{kernel}", shape, default, device)

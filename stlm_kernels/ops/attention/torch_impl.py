@@ -135,7 +135,7 @@ def _shows_masked_nan(options: Options, *tensors: Tensor) -> bool:
     """Return whether SDPA would show rows what they must not see, 0 * NaN is NaN, or take a query
     of NaN for one that sees nothing.
     """
-    watched = tensors if options.causal else tensors[:1]
+    watched = tensors if options.causal or options.windowed else tensors[:1]
     return runtime.values_visible(*watched) and not attention_blocks.all_finite(*watched)
 
 

@@ -1,28 +1,37 @@
 """attention in Triton: causal, within a window and a document, query heads sharing key heads.
 
-A batch is read as one stream of N = B T rows. Where row t starts to see, and the row where key t is
-seen last, are plain numbers: those of its sequence cut to the window, or, with documents, two int32
-a row that one pass notes beforehand. Heads of 48 are 32 + 16 columns, in two products each.
-Forward. A program owns BLOCK rows of one query head and walks the range of keys that any of them
-sees, INNER at a time, carrying the softmax (base 2, fp32). First come the blocks that every row
-sees whole, without a mask; then the others, at the diagonal and where window or document begin.
-Long rows start first, so that short ones fill the device's last moments.
-Backward. From the saved log-sum-exp the weights are formed again. One kernel owns BLOCK queries and
-adds up dq = dS K; it also stores delta = rowsum(dO * out), corrected for the rounding of `out` in
-tiles that see few keys (a row of dS adds up to zero: what it does add up to is delta's error). The
-other owns BLOCK keys of one key head and walks the query heads that share it, forming
-S^T = K Q^T and dP^T = V dO^T directly, so that no accumulator is ever transposed:
+A tile is BLOCK rows: the query heads that share a key head (`PACK` of them), each at the same
+positions, so that keys and values are read once for all. Where a row starts to see, and where it
+ends, are plain numbers: those of its sequence cut to the window, or, with documents, two int32 a
+row that one pass notes beforehand; they rise with the rows, so that the first and the last row say
+what the tile sees in all, without a sum over its rows. Heads of 48 are 32 + 16 columns, in two
+products each.
+Forward. A program owns a tile and walks the range of keys that any row of it sees, INNER at a time,
+carrying the softmax (base 2, the scale folded into the exponent, fp32). Blocks that every row sees
+whole have no mask; at the others each side that cuts costs a compare and a select an element. Long
+rows start first, so that short ones fill the device's last moments.
+Backward. From the saved log-sum-exp the weights are formed again. One kernel owns a tile of queries
+and adds up dq = dS K; it also stores delta = rowsum(dO * out), which a tile whose rows see few keys
+forms from the products instead: `out` is rounded, and there that does not average away. The other
+owns BLOCK keys of one key head and walks the query heads that share it, PACK of them side by side,
+forming S^T = K Q^T and dP^T = V dO^T directly, so that no accumulator is ever transposed:
 dv = P^T dO, dk = dS^T Q. No atomics, fixed order, work in proportion to T x window.
 
-NaN and infinities. A weight of zero does not hide a NaN, so in masked blocks an operand that is
-summed over rows enters the product with its non-finite rows zeroed, and the scores of such a row
-become NaN instead, before the mask: what may see it gets NaN, nothing else does. Unmasked blocks
-need no such care.
+NaN and infinities. A weight of zero does not hide a NaN. The loops take no care of that; a program
+looks once whether its sums are finite, and if not forms them again: in blocks that not every row
+sees, rows of an operand that is summed over enter the product as zeros where they are not finite,
+and the scores of such a row become NaN instead, before the mask: what may see it gets NaN, nothing
+else does. Results are stored as they are where all is finite, whatever the other tiles hold.
 
 Floor (bf16, H200, 790 TFLOP/s, 4.3 TB/s, 4e12 exp/s): per score 4 K FLOPs and an exp2 forward,
 14 K and two exp2 backward; below K = 50 the exp2 lasts longer than the products. B24 T512 16/4
 heads K32: 50 M scores, 13 us forward, 29 us backward. 8 x 8192, H8 K64, window 128: 63 and 126 us
 of memory traffic.
+Counted (sm_90, bench/RESULTS.md): B24 T512 at least 20.5 us forward and 40.9 us backward, by
+instructions; 8 x 8192 with window 256 93.8 and 251.2 us, by bytes from L2. The aims were 21, 40,
+98 and 235: both backward kernels read the 383 rows that 128 meet, and larger tiles do not fit.
+Of a forward block of 64 keys two thirds of the instructions are arithmetic of its scores, the rest
+waits and descriptors.
 """
 
 from __future__ import annotations
@@ -35,245 +44,150 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import _launch
-from ..._triton.heads import (
-    clean,
-    difference,
-    inner,
-    load_head,
-    products,
-    scaled,
-    store_head,
-    summed,
-    zeros,
-)
-from ..._triton.sight import FARTHEST, place, range_of, sight
+from ..._triton.attention_loops import exact_delta, key_gradients, query_gradient, softmax
+from ..._triton.heads import added, inner, is_finite, load_live_rows, scaled, store_rows
+from ..._triton.sight import sight
 from ..._triton.tiles import LOG2_E, dot_type, row_bounds, with_rows
 from . import config as configs
 
-
-@triton.jit
-def _within(rows, high, MASKED: tl.constexpr):
-    """Mask of the rows of a block to read: all of a solid one."""
-    if MASKED:
-        return rows < high
-    else:
-        return tl.full(rows.shape, True, tl.int1)
+SHORT = 32
+"""Rows of sequences that tiles of one would leave mostly empty."""
 
 
-@triton.jit
-def _sees(inner, first, last):
-    """(rows of a tile, inner): each row meets those from its first to before its last."""
-    return (inner[None, :] >= first[:, None]) & (inner[None, :] < last[:, None])
-
-
-@triton.jit
-def _absorb(
-    q, k_ptr, v_ptr, there, keys, high, first, last, k_stride, v_stride, column, scale,
-    top, norm, acc, DOT: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """A block of keys into the softmax of every row; `top` is the largest product so far."""
-    within = _within(keys, high, MASKED)
-    k = load_head(k_ptr, there + keys, within, k_stride, column, DOT, MAIN, REST)
-    v = load_head(v_ptr, there + keys, within, v_stride, column, DOT, MAIN, REST)
-    s = products(q, k)
-    if MASKED:
-        v, poison = clean(v)
-        seen = _sees(keys, first, last)
-        s = tl.where(seen, s + poison[None, :], float("-inf"))
-    new_top = tl.maximum(top, tl.max(s, 1))
-    pivot = tl.where(new_top == float("-inf"), 0.0, new_top) * scale  # it may have seen nothing yet
-    p = tl.exp2(s * scale - pivot[:, None])
-    if MASKED:
-        p = tl.where(seen, p, 0.0)
-    shrink = tl.exp2(top * scale - pivot)
-    norm = norm * shrink + tl.sum(p, 1)
-    return new_top, norm, summed(p, v, scaled(acc, shrink))
-
-
-@triton.jit(do_not_specialize=["total", "length", "other", "whole", "before", "behind"])
+@triton.jit(do_not_specialize=["total", "length", "other", "before", "behind"])
 def stlm_attention_fwd(
     q_ptr, k_ptr, v_ptr, bounds_ptr, out_ptr, lse_ptr,
-    total, length, other, whole, before, behind, q_stride, k_stride, v_stride, scale,
-    H: tl.constexpr, GROUP: tl.constexpr, HAS_DOCS: tl.constexpr, DOT: tl.constexpr,
-    MAIN: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr,
+    total, length, other, before, behind, q_stride, k_stride, v_stride, scale, lowest,
+    H: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, HAS_DOCS: tl.constexpr,
+    DOT: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr,
+    INNER: tl.constexpr,
 ):  # fmt: skip
     K: tl.constexpr = MAIN + REST
-    program = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
-    head, block = program % H, program // H
-    base, end, there = place(block, length, other, whole, BLOCK)
-    rows = base + tl.arange(0, BLOCK)
-    first, last = sight(
-        bounds_ptr, base, end, there, length, other, before, behind, HAS_DOCS, BLOCK
+    ROWS: tl.constexpr = BLOCK // PACK
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    head = program % (H // PACK) * PACK
+    base, count, there, first, last, high, all_first, all_last = sight(
+        bounds_ptr, program // (H // PACK), length, other, before, behind, HAS_DOCS, ROWS, BLOCK
     )
-    live, low, high, count, lead, solid = range_of(first, last, INNER)
-    q = load_head(q_ptr, rows, live, q_stride, head * K, DOT, MAIN, REST)
-    top = tl.full((BLOCK,), float("-inf"), tl.float32)
-    norm, acc = tl.zeros((BLOCK,), tl.float32), zeros(BLOCK, MAIN, REST)
-    column = head // GROUP * K
-    for i in range(lead, lead + solid):
-        keys = low + i * INNER + tl.arange(0, INNER)
-        top, norm, acc = _absorb(
-            q, k_ptr, v_ptr, there, keys, high, first, last, k_stride, v_stride, column, scale,
-            top, norm, acc, DOT, MAIN, REST, False,
-        )  # fmt: skip
-    for i in range(0, count - solid):
-        keys = low + (i + tl.where(i < lead, 0, solid)) * INNER + tl.arange(0, INNER)
-        top, norm, acc = _absorb(
-            q, k_ptr, v_ptr, there, keys, high, first, last, k_stride, v_stride, column, scale,
-            top, norm, acc, DOT, MAIN, REST, True,
+    own = tl.arange(0, BLOCK) % ROWS
+    heads = head + tl.arange(0, BLOCK) // ROWS
+    rows = base + own
+    inside, live = own < count, (own < count) & (last > first)
+    q_at = own.to(tl.int64) * q_stride + heads * K
+    q = load_live_rows(q_ptr + base * q_stride, q_at, live, DOT, MAIN, REST)
+    k_ptr += there * k_stride + head // GROUP * K
+    v_ptr += there * v_stride + head // GROUP * K
+    top, norm, acc = softmax(
+        q, k_ptr, v_ptr, k_stride, v_stride, scale, lowest, first, last, high, all_first, all_last,
+        DOT, MAIN, REST, BLOCK, INNER, False,
+    )  # fmt: skip
+    if not is_finite(acc):
+        top, norm, acc = softmax(
+            q, k_ptr, v_ptr, k_stride, v_stride, scale, lowest, first, last, high, all_first,
+            all_last,
+            DOT, MAIN, REST, BLOCK, INNER, True,
         )  # fmt: skip
     norm = tl.where(live, norm, 1.0)
     lse = tl.where(live, top * scale + tl.log2(norm), 0.0)
-    tl.store(lse_ptr + head * total + rows, lse, mask=rows < end)
-    store_head(out_ptr, scaled(acc, 1.0 / norm), rows, live, end, H * K, head * K, MAIN, REST)
+    tl.store(lse_ptr + heads.to(tl.int64) * total + rows, lse, mask=inside)
+    acc = scaled(acc, 1.0 / norm)
+    store_rows(out_ptr + base * (H * K), acc, own * (H * K) + heads * K, inside, MAIN, REST)
 
 
-@triton.jit
-def _gradient(s, dp, shift, delta, seen, MASKED: tl.constexpr):
-    """Weights, formed again, and the gradient of the scores."""
-    p = tl.exp2(s + shift)
-    if MASKED:
-        p = tl.where(seen, p, 0.0)
-    ds = p * (dp - delta)
-    if MASKED:  # what is masked may be NaN in dp
-        ds = tl.where(seen, ds, 0.0)
-    return p, ds
-
-
-@triton.jit
-def _of_keys(
-    q, grad, k_ptr, v_ptr, there, keys, high, first, last, k_stride, v_stride, column, scale,
-    lse, delta, DOT: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """A block of keys, and its weights and gradients of the scores, (rows, keys)."""
-    within = _within(keys, high, MASKED)
-    k = load_head(k_ptr, there + keys, within, k_stride, column, DOT, MAIN, REST)
-    v = load_head(v_ptr, there + keys, within, v_stride, column, DOT, MAIN, REST)
-    seen = _sees(keys, first, last)
-    shift = -lse[:, None]
-    if MASKED:
-        k, poison = clean(k)
-        shift += poison[None, :]
-    s, dp = products(q, k) * scale, products(grad, v)
-    p, ds = _gradient(s, dp, shift, delta[:, None], seen, MASKED)
-    return k, p, ds
-
-
-@triton.jit(do_not_specialize=["total", "length", "other", "whole", "before", "behind"])
+@triton.jit(do_not_specialize=["total", "length", "other", "before", "behind"])
 def stlm_attention_bwd_q(
     q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, lse_ptr, bounds_ptr, dq_ptr, delta_ptr,
-    total, length, other, whole, before, behind, q_stride, k_stride, v_stride, scale, unit,
-    H: tl.constexpr, GROUP: tl.constexpr, HAS_DOCS: tl.constexpr, DOT: tl.constexpr,
-    MAIN: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr,
+    total, length, other, before, behind, q_stride, k_stride, v_stride, scale, unit,
+    H: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, HAS_DOCS: tl.constexpr,
+    DOT: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr,
+    INNER: tl.constexpr,
 ):  # fmt: skip
     K: tl.constexpr = MAIN + REST
-    NARROW: tl.constexpr = out_ptr.dtype.element_ty != tl.float32
-    program = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
-    head, block = program % H, program // H
-    base, end, there = place(block, length, other, whole, BLOCK)
-    rows = base + tl.arange(0, BLOCK)
-    first, last = sight(
-        bounds_ptr, base, end, there, length, other, before, behind, HAS_DOCS, BLOCK
+    ROWS: tl.constexpr = BLOCK // PACK
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    head = program % (H // PACK) * PACK
+    base, count, there, first, last, high, all_first, all_last = sight(
+        bounds_ptr, program // (H // PACK), length, other, before, behind, HAS_DOCS, ROWS, BLOCK
     )
-    live, low, high, count, lead, solid = range_of(first, last, INNER)
-    q = load_head(q_ptr, rows, live, q_stride, head * K, DOT, MAIN, REST)
-    grad = load_head(grad_ptr, rows, live, H * K, head * K, DOT, MAIN, REST)
-    delta = inner(grad, load_head(out_ptr, rows, live, H * K, head * K, tl.float32, MAIN, REST))
-    lse = tl.load(lse_ptr + head * total + rows, mask=live, other=0.0)
-    dq, mean = zeros(BLOCK, MAIN, REST), zeros(BLOCK, MAIN, REST)
-    excess, column = tl.zeros((BLOCK,), tl.float32), head // GROUP * K
-    for i in range(lead, lead + solid):
-        keys = low + i * INNER + tl.arange(0, INNER)
-        k, _, ds = _of_keys(
-            q, grad, k_ptr, v_ptr, there, keys, high, first, last, k_stride, v_stride, column,
-            scale, lse, delta, DOT, MAIN, REST, False,
+    own = tl.arange(0, BLOCK) % ROWS
+    heads = head + tl.arange(0, BLOCK) // ROWS
+    rows = base + own
+    inside, live = own < count, (own < count) & (last > first)
+    at, noted = own * (H * K) + heads * K, heads.to(tl.int64) * total + rows
+    q_at = own.to(tl.int64) * q_stride + heads * K
+    q = load_live_rows(q_ptr + base * q_stride, q_at, live, DOT, MAIN, REST)
+    grad = load_live_rows(grad_ptr + base * (H * K), at, live, DOT, MAIN, REST)
+    lse = tl.load(lse_ptr + noted, mask=live, other=0.0)
+    k_ptr += there * k_stride + head // GROUP * K
+    v_ptr += there * v_stride + head // GROUP * K
+    few = False
+    if out_ptr.dtype.element_ty != tl.float32:
+        # So few keys that the rounding of `out` does not average away.
+        if HAS_DOCS:
+            few = tl.min(tl.where(live, last - first, 64), 0) < 64
+        else:
+            few = tl.minimum(all_last, high - all_first) < 64
+    if few:
+        delta = exact_delta(
+            q, grad, k_ptr, v_ptr, k_stride, v_stride, scale, lse, first, last, high,
+            DOT, MAIN, REST, BLOCK, INNER,
         )  # fmt: skip
-        dq = summed(ds, k, dq)
-    for i in range(0, count - solid):
-        keys = low + (i + tl.where(i < lead, 0, solid)) * INNER + tl.arange(0, INNER)
-        k, p, ds = _of_keys(
-            q, grad, k_ptr, v_ptr, there, keys, high, first, last, k_stride, v_stride, column,
-            scale, lse, delta, DOT, MAIN, REST, True,
+    else:
+        out = load_live_rows(out_ptr + base * (H * K), at, live, tl.float32, MAIN, REST)
+        delta = inner(grad, out)
+    tl.store(delta_ptr + noted, tl.where(live, delta, 0.0), mask=inside)
+    dq = query_gradient(
+        q, grad, k_ptr, v_ptr, k_stride, v_stride, scale, lse, delta, first, last, high,
+        all_first, all_last, DOT, MAIN, REST, BLOCK, INNER, False,
+    )  # fmt: skip
+    if not is_finite(dq):
+        dq = query_gradient(
+            q, grad, k_ptr, v_ptr, k_stride, v_stride, scale, lse, delta, first, last, high,
+            all_first, all_last, DOT, MAIN, REST, BLOCK, INNER, True,
         )  # fmt: skip
-        dq = summed(ds, k, dq)
-        if NARROW:
-            excess += tl.sum(ds, 1)
-            mean = summed(p, k, mean)
-    if NARROW:
-        # Rows with a solid block see so many keys that the rounding of `out` averages away.
-        excess = tl.where(solid == 0, excess, 0.0)
-        dq = difference(dq, scaled(mean, excess))
-        delta += excess
-    tl.store(delta_ptr + head * total + rows, tl.where(live, delta, 0.0), mask=rows < end)
     dq = scaled(dq, tl.zeros((BLOCK,), tl.float32) + unit)
-    store_head(dq_ptr, dq, rows, live, end, H * K, head * K, MAIN, REST)
+    store_rows(dq_ptr + base * (H * K), dq, at, inside, MAIN, REST)
 
 
-@triton.jit
-def _of_rows(
-    k, v, q_ptr, grad_ptr, lse_ptr, delta_ptr, there, rows, high, first, last, q_stride, width,
-    column, scale, DOT: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """A block of queries and its upstream gradient, weights and gradients of the scores, (keys,
-    rows)."""
-    inside, at = _within(rows, high, MASKED), there + rows
-    q = load_head(q_ptr, at, inside, q_stride, column, DOT, MAIN, REST)
-    grad = load_head(grad_ptr, at, inside, width, column, DOT, MAIN, REST)
-    shift = -tl.load(lse_ptr + at, mask=inside, other=0.0)
-    delta = tl.load(delta_ptr + at, mask=inside, other=0.0)
-    seen = _sees(rows, first, last)
-    if MASKED:
-        q, poison = clean(q)
-        grad, more = clean(grad)
-        shift += poison + more
-    s, dp = products(k, q) * scale, products(v, grad)
-    p, ds = _gradient(s, dp, shift[None, :], delta[None, :], seen, MASKED)
-    return q, grad, p, ds
-
-
-@triton.jit(do_not_specialize=["total", "length", "other", "whole", "before", "behind"])
+@triton.jit(do_not_specialize=["total", "length", "other", "before", "behind"])
 def stlm_attention_bwd_kv(
     q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, bounds_ptr, dk_ptr, dv_ptr,
-    total, length, other, whole, before, behind, q_stride, k_stride, v_stride, scale, unit,
-    H: tl.constexpr, GROUP: tl.constexpr, HAS_DOCS: tl.constexpr, DOT: tl.constexpr,
-    MAIN: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr,
+    total, length, other, before, behind, q_stride, k_stride, v_stride, scale, unit,
+    H: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, HAS_DOCS: tl.constexpr,
+    DOT: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr,
+    INNER: tl.constexpr,
 ):  # fmt: skip
     K: tl.constexpr = MAIN + REST
     KV: tl.constexpr = H // GROUP
-    program = tl.program_id(0).to(tl.int64)
-    kv_head, block = program % KV, program // KV
-    base, end, there = place(block, length, other, whole, BLOCK)
-    keys = base + tl.arange(0, BLOCK)
-    first, last = sight(
-        bounds_ptr, base, end, there, length, other, before, behind, HAS_DOCS, BLOCK
+    program = tl.program_id(0)
+    head = program % KV
+    base, count, there, first, last, high, all_first, all_last = sight(
+        bounds_ptr, program // KV, length, other, before, behind, HAS_DOCS, BLOCK, BLOCK
     )
-    live, low, high, count, lead, solid = range_of(first, last, INNER)
-    k = load_head(k_ptr, keys, live, k_stride, kv_head * K, DOT, MAIN, REST)
-    v = load_head(v_ptr, keys, live, v_stride, kv_head * K, DOT, MAIN, REST)
-    dk, dv = zeros(BLOCK, MAIN, REST), zeros(BLOCK, MAIN, REST)
-    for member in range(0, GROUP):
-        head = kv_head * GROUP + member
-        for i in range(lead, lead + solid):
-            rows = low + i * INNER + tl.arange(0, INNER)
-            q, grad, p, ds = _of_rows(
-                k, v, q_ptr, grad_ptr, lse_ptr + head * total, delta_ptr + head * total,
-                there, rows, high, first, last, q_stride, H * K, head * K, scale, DOT, MAIN,
-                REST, False,
-            )  # fmt: skip
-            dv = summed(p, grad, dv)
-            dk = summed(ds, q, dk)
-        for i in range(0, count - solid):
-            rows = low + (i + tl.where(i < lead, 0, solid)) * INNER + tl.arange(0, INNER)
-            q, grad, p, ds = _of_rows(
-                k, v, q_ptr, grad_ptr, lse_ptr + head * total, delta_ptr + head * total,
-                there, rows, high, first, last, q_stride, H * K, head * K, scale, DOT, MAIN,
-                REST, True,
-            )  # fmt: skip
-            dv = summed(p, grad, dv)
-            dk = summed(ds, q, dk)
+    own = tl.arange(0, BLOCK)
+    inside, live = own < count, (own < count) & (last > first)
+    keys = own.to(tl.int64)
+    k_ptr += base * k_stride + head * K
+    v_ptr += base * v_stride + head * K
+    k = load_live_rows(k_ptr, keys * k_stride, live, DOT, MAIN, REST)
+    v = load_live_rows(v_ptr, keys * v_stride, live, DOT, MAIN, REST)
+    q_ptr += there * q_stride + head * (GROUP * K)
+    grad_ptr += there * (H * K) + head * (GROUP * K)
+    noted = (head * GROUP).to(tl.int64) * total + there
+    dk, dv = key_gradients(
+        k, v, q_ptr, grad_ptr, lse_ptr + noted, delta_ptr + noted, q_stride, H * K, total, scale,
+        first, last, high, all_first, all_last, GROUP, PACK, DOT, MAIN, REST, BLOCK, INNER, False,
+    )  # fmt: skip
+    if not is_finite(added(dk, dv)):
+        dk, dv = key_gradients(
+            k, v, q_ptr, grad_ptr, lse_ptr + noted, delta_ptr + noted, q_stride, H * K, total,
+            scale, first, last, high, all_first, all_last, GROUP, PACK, DOT, MAIN, REST, BLOCK,
+            INNER, True,
+        )  # fmt: skip
     dk = scaled(dk, tl.zeros((BLOCK,), tl.float32) + unit)
-    store_head(dk_ptr, dk, keys, live, end, KV * K, kv_head * K, MAIN, REST)
-    store_head(dv_ptr, dv, keys, live, end, KV * K, kv_head * K, MAIN, REST)
+    noted = base * (KV * K) + head * K
+    store_rows(dk_ptr + noted, dk, own * (KV * K), inside, MAIN, REST)
+    store_rows(dv_ptr + noted, dv, own * (KV * K), inside, MAIN, REST)
 
 
 def launch_fwd(
@@ -288,22 +202,24 @@ def launch_fwd(
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(B, T, H, K) in `out_dtype`, (H, B T) fp32 log2-sum-exp2, (2, T) int32 bounds of each row."""
-    (batch, length, heads, _), keys, device = q.shape, k.shape[1], q.device
-    total, sides = batch * length, _sides(left, right)
+    heads, device, sides = q.shape[2], q.device, _sides(left, right)
+    batch, length, keys, cu = _stream(q, k, cu_seqlens)
+    total = batch * length
     out = torch.empty(q.shape, dtype=out_dtype, device=device)
     lse = torch.empty((heads, total), dtype=torch.float32, device=device)
-    bounds = _bounds(cu_seqlens, cu_seqlens_k, length, keys, sides, device)
-    has_docs = cu_seqlens is not None
-    options = _options("fwd", q, k, has_docs, sides, out_dtype)
-    whole, tiles = _tiles_of(batch, length, keys, has_docs, options["BLOCK"])
+    bounds = _bounds(cu, cu_seqlens_k, length, keys, sides, device)
+    options = _options("fwd", q, k, cu is not None, sides, out_dtype)
+    programs = _programs(batch, length, heads, options)
     q, k, v = (with_rows(x.flatten(0, 1)) for x in (q, k, v))
+    factor = _base_2(scale)
+    lowest = -torch.finfo(torch.float32).max / max(factor, 1.0)  # finite even times the factor
     _launch.launch(
-        stlm_attention_fwd, tiles * heads,
+        stlm_attention_fwd, programs,
         q, k, v, bounds, out, lse,
-        total, length, keys, whole, *sides, q.stride(0), k.stride(0), v.stride(0), scale * LOG2_E,
+        total, length, keys, *sides, q.stride(0), k.stride(0), v.stride(0), factor, lowest,
         device=device, **options,
     )  # fmt: skip
-    return out, lse, bounds
+    return out, lse, bounds if cu is cu_seqlens else bounds.new_empty((2, 0))
 
 
 def launch_bwd(
@@ -321,33 +237,58 @@ def launch_bwd(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; the second kernel reads what the first noted of each row."""
-    (batch, length, heads, _), (_, keys, kv_heads, _) = q.shape, k.shape
-    device, sides, has_docs = q.device, _sides(left, right), cu_seqlens is not None
+    heads, kv_heads, device, sides = q.shape[2], k.shape[2], q.device, _sides(left, right)
+    batch, length, keys, cu = _stream(q, k, cu_seqlens)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (q, k, v))
+    has_docs = cu is not None
     of_q, of_kv = (_options(x, q, k, has_docs, sides, grad.dtype) for x in ("bwd_q", "bwd_kv"))
-    other = None if cu_seqlens is None else cu_seqlens_k if cu_seqlens_k is not None else cu_seqlens
-    key_bounds = _bounds(other, cu_seqlens, keys, length, sides[::-1], device)
+    if cu is not cu_seqlens:
+        bounds = _bounds(cu, None, length, keys, sides, device)
+    other = cu if cu_seqlens_k is None else cu_seqlens_k
+    key_bounds = _bounds(other, cu, keys, length, sides[::-1], device)
     total, delta = lse.shape[1], torch.empty_like(lse)
     q, k, v = (with_rows(x.flatten(0, 1)) for x in (q, k, v))
     grad, out = grad.contiguous(), out.contiguous()
-    last = q.stride(0), k.stride(0), v.stride(0), scale * LOG2_E, scale
-    whole, tiles = _tiles_of(batch, length, keys, has_docs, of_q["BLOCK"])
+    last = q.stride(0), k.stride(0), v.stride(0), _base_2(scale), scale
     _launch.launch(
-        stlm_attention_bwd_q, tiles * heads,
+        stlm_attention_bwd_q, _programs(batch, length, heads, of_q),
         q, k, v, grad, out, lse, bounds, dq, delta,
-        total, length, keys, whole, *sides, *last, device=device, **of_q,
+        total, length, keys, *sides, *last, device=device, **of_q,
     )  # fmt: skip
-    whole, tiles = _tiles_of(batch, keys, length, has_docs, of_kv["BLOCK"])
+    programs = _programs(batch, keys, kv_heads, of_kv | {"PACK": 1})
     _launch.launch(
-        stlm_attention_bwd_kv, tiles * kv_heads,
+        stlm_attention_bwd_kv, programs,
         q, k, v, grad, lse, delta, key_bounds, dk, dv,
-        total, keys, length, whole, *sides[::-1], *last, device=device, **of_kv,
+        total, keys, length, *sides[::-1], *last, device=device, **of_kv,
     )  # fmt: skip
     return dq, dk, dv
 
 
+def _stream(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, int, Tensor | None]:
+    """Number of sequences, their rows and keys, and boundaries. Sequences so short that a tile
+    holds several are documents of one."""
+    (batch, length), keys = q.shape[:2], k.shape[1]
+    total = batch * length
+    if batch == 1 or not 0 < length == keys <= SHORT or total > configs.FARTHEST:
+        return batch, length, keys, cu_seqlens
+    cu = torch.arange(0, total + 1, length, dtype=torch.int32, device=q.device)
+    return 1, total, total, cu
+
+
+def _base_2(scale: float) -> float:
+    """A factor for powers of two, which float32 does not take for zero."""
+    return max(scale * LOG2_E, torch.finfo(torch.float32).tiny)
+
+
+def _programs(batch: int, rows: int, heads: int, options: dict[str, Any]) -> int:
+    """Tiles of all sequences, for each group of heads that share them."""
+    positions = options["BLOCK"] // options["PACK"]
+    return batch * _launch.ceil_div(rows, positions) * (heads // options["PACK"])
+
+
 def _sides(left: int | None, right: int | None) -> tuple[int, int]:
-    left, right = (FARTHEST if x is None else min(x, FARTHEST) for x in (left, right))
+    most = configs.FARTHEST
+    left, right = (most if x is None else min(x, most) for x in (left, right))
     return left, right
 
 
@@ -361,18 +302,12 @@ def _bounds(
     return row_bounds(cu, rows, *sides, cu if other is None else other, others)
 
 
-def _tiles_of(batch: int, rows: int, others: int, has_docs: bool, block: int) -> tuple[int, int]:
-    """Rows that tiles divide, and the tiles of all: the whole stream if both sides are alike."""
-    whole = batch * rows if has_docs or rows == others else rows
-    return whole, batch * rows // max(1, whole) * _launch.ceil_div(whole, block)
-
-
 def _options(
     kernel: str, q: Tensor, k: Tensor, has_docs: bool, sides: tuple[int, int], dtype: torch.dtype
 ) -> dict[str, Any]:
     """The constants of a launch; `dtype` is what the products' operands are cast to."""
     (heads, width), reach = q.shape[2:], min(sum(sides) + 1, k.shape[1])
-    return configs.rows_config(kernel, width, reach, dtype, q.device) | {
+    options = configs.rows_config(kernel, width, reach, dtype, q.dtype, q.device) | {
         "H": heads,
         "GROUP": heads // k.shape[2],
         "HAS_DOCS": has_docs,
@@ -380,3 +315,6 @@ def _options(
         "MAIN": configs.main_columns(width),
         "REST": width - configs.main_columns(width),
     }
+    rows = options["INNER" if kernel == "bwd_kv" else "BLOCK"]
+    options["PACK"] = configs.heads_of_a_tile(options["GROUP"], rows)
+    return options
