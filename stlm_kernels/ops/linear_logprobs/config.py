@@ -121,6 +121,8 @@ def dlogits_config(width: int, valid: int, dtype: torch.dtype, device: torch.dev
     """The forward's block of rows over twice the warps: the gradient needs registers as well."""
     default = _rows_default(width, valid, dtype, device, valid * dtype.itemsize)
     default["num_warps"] = 8
+    if gpu_of(device).arch != 90:  # whose products take fewer registers
+        default["BLOCK_N"] = min(64, default["BLOCK_N"])
     return config_for("linear_logprobs_dlogits", _bucket(width, valid, dtype), default, device)
 
 
@@ -168,6 +170,8 @@ def bwd_weight_config(width: int, valid: int, dtype: torch.dtype, device: torch.
         "num_warps": 8,
         "num_stages": 3 if main <= 256 else 2,
     }
+    if gpu_of(device).arch != 90:
+        default["BLOCK_W"] = min(64, default["BLOCK_W"])
     if dtype == torch.float32:
         wide = block_of(width, max(16, min(64, 8192 // main)))
         default |= {"BLOCK_N": 16, "BLOCK_W": wide, "num_stages": 2}
