@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
 from .parse import Instruction, Program
 from .registers import UNSIGNED, Array, Mask
 
-if TYPE_CHECKING:
-    from .state import State
-
-Step = Callable[["State", Mask], None]
+Step = Callable[[Any, Mask], None]
+"""Changes a `State`, which holds the code and so is not known here."""
 
 
 @dataclass(frozen=True)
