@@ -29,7 +29,8 @@ from .harness.results import Result, add_result_options, command_line, result_pa
 AIM_US = 30.0
 """What a call may take before its first launch on a quiet machine."""
 ROOT = Path(__file__).resolve().parents[1]
-CALLS = Path(__file__).parent / "harness" / "host_calls.py"
+HARNESS = Path(__file__).parent / "harness"
+CALLS = "import sys; sys.path.append(sys.argv[1]); import host_calls; host_calls.main()"
 
 Turn = dict[str, list[int]]
 
@@ -52,7 +53,7 @@ class Side:
     def __init__(self, folder: Path) -> None:
         variables = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(CALLS)], env=variables, text=True,
+            [sys.executable, "-W", "ignore", "-c", CALLS, str(HARNESS)], env=variables, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
 

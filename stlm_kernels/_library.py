@@ -28,7 +28,7 @@ from ._torch.function import Function, Kept
 NAMESPACE = "stlm"
 _library = torch.library.Library(NAMESPACE, "DEF")
 _launchers: dict[Any, Callable[..., Any]] = {}
-"""What a registered op runs on a device, by the op."""
+"""Launchers of registered ops on a device."""
 
 
 def register(

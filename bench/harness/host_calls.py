@@ -1,7 +1,8 @@
 """Calls of ops up to their first launch, timed in a process of its own.
 
-Run as a file beside any checkout of the library, the one on `PYTHONPATH`: it imports nothing else
-of the project. A line of input asks for a turn; the answer is a line of JSON, nanoseconds by op.
+Run by `bench.host` beside any checkout of the library, the one on `PYTHONPATH`: it imports nothing
+else of the project. A line of input asks for a turn; the answer is a line of JSON, nanoseconds by
+op.
 """
 
 from __future__ import annotations
@@ -79,7 +80,3 @@ def main() -> None:
     turn(calls)  # the first calls import and fill caches
     for _ in sys.stdin:
         print(json.dumps(turn(calls)), flush=True)
-
-
-if __name__ == "__main__":
-    main()

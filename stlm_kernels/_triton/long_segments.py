@@ -74,7 +74,7 @@ def begins_long(at_ptr, start_ptr, end_ptr, part, n_segments, total, part_rows):
 
 @triton.jit
 def part_places(parts, first_part, start, part_rows):
-    """Where the results of a segment's parts are that begins in `first_part` at row `start`."""
+    """Places of the results of the parts of a segment that begins in `first_part`, row `start`."""
     begins_inside = (parts == first_part) & (start > first_part * part_rows)
     return 2 * parts + begins_inside.to(tl.int64)
 

@@ -15,7 +15,7 @@ def sight(
     bounds_ptr, tile, length, other, before, behind,
     HAS_DOCS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What a tile of ROWS positions meets, for BLOCK rows that stand at them, ROWS by ROWS.
+    """Find what a tile of ROWS positions meets, for BLOCK rows that stand at them, ROWS by ROWS.
 
     Returns the stream's number of the tile's first row; how many it owns; that of the first row of
     the other side that any of them meets, from which the rest is counted in int32: first and one

@@ -16,7 +16,7 @@ from .registers import Array, Mask, bits_of, signed, single, unsigned
 from .state import State
 
 Combination = Callable[[Array, Array], Array]
-"""What is stored, from the bits that are there and those that come."""
+"""Bits to store, from those that are there and those that come."""
 
 _INTEGERS = ("b32", "u32", "s32", "b64", "u64", "s64")
 _WHOLE = {

@@ -26,7 +26,7 @@ from .turns import run_in_turn
 THREADS_AT_ONCE = 8192
 """Threads whose registers lie side by side: more leave the caches, fewer cost more calls."""
 STATE_BYTES = 128 << 20
-"""What the registers and memory of a batch of blocks may take, if one block does not take more."""
+"""Bytes that registers and memory of a batch of blocks may take, if one block takes no more."""
 
 
 @dataclass

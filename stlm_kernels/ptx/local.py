@@ -23,7 +23,7 @@ class LocalMemory:
     """
 
     BYTES_OF_A_BYTE = 2
-    """With the flag of whether it was written."""
+    """The byte, and the flag of whether it was written."""
 
     def __init__(self, batch: Threads, size: int) -> None:
         self.size, self.pitch = size, -(-size // ALIGNMENT) * ALIGNMENT
@@ -46,7 +46,7 @@ class LocalMemory:
         self.written.mark(index, size)
 
     def _index(self, offsets: Ints, size: int, threads: Array, report: Reporter) -> Ints:
-        """Where the accesses lie: each is the index-th of its size."""
+        """Places of the accesses: each is the index-th of its size."""
         check_alignment(offsets, size, report)
         outside = (offsets < 0) | (offsets + size > self.size)
         if np.count_nonzero(outside):

@@ -201,7 +201,7 @@ def descriptor_offsets(
 def unit_offsets(
     descriptor: int, rows: int, depth: int, element: int, depth_major: bool
 ) -> NDArray[np.int64]:
-    """Where the 16-byte units of an operand begin, (rows, units) or (units, depth): cached."""
+    """First bytes of the 16-byte units of an operand, (rows, units) or (units, depth): cached."""
     one = np.array([descriptor], np.uint64)
     offsets = descriptor_offsets(one, rows, depth, element, depth_major)[0]
     per_unit = UNIT // element

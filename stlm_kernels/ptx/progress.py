@@ -24,7 +24,7 @@ MOST_KEPT = 1 << 16
 
 
 class Progress:
-    """Which warps of a batch repeat accesses that were made before, and change nothing.
+    """Warps of a batch that repeat accesses made before, and change nothing.
 
     An access is known where the same threads saw or stored the same values at the same addresses
     by the same instruction. A loop that waits has no others; one that works reads or writes

@@ -26,7 +26,7 @@ class SharedMemory:
     """
 
     BYTES_OF_A_BYTE = 24
-    """With two flags, and at worst (accesses of a byte) stamps of its writer, reader and proxy."""
+    """The byte, two flags, and at worst (accesses of a byte) stamps of writer, reader and proxy."""
 
     def __init__(self, batch: Threads, size: int, has_products: bool) -> None:
         self.batch = batch

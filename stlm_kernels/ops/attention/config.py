@@ -80,7 +80,7 @@ def main_columns(width: int) -> int:
 
 
 def heads_of_a_tile(group: int, rows: int) -> int:
-    """How many query heads of one key head share a tile: a power of two, 16 rows each at least."""
+    """Return how many query heads of a key head share a tile, a power of two of >= 16 rows each."""
     return min(group & -group, max(1, rows // 16))
 
 

@@ -204,24 +204,6 @@ def _patch_ends(cu_ptr, patches, mask, total, MEAN: tl.constexpr):
     return start, end, scale
 
 
-@triton.jit
-def _scaled_tile(
-    grad_ptr, patches, columns, live, scale,
-    D: tl.constexpr, MEAN: tl.constexpr, DOT: tl.constexpr, TERMS: tl.constexpr,
-):  # fmt: skip
-    """scale * G: fp32, or at once in DOT where one term of it is all that is taken."""
-    if MEAN and TERMS == 1 and grad_ptr.dtype.element_ty == DOT:
-        ones = tl.full(scale.shape, 1.0, tl.float32)
-        grad = upstream_tile(grad_ptr, patches, columns, live, ones, D).to(DOT)
-        # The scale in two parts: the sum of both products is rounded once, in pairs of numbers.
-        main = scale.to(DOT)
-        rest = (scale - main.to(tl.float32)).to(DOT)
-        main = main[:, None] + tl.zeros(grad.shape, DOT)
-        return tl.fma(grad, main, grad * rest[:, None])
-    else:
-        return upstream_tile(grad_ptr, patches, columns, live, scale, D)
-
-
 @triton.jit(do_not_specialize=["total", "n_patches", "run"])
 def stlm_byte_pool_bwd(
     ids_ptr, cu_ptr, grad_ptr, partial_ptr,
@@ -269,9 +251,7 @@ def stlm_byte_pool_bwd(
                 patch += taken
         else:
             patch += BLOCK_P
-        x = _scaled_tile(
-            grad_ptr, patches.to(tl.int64), columns, length > 0, scale, D, MEAN, DOT, TERMS
-        )
+        x = upstream_tile(grad_ptr, patches.to(tl.int64), columns, length > 0, scale, D)
         for slot in range(0, longest, SLOTS):
             rows = tl.minimum(vocab - first_row, 2 * HALF)
             planes = planes_of(ids_ptr, start + slot, length - slot, first_row, rows, CHECKED)

@@ -104,7 +104,7 @@ def _by_rule(source_ptr, positions, inside, starts, size, magic, shift, MODE: tl
 
 @triton.jit
 def _in_one_document(source_ptr, positions, start, size, magic, shift, MODE: tl.constexpr):
-    """The same where all bytes are in a document that begins two bytes before them or earlier."""
+    """Find boundaries as above where all bytes lie two bytes or more behind a document's start."""
     if MODE == SPACE:
         before = _spacelike(source_ptr, positions - 1)
         begins = before & ~_spacelike(source_ptr, positions - 2)

@@ -11,6 +11,7 @@ from ... import _checks
 from ..._dispatch import constant_while_traced
 from ..._launch import (
     Config,
+    amount,
     block_of,
     bucket,
     ceil_div,
@@ -114,6 +115,13 @@ def fwd_config(
     if not plain:
         default["num_warps"] = 8
     return config_for("linear_logprobs_fwd", name, default, device)
+
+
+@remembered
+def mean_config(programs: int, device: torch.device) -> Config:
+    """One program adds what all others of the forward have summed."""
+    default = {"BLOCK": 512, "num_warps": 4}
+    return config_for("linear_logprobs_mean", amount(programs), default, device)
 
 
 @remembered

@@ -41,9 +41,6 @@ from ..._triton.row_losses import (
 from ..._triton.tiles import dot_type
 from . import config as configs
 
-MEAN_BLOCK = 512
-"""Partial sums added at a time."""
-
 
 @triton.jit(do_not_specialize=["n_rows", "programs", "ignore_index"])
 def stlm_linear_logprobs_fwd(
@@ -132,7 +129,7 @@ class Head(NamedTuple):
     z_loss: float | None
     ignore_index: int
     shape: dict[str, Any]
-    """What kernels are compiled for."""
+    """Constants that kernels are compiled for."""
 
     @property
     def options(self) -> tuple[Any, ...]:
@@ -207,7 +204,7 @@ def launch_sum(
     partial = _launch_fwd(head, rows, dot_dtype, (None, *per_row), with_partial=True)
     _launch.launch(
         stlm_linear_logprobs_mean, 1, partial, loss, divisor, partial.shape[1],
-        IS_MEAN=mean, BLOCK=MEAN_BLOCK, num_warps=4, device=rows.device,
+        IS_MEAN=mean, device=rows.device, **configs.mean_config(partial.shape[1], rows.device),
     )  # fmt: skip
     return loss, lse, divisor, top, log_total, codes
 

@@ -86,7 +86,7 @@ def flops(case: Case, direction: str) -> int:
 
 
 LONG = ("patch_attention_fwd", "patch_attention_bwd_q", "patch_attention_bwd_kv")
-"""What takes 64 rows at a time, the least of a Hopper product; short patches take 32."""
+"""Kernels of 64 rows at a time, the least of a Hopper product; those of short patches take 32."""
 SHORT = ("patch_attention_short_fwd", "patch_attention_short_bwd")
 
 SPEC = OpSpec(

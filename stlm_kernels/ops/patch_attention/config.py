@@ -37,8 +37,8 @@ def width_block(width: int) -> int:
 
 
 def is_short(total: int, patches: int, width: int) -> bool:
-    """Whether patches are, on average, up to `SHORT` rows long: a tile then holds whole ones, if
-    heads are so narrow that their gradients fit the registers beside it."""
+    """Return whether patches are, on average, up to `SHORT` rows long: a tile then holds whole
+    ones, if heads are so narrow that their gradients fit the registers beside it."""
     return total <= SHORT * patches and width <= 64
 
 

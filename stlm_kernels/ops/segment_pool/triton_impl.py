@@ -135,7 +135,8 @@ def stlm_segment_pool_pick_parts(
                 place = part_places(here + tl.arange(0, BLOCK_S), part, start, part_rows)
                 parts = here + tl.arange(0, BLOCK_S)
                 mask = (parts * part_rows < end)[:, None] & (columns < D)[None, :]
-                rows = tl.load(part_row_ptr + place[:, None] * D + columns[None, :], mask, 0)
+                cells = place[:, None] * D + columns[None, :]
+                rows = tl.load(part_row_ptr + cells, mask=mask, other=0)
                 x = tl.load(x_ptr + rows.to(tl.int64) * D + columns[None, :], mask=mask, other=0.0)
                 x = x.to(STORED).to(tl.float32)
                 unset = mask & (row < 0)
