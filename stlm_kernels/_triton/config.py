@@ -38,7 +38,7 @@ def segment_sum_long_config(
 
 def long_segments_config(width: int, device: torch.device) -> Config:
     """A program looks at `PARTS` parts, and adds sums of `BLOCK_S` at a time."""
-    default = {"PARTS": 16, "BLOCK_S": 32, "BLOCK_D": block_of(width, 128), "num_warps": 4}
+    default = {"PARTS": 16, "BLOCK_S": 16, "BLOCK_D": block_of(width, 128), "num_warps": 4}
     return config_for("long_segments", width_bucket(width), default, device)
 
 

@@ -193,6 +193,10 @@ def test_the_language_is_patched_for_a_launch_alone(monkeypatch: pytest.MonkeyPa
     assert not any(seen)
 
 
+EXACT = {"stlm_byte_pool_bwd": "arith.subf"}
+"""Arithmetic on 16-bit floats that is exact, and so the same widened: 2^k + n less 2^k, n <= 32."""
+
+
 @pytest.mark.lanes("aot")
 @pytest.mark.parametrize("spec", WITH_KERNELS)
 def test_no_arithmetic_on_16_bit_floats(spec: OpSpec, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,6 +212,7 @@ def test_no_arithmetic_on_16_bit_floats(spec: OpSpec, monkeypatch: pytest.Monkey
     assert {f"stlm_{name}" for name in spec.kernels} <= seen.keys()
     for name, text in seen.items():
         narrow = [line.strip() for line in text.splitlines() if NARROW.search(line)]
+        narrow = [line for line in narrow if EXACT.get(name, "none") not in line]
         assert narrow == [], name
 
 

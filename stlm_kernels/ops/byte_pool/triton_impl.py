@@ -154,7 +154,7 @@ def stlm_byte_pool_fwd(
     for patch in range(first, tl.minimum(first + PATCHES, n_patches)):
         # Safe for any offsets: no byte outside [0, total) is read, a negative length is empty.
         start = tl.maximum(tl.load(cu_ptr + patch), 0)
-        end = tl.minimum(tl.load(cu_ptr + patch + 1), total)
+        end = tl.maximum(tl.minimum(tl.load(cu_ptr + patch + 1), total), 0)
         if end - start > part_rows:
             one = tl.arange(0, 1)
             note_long(at_ptr, patch + one, start + one, end + one, part_rows)
@@ -197,7 +197,8 @@ def stlm_byte_pool_fwd_long(
 def _patch_ends(cu_ptr, patches, mask, total, MEAN: tl.constexpr):
     """Start, end and scale of patches, int32; those masked out are empty, ends may lie before."""
     start = tl.maximum(tl.load(cu_ptr + patches, mask=mask, other=0), 0)
-    end = tl.minimum(tl.load(cu_ptr + patches + 1, mask=mask, other=0), total)
+    # Both are 0 or more: the length of a patch that ends before it begins must not overflow.
+    end = tl.maximum(tl.minimum(tl.load(cu_ptr + patches + 1, mask=mask, other=0), total), 0)
     scale = tl.full(patches.shape, 1.0, tl.float32)
     if MEAN:
         scale = 1.0 / tl.maximum(end - start, 1).to(tl.float32)
@@ -237,7 +238,7 @@ def stlm_byte_pool_bwd(
             if taken == 0:
                 # A long patch is alone, in columns of SLOTS bytes.
                 at = tl.maximum(tl.load(cu_ptr + patch), at)
-                left = tl.minimum(tl.minimum(tl.load(cu_ptr + patch + 1), total), stop) - at
+                left = tl.minimum(tl.max(tl.where(column == 0, end, 0)), stop) - at
                 start = at + SLOTS * column
                 length = tl.minimum(left - SLOTS * column, SLOTS)
                 longest = SLOTS

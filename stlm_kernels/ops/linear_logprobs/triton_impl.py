@@ -150,7 +150,8 @@ def head_of(
     label_smoothing: float,
     z_loss: float,
 ) -> Head:
-    tensors = (rows, weight, bias, class_weight, targets)
+    # Under autocast: a cast of the table costs a small launch, casts in every tile cost spills.
+    tensors = (rows, weight.to(dot_dtype), bias, class_weight, targets)
     main, tail = configs.vocab_blocks(valid_vocab)
     return Head(
         tuple(None if x is None else x.contiguous() for x in tensors),
