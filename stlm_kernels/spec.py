@@ -66,7 +66,6 @@ class OpSpec:
         bytes_moved: (case, dtype, pass) -> bytes that any implementation must move.
         flops: (case, pass) -> FLOPs that the op needs.
         kernels: names of the Triton kernels, without the `stlm_` prefix; empty: torch path only.
-        registered: the op is `torch.ops.stlm.<registered>_fwd`; empty: by its own name.
         mma_kernels: those that must run on the tensor cores for 16-bit inputs.
         arguments: (inputs) -> keyword arguments of the public op, where it takes sequences of
             tensors: `inputs` holds each tensor under its own name, and `op`, `reference` and
@@ -87,14 +86,8 @@ class OpSpec:
     exact: Callable[[Case], frozenset[str]] = lambda case: frozenset()
     terms: Callable[..., Mapping[str, Tensor]] = lambda upstream, **inputs: {}
     kernels: tuple[str, ...] = ()
-    registered: str = ""
     mma_kernels: tuple[str, ...] = ()
     arguments: Callable[[Inputs], Inputs] = dict
-
-    @property
-    def library_name(self) -> str:
-        """Prefix of the names of this op's registered passes."""
-        return self.registered or self.name
 
     def tagged(self, *tags: str) -> list[Case]:
         """The cases that carry any of `tags`."""

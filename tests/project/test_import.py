@@ -141,7 +141,7 @@ from torch.utils import flop_counter
 counted = flop_counter.FlopCounterMode(display=False).flop_registry
 for spec in OPS.values():
     for way in ("fwd", "bwd"):
-        packet = getattr(torch.ops.stlm, f"{{spec.library_name}}_{{way}}", None)
+        packet = getattr(torch.ops.stlm, f"{{spec.name}}_{{way}}", None)
         if packet is not None:
             print(packet, packet in counted)
 # The source of torch's counter is still found where it is asked for.

@@ -83,6 +83,5 @@ SPEC = OpSpec(
     row_args=("linear_weight",),
     terms=terms,
     kernels=(*rows.KERNELS, "linear_logprobs_mean", "linear_logprobs_bwd"),
-    registered="linear_logprobs",
     mma_kernels=(*rows.MMA_KERNELS, "linear_logprobs_bwd"),
 )
