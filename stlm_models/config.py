@@ -201,10 +201,7 @@ class ModelConfig:
             _at_least("ngram_sizes", 1, size)
         if not 1 <= self.ngram_hashes <= len(HASH_MULTIPLIERS):
             _refuse("ngram_hashes", f"1 to {len(HASH_MULTIPLIERS)}", self.ngram_hashes)
-        most = 63 // (self.vocab_size - 1).bit_length()
-        if not all(1 <= size <= most for size in self.match_sizes):
-            expected = f"sizes of 1 to {most} for {self.vocab_size} ids"
-            _refuse("match_sizes", expected, self.match_sizes)
+        check_match_sizes(self.match_sizes, self.vocab_size)
         if self.byte_ngrams and not self.ngram_sizes:
             _refuse("byte_ngrams", "False without ngram_sizes", True)
         for name in ("rope_base", "logit_scale", "softcap"):
@@ -291,6 +288,18 @@ def check_heads(
     if head_dim < 2 or head_dim % 2:
         _refuse(f"{where} head width", "an even number, for rotary positions", head_dim)
     return head_dim
+
+
+def id_bits(vocab_size: int) -> int:
+    """Bits that an id takes."""
+    return (vocab_size - 1).bit_length()
+
+
+def check_match_sizes(sizes: tuple[int, ...], vocab_size: int) -> None:
+    """Refuse sizes whose ids do not pack into a positive int64, with a ValueError."""
+    most = 63 // id_bits(vocab_size)
+    if not all(1 <= size <= most for size in sizes):
+        _refuse("match_sizes", f"sizes of 1 to {most} for {vocab_size} ids", sizes)
 
 
 def _has_type(value: object, expected: str) -> bool:

@@ -97,7 +97,8 @@ class FlatRows:
             if state is not None:
                 state.resume(rows, byte_ids, cu_seqlens)
         model = self.model
-        ngrams, matches = (f(byte_ids, cu_seqlens) for f in (model.ngram_rows, model.match_rows))
+        ngrams = model.ngram_rows(byte_ids, cu_seqlens)
+        matches = model.match_rows(byte_ids, cu_seqlens)
         x = model.own_states(model.embedding.embed(byte_ids), ngrams, matches)
         out = model.decode(x, cu_seqlens, caches_at(self.caches, rows))
         return out[cu_seqlens[1:].long() - 1]
@@ -172,7 +173,8 @@ class PatchedRows:
         self.patches.resume(rows, byte_ids, cu_seqlens, patches)
         open_bytes = self.patches.lengths[rows]
         caches = caches_at(self.encoder_caches, rows)
-        ngrams, matches = (f(byte_ids, cu_seqlens) for f in (model.ngram_rows, model.match_rows))
+        ngrams = model.ngram_rows(byte_ids, cu_seqlens)
+        matches = model.match_rows(byte_ids, cu_seqlens)
         own = model.own_states(model.embedding.embed(byte_ids), ngrams, matches)
         packing = Packing(cu_seqlens, len(byte_ids))
         encoded = model.encode(own, packing, caches)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,8 @@ WIDTH = 4
 
 class IncrementalMatches:
     """The text of each row, on the host: a search of bytes finds the latest repeat at once.
+
+    On a GPU each step waits for the ids, for which the caller waits as well: it writes them.
 
     Args:
         batch: rows.
@@ -41,7 +45,7 @@ class IncrementalMatches:
     def resume(self, rows: Tensor, byte_ids: Tensor, cu_seqlens: Tensor) -> None:
         """Row rows[s] goes on where document s of packed byte_ids (T,) ends."""
         codes, boundaries = _encoded(byte_ids), cu_seqlens.tolist()
-        for row, start, end in zip(rows.tolist(), boundaries, boundaries[1:], strict=False):
+        for row, (start, end) in zip(rows.tolist(), pairwise(boundaries), strict=True):
             self._texts[row] = bytearray(b"".join(codes[start:end]))
 
 

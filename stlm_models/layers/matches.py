@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..config import check_match_sizes, id_bits
 from .packing import document_starts
 from .typed_call import typed_as
 
 DEPTHS = 8
 """Most blocks of `size` ids that a match is followed back; a longer one counts as this long."""
-KEY_BITS = 63
 
 
 class MatchEmbedding(nn.Module):
@@ -41,7 +41,7 @@ class MatchEmbedding(nn.Module):
 
     def __init__(self, sizes: tuple[int, ...], vocab_size: int, dim: int) -> None:
         super().__init__()
-        check_sizes(sizes, vocab_size)
+        check_match_sizes(sizes, vocab_size)
         self.sizes, self.vocab_size = sizes, vocab_size
         self.tables = nn.ParameterList(torch.zeros(1 + DEPTHS * vocab_size, dim) for _ in sizes)
 
@@ -67,7 +67,7 @@ class MatchEmbedding(nn.Module):
 
     def _indices(self, ids: Tensor, starts: Tensor, size: int) -> Tensor:
         places = torch.arange(len(ids), device=ids.device)
-        keys = _keys(ids, places - starts, size, _bits(self.vocab_size))
+        keys = _keys(ids, places - starts, size, id_bits(self.vocab_size))
         found = _latest_equal(keys)
         is_match = found >= starts
         found = torch.where(is_match, found, 0)
@@ -80,18 +80,6 @@ class MatchEmbedding(nn.Module):
             depth = depth + agrees
         row = 1 + (depth - 1) * self.vocab_size + ids[(found + 1).clamp(max=len(ids) - 1)]
         return torch.where(is_match, row, 0)
-
-
-def check_sizes(sizes: tuple[int, ...], vocab_size: int) -> None:
-    """Refuse sizes whose ids do not pack into one integer, with a ValueError."""
-    most = KEY_BITS // _bits(vocab_size)
-    if not all(1 <= size <= most for size in sizes):
-        expected = f"sizes of 1 to {most} for {vocab_size} ids"
-        raise ValueError(f"match_sizes: expected {expected}, got {sizes}")
-
-
-def _bits(vocab_size: int) -> int:
-    return (vocab_size - 1).bit_length()
 
 
 def _keys(ids: Tensor, positions: Tensor, size: int, bits: int) -> Tensor:

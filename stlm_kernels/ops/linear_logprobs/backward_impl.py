@@ -26,7 +26,7 @@ from ..._triton.row_losses import IGNORED, LOG2E, hidden_tile, table_tile
 from ..._triton.tiles import sum_splits
 from . import config as configs
 from .dlogits_impl import empty_bias, padded, through_dlogits
-from .triton_impl import Head, head_of
+from .triton_impl import Head, head_and_wants
 
 
 @triton.jit
@@ -122,16 +122,15 @@ def launch_sum_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of a sum or mean and of each lse; what is not wanted may be empty."""
     operands = (rows, weight, targets, bias, class_weight)
-    *options, want_rows, want_weight, want_bias = options_and_wants
-    head, wants = head_of(*operands, dot_dtype, *options), (want_rows, want_weight, want_bias)
+    head, wants = head_and_wants(operands, dot_dtype, options_and_wants)
     plain = bias is class_weight is dlse is head.cap is head.z_loss is None
     if plain and codes is not None:
         saved = (codes, top, log_total, dloss, divisor)
         drows, dweight = _launch_bwd(head, rows, weight, saved, dot_dtype)
         dbias = empty_bias(rows, bias)
         return (
-            drows if want_rows else rows.new_empty(0),
-            dweight if want_weight else weight.new_empty(0),
+            drows if wants[0] else rows.new_empty(0),
+            dweight if wants[1] else weight.new_empty(0),
             dbias,
         )
     each = dloss.expand(rows.shape[0])

@@ -39,7 +39,7 @@ from ..._triton.row_losses import (
 )
 from . import config as configs
 from .dlogits_impl import empty_bias, largest_upstream, multiply, multiply_into
-from .triton_impl import Head, head_of
+from .triton_impl import Head, head_and_wants, head_of, upstream_of
 
 SLICE = 16_384
 """Rows of the weight's gradient that a product is added to at a time."""
@@ -148,7 +148,7 @@ def _walk(
         torch.zeros((vocab, width) if wants[1] else 0, **fp32),
         torch.zeros(vocab if wants[2] else 0, **fp32),
     )
-    table, step = weight[:valid].to(dot_dtype).contiguous(), configs.chunk_rows(valid)
+    table, step = head.table[:valid], configs.chunk_rows(valid)
     scratch = torch.empty(min(step, count), configs.pitch_of(valid), **fp32)
     factor = unit if unit is None or head.scale is None else unit * head.scale
     with torch.autocast(device.type, enabled=False):
@@ -234,10 +234,8 @@ def launch_rows_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of rows, weight and bias, each in its tensor's dtype; unwanted ones empty."""
     operands = (rows, weight, targets, bias, class_weight)
-    *options, want_rows, want_weight, want_bias = options_and_wants
-    head, wants = head_of(*operands, dot_dtype, *options), (want_rows, want_weight, want_bias)
-    if dloss is None:
-        dloss = torch.zeros(1, dtype=torch.float32, device=rows.device).expand(rows.shape[0])
+    head, wants = head_and_wants(operands, dot_dtype, options_and_wants)
+    dloss = upstream_of(dloss, rows)
     # fp16 holds nothing below 2^-24: there gradients lie in [-256, 256] instead of [-1, 1].
     unit = largest_upstream(dloss, dlse) / 256 if dot_dtype == torch.float16 else None
     out = _walk(head, operands, (dloss, dlse), unit, dot_dtype, wants)
@@ -255,8 +253,7 @@ def launch_sum(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The sum of losses, the lse, and the sum's gradients as they are before the upstream one."""
     operands = (rows, weight, targets, bias, class_weight)
-    *options, want_rows, want_weight, want_bias = options_and_wants
-    head, wants = head_of(*operands, dot_dtype, *options), (want_rows, want_weight, want_bias)
+    head, wants = head_and_wants(operands, dot_dtype, options_and_wants)
     unit = None
     if dot_dtype == torch.float16:
         unit = torch.full((1,), 1 / 256, dtype=torch.float32, device=rows.device)

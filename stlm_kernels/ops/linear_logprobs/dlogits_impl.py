@@ -35,7 +35,7 @@ from ..._triton.row_losses import (
 )
 from ..._triton.tiles import sum_splits
 from . import config as configs
-from .triton_impl import Head, head_of
+from .triton_impl import Head, head_and_wants, upstream_of
 
 
 @triton.jit(do_not_specialize=["n_rows", "programs", "ignore_index", "dloss_stride", "dlse_stride"])
@@ -147,10 +147,8 @@ def launch_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of rows, weight and bias, each in its tensor's dtype; unwanted ones are empty."""
     operands = (rows, weight, targets, bias, class_weight)
-    *options, want_rows, want_weight, want_bias = options_and_wants
-    head, wants = head_of(*operands, dot_dtype, *options), (want_rows, want_weight, want_bias)
-    if dloss is None:
-        dloss = torch.zeros(1, dtype=torch.float32, device=rows.device).expand(rows.shape[0])
+    head, wants = head_and_wants(operands, dot_dtype, options_and_wants)
+    dloss = upstream_of(dloss, rows)
     return through_dlogits(head, operands, (dloss, dlse, None), dot_dtype, wants)
 
 
@@ -167,7 +165,7 @@ def through_dlogits(
     valid = head.shape["VALID"]
     unit = largest_upstream(*given) if dtype == torch.float16 else None
     factor = unit if unit is None or head.scale is None else unit * head.scale
-    table, parts = weight[:valid].to(dtype), configs.parts(len(rows), valid, dtype)
+    table, parts = head.table[:valid], configs.parts(len(rows), valid, dtype)
     drows = torch.empty(rows.shape if wants[0] else 0, dtype=rows.dtype, device=rows.device)
     summed_in = weight.dtype if len(parts) == 1 and factor is None else torch.float32
     sums: list[Tensor] | None = None

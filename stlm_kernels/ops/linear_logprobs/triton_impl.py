@@ -135,6 +135,13 @@ class Head(NamedTuple):
     def options(self) -> tuple[Any, ...]:
         return self[1:-1]
 
+    @property
+    def table(self) -> Tensor:
+        """(V, D) in the products' dtype."""
+        table = self.operands[1]
+        assert table is not None
+        return table
+
 
 def head_of(
     rows: Tensor,  # (N, D)
@@ -165,6 +172,20 @@ def head_of(
             "MAIN": main, "TAIL": tail,
         },
     )  # fmt: skip
+
+
+def head_and_wants(
+    operands: Sequence[Tensor | None], dot_dtype: torch.dtype, options_and_wants: Sequence[Any]
+) -> tuple[Head, Sequence[bool]]:
+    """Split the options of a backward, which end in whether each gradient is required."""
+    return head_of(*operands, dot_dtype, *options_and_wants[:-3]), options_and_wants[-3:]
+
+
+def upstream_of(dloss: Tensor | None, rows: Tensor) -> Tensor:
+    """The losses' upstream gradient (N,); zeros, one number expanded, where there is none."""
+    if dloss is not None:
+        return dloss
+    return torch.zeros(1, dtype=torch.float32, device=rows.device).expand(rows.shape[0])
 
 
 def launch_fwd(
