@@ -5,9 +5,9 @@ row for each byte, so the table's slice is read from L1, device memory sees each
 once, and no patch waits for a longer one. Four rows are under way together. Pairs of bfloat16 are
 read as one int32, whose halves are fp32 after a shift or a mask. Floor: T + 4P + 2PD bytes (bf16),
 at 1M bytes, mean patch 6, D = 768: 271 MB = 63 us at 4.3 TB/s; D = 128: 11 us. Adds: T x D. Issue
-slots of an H200 as bench.bounds counts them, not timed: 38 us at D = 128 and 179 at D = 768 for
-patches of 6 bytes, 33 and 157 for English words; too many where the assembler unrolls a loop. The
-rows count as read from L2, 60 us and 330; a product with counts of bytes would need neither.
+slots of an H200 as bench.bounds counts them, not timed: 28 us at D = 128 and 114 at D = 768 for
+patches of 6 bytes, 23 and 94 for English words; too many where the assembler unrolls a loop. The
+rows count as read from L2, 61 us and 327 of words; a product with counts would need neither.
 Patches of more than 512 bytes are cut into parts, see `_triton/long_segments.py`: two launches that
 return at once where there is none, so 1M bytes in one patch count as much as in words.
 
@@ -19,7 +19,7 @@ upstream tile; a half of the rows that no byte hits is skipped, so ASCII takes h
 of more than LONG bytes is alone in its tiles, 2 KB each. The shares' partial sums are added in a
 fixed order. Floor: T + 4P + 2PD + 4VD bytes, 56 us at D = 768, against 2 P V D = 69 GFLOP = 69 us
 of products, half that in ASCII. As bench.bounds counts it: 16 us for English words and 19 to 23
-for patches of 6 bytes at D = 128, 69 and 92 to 117 at D = 768, the sums of shares included; half of
+for patches of 6 bytes at D = 128, 66 and 87 to 112 at D = 768, the sums of shares included; half of
 the instructions make bit planes and scales, which shorter patches do not lessen.
 """
 
