@@ -27,6 +27,7 @@ from torch import Tensor
 from .config import ModelConfig, config_from_dict
 from .data.words import WordVocabulary
 from .files import sync_folder
+from .layers.joined import join_parts
 from .model import STLM
 
 WORDS = "words.json"
@@ -214,7 +215,11 @@ def model_of(checkpoint: Checkpoint) -> STLM:
 
 
 def load_tensors(model: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy tensors into the model, with one clear line for whatever does not fit."""
+    """Copy tensors into the model, with one clear line for whatever does not fit.
+
+    Matrices that the model holds in one weight may come one by one, as 0.1.0 saved them.
+    """
+    tensors = join_parts(model, tensors)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for name in sorted(expected.keys() | found.keys()):

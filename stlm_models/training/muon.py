@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -33,9 +33,12 @@ class Muon(torch.optim.Optimizer):
         lr: learning rate.
         weight_decay: decoupled, times lr.
         dtype: in which the iterations multiply.
+        row_splits: of parameters that hold several matrices, one below the other, the rows of each:
+            they move as these matrices would by themselves. Their state stays one tensor.
 
     Raises:
-        ValueError: for a parameter that is no matrix, and a negative lr or weight_decay.
+        ValueError: for a parameter that is no matrix, or not of so many rows, and a negative lr or
+            weight_decay.
 
     Source: Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024.
     """
@@ -47,17 +50,24 @@ class Muon(torch.optim.Optimizer):
         lr: float,
         weight_decay: float,
         dtype: torch.dtype = torch.bfloat16,
+        row_splits: Mapping[Tensor, Sequence[int]] | None = None,
     ) -> None:
         for name, value in (("lr", lr), ("weight_decay", weight_decay)):
             if not value >= 0:  # NaN neither
                 raise ValueError(f"{name}: expected at least 0, got {value}")
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
-        self.dtype = dtype
+        self.dtype, self.row_splits = dtype, dict(row_splits or {})
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.ndim != 2:
                     got = tuple(parameter.shape)
                     raise ValueError(f"Muon: expected matrices, got a parameter of shape {got}")
+                rows = self._heights(parameter)
+                if sum(rows) != parameter.shape[0]:
+                    raise ValueError(
+                        "row_splits: expected all rows of the parameter, got"
+                        f" {rows} of {parameter.shape[0]}"
+                    )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -75,11 +85,20 @@ class Muon(torch.optim.Optimizer):
     def _move(self, parameters: list[Tensor], lr: float, weight_decay: float) -> None:
         """Step parameters of one device and dtype: whatever runs over all of them is one call."""
         momenta = self._advanced_momenta(parameters)
-        updates = self._orthogonalized(momenta)
-        scaled = [-lr * math.sqrt(max(1, p.shape[0] / max(1, p.shape[1]))) for p in parameters]
+        heights = [self._heights(p) for p in parameters]
+        matrices = [
+            matrix
+            for momentum, rows in zip(momenta, heights, strict=True)
+            for matrix in (momentum.split(rows) if len(rows) > 1 else [momentum])
+        ]
+        updates = self._orthogonalized(matrices)
+        scaled = [-lr * math.sqrt(max(1, x.shape[0] / max(1, x.shape[1]))) for x in updates]
         torch._foreach_mul_(parameters, 1 - lr * weight_decay)
         torch._foreach_mul_(updates, scaled)
-        torch._foreach_add_(parameters, updates)
+        torch._foreach_add_(parameters, _joined(updates, heights, parameters))
+
+    def _heights(self, parameter: Tensor) -> list[int]:
+        return list(self.row_splits.get(parameter, parameter.shape[:1]))
 
     def _orthogonalized(self, matrices: list[Tensor]) -> list[Tensor]:
         if _is_sharded(matrices[0]):
@@ -106,6 +125,21 @@ def _of_one_kind(parameters: list[Tensor]) -> Iterable[list[Tensor]]:
         alone = id(parameter) if _is_sharded(parameter) else None
         alike[parameter.device, parameter.dtype, alone].append(parameter)
     return alike.values()
+
+
+def _joined(
+    matrices: list[Tensor], heights: list[list[int]], parameters: list[Tensor]
+) -> list[Tensor]:
+    """Return the matrices of each parameter below one another, laid out as it is."""
+    left = iter(matrices)
+    found = []
+    for rows, parameter in zip(heights, parameters, strict=True):
+        parts = [next(left) for _ in rows]
+        whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+        if len(parts) > 1 and _is_sharded(parameter):
+            whole = cast(Any, whole).redistribute(placements=cast(Any, parameter).placements)
+        found.append(whole)
+    return found
 
 
 def _is_sharded(parameter: Tensor) -> bool:

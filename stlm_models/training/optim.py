@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ..layers.joined import join_parts, row_splits
 from .muon import Muon
 
 WARM_UP = 0.02
@@ -48,9 +49,17 @@ class Optimizers:
         others = _parameters_beside_linear_weights(model)
         matrices = [p for p in self.names if p not in others]
         rest = [p for p in self.names if p in others]
+        self.model = model
+        splits = {p: rows for p, rows in row_splits(model).items() if p in self.names}
         self.peaks = {"muon": muon_lr, "adamw": adamw_lr}
         self.parts: dict[str, torch.optim.Optimizer] = {
-            "muon": Muon([{"params": matrices}], lr=muon_lr, weight_decay=0.1, dtype=muon_dtype),
+            "muon": Muon(
+                [{"params": matrices}],
+                lr=muon_lr,
+                weight_decay=0.1,
+                dtype=muon_dtype,
+                row_splits=splits,
+            ),
             "adamw": torch.optim.AdamW(
                 [{"params": rest}], lr=adamw_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
             ),
@@ -74,7 +83,7 @@ class Optimizers:
         }
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put back what `state_tensors` gave.
+        """Put back what `state_tensors` gave, or gave while each matrix was a parameter of its own.
 
         Raises:
             ValueError: for a tensor that belongs to no parameter, or not to one of its shape.
@@ -85,6 +94,9 @@ class Optimizers:
             for group in optimizer.param_groups
             for parameter in group["params"]
         }
+        for part in self.parts:
+            for key in {name.rpartition(".")[2] for name in tensors}:
+                tensors = join_parts(self.model, tensors, prefix=f"{part}.", suffix=f".{key}")
         for name, tensor in tensors.items():
             owner, _, key = name.rpartition(".")
             if owner not in parameters:
