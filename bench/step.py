@@ -123,8 +123,9 @@ def _works(trainer: Trainer) -> dict[str, Callable[[], None]]:
         assert batch.patches is not None
         with trainer.autocast():
             ids, cu_seqlens = batch.byte_ids, batch.cu_seqlens
-            ngrams, matches = model.ngram_rows(ids, cu_seqlens), model.match_rows(ids, cu_seqlens)
-            own = model.own_states(model.embedding.embed(ids), ngrams, matches)
+            ngrams = model.ngram_rows(ids, cu_seqlens)
+            follows = model.follower_rows(ids, cu_seqlens, batch.recalled)
+            own = model.own_states(model.embedding.embed(ids), ngrams, follows)
             encoded = model.encode(own, batch.cu_seqlens).detach().requires_grad_()
             pooled = model.pool(batch.byte_ids, encoded, batch.patches, ngrams)
         torch.autograd.backward(pooled, [torch.ones_like(x) for x in pooled])

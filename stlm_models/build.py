@@ -7,6 +7,7 @@ from torch import nn
 from .config import ModelConfig
 from .layers.attention import Attention, PatchAttention
 from .layers.matches import MatchEmbedding
+from .layers.memory import TextMemory
 from .layers.ngrams import NgramPooling
 from .layers.patching import BytePatcher, GivenPatches
 from .layers.pooling import BytePooling, ByteUnpooling, EmaUnpooling
@@ -90,6 +91,13 @@ def matches_of(config: ModelConfig) -> MatchEmbedding | None:
     if not config.match_sizes:
         return None
     return MatchEmbedding(config.match_sizes, config.vocab_size, config.byte_dim)
+
+
+def memory_of(config: ModelConfig) -> TextMemory | None:
+    """Return the memory of the training text, where the config has one."""
+    if not config.memory_sizes:
+        return None
+    return TextMemory(config.memory_sizes, config.memory_slots, config.byte_dim)
 
 
 def ngram_mode(config: ModelConfig) -> str:

@@ -18,6 +18,8 @@ BOS_ID = 256
 """The id put before each document, and before an empty prompt; never a target."""
 IGNORED = -100
 """The target of a position that counts for nothing."""
+LONGEST_CONTEXT, MOST_SLOTS = 64, 2**24
+"""Of a `TextMemory`."""
 HASH_MULTIPLIERS = (
     1_000_000_007,
     5_915_587_277,
@@ -106,6 +108,12 @@ class ModelConfig:
     """Lengths of repeats whose followers join each byte's own state, as in
     `stlm_models.layers.matches.MatchEmbedding`; () is none. The parallel output reads no bytes.
     """
+    memory_sizes: tuple[int, ...] = ()
+    """Lengths of contexts whose followers in the training text join each byte's own state, as in
+    `stlm_models.layers.memory.TextMemory`, with `memory_slots` entries for each; () is none. The
+    parallel output reads no bytes.
+    """
+    memory_slots: int = 2**20
     core_layers: int = 2
     core_dim: int = 256
     core_heads: int = 4
@@ -156,7 +164,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         # JSON knows lists only; a tuple keeps the config hashable and equal to what was written.
-        for name in ("ngram_sizes", "match_sizes"):
+        for name in ("ngram_sizes", "match_sizes", "memory_sizes"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         self._check_types()
@@ -202,6 +210,7 @@ class ModelConfig:
         if not 1 <= self.ngram_hashes <= len(HASH_MULTIPLIERS):
             _refuse("ngram_hashes", f"1 to {len(HASH_MULTIPLIERS)}", self.ngram_hashes)
         check_match_sizes(self.match_sizes, self.vocab_size)
+        check_memory(self.memory_sizes, self.memory_slots)
         if self.byte_ngrams and not self.ngram_sizes:
             _refuse("byte_ngrams", "False without ngram_sizes", True)
         for name in ("rope_base", "logit_scale", "softcap"):
@@ -229,6 +238,8 @@ class ModelConfig:
             _refuse("patch_size", f'None with patch_rule "{self.patch_rule}"', self.patch_size)
         if self.tokens == "words" and self.patch_rule != "none":
             _refuse("patch_rule", '"none" with tokens "words"', self.patch_rule)
+        if self.tokens == "words" and self.memory_sizes:
+            _refuse("memory_sizes", '() with tokens "words"', self.memory_sizes)
         if self.patch_rule == "external" and self.max_patches is not None:
             _refuse("max_patches", 'None with patch_rule "external"', self.max_patches)
 
@@ -253,8 +264,9 @@ class ModelConfig:
             _refuse("unpooling", '"read" with output "parallel"', self.unpooling)
         if self.byte_ngrams:
             _refuse("byte_ngrams", 'False with output "parallel"', True)
-        if self.match_sizes:
-            _refuse("match_sizes", '() with output "parallel"', self.match_sizes)
+        for name in ("match_sizes", "memory_sizes"):
+            if getattr(self, name):
+                _refuse(name, '() with output "parallel"', getattr(self, name))
         if self.slots is None:
             _refuse("max_patch_len", 'at least 1 with output "parallel"', None)
 
@@ -300,6 +312,14 @@ def check_match_sizes(sizes: tuple[int, ...], vocab_size: int) -> None:
     most = 63 // id_bits(vocab_size)
     if not all(1 <= size <= most for size in sizes):
         _refuse("match_sizes", f"sizes of 1 to {most} for {vocab_size} ids", sizes)
+
+
+def check_memory(sizes: tuple[int, ...], slots: int) -> None:
+    """Refuse lengths and numbers of entries that a `TextMemory` cannot have, with a ValueError."""
+    if not all(1 <= size <= LONGEST_CONTEXT for size in sizes):
+        _refuse("memory_sizes", f"sizes of 1 to {LONGEST_CONTEXT}", sizes)
+    if not 1 <= slots <= MOST_SLOTS or slots & (slots - 1):
+        _refuse("memory_slots", f"a power of two up to {MOST_SLOTS}", slots)
 
 
 def _has_type(value: object, expected: str) -> bool:

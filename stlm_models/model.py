@@ -16,6 +16,7 @@ from .build import (
     encoder_blocks,
     initialise,
     matches_of,
+    memory_of,
     ngram_mode,
     ngrams_of,
     patcher_of,
@@ -27,6 +28,7 @@ from .generation.sampling import GenerationMixin
 from .layers.embedding import TiedEmbedding, UntiedEmbedding, lookup
 from .layers.inputs import check_inputs, check_patches
 from .layers.kv_cache import CacheRows, KVCache
+from .layers.memory import follower_rows
 from .layers.norms import rms_norm
 from .layers.packing import Packing, packing_of, targets_of_documents
 from .layers.parallel_head import ParallelHead
@@ -74,7 +76,7 @@ class STLM(GenerationMixin, nn.Module):
             softcap=config.softcap,
         )
         self.ngrams, self.ngrams_to_bytes = ngrams_of(config)
-        self.matches = matches_of(config)
+        self.matches, self.memory = matches_of(config), memory_of(config)
         if self.is_flat and core is not None:
             raise ValueError('core: expected None with patch_rule "none", got a module')
         if not self.is_flat:
@@ -128,6 +130,7 @@ class STLM(GenerationMixin, nn.Module):
         *,
         cu_seqlens: Tensor | None = None,
         patches: Patches | None = None,
+        recalled: Tensor | None = None,
     ) -> Tensor: ...
 
     @overload
@@ -138,6 +141,7 @@ class STLM(GenerationMixin, nn.Module):
         *,
         cu_seqlens: Tensor | None = None,
         patches: Patches | None = None,
+        recalled: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]: ...
 
     def forward(
@@ -147,6 +151,7 @@ class STLM(GenerationMixin, nn.Module):
         *,
         cu_seqlens: Tensor | None = None,  # (S+1,) int32
         patches: Patches | None = None,
+        recalled: Tensor | None = None,  # (T, sizes) int64
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits, or the summed loss where targets are given.
 
@@ -158,6 +163,8 @@ class STLM(GenerationMixin, nn.Module):
             cu_seqlens: document boundaries of packed byte_ids; None is one document. Rows from its
                 last entry on belong to no document: their targets are ignored, whatever they are.
             patches: from a loader or a rule of your own, for the flattened byte_ids.
+            recalled: `TextMemory.indices` of the flattened byte_ids, where training needs others
+                than those of the model's own memory: `stlm_models.training.recall`.
 
         Returns:
             logits (..., vocab_size) fp32 without the padded rows of the table, or
@@ -169,9 +176,10 @@ class STLM(GenerationMixin, nn.Module):
             IndexError: for ids or targets out of range (on the CPU).
         """
         if targets is not None:
-            return self._loss(byte_ids, targets, cu_seqlens, patches, None)
+            return self._loss(byte_ids, targets, cu_seqlens, patches, None, recalled)
         check_inputs(byte_ids, None)
-        return self.embedding.logits(self.hidden(byte_ids, cu_seqlens=cu_seqlens, patches=patches))
+        packing = packing_of(byte_ids, cu_seqlens)
+        return self.embedding.logits(self._run(byte_ids, packing, patches, recalled)[0])
 
     def byte_loss(
         self,
@@ -199,10 +207,11 @@ class STLM(GenerationMixin, nn.Module):
         cu_seqlens: Tensor | None,
         patches: Patches | None,
         valid_vocab: int | None,
+        recalled: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         check_inputs(byte_ids, targets)
         packing = packing_of(byte_ids, cu_seqlens)
-        hidden, auxiliary = self._run(byte_ids, packing, patches)
+        hidden, auxiliary = self._run(byte_ids, packing, patches, recalled)
         counted = targets_of_documents(targets, None if cu_seqlens is None else packing)
         loss_sum, n_valid = self.embedding.loss(
             hidden, counted, ignore_index=IGNORED, valid_vocab=valid_vocab
@@ -225,19 +234,29 @@ class STLM(GenerationMixin, nn.Module):
         return self._run(byte_ids, packing_of(byte_ids, cu_seqlens), patches)[0]
 
     def _run(
-        self, byte_ids: Tensor, packing: Packing, patches: Patches | None
+        self,
+        byte_ids: Tensor,
+        packing: Packing,
+        patches: Patches | None,
+        recalled: Tensor | None = None,
     ) -> tuple[Tensor, Callable[[], Tensor] | None]:
         """The states of `hidden`, and what gives the weighed auxiliary loss, where there is one."""
         flat = byte_ids.flatten()
         with checked_ids(flat, self.embedding.vocab_size):
-            return self._run_checked(byte_ids, flat, packing, patches)
+            return self._run_checked(byte_ids, flat, packing, patches, recalled)
 
     def _run_checked(
-        self, byte_ids: Tensor, flat: Tensor, packing: Packing, patches: Patches | None
+        self,
+        byte_ids: Tensor,
+        flat: Tensor,
+        packing: Packing,
+        patches: Patches | None,
+        recalled: Tensor | None,
     ) -> tuple[Tensor, Callable[[], Tensor] | None]:
         embedded = self.embedding(flat)
         ngrams = self.ngram_rows(flat, packing.cu_seqlens)
-        own = self.own_states(embedded, ngrams, self.match_rows(flat, packing.cu_seqlens))
+        follows = self.follower_rows(flat, packing.cu_seqlens, recalled)
+        own = self.own_states(embedded, ngrams, follows)
         if self.is_flat:
             if patches is not None:
                 raise ValueError('patches: expected None with patch_rule "none", got patches')
@@ -291,18 +310,20 @@ class STLM(GenerationMixin, nn.Module):
         """(T, ngram_dim) of packed ids (T,), where the config has n-grams."""
         return None if self.ngrams is None else self.ngrams.rows(byte_ids, cu_seqlens)
 
-    def match_rows(self, byte_ids: Tensor, cu_seqlens: Tensor) -> Tensor | None:
-        """(T, byte_dim) of packed ids (T,), where the config has repeats."""
-        return None if self.matches is None else self.matches(byte_ids, cu_seqlens)
+    def follower_rows(
+        self, byte_ids: Tensor, cu_seqlens: Tensor, recalled: Tensor | None = None
+    ) -> Tensor | None:
+        """(T, byte_dim) of packed ids (T,), where the config has repeats or a memory."""
+        return follower_rows(self.matches, self.memory, byte_ids, cu_seqlens, recalled)
 
     def own_states(
-        self, embedded: Tensor, ngrams: Tensor | None, matches: Tensor | None = None
+        self, embedded: Tensor, ngrams: Tensor | None, follows: Tensor | None = None
     ) -> Tensor:
-        """Return bytes' own states, of embeddings (..., byte_dim), n-gram and match rows."""
+        """Return bytes' own states, of embeddings (..., byte_dim), n-gram and follower rows."""
         # Rows of the table are small, as an output projection wants them: patches would drown them.
         own = rms_norm(embedded)
-        if matches is not None:
-            own = own + matches
+        if follows is not None:
+            own = own + follows
         if self.ngrams is None:
             return own
         project = self.ngrams.projection if self.is_flat else self.ngrams_to_bytes

@@ -54,7 +54,8 @@ class Ranks:
 
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
         """The model, averaging its gradients over the processes."""
-        return DistributedDataParallel(model) if self.world > 1 else model
+        # No buffer changes in training, and a memory is large.
+        return DistributedDataParallel(model, broadcast_buffers=False) if self.world > 1 else model
 
     def agree(self, seconds: float, should_stop: bool) -> tuple[float, bool]:
         """The first process's clock, and whether any wants to stop: all go on or none does."""

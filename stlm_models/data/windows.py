@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ..config import BOS_ID, IGNORED
 from .loader import Batch, Patcher
 
 Document = bytes | memoryview | NDArray[np.int32]
 """Real bytes, in memory or in a mapped file, or ids (N,) of a vocabulary."""
+
+
+Recaller = Callable[[NDArray[np.int64], Tensor, Tensor], Tensor]
+"""What a memory knows, (T, sizes), of ids (T,) with document boundaries, at places of a stream."""
 
 
 class DocumentStream:
@@ -75,6 +80,7 @@ class TrainingWindows:
         batch_size: windows in a batch, over all processes.
         seed: of the order and the offsets.
         patcher: finds the patches of each batch; None finds none.
+        recall: tells what a memory knows of each batch, see `stlm_models.training.recall`.
         rank, world: this process reads its share of them, and all together what one would.
 
     Raises:
@@ -94,6 +100,7 @@ class TrainingWindows:
         batch_size: int,
         seed: int,
         patcher: Patcher | None = None,
+        recall: Recaller | None = None,
         rank: int = 0,
         world: int = 1,
     ) -> None:
@@ -107,6 +114,7 @@ class TrainingWindows:
             )
         self.ids = DocumentStream(documents)
         self.context, self.batch_size, self.seed, self.patcher = context, batch_size, seed, patcher
+        self.recall = recall
         self.own_windows = range(rank * batch_size // world, (rank + 1) * batch_size // world)
         # One id more than the window is its last target; the offset may use up to a window.
         self.n_windows = max(1, (len(self.ids) - 1) // context - 1)
@@ -128,7 +136,11 @@ class TrainingWindows:
             boundaries = np.pad(boundaries, (0, empty), constant_values=len(inputs))
         byte_ids, cu_seqlens = torch.from_numpy(inputs.copy()), torch.from_numpy(boundaries)
         patches = None if self.patcher is None else self.patcher(byte_ids, cu_seqlens)
-        return Batch(byte_ids, torch.from_numpy(targets), cu_seqlens, patches)
+        recalled = None
+        if self.recall is not None:
+            places = (np.array(starts)[:, None] + np.arange(self.context)).reshape(-1)
+            recalled = self.recall(places, byte_ids, cu_seqlens)
+        return Batch(byte_ids, torch.from_numpy(targets), cu_seqlens, patches, recalled)
 
     def _start(self, index: int) -> int:
         epoch, position = divmod(index, self.n_windows)

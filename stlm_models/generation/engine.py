@@ -20,7 +20,7 @@ from ..layers.packing import Packing
 from ..layers.pooling import EmaUnpooling
 from ..layers.transformer import new_caches
 from .core_state import cached_core, caches_at
-from .match_state import IncrementalMatches
+from .followers import IncrementalFollowers
 from .pool_state import pool_of
 from .stages import ByteModel
 from .state import IncrementalNgrams, IncrementalPatcher, IncrementalPooling
@@ -90,16 +90,17 @@ class FlatRows:
 
     def __init__(self, model: ByteModel, batch: int) -> None:
         self.model, self.caches = model, new_caches(model.decoder, batch)
-        self.ngrams, self.matches = _ngram_state(model, batch), _match_state(model, batch)
+        self.ngrams = _ngram_state(model, batch)
+        self.followers = IncrementalFollowers(model, batch)
 
     def start(self, rows: Tensor, byte_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
-        for state in (self.ngrams, self.matches):
-            if state is not None:
-                state.resume(rows, byte_ids, cu_seqlens)
+        if self.ngrams is not None:
+            self.ngrams.resume(rows, byte_ids, cu_seqlens)
+        self.followers.resume(rows, byte_ids, cu_seqlens)
         model = self.model
         ngrams = model.ngram_rows(byte_ids, cu_seqlens)
-        matches = model.match_rows(byte_ids, cu_seqlens)
-        x = model.own_states(model.embedding.embed(byte_ids), ngrams, matches)
+        follows = model.follower_rows(byte_ids, cu_seqlens)
+        x = model.own_states(model.embedding.embed(byte_ids), ngrams, follows)
         out = model.decode(x, cu_seqlens, caches_at(self.caches, rows))
         return out[cu_seqlens[1:].long() - 1]
 
@@ -107,8 +108,8 @@ class FlatRows:
         model, ngrams = self.model, None
         if model.ngrams is not None and self.ngrams is not None:
             ngrams = _at(model.ngrams.embed(self.ngrams.step(byte_ids)), rows)
-        matches = _next_matches(model, self.matches, byte_ids, rows)
-        x = model.own_states(model.embedding.embed(_at(byte_ids, rows)), ngrams, matches)
+        follows = self.followers.step(byte_ids, rows)
+        x = model.own_states(model.embedding.embed(_at(byte_ids, rows)), ngrams, follows)
         return model.decode(x[:, None], None, caches_at(self.caches, rows))[:, 0]
 
 
@@ -126,7 +127,8 @@ class PatchedRows:
             device=device,
         )
         self.pool = pool_of(model, batch)
-        self.ngrams, self.matches = _ngram_state(model, batch), _match_state(model, batch)
+        self.ngrams = _ngram_state(model, batch)
+        self.followers = IncrementalFollowers(model, batch)
         self.ngram_pool = IncrementalPooling(
             batch, config.ngram_dim, ngram_mode(config), device=device
         )
@@ -150,9 +152,9 @@ class PatchedRows:
         ngrams = None
         if model.ngrams is not None and self.ngrams is not None:
             ngrams = model.ngrams.embed(self.ngrams.step(byte_ids))
-        matches = _next_matches(model, self.matches, byte_ids, rows)
+        follows = self.followers.step(byte_ids, rows)
         own_ngrams = None if ngrams is None else _at(ngrams, rows)
-        own = model.own_states(_at(embedded, rows), own_ngrams, matches)
+        own = model.own_states(_at(embedded, rows), own_ngrams, follows)
         encoded = model.encode(own[:, None], None, caches)[:, 0]
         pooled = [self.pool.step(embedded, rows, encoded, closed, closing)]
         if ngrams is not None:
@@ -174,8 +176,8 @@ class PatchedRows:
         open_bytes = self.patches.lengths[rows]
         caches = caches_at(self.encoder_caches, rows)
         ngrams = model.ngram_rows(byte_ids, cu_seqlens)
-        matches = model.match_rows(byte_ids, cu_seqlens)
-        own = model.own_states(model.embedding.embed(byte_ids), ngrams, matches)
+        follows = model.follower_rows(byte_ids, cu_seqlens)
+        own = model.own_states(model.embedding.embed(byte_ids), ngrams, follows)
         packing = Packing(cu_seqlens, len(byte_ids))
         encoded = model.encode(own, packing, caches)
         pooled = model.pool(byte_ids, encoded, patches, ngrams)
@@ -184,8 +186,7 @@ class PatchedRows:
         if self.ngrams is not None:
             self.ngram_pool.resume(rows, pooled[1][open_patches], open_bytes)
             self.ngrams.resume(rows, byte_ids, cu_seqlens)
-        if self.matches is not None:
-            self.matches.resume(rows, byte_ids, cu_seqlens)
+        self.followers.resume(rows, byte_ids, cu_seqlens)
         inputs = model.core_inputs(*pooled)
         out = self.core.start(rows, inputs, patches.cu_seqlens, open_bytes > 0)
         states = model.core_states(out, inputs)
@@ -232,21 +233,6 @@ def _ngram_state(model: ByteModel, batch: int) -> IncrementalNgrams | None:
     if model.ngrams is None:
         return None
     return IncrementalNgrams(batch, model.ngrams.sizes, device=model.embedding.weight.device)
-
-
-def _match_state(model: ByteModel, batch: int) -> IncrementalMatches | None:
-    if model.matches is None:
-        return None
-    return IncrementalMatches(batch, model.matches.sizes, model.config.vocab_size)
-
-
-def _next_matches(
-    model: ByteModel, state: IncrementalMatches | None, byte_ids: Tensor, rows: Tensor
-) -> Tensor | None:
-    """(R, D) of the next id, of ids (B,), of these rows (R,)."""
-    if model.matches is None or state is None:
-        return None
-    return model.matches.embed(state.step(byte_ids, rows))
 
 
 def _packed(windows: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:

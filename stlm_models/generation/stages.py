@@ -13,6 +13,7 @@ from ..config import ModelConfig
 from ..layers.embedding import TiedEmbedding
 from ..layers.kv_cache import CacheRows, KVCache
 from ..layers.matches import MatchEmbedding
+from ..layers.memory import TextMemory
 from ..layers.modes import HasModes
 from ..layers.ngrams import NgramPooling
 from ..layers.packing import Packing
@@ -28,6 +29,7 @@ class ByteModel(HasModes, Protocol):
     embedding: TiedEmbedding
     ngrams: NgramPooling | None
     matches: MatchEmbedding | None
+    memory: TextMemory | None
     patcher: BytePatcher
     encoder: nn.ModuleList
     pooling: BytePooling | None
@@ -42,10 +44,10 @@ class ByteModel(HasModes, Protocol):
 
     def ngram_rows(self, byte_ids: Tensor, cu_seqlens: Tensor) -> Tensor | None: ...
 
-    def match_rows(self, byte_ids: Tensor, cu_seqlens: Tensor) -> Tensor | None: ...
+    def follower_rows(self, byte_ids: Tensor, cu_seqlens: Tensor) -> Tensor | None: ...
 
     def own_states(
-        self, embedded: Tensor, ngrams: Tensor | None, matches: Tensor | None = None
+        self, embedded: Tensor, ngrams: Tensor | None, follows: Tensor | None = None
     ) -> Tensor: ...
 
     def encode(

@@ -8,6 +8,7 @@ from .attention import Attention, PatchAttention
 from .embedding import TiedEmbedding, UntiedEmbedding
 from .kv_cache import KVCache
 from .matches import MatchEmbedding
+from .memory import TextMemory
 from .ngrams import NgramPooling
 from .parallel_head import ParallelHead
 from .patching import BytePatcher
@@ -31,6 +32,7 @@ __all__ = [
     "RouterState",
     "Routing",
     "SwiGLU",
+    "TextMemory",
     "TiedEmbedding",
     "TransformerBlock",
     "UntiedEmbedding",

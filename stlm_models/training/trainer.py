@@ -26,6 +26,7 @@ from ..data.words import WordVocabulary
 from ..model import STLM
 from ..parallel import Ranks, mean_loss
 from .optim import SCHEDULES, Optimizers, lr_scale
+from .recall import Recall
 
 ALONE = Ranks()
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -153,12 +154,16 @@ class Trainer:
         self.bytes_per_id = sum(map(len, corpus.train)) / max(1, sum(map(len, documents)))
         patcher = patcher_of(config) if patcher is None else patcher
         self.max_patches: int | None = getattr(patcher, "max_patches", None)
+        recall = None
+        if config.memory_sizes:
+            recall = Recall(corpus.train, config.memory_sizes, config.memory_slots)
         self.windows = TrainingWindows(
             documents,
             context=config.context,
             batch_size=_windows_at_once(options, ranks),
             seed=options.seed,
             patcher=patcher,
+            recall=recall,
             rank=ranks.rank,
             world=ranks.world,
         )
@@ -171,6 +176,8 @@ class Trainer:
         with torch.random.fork_rng():
             torch.manual_seed(options.seed)
             self.model = STLM(config)
+        if self.model.memory is not None:
+            self.model.memory.remember(corpus.train)
         if options.checkpointing:
             self.model.checkpointing = True
         self.model.to(self.device)
@@ -227,6 +234,7 @@ class Trainer:
                     batch.targets,
                     cu_seqlens=batch.cu_seqlens,
                     patches=batch.patches,
+                    recalled=batch.recalled,
                 )
             loss, mean = mean_loss(loss_sum, n_valid)
             loss.backward()

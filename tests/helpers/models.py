@@ -48,6 +48,8 @@ def scrambled(config: ModelConfig = TINY, core: nn.Module | None = None) -> STLM
     model = STLM(config, core)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.5 if parameter.dim() > 1 else 1.0)
+    if model.memory is not None:
+        model.memory.remember([TEXT])
     return model.eval()
 
 

@@ -42,6 +42,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "at bytes": {"byte_ngrams": True, "ngram_hashes": 2},
     },
     "matches": {"none": {}, "some": {"match_sizes": (1, 2)}},
+    "memory": {"none": {}, "some": {"memory_sizes": (1, 3), "memory_slots": 64}},
     "max_patches": {"none": {}, "some": {"max_patches": 40}},
     "window": {"some": {}, "none": {"decoder_window": None}},
     "norm": {"yes": {}, "no": {"qk_norm": False}},
@@ -58,6 +59,7 @@ EXCLUDED = {
     (("rule", "none"), ("n-grams", "at bytes")),
     (("output", "parallel"), ("n-grams", "at bytes")),
     (("output", "parallel"), ("matches", "some")),
+    (("output", "parallel"), ("memory", "some")),
     (("rule", "external"), ("max_patches", "some")),
     (("output", "parallel"), ("window", "some")),
 }

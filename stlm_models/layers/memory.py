@@ -1,0 +1,231 @@
+"""Memory of a text: which byte followed a context in it most often, and how surely."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..config import BOS_ID, BYTES, LONGEST_CONTEXT, check_memory
+from .matches import MatchEmbedding
+from .packing import document_starts
+from .typed_call import typed_as
+
+LEVELS = 9
+"""Degrees of sureness: five of contexts with one follower, by how often it was seen; four of
+others, by the share of the most frequent one.
+"""
+_OFTEN = np.array([2, 3, 6, 16])
+_SHARES = np.array([0.4, 0.65, 0.9])
+_BYTE_BITS, _LEVEL_BITS, _CHECK_BITS = 8, 4, 20
+_CHECK_SHIFT, _CHECK_MASK = _BYTE_BITS + _LEVEL_BITS, (1 << _CHECK_BITS) - 1
+_KNUTH, _GOLDEN = 6364136223846793005, -7046029254386353131
+"""Odd multipliers of a hash of 64 bits: Knuth's of MMIX, and 2**64 over the golden ratio."""
+_POWERS = [(pow(_KNUTH, n, 2**64) + 2**63) % 2**64 - 2**63 for n in range(LONGEST_CONTEXT)]
+
+
+class TextMemory(nn.Module):
+    """Embedding of the byte that followed each byte's context most often in a remembered text.
+
+    For each `size`, the last `size` ids of a position are looked up in a hashed table of the
+    contexts of a text: the byte that followed there most often, and a level of sureness from how
+    often it and others did. Each pair has a row of an embedding; an unknown context has a row for
+    none. The table is counted by `remember`, not trained: one look at a text suffices, as in PPM
+    (Cleary and Witten 1984), while what its predictions are worth is learned. It is part of the
+    state dict. A position reads the ids up to its own, never the next.
+
+    A model must be trained on predictions of a memory that does not hold the very text at hand, or
+    it learns to trust it too much: see `stlm_models.training.recall`.
+
+    Args:
+        sizes: lengths of contexts, 1 to 64 ids.
+        slots: entries for each size, a power of two; where two contexts meet the more frequent
+            one stays.
+        dim: width of the result, the sum over sizes.
+
+    Raises:
+        ValueError: for sizes or slots out of range.
+
+    >>> memory = TextMemory((2,), 1024, 16)
+    >>> memory.remember([b"abcabd abc"])
+    >>> ids, cu_seqlens = torch.tensor([*b"xab"]), torch.tensor([0, 3], dtype=torch.int32)
+    >>> chr((memory.indices(ids, cu_seqlens)[2, 0].item() - 1) % 256)
+    'c'
+    """
+
+    entries: Tensor
+
+    def __init__(self, sizes: tuple[int, ...], slots: int, dim: int) -> None:
+        super().__init__()
+        check_memory(sizes, slots)
+        self.sizes, self.slots = sizes, slots
+        self.register_buffer("entries", torch.zeros(len(sizes), slots, dtype=torch.int32))
+        self.tables = nn.ParameterList(torch.zeros(1 + LEVELS * BYTES, dim) for _ in sizes)
+
+    def forward(
+        self, byte_ids: Tensor, cu_seqlens: Tensor, recalled: Tensor | None = None
+    ) -> Tensor:
+        """byte_ids (T,), cu_seqlens (S+1,) -> (T, dim).
+
+        Args:
+            recalled: (T, sizes) indices in place of those of this memory.
+        """
+        if recalled is None:
+            return self.embed(self.indices(byte_ids, cu_seqlens))
+        expected = len(byte_ids), len(self.sizes)
+        if recalled.shape != expected:
+            got = tuple(recalled.shape)
+            raise ValueError(f"recalled: expected {expected} of the memory's sizes, got {got}")
+        return self.embed(recalled)
+
+    if TYPE_CHECKING:
+
+        @typed_as(forward)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def embed(self, indices: Tensor) -> Tensor:
+        """Rows (..., dim) of indices (..., sizes) from `indices`."""
+        tables = enumerate(self.tables)
+        return torch.stack([nn.functional.embedding(indices[..., n], t) for n, t in tables]).sum(0)
+
+    def indices(self, byte_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """(T, sizes) int64: 0 for an unknown context, else 1 + (level - 1) * 256 + follower."""
+        starts = document_starts(cu_seqlens, len(byte_ids))
+        positions = torch.arange(len(byte_ids), device=byte_ids.device) - starts
+        return look_up(self.entries, self.sizes, byte_ids, positions)
+
+    @torch.no_grad()
+    def remember(self, documents: Sequence[bytes | memoryview]) -> None:
+        """Count the contexts of these documents, each behind id 256, in place of what was known."""
+        self.entries.copy_(torch.from_numpy(counted(documents, self.sizes, self.slots)))
+
+
+def follower_rows(
+    matches: MatchEmbedding | None,
+    memory: TextMemory | None,
+    byte_ids: Tensor,  # (T,)
+    cu_seqlens: Tensor,  # (S+1,)
+    recalled: Tensor | None = None,  # (T, sizes)
+) -> Tensor | None:  # (T, dim)
+    """Return the rows of repeats and of a memory together; None where there is neither."""
+    if memory is None and recalled is not None:
+        raise ValueError("recalled: expected None without memory_sizes, got a tensor")
+    rows = None if matches is None else matches(byte_ids, cu_seqlens)
+    if memory is None:
+        return rows
+    known = memory(byte_ids, cu_seqlens, recalled)
+    return known if rows is None else rows + known
+
+
+def look_up(entries: Tensor, sizes: tuple[int, ...], byte_ids: Tensor, positions: Tensor) -> Tensor:
+    """`TextMemory.indices` of ids (T,) at these positions (T,) of their documents."""
+    keys = torch.stack(_keys(byte_ids, sizes), 1)
+    return _found(entries, sizes, keys, positions)
+
+
+def look_up_last(
+    entries: Tensor, sizes: tuple[int, ...], last_ids: Tensor, lengths: Tensor
+) -> Tensor:
+    """`TextMemory.indices` (B, sizes) of the newest ids of texts.
+
+    Args:
+        last_ids: (B, n) int64, n at least the longest of sizes, the newest id last.
+        lengths: (B,) ids that each text has.
+    """
+    longest = max(sizes)
+    powers = torch.tensor(_POWERS[:longest], device=last_ids.device)
+    newest_first = last_ids[:, -longest:].flip(1)
+    sums = ((newest_first + 1) * powers).cumsum(1)
+    return _found(entries, sizes, _mixed(sums[:, [size - 1 for size in sizes]]), lengths - 1)
+
+
+def _found(entries: Tensor, sizes: tuple[int, ...], keys: Tensor, positions: Tensor) -> Tensor:
+    """Indices (T, sizes) of keys (T, sizes)."""
+    tables, least = torch.tensor([range(len(sizes)), sizes], device=keys.device)
+    entry = entries[tables, _slot(keys, entries.shape[1])].long()
+    row = 1 + (entry & ((1 << _CHECK_SHIFT) - 1)) - BYTES
+    known = (entry >> _CHECK_SHIFT) & _CHECK_MASK == keys & _CHECK_MASK
+    known &= (positions[:, None] >= least - 1) & (row > 0)
+    return torch.where(known, row, 0)
+
+
+def counted(
+    documents: Sequence[bytes | memoryview], sizes: tuple[int, ...], slots: int
+) -> NDArray[np.int32]:
+    """Return the entries (sizes, slots) of these documents."""
+    ids = np.concatenate([np.empty(0, np.int16), *map(_with_start, documents)])
+    lengths = np.fromiter((len(document) + 1 for document in documents), np.int64)
+    starts = np.repeat(lengths.cumsum() - lengths, lengths)
+    positions = np.arange(len(ids)) - starts
+    entries = np.zeros((len(sizes), slots), np.int32)
+    followed = np.append(ids[1:] != BOS_ID, False)
+    for n, keys in enumerate(_keys(torch.from_numpy(ids), sizes)):
+        counts = followed & (positions >= sizes[n] - 1)
+        place = (_slot(keys, slots) << _CHECK_BITS | keys & _CHECK_MASK).numpy()[counts]
+        codes = place << _BYTE_BITS | ids[1:][counts[:-1]]
+        codes.sort()
+        _enter(entries[n], codes)
+    return entries
+
+
+def _enter(entries: NDArray[np.int32], codes: NDArray[np.int64]) -> None:
+    """Write the entries of sorted codes: slot, check and follower of each place of a text."""
+    if not len(codes):
+        return
+    first = _begins(codes)
+    times = np.diff(np.append(first, len(codes)))
+    context, follower = codes[first] >> _BYTE_BITS, codes[first] & (BYTES - 1)
+    begin = _begins(context)
+    total = np.add.reduceat(times, begin)
+    best = np.maximum.reduceat(times << _BYTE_BITS | follower, begin)
+    context, follower, most = context[begin], best & (BYTES - 1), best >> _BYTE_BITS
+    slot = context >> _CHECK_BITS
+    begin = _begins(slot)
+    # Of the contexts of a slot the most frequent one, by the number of its place among all.
+    places = np.arange(len(slot))
+    kept = np.maximum.reduceat(total << 32 | places, begin) & ((1 << 32) - 1)
+    value = (context[kept] & _CHECK_MASK) << _CHECK_SHIFT
+    value |= _level(most[kept], total[kept]) << _BYTE_BITS | follower[kept]
+    entries[slot[begin]] = value.astype(np.uint32).view(np.int32)
+
+
+def _level(most: NDArray[np.int64], total: NDArray[np.int64]) -> NDArray[np.int64]:
+    """1 to LEVELS."""
+    only = np.searchsorted(_OFTEN, most, side="right")
+    shared = len(_OFTEN) + 1 + np.searchsorted(_SHARES, most / total, side="right")
+    return 1 + np.where(most == total, only, shared)
+
+
+def _begins(x: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Places of ordered x that differ from the one before."""
+    return np.flatnonzero(np.append(True, x[1:] != x[:-1]))
+
+
+def _with_start(document: bytes | memoryview) -> NDArray[np.int16]:
+    return np.append(np.int16(BOS_ID), np.frombuffer(document, np.uint8).astype(np.int16))
+
+
+def _keys(ids: Tensor, sizes: tuple[int, ...]) -> list[Tensor]:
+    """Hash of the last `size` ids of each position (T,), for each size; the first ones wrap."""
+    ids = ids.long() + 1
+    sums, total = {}, torch.zeros_like(ids)
+    for n in range(max(sizes)):
+        total = total + ids.roll(n) * _POWERS[n]
+        if n + 1 in sizes:
+            sums[n + 1] = total
+    return [_mixed(sums[size]) for size in sizes]
+
+
+def _mixed(sums: Tensor) -> Tensor:
+    """Spread what tells sums apart over all bits."""
+    mixed = (sums ^ (sums >> 32)) * _GOLDEN
+    mixed = (mixed ^ (mixed >> 29)) * _GOLDEN
+    return mixed ^ (mixed >> 32)
+
+
+def _slot(keys: Tensor, slots: int) -> Tensor:
+    return (keys >> _CHECK_BITS) & (slots - 1)

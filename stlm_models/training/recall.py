@@ -1,0 +1,56 @@
+"""What a memory of the training text knows of each window, the window's own text left out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..layers.memory import counted, look_up
+from ..layers.packing import document_starts
+
+UNIT = 2**18
+"""Bytes of a document that lie in one half; a longer one is cut into such units."""
+
+
+class Recall:
+    """Two memories, each of half a text: a window reads the one that does not hold it.
+
+    A memory knows its own text by heart. Trained on that, a model would trust it as it can trust no
+    memory of another text. Halves are made of whole documents, every other one, so that what a
+    document repeats within itself is not taken for what others say either.
+
+    Args:
+        documents: as `TrainingWindows` reads them.
+        sizes, slots: as in `TextMemory`.
+    """
+
+    def __init__(
+        self, documents: Sequence[bytes | memoryview], sizes: tuple[int, ...], slots: int
+    ) -> None:
+        self.sizes = sizes
+        units = [
+            (start + at, document[at : at + UNIT])
+            for start, document in _placed(documents)
+            for at in range(0, len(document), UNIT)
+        ]
+        self._starts = np.array([start for start, _ in units])
+        halves = [[unit for _, unit in units[parity::2]] for parity in (0, 1)]
+        self._entries = [torch.from_numpy(counted(half, sizes, slots)) for half in halves]
+
+    def __call__(self, places: NDArray[np.int64], byte_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """`TextMemory.indices` (T, sizes) of packed ids (T,) at these places (T,) of the stream."""
+        unit = np.searchsorted(self._starts, places, side="right") - 1
+        is_odd = torch.from_numpy(unit % 2 == 1)[:, None]
+        positions = torch.arange(len(byte_ids)) - document_starts(cu_seqlens, len(byte_ids))
+        even, odd = (look_up(half, self.sizes, byte_ids, positions) for half in self._entries)
+        return torch.where(is_odd, even, odd)
+
+
+def _placed(documents: Sequence[bytes | memoryview]) -> list[tuple[int, bytes | memoryview]]:
+    """Each document and where its id 256 stands in the stream of all."""
+    lengths = np.fromiter((len(document) + 1 for document in documents), np.int64)
+    return list(zip((lengths.cumsum() - lengths).tolist(), documents, strict=True))
