@@ -110,10 +110,10 @@ class ModelConfig:
     """
     memory_sizes: tuple[int, ...] = ()
     """Lengths of contexts whose followers in the training text join each byte's own state, as in
-    `stlm_models.layers.memory.TextMemory`, with `memory_slots` entries for each; () is none. The
+    `stlm_models.layers.memory.TextMemory` with `memory_slots` entries of 4 bytes; () is none. The
     parallel output reads no bytes.
     """
-    memory_slots: int = 2**20
+    memory_slots: int = 2**22
     core_layers: int = 2
     core_dim: int = 256
     core_heads: int = 4

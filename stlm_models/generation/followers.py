@@ -34,14 +34,14 @@ class IncrementalFollowers:
         """Show each of these rows (R,) its next id, of ids (B,): (R, D) where the model has any."""
         model, found = self.model, None
         if model.matches is not None and self._matches is not None:
-            found = model.matches.embed(self._matches.step(byte_ids, rows))
+            found = model.matches.followers(self._matches.step(byte_ids, rows))
         if model.memory is None or self._ends is None:
             return found
         ends = self._ends.step(byte_ids)
         self._lengths += 1
         memory = model.memory
         indices = look_up_last(memory.entries, memory.sizes, ends[rows], self._lengths[rows])
-        known = memory.embed(indices)
+        known = memory.followers(indices)
         return known if found is None else found + known
 
     def resume(self, rows: Tensor, byte_ids: Tensor, cu_seqlens: Tensor) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import check_match_sizes, id_bits
+from .followers import FollowerEmbedding
 from .packing import document_starts
 from .typed_call import typed_as
 
@@ -19,10 +20,10 @@ class MatchEmbedding(nn.Module):
     """Embedding of what followed the latest earlier occurrence of the ids that end at each byte.
 
     For each `size`: the latest earlier position of the same document where the same `size` ids
-    end, the id behind it, and how many blocks of `size` ids agree there, up to `DEPTHS`. Each pair
-    of both has a row of a table; without a match there is a row for none. Nothing reads ahead:
-    the id that followed stands at or before the byte itself. It is the match model of PAQ, a
-    context-mixing compressor (Mahoney 2005), with what it predicts learned.
+    end, the id behind it, and how many blocks of `size` ids agree there, up to `DEPTHS`, which
+    `FollowerEmbedding` embeds. Nothing reads ahead: the id that followed stands at or before the
+    byte itself. It is the match model of PAQ, a context-mixing compressor (Mahoney 2005), with what
+    it predicts learned.
 
     Args:
         sizes: lengths of what must repeat, each at least 1 and short enough for ids of `vocab_size`
@@ -43,21 +44,16 @@ class MatchEmbedding(nn.Module):
         super().__init__()
         check_match_sizes(sizes, vocab_size)
         self.sizes, self.vocab_size = sizes, vocab_size
-        self.tables = nn.ParameterList(torch.zeros(1 + DEPTHS * vocab_size, dim) for _ in sizes)
+        self.followers = FollowerEmbedding(len(sizes), DEPTHS, vocab_size, dim)
 
     def forward(self, byte_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
         """byte_ids (T,), cu_seqlens (S+1,) -> (T, dim)."""
-        return self.embed(self.indices(byte_ids, cu_seqlens))
+        return self.followers(self.indices(byte_ids, cu_seqlens))
 
     if TYPE_CHECKING:
 
         @typed_as(forward)
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
-
-    def embed(self, indices: Tensor) -> Tensor:
-        """Rows (..., dim) of indices (..., sizes) from `indices` or `IncrementalMatches`."""
-        tables = enumerate(self.tables)
-        return torch.stack([nn.functional.embedding(indices[..., n], t) for n, t in tables]).sum(0)
 
     def indices(self, byte_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
         """(T, sizes) int64: 0 without a match, else 1 + (depth - 1) * vocab_size + follower."""

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..config import BOS_ID, BYTES, LONGEST_CONTEXT, check_memory
+from .followers import FollowerEmbedding
 from .matches import MatchEmbedding
 from .packing import document_starts
 from .typed_call import typed_as
@@ -33,18 +34,18 @@ class TextMemory(nn.Module):
 
     For each `size`, the last `size` ids of a position are looked up in a hashed table of the
     contexts of a text: the byte that followed there most often, and a level of sureness from how
-    often it and others did. Each pair has a row of an embedding; an unknown context has a row for
-    none. The table is counted by `remember`, not trained: one look at a text suffices, as in PPM
-    (Cleary and Witten 1984), while what its predictions are worth is learned. It is part of the
-    state dict. A position reads the ids up to its own, never the next.
+    often it and others did, which `FollowerEmbedding` embeds. The table is counted by `remember`,
+    not trained: one look at a text suffices, as in PPM (Cleary and Witten 1984), while what its
+    predictions are worth is learned. It is part of the state dict. A position reads the ids up to
+    its own, never the next.
 
     A model must be trained on predictions of a memory that does not hold the very text at hand, or
     it learns to trust it too much: see `stlm_models.training.recall`.
 
     Args:
         sizes: lengths of contexts, 1 to 64 ids.
-        slots: entries for each size, a power of two; where two contexts meet the more frequent
-            one stays.
+        slots: entries of 4 bytes for contexts of all sizes, a power of two; where two contexts meet
+            the more frequent one stays.
         dim: width of the result, the sum over sizes.
 
     Raises:
@@ -63,8 +64,8 @@ class TextMemory(nn.Module):
         super().__init__()
         check_memory(sizes, slots)
         self.sizes, self.slots = sizes, slots
-        self.register_buffer("entries", torch.zeros(len(sizes), slots, dtype=torch.int32))
-        self.tables = nn.ParameterList(torch.zeros(1 + LEVELS * BYTES, dim) for _ in sizes)
+        self.register_buffer("entries", torch.zeros(slots, dtype=torch.int32))
+        self.followers = FollowerEmbedding(len(sizes), LEVELS, BYTES, dim)
 
     def forward(
         self, byte_ids: Tensor, cu_seqlens: Tensor, recalled: Tensor | None = None
@@ -75,22 +76,17 @@ class TextMemory(nn.Module):
             recalled: (T, sizes) indices in place of those of this memory.
         """
         if recalled is None:
-            return self.embed(self.indices(byte_ids, cu_seqlens))
+            return self.followers(self.indices(byte_ids, cu_seqlens))
         expected = len(byte_ids), len(self.sizes)
         if recalled.shape != expected:
             got = tuple(recalled.shape)
             raise ValueError(f"recalled: expected {expected} of the memory's sizes, got {got}")
-        return self.embed(recalled)
+        return self.followers(recalled)
 
     if TYPE_CHECKING:
 
         @typed_as(forward)
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
-
-    def embed(self, indices: Tensor) -> Tensor:
-        """Rows (..., dim) of indices (..., sizes) from `indices`."""
-        tables = enumerate(self.tables)
-        return torch.stack([nn.functional.embedding(indices[..., n], t) for n, t in tables]).sum(0)
 
     def indices(self, byte_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
         """(T, sizes) int64: 0 for an unknown context, else 1 + (level - 1) * 256 + follower."""
@@ -145,35 +141,38 @@ def look_up_last(
 
 def _found(entries: Tensor, sizes: tuple[int, ...], keys: Tensor, positions: Tensor) -> Tensor:
     """Indices (T, sizes) of keys (T, sizes)."""
-    tables, least = torch.tensor([range(len(sizes)), sizes], device=keys.device)
-    entry = entries[tables, _slot(keys, entries.shape[1])].long()
+    entry = entries[_slot(keys, len(entries))].long()
     row = 1 + (entry & ((1 << _CHECK_SHIFT) - 1)) - BYTES
     known = (entry >> _CHECK_SHIFT) & _CHECK_MASK == keys & _CHECK_MASK
-    known &= (positions[:, None] >= least - 1) & (row > 0)
+    known &= (positions[:, None] >= torch.tensor(sizes, device=keys.device) - 1) & (row > 0)
     return torch.where(known, row, 0)
 
 
 def counted(
     documents: Sequence[bytes | memoryview], sizes: tuple[int, ...], slots: int
 ) -> NDArray[np.int32]:
-    """Return the entries (sizes, slots) of these documents."""
+    """Return the entries (slots,) of these documents."""
     ids = np.concatenate([np.empty(0, np.int16), *map(_with_start, documents)])
     lengths = np.fromiter((len(document) + 1 for document in documents), np.int64)
     starts = np.repeat(lengths.cumsum() - lengths, lengths)
     positions = np.arange(len(ids)) - starts
-    entries = np.zeros((len(sizes), slots), np.int32)
-    followed = np.append(ids[1:] != BOS_ID, False)
-    for n, keys in enumerate(_keys(torch.from_numpy(ids), sizes)):
-        counts = followed & (positions >= sizes[n] - 1)
+    followed = np.append(ids[1:] != BOS_ID, False)[: len(ids)]
+    entries, often = np.zeros(slots, np.int32), np.zeros(slots, np.int32)
+    for size, keys in zip(sizes, _keys(torch.from_numpy(ids), sizes), strict=True):
+        counts = followed & (positions >= size - 1)
         place = (_slot(keys, slots) << _CHECK_BITS | keys & _CHECK_MASK).numpy()[counts]
         codes = place << _BYTE_BITS | ids[1:][counts[:-1]]
         codes.sort()
-        _enter(entries[n], codes)
+        _enter(entries, often, codes)
     return entries
 
 
-def _enter(entries: NDArray[np.int32], codes: NDArray[np.int64]) -> None:
-    """Write the entries of sorted codes: slot, check and follower of each place of a text."""
+def _enter(
+    entries: NDArray[np.int32],  # (slots,)
+    often: NDArray[np.int32],  # (slots,) how often the context of each entry was seen
+    codes: NDArray[np.int64],  # ordered: slot, check and follower of each place of a text
+) -> None:
+    """Write the entries of contexts that were seen more often than what stands in their slots."""
     if not len(codes):
         return
     first = _begins(codes)
@@ -183,14 +182,14 @@ def _enter(entries: NDArray[np.int32], codes: NDArray[np.int64]) -> None:
     total = np.add.reduceat(times, begin)
     best = np.maximum.reduceat(times << _BYTE_BITS | follower, begin)
     context, follower, most = context[begin], best & (BYTES - 1), best >> _BYTE_BITS
-    slot = context >> _CHECK_BITS
-    begin = _begins(slot)
+    begin = _begins(context >> _CHECK_BITS)
     # Of the contexts of a slot the most frequent one, by the number of its place among all.
-    places = np.arange(len(slot))
-    kept = np.maximum.reduceat(total << 32 | places, begin) & ((1 << 32) - 1)
+    kept = np.maximum.reduceat(total << 32 | np.arange(len(total)), begin) & ((1 << 32) - 1)
+    kept = kept[total[kept] > often[context[kept] >> _CHECK_BITS]]
+    slot = context[kept] >> _CHECK_BITS
     value = (context[kept] & _CHECK_MASK) << _CHECK_SHIFT
     value |= _level(most[kept], total[kept]) << _BYTE_BITS | follower[kept]
-    entries[slot[begin]] = value.astype(np.uint32).view(np.int32)
+    entries[slot], often[slot] = value.astype(np.uint32).view(np.int32), total[kept]
 
 
 def _level(most: NDArray[np.int64], total: NDArray[np.int64]) -> NDArray[np.int64]:

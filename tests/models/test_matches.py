@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from stlm_kernels.testing import assert_causal
 from stlm_models import STLM, ModelConfig
 from stlm_models.generation.match_state import IncrementalMatches
+from stlm_models.layers.followers import FollowerEmbedding
 from stlm_models.layers.matches import DEPTHS, MatchEmbedding
 
 LARGE = 70_000
@@ -89,15 +90,39 @@ def test_long_repeats_reach_the_last_depth() -> None:
     assert depths == [min(1 + n // 3, DEPTHS) for n in range(48)]
 
 
-def test_an_embedding_is_the_sum_of_its_sizes() -> None:
+def test_depth_and_follower_are_embedded() -> None:
     matches = MatchEmbedding((1, 2), 257, 4)
-    for table in matches.tables:
-        torch.nn.init.normal_(table)
+    followers = matches.followers
+    for parameter in followers.parameters():
+        torch.nn.init.normal_(parameter)
     ids, boundaries = torch.tensor([*b"abcab"]), torch.tensor([0, 5], dtype=torch.int32)
     out = matches(ids, boundaries)
-    (one, two), follower = matches.tables, 1 + ord("c")
-    assert torch.equal(out[4], one[257 + follower] + two[follower])  # "ab" repeats: depth 2 of 1
-    assert torch.equal(out[0], one[0] + two[0])
+    rows = followers.gains * followers.ids[ord("c")] + followers.biases
+    torch.testing.assert_close(out[4], rows[0, 1] + rows[1, 0])  # "ab" repeats: depth 2 of 1
+    torch.testing.assert_close(out[0], followers.none.sum(0))
+
+
+@pytest.mark.parametrize("n_texts", [0, 1, 20])
+def test_followers_by_row_and_from_all_rows(n_texts: int) -> None:
+    torch.manual_seed(0)
+    followers = FollowerEmbedding(2, 3, 5, 4).double()
+    assert not followers(torch.tensor([[0, 15]])).any()  # all rows begin at zero
+    for parameter in followers.parameters():
+        torch.nn.init.normal_(parameter)
+    indices = torch.randint(16, (n_texts, 2))
+    rows = (followers.gains[:, :, None] * followers.ids + followers.biases[:, :, None]).flatten(
+        1, 2
+    )
+    rows = torch.cat((followers.none[:, None], rows), 1)
+    expected = rows[0][indices[:, 0]] + rows[1][indices[:, 1]]
+    out = followers(indices)
+    torch.testing.assert_close(out, expected)
+    upstream = torch.randn_like(out)
+    parameters = list(followers.parameters())
+    got = torch.autograd.grad(out, parameters, upstream, retain_graph=True)
+    want = torch.autograd.grad(expected, parameters, upstream)
+    torch.testing.assert_close(got, want)
+    assert followers(indices.view(n_texts, 1, 2)).shape == (n_texts, 1, 4)
 
 
 def test_a_model_sees_nothing_ahead() -> None:

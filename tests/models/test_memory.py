@@ -110,15 +110,16 @@ def test_remembering_replaces() -> None:
     assert not memory.entries.any()
 
 
-def test_an_embedding_is_the_sum_of_its_sizes() -> None:
+def test_level_and_follower_are_embedded() -> None:
     memory = TextMemory((1, 2), 2**10, 4)
     memory.remember([b"abc"])
-    for table in memory.tables:
-        torch.nn.init.normal_(table)
+    followers = memory.followers
+    for parameter in followers.parameters():
+        torch.nn.init.normal_(parameter)
     out = memory(torch.tensor([*b"ab"]), torch.tensor([0, 2], dtype=torch.int32))
-    one, two = memory.tables
-    assert torch.equal(out[0], one[1 + ord("b")] + two[0])
-    assert torch.equal(out[1], one[1 + ord("c")] + two[1 + ord("c")])
+    rows = followers.gains[:, 0, None] * followers.ids + followers.biases[:, 0, None]
+    torch.testing.assert_close(out[0], rows[0, ord("b")] + followers.none[1])
+    torch.testing.assert_close(out[1], rows[0, ord("c")] + rows[1, ord("c")])
 
 
 DOCUMENTS = [b"only here, and only here", b"shared words", b"shared words"]
@@ -152,7 +153,7 @@ def test_long_documents_are_cut_between_the_halves(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_model_sees_nothing_ahead() -> None:
-    model = scrambled(dataclasses.replace(TINY, memory_sizes=(1, 2))).double()
+    model = scrambled(dataclasses.replace(TINY, memory_sizes=(1, 2), memory_slots=2**12)).double()
     assert model.memory is not None
     model.memory.remember([bytes(range(4)) * 3, b"\0\1\3\2" * 5])
     assert_causal(lambda ids: model(ids % 4), 257, length=24)
@@ -169,8 +170,7 @@ def test_training_fills_it_and_checkpoints_keep_it(tmp_path: Path) -> None:
     fresh.remember(corpus.train)
     assert torch.equal(memory.entries, fresh.entries)
     trainer.run()
-    # Tables begin at zero, and move where something was recalled.
-    assert all((table[1:] != 0).any() for table in memory.tables)
+    assert (memory.followers.gains != 0).any(2).any(1).all()  # zero where nothing was recalled
     trainer.save(tmp_path)
     loaded = load_model(tmp_path)
     assert loaded.memory is not None
@@ -181,7 +181,7 @@ def test_training_fills_it_and_checkpoints_keep_it(tmp_path: Path) -> None:
 
 
 def test_recalled_rows_take_the_place_of_the_memory() -> None:
-    model = scrambled(dataclasses.replace(TINY, memory_sizes=(1, 2)))
+    model = scrambled(dataclasses.replace(TINY, memory_sizes=(1, 2), memory_slots=2**12))
     ids = ids_of(b"ab c")
     nothing = torch.zeros(5, 2, dtype=torch.int64)
     assert model.memory is not None
@@ -220,7 +220,7 @@ def test_refusals(values: dict[str, object], expected: str) -> None:
 
 
 def test_recalled_rows_of_another_shape() -> None:
-    with_memory = STLM(dataclasses.replace(TINY, memory_sizes=(1, 2)))
+    with_memory = STLM(dataclasses.replace(TINY, memory_sizes=(1, 2), memory_slots=64))
     ids = ids_of(b"ab c")
     for wrong in (torch.zeros(5, 1, dtype=torch.int64), torch.zeros(4, 2, dtype=torch.int64)):
         with pytest.raises(ValueError, match=r"recalled: expected \(5, 2\) .* got"):
