@@ -10,8 +10,8 @@ comparison with a baseline is fair when
 - the optimisers, their schedule and the tuning of their learning rates are the same;
 - both are judged in bits per real byte of the same held-out text, every byte scored once and with
   the same bytes of context. Words must spell every text: nats of all ids / (ln 2 x bytes);
-- what finds repeats of a text serves the flat baseline too; of words, a table of what follows each
-  would be larger than the model;
+- what looks up repeats and remembered contexts serves the flat baseline too; of words, a table of
+  what follows each would be larger than the model;
 - the baseline is as good as its kind allows at that size: full attention, heads of 64, no layer
   spent on what pooling needs.
 """
@@ -29,9 +29,6 @@ BYTES_PER_WORD = 4.5
 NGRAMS = (2, 3, 4)
 """N-grams of pooled presets: bytes then know what ends at them, without a layer that finds out."""
 
-MATCHES = (2, 4, 7)
-"""Repeats that the demo looks for; without them bytes copy only what attention finds."""
-
 _CORE = ("core_layers", "core_dim", "core_heads", "core_kv_heads", "core_ff")
 _DECODER = (
     "decoder_layers",
@@ -41,7 +38,11 @@ _DECODER = (
     "decoder_window",
     "decoder_kv_heads",
 )
-_NGRAMS: dict[str, Any] = {"ngram_sizes": NGRAMS, "byte_ngrams": True}
+_LOOK_UPS: dict[str, Any] = {"match_sizes": (2, 4, 7), "memory_sizes": (2, 3, 4, 5, 6, 8, 12, 20)}
+"""Repeats of the text at hand, and contexts of the training text: no layer then has to learn to
+copy (docs/speedrun.md).
+"""
+_NGRAMS: dict[str, Any] = {"ngram_sizes": NGRAMS, "byte_ngrams": True, **_LOOK_UPS}
 _LARGE_NGRAMS: dict[str, Any] = {**_NGRAMS, "ngram_buckets": 8192}
 _PAPER: dict[str, Any] = {
     "tied": False,
@@ -75,8 +76,8 @@ def _shape(
 
 
 _POOLED: dict[str, ModelConfig] = {
-    "demo": ModelConfig(**_NGRAMS, match_sizes=MATCHES),
-    "10m": _shape((5, 384, 6, 2, 960), (3, 256, 4, 512, 256), 4096, **_NGRAMS),
+    "demo": ModelConfig(**_NGRAMS),
+    "10m": _shape((5, 384, 6, 2, 928), (3, 256, 4, 512, 256), 4096, **_NGRAMS),
     "50m": _shape((16, 512, 8, 2, 1408), (5, 256, 4, 768, 256), 8192, **_LARGE_NGRAMS),
     "100m": _shape((15, 768, 12, 4, 2048), (6, 256, 4, 1024, 256), 8192, **_LARGE_NGRAMS),
 }
@@ -95,7 +96,7 @@ def _flat(pooled: str, width: int, layers: int, heads: int, kv_heads: int, ff: i
         decoder_ff=ff,
         decoder_window=None,
         context=_POOLED[pooled].context,
-        match_sizes=_POOLED[pooled].match_sizes,
+        **_LOOK_UPS,
     )
 
 
@@ -109,6 +110,7 @@ def _words(
         vocab_size=vocab_size,
         context=round(_POOLED[pooled].context / BYTES_PER_WORD),
         match_sizes=(),
+        memory_sizes=(),
     )
 
 
@@ -122,11 +124,11 @@ close them, and no byte is cut off.
 PRESETS: dict[str, ModelConfig] = {
     **_POOLED,
     "paper-byte": _PAPER_BYTE,
-    "demo-flat": _flat("demo", 192, 4, 3, 3, 576),
-    "10m-flat": _flat("10m", 384, 6, 6, 2, 1088),
+    "demo-flat": _flat("demo", 192, 4, 3, 3, 720),
+    "10m-flat": _flat("10m", 384, 6, 6, 2, 1056),
     "50m-flat": _flat("50m", 512, 18, 8, 2, 1376),
     "100m-flat": _flat("100m", 768, 16, 12, 4, 2048),
-    "demo-word": _words("demo", 8192, 128, 4, 2, 2, 1216),
+    "demo-word": _words("demo", 8192, 128, 4, 2, 2, 760),
     "10m-word": _words("10m", 50257, 128, 20, 2, 2, 320),
     "50m-word": _words("50m", 50257, 512, 8, 8, 2, 1536),
     "100m-word": _words("100m", 50257, 768, 10, 12, 4, 2016),

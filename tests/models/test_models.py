@@ -212,7 +212,7 @@ class TestConfig:
         assert ModelConfig(**json.loads(json.dumps(config.to_dict()))) == config
 
     @pytest.mark.parametrize(
-        ("name", "millions"), [("demo", 3.2), ("10m", 10), ("50m", 50), ("100m", 100)]
+        ("name", "millions"), [("demo", 2.5), ("10m", 10), ("50m", 50), ("100m", 100)]
     )
     def test_presets_have_the_size_in_their_name(self, name: str, millions: float) -> None:
         with torch.device("meta"):

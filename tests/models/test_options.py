@@ -71,7 +71,7 @@ def test_every_parameter_gets_a_gradient(model: STLM) -> None:
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
-    assert len(model.state_dict()) == len(list(model.parameters()))
+    assert len(model.state_dict()) == len([*model.parameters(), *model.buffers()])
 
 
 @torch.no_grad()
