@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from stlm_kernels import terminal
 from stlm_models.config import ModelConfig
 from stlm_models.data.corpus import load_corpus
+from stlm_models.layers.memory import follower_rows
 from stlm_models.presets import preset
 from stlm_models.training.precision import faster_precision
 from stlm_models.training.trainer import PRECISIONS, Trainer, TrainOptions
@@ -124,7 +125,7 @@ def _works(trainer: Trainer) -> dict[str, Callable[[], None]]:
         with trainer.autocast():
             ids, cu_seqlens = batch.byte_ids, batch.cu_seqlens
             ngrams = model.ngram_rows(ids, cu_seqlens)
-            follows = model.follower_rows(ids, cu_seqlens, batch.recalled)
+            follows = follower_rows(model.matches, model.memory, ids, cu_seqlens, batch.recalled)
             own = model.own_states(model.embedding.embed(ids), ngrams, follows)
             encoded = model.encode(own, batch.cu_seqlens).detach().requires_grad_()
             pooled = model.pool(batch.byte_ids, encoded, batch.patches, ngrams)

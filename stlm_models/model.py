@@ -255,7 +255,7 @@ class STLM(GenerationMixin, nn.Module):
     ) -> tuple[Tensor, Callable[[], Tensor] | None]:
         embedded = self.embedding(flat)
         ngrams = self.ngram_rows(flat, packing.cu_seqlens)
-        follows = self.follower_rows(flat, packing.cu_seqlens, recalled)
+        follows = follower_rows(self.matches, self.memory, flat, packing.cu_seqlens, recalled)
         own = self.own_states(embedded, ngrams, follows)
         if self.is_flat:
             if patches is not None:
@@ -309,12 +309,6 @@ class STLM(GenerationMixin, nn.Module):
     def ngram_rows(self, byte_ids: Tensor, cu_seqlens: Tensor) -> Tensor | None:
         """(T, ngram_dim) of packed ids (T,), where the config has n-grams."""
         return None if self.ngrams is None else self.ngrams.rows(byte_ids, cu_seqlens)
-
-    def follower_rows(
-        self, byte_ids: Tensor, cu_seqlens: Tensor, recalled: Tensor | None = None
-    ) -> Tensor | None:
-        """(T, byte_dim) of packed ids (T,), where the config has repeats or a memory."""
-        return follower_rows(self.matches, self.memory, byte_ids, cu_seqlens, recalled)
 
     def own_states(
         self, embedded: Tensor, ngrams: Tensor | None, follows: Tensor | None = None

@@ -16,6 +16,7 @@ from stlm_kernels import Patches, ema_unpool, unpool
 from ..build import ngram_mode
 from ..config import BOS_ID
 from ..layers.linear import keeping
+from ..layers.memory import follower_rows
 from ..layers.packing import Packing
 from ..layers.pooling import EmaUnpooling
 from ..layers.transformer import new_caches
@@ -99,7 +100,7 @@ class FlatRows:
         self.followers.resume(rows, byte_ids, cu_seqlens)
         model = self.model
         ngrams = model.ngram_rows(byte_ids, cu_seqlens)
-        follows = model.follower_rows(byte_ids, cu_seqlens)
+        follows = follower_rows(model.matches, model.memory, byte_ids, cu_seqlens)
         x = model.own_states(model.embedding.embed(byte_ids), ngrams, follows)
         out = model.decode(x, cu_seqlens, caches_at(self.caches, rows))
         return out[cu_seqlens[1:].long() - 1]
@@ -176,7 +177,7 @@ class PatchedRows:
         open_bytes = self.patches.lengths[rows]
         caches = caches_at(self.encoder_caches, rows)
         ngrams = model.ngram_rows(byte_ids, cu_seqlens)
-        follows = model.follower_rows(byte_ids, cu_seqlens)
+        follows = follower_rows(model.matches, model.memory, byte_ids, cu_seqlens)
         own = model.own_states(model.embedding.embed(byte_ids), ngrams, follows)
         packing = Packing(cu_seqlens, len(byte_ids))
         encoded = model.encode(own, packing, caches)

@@ -1,4 +1,4 @@
-"""Followers in texts that grow byte by byte: `STLM.follower_rows` of the newest byte of each."""
+"""Followers in texts that grow byte by byte: rows of repeats and memory of the newest byte."""
 
 from __future__ import annotations
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor, nn
+
+from .typed_call import typed_as
 
 
 class FollowerEmbedding(nn.Module):
@@ -39,6 +43,11 @@ class FollowerEmbedding(nn.Module):
         # All rows once, where there are fewer of them than of those to be summed.
         out = self._from_all_rows(flat) if flat.numel() > n_rows else self._of_each(flat)
         return out.unflatten(0, indices.shape[:-1])
+
+    if TYPE_CHECKING:
+
+        @typed_as(forward)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def _from_all_rows(self, indices: Tensor) -> Tensor:
         sources, levels, dim = self.gains.shape

@@ -97,7 +97,7 @@ def test_every_preset_has_the_parts_of_its_kind(name: str) -> None:
     works = step._works(trainer)
     pooled = PARTS | {"ngrams_to_bytes"}
     parts = next((found for end, found in OTHERS.items() if name.endswith(end)), pooled)
-    parts = parts | {"matches"} if config.match_sizes else parts
+    parts = parts | {"matches", "memory"} if config.match_sizes else parts
     assert works.keys() - {"encoder"} == {*parts, "loss", "optimiser", step.WHOLE}
     for part in works.keys() - {"optimiser", step.WHOLE}:
         works[part]()
