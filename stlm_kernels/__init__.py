@@ -20,6 +20,7 @@ from .ops.linear_sample import linear_sample
 from .ops.ngram_embedding import ngram_embedding
 from .ops.patch_attention import patch_attention
 from .ops.qk_norm_rope import qk_norm_rope
+from .ops.qkv_rope import qkv_rope
 from .ops.segment_pool import segment_pool
 from .ops.unpool import unpool
 
@@ -40,6 +41,7 @@ __all__ = [
     "ngram_embedding",
     "patch_attention",
     "qk_norm_rope",
+    "qkv_rope",
     "segment_pool",
     "unpool",
 ]

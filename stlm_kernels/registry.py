@@ -15,6 +15,7 @@ from .ops.linear_sample import cases as linear_sample
 from .ops.ngram_embedding import cases as ngram_embedding
 from .ops.patch_attention import cases as patch_attention
 from .ops.qk_norm_rope import cases as qk_norm_rope
+from .ops.qkv_rope import cases as qkv_rope
 from .ops.segment_pool import cases as segment_pool
 from .ops.unpool import cases as unpool
 from .spec import OpSpec
@@ -36,6 +37,7 @@ OPS: dict[str, OpSpec] = {
         attention.SPEC,
         patch_attention.SPEC,
         qk_norm_rope.SPEC,
+        qkv_rope.SPEC,
         decode_attention.SPEC,
     )
 }

@@ -18,6 +18,7 @@ from . import (
     ngram_embedding,
     patch_attention,
     qk_norm_rope,
+    qkv_rope,
     segment_pool,
     unpool,
 )
@@ -35,6 +36,7 @@ PEERS: dict[str, tuple[Entry, ...]] = {
     **ngram_embedding.PEERS,
     **patch_attention.PEERS,
     **qk_norm_rope.PEERS,
+    **qkv_rope.PEERS,
     **segment_pool.PEERS,
     **unpool.PEERS,
 }

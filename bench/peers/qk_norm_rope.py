@@ -15,22 +15,26 @@ from .entry import Entry, compiled
 
 def _with_tables(inputs: Inputs) -> Inputs:
     """Give cos and sin of every position, repeated for both halves, in q's dtype; untimed."""
-    positions = inputs.get("positions")
-    length, q = inputs["q"].shape[-3], inputs["q"]
-    at = slice(length) if positions is None else positions.long()
-    tables = {
-        name: inputs[name][at].repeat(*[1] * (q.ndim - 3), 1, 2)[..., None, :].to(q.dtype)
-        for name in ("cos", "sin")
-    }
+    tables = tables_by_row(inputs, inputs["q"].shape[:-2], inputs["q"].dtype)
     names = ("q", "k", "q_weight", "k_weight", "eps")
     return {name: inputs[name] for name in names if name in inputs} | tables
+
+
+def tables_by_row(inputs: Inputs, lead: torch.Size, dtype: torch.dtype) -> Inputs:
+    """(..., T, 1, K) cos and sin of rows (..., T)."""
+    positions = inputs.get("positions")
+    at = slice(lead[-1]) if positions is None else positions.long()
+    return {
+        name: inputs[name][at].repeat(*[1] * (len(lead) - 1), 1, 2)[..., None, :].to(dtype)
+        for name in ("cos", "sin")
+    }
 
 
 def _halves_only(case: Case) -> str | None:
     return "it pairs the halves of a head" if "pairs" in case.sizes else None
 
 
-def _norm_rotate(
+def norm_rotate(
     q: Tensor,
     k: Tensor,
     cos: Tensor,
@@ -48,7 +52,7 @@ def _norm_rotate(
     return turned(q, q_weight), turned(k, k_weight)
 
 
-_NORM_ROTATE = Entry("F.rms_norm + rotation", _norm_rotate, _with_tables, _halves_only)
+_NORM_ROTATE = Entry("F.rms_norm + rotation", norm_rotate, _with_tables, _halves_only)
 
 
 def _pairs(**inputs: Any) -> tuple[Tensor, Tensor]:

@@ -83,6 +83,7 @@ BAD_VALUES = {
     "linear_logprobs": ("target", 9999),
     "linear_cross_entropy": ("target", -1),
     "qk_norm_rope": ("positions", 9999),
+    "qkv_rope": ("positions", 9999),
     "decode_attention": ("cache_lens", 9999),
 }
 """Integers out of range, for each op that takes some."""

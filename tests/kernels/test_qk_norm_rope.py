@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stlm_kernels import _launch, explain, qk_norm_rope
-from stlm_kernels.ops.qk_norm_rope import torch_impl
+from stlm_kernels._torch import rotary
 from stlm_kernels.ops.qk_norm_rope.reference import reference, yardstick
 from stlm_kernels.testing import assert_matches
 
@@ -149,7 +149,7 @@ def test_chunks_of_a_batch_and_of_a_row(
     elements: int, places: list[int] | None, interleaved: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Chunks on a CPU: a row, some rows, a document, two documents; the last ones are shorter."""
-    monkeypatch.setattr(torch_impl, "CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(rotary, "CHUNK_ELEMENTS", elements)
     way = Way("torch", "cpu", torch.float32)
     call: dict[str, Any] = example(3, 5, heads=2, kv_heads=1, width=16, way=way)
     if places is not None:
@@ -160,7 +160,7 @@ def test_chunks_of_a_batch_and_of_a_row(
 def test_blocks_are_differentiated_twice_and_many_times_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(torch_impl, "CHUNK_ELEMENTS", 8)
+    monkeypatch.setattr(rotary, "CHUNK_ELEMENTS", 8)
     call = example(2, 2, heads=2, kv_heads=1, width=4, way=Way("torch", "cpu", torch.float64))
     leaves = tuple(call[name] for name in NAMES)
 

@@ -44,22 +44,29 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int)
         name: normal(*lead, heads, width, rng=rng, dtype=dtype, device=device)
         for name, heads in (("q", case["H"]), ("k", case["KV"]))
     }
-    fine = torch.promote_types(dtype, torch.float32)
+    add_positions(inputs, case, rng, torch.promote_types(dtype, torch.float32), device)
+    return inputs | {"eps": case.get("eps", 1e-6), "interleaved": "pairs" in case.sizes}
+
+
+def add_positions(
+    inputs: Inputs, case: Case, rng: torch.Generator, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Add what norm and rotation of heads take: tables, weights and positions of a case."""
+    length, width = case["T"], case["K"]
     places = torch.arange(min(length, DOCUMENT) + 3, dtype=torch.float64)
     if "positions" not in case.sizes:
         places = torch.arange(length, dtype=torch.float64)
     angles = places[:, None] * 10_000.0 ** -(torch.arange(0, width, 2) / width)
-    inputs |= {"cos": angles.cos().to(device, fine), "sin": angles.sin().to(device, fine)}
+    inputs |= {"cos": angles.cos().to(device, dtype), "sin": angles.sin().to(device, dtype)}
     for name in ("q", "k"):
         if name in case["norm"]:
             weight = 1 + 0.5 * torch.randn(width, generator=rng, dtype=torch.float64)
-            inputs[f"{name}_weight"] = weight.to(device, fine)
+            inputs[f"{name}_weight"] = weight.to(device, dtype)
     if "positions" in case.sizes:
         where = torch.arange(length)
         if case["positions"] == "dense":  # each row begins elsewhere
             where = where + 2 * torch.arange(case["B"])[:, None]
         inputs["positions"] = (where % len(places)).to(device, torch.int32)
-    return inputs | {"eps": case.get("eps", 1e-6), "interleaved": "pairs" in case.sizes}
 
 
 def elements(case: Case) -> int:

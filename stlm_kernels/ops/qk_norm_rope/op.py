@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -59,22 +60,10 @@ def qk_norm_rope(
     Numerics: docs/numerics.md. Source: arXiv 2104.09864 (rotary), 2010.04245 (norm).
     """
     _check_heads(q, k)
-    _check_tables(q, cos, sin)
-    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
-        if weight is not None:
-            dtypes = _checks.weight_dtypes(q.dtype)
-            _checks.require_tensor(name, weight, (q.shape[-1],), dtypes, q.device)
-    number = _checks.is_finite(eps) and eps >= 0
-    _checks.require_number(number, "eps", "a finite number >= 0", eps)
+    check_tables(q, cos, sin, q.shape[-1] // 2)
+    check_norms(q, {"q_weight": q_weight, "k_weight": k_weight}, q.shape[-1], eps)
     _checks.require(isinstance(interleaved, bool), "interleaved", "a bool", repr(interleaved))
-    length, n_positions = q.shape[-3], cos.shape[0]
-    if positions is None:
-        if n_positions < length:  # the message made only then: it would fix a traced size
-            _checks.require(False, "cos", f"at least T = {length} positions", n_positions)
-    else:
-        _check_positions(positions, q, n_positions)
-        positions = positions.flatten()
-        length = positions.shape[0]
+    positions, length = flat_positions(positions, q.shape[:-2], cos)
     out_dtype = runtime.compute_dtype(q)
     q, k = _library.distinct(q, k)
     arguments = (
@@ -104,21 +93,42 @@ def _check_heads(q: Tensor, k: Tensor) -> None:
     _checks.require(k.shape[-2] >= 1, "k", "H_kv >= 1", tuple(k.shape))
 
 
-def _check_tables(q: Tensor, cos: Tensor, sin: Tensor) -> None:
-    dtypes = tuple(dict.fromkeys((q.dtype, torch.float32)))
-    _checks.require_tensor("cos", cos, ("n_positions", q.shape[-1] // 2), dtypes, q.device)
-    _checks.require_tensor("sin", sin, tuple(cos.shape), dtypes, q.device)
+def check_tables(x: Tensor, cos: Tensor, sin: Tensor, pairs: int) -> None:
+    """Refuse tables that do not fit the pairs of a head."""
+    dtypes = tuple(dict.fromkeys((x.dtype, torch.float32)))
+    _checks.require_tensor("cos", cos, ("n_positions", pairs), dtypes, x.device)
+    _checks.require_tensor("sin", sin, tuple(cos.shape), dtypes, x.device)
     for name, table in (("cos", cos), ("sin", sin)):
         fixed = not (table.requires_grad and torch.is_grad_enabled())
         _checks.require(fixed, name, "a table without gradient", "one that requires it")
 
 
-def _check_positions(positions: Tensor, q: Tensor, n_positions: int) -> None:
-    by_row = q.ndim == 4 and isinstance(positions, Tensor) and positions.ndim == 2
-    shape = tuple(q.shape[:2]) if by_row else (q.shape[-3],)
-    _checks.require_tensor("positions", positions, shape, _checks.ID_DTYPES, q.device)
+def check_norms(x: Tensor, weights: Mapping[str, Tensor | None], width: int, eps: float) -> None:
+    """Refuse weights, by name, and the eps that do not fit norms over `width`."""
+    for name, weight in weights.items():
+        if weight is not None:
+            dtypes = _checks.weight_dtypes(x.dtype)
+            _checks.require_tensor(name, weight, (width,), dtypes, x.device)
+    number = _checks.is_finite(eps) and eps >= 0
+    _checks.require_number(number, "eps", "a finite number >= 0", eps)
+
+
+def flat_positions(
+    positions: Tensor | None, lead: torch.Size, cos: Tensor
+) -> tuple[Tensor | None, int]:
+    """Checked positions of rows (..., T) as one line, and after how many rows they begin anew."""
+    length, n_positions = lead[-1], cos.shape[0]
+    if positions is None:
+        if n_positions < length:  # the message made only then: it would fix a traced size
+            _checks.require(False, "cos", f"at least T = {length} positions", n_positions)
+        return None, length
+    by_row = len(lead) == 2 and isinstance(positions, Tensor) and positions.ndim == 2
+    shape = tuple(lead) if by_row else (length,)
+    _checks.require_tensor("positions", positions, shape, _checks.ID_DTYPES, cos.device)
     if runtime.values_visible(positions):
         _checks.check_id_values("positions", positions, 0, n_positions)
+    positions = positions.flatten()
+    return positions, positions.shape[0]
 
 
 def _elements(q: Any, k: Any) -> int:

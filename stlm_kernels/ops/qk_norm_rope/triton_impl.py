@@ -8,10 +8,8 @@ Backward. dy is the upstream gradient turned back; with g = weight * dy and r = 
 dx = r (g - x r^2 mean(g x)). The norm is formed again, nothing was saved. Each program walks a run
 of blocks and adds up dy x r for the weights' gradients; the runs are added in order. No atomics.
 
-A pair is two halves of a row, loaded apart, or neighbours, loaded together and split in registers,
-so that either way memory is read and written in whole vectors. A table's row out of range is NaN.
-Without a weight (a negative eps) r is 1 and its derivative 0: computed all the same, since memory
-limits.
+A table's row out of range is NaN. Without a weight (a negative eps) r is 1 and its derivative 0:
+computed all the same, since memory limits.
 
 Floor (bf16): 4 N (H + H_kv) K bytes forward, 6 backward: 31 and 47 us at N = 32768, H = 12 + 4,
 K = 64, 4.3 TB/s.
@@ -25,82 +23,18 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import _launch
+from ..._triton.rotary import (
+    angles_of,
+    load_pairs,
+    norm_gradients,
+    norm_weights,
+    normed_and_turned,
+    pair_columns,
+    store_pairs,
+    turned_back,
+)
 from ..._triton.tiles import sum_splits
 from . import config as configs
-
-
-@triton.jit
-def _pairs(x_ptr, place, live, K: tl.constexpr, IS_INTERLEAVED: tl.constexpr, WIDTH: tl.constexpr):
-    """First and second of each pair of rows, (rows, WIDTH / 2) as stored; zeros where none are."""
-    if IS_INTERLEAVED:
-        d = tl.arange(0, WIDTH)
-        mask = live[:, None] & (d < K)[None, :]
-        x = tl.load(x_ptr + place[:, None] + d[None, :], mask=mask, other=0.0)
-        first, second = tl.split(tl.reshape(x, (place.shape[0], WIDTH // 2, 2)))
-    else:
-        d = tl.arange(0, WIDTH // 2)
-        mask = live[:, None] & (d < K // 2)[None, :]
-        first = tl.load(x_ptr + place[:, None] + d[None, :], mask=mask, other=0.0)
-        second = tl.load(x_ptr + place[:, None] + K // 2 + d[None, :], mask=mask, other=0.0)
-    return first, second
-
-
-@triton.jit
-def _put_pairs(
-    x_ptr, first, second, place, live,
-    K: tl.constexpr, IS_INTERLEAVED: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    first, second = first.to(x_ptr.dtype.element_ty), second.to(x_ptr.dtype.element_ty)
-    if IS_INTERLEAVED:
-        d = tl.arange(0, WIDTH)
-        mask = live[:, None] & (d < K)[None, :]
-        x = tl.reshape(tl.join(first, second), (place.shape[0], WIDTH))
-        tl.store(x_ptr + place[:, None] + d[None, :], x, mask=mask)
-    else:
-        d = tl.arange(0, WIDTH // 2)
-        mask = live[:, None] & (d < K // 2)[None, :]
-        tl.store(x_ptr + place[:, None] + d[None, :], first, mask=mask)
-        tl.store(x_ptr + place[:, None] + K // 2 + d[None, :], second, mask=mask)
-
-
-@triton.jit
-def _columns(K: tl.constexpr, IS_INTERLEAVED: tl.constexpr, WIDTH: tl.constexpr):
-    """Columns of the first and the second of each pair in a row."""
-    d = tl.arange(0, WIDTH // 2)
-    first = d * 2 if IS_INTERLEAVED else d
-    return first, first + (1 if IS_INTERLEAVED else K // 2), d < K // 2
-
-
-@triton.jit
-def _angles(
-    cos_ptr, sin_ptr, positions_ptr, tokens, live, period, n_positions,
-    K: tl.constexpr, HAS_POSITIONS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """(rows, WIDTH / 2) cos and sin of each row's position in fp32."""
-    positions = tokens % period
-    if HAS_POSITIONS:
-        positions = tl.load(positions_ptr + positions, mask=live, other=0).to(tl.int64)
-    good = (positions >= 0) & (positions < n_positions)
-    d = tl.arange(0, WIDTH // 2)
-    mask = (live & good)[:, None] & (d < K // 2)[None, :]
-    place = positions[:, None] * (K // 2) + d[None, :]
-    bad = tl.where(live & ~good, float("nan"), 0.0)[:, None]
-    cos = tl.load(cos_ptr + place, mask=mask, other=0.0).to(tl.float32) + bad
-    sin = tl.load(sin_ptr + place, mask=mask, other=0.0).to(tl.float32) + bad
-    return cos, sin
-
-
-@triton.jit
-def _inverse_rms(a, b, eps, K: tl.constexpr):
-    """(rows,) 1 / rms of each row; 1 without a norm."""
-    mean = (tl.sum(a * a, 1) + tl.sum(b * b, 1)) / K
-    return tl.where(eps < 0, 1.0, tl.rsqrt(mean + tl.maximum(eps, 0.0)))
-
-
-@triton.jit
-def _weight(w_ptr, columns, exists, eps):
-    """(WIDTH / 2,) fp32; ones without a norm."""
-    return tl.load(w_ptr + columns, mask=exists & (eps >= 0), other=1.0).to(tl.float32)
 
 
 @triton.jit
@@ -113,19 +47,17 @@ def _forward(
     rows = first_row + tl.arange(0, BLOCK)
     live, token = rows < tokens * H, rows // H
     place = token * stride + (rows % H) * K
-    a, b = _pairs(x_ptr, place, live, K, IS_INTERLEAVED, WIDTH)
+    a, b = load_pairs(x_ptr, place, live, K, IS_INTERLEAVED, WIDTH)
     stored = out_ptr.dtype.element_ty
     a, b = a.to(stored).to(tl.float32), b.to(stored).to(tl.float32)
-    left, right, exists = _columns(K, IS_INTERLEAVED, WIDTH)
-    r = _inverse_rms(a, b, eps, K)[:, None]
-    a = a * r * _weight(w_ptr, left, exists, eps)[None, :]
-    b = b * r * _weight(w_ptr, right, exists, eps)[None, :]
-    cos, sin = _angles(
+    left, right, exists = pair_columns(K, IS_INTERLEAVED, WIDTH)
+    w_a = norm_weights(w_ptr, left, exists, eps)[None, :]
+    w_b = norm_weights(w_ptr, right, exists, eps)[None, :]
+    cos, sin = angles_of(
         cos_ptr, sin_ptr, positions_ptr, token, live, period, n_positions, K, HAS_POSITIONS, WIDTH
     )
-    _put_pairs(
-        out_ptr, a * cos - b * sin, a * sin + b * cos, rows * K, live, K, IS_INTERLEAVED, WIDTH
-    )
+    a, b = normed_and_turned(a, b, w_a, w_b, cos, sin, eps, K)
+    store_pairs(out_ptr, a, b, rows * K, live, K, IS_INTERLEAVED, WIDTH)
 
 
 @triton.jit(do_not_specialize=["tokens", "period", "n_positions"])
@@ -159,9 +91,9 @@ def _backward(
     H: tl.constexpr, K: tl.constexpr, IS_INTERLEAVED: tl.constexpr, HAS_POSITIONS: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    left, right, exists = _columns(K, IS_INTERLEAVED, WIDTH)
-    w_a = _weight(w_ptr, left, exists, eps)[None, :]
-    w_b = _weight(w_ptr, right, exists, eps)[None, :]
+    left, right, exists = pair_columns(K, IS_INTERLEAVED, WIDTH)
+    w_a = norm_weights(w_ptr, left, exists, eps)[None, :]
+    w_b = norm_weights(w_ptr, right, exists, eps)[None, :]
     sum_a = tl.zeros((BLOCK, WIDTH // 2), tl.float32)
     sum_b = tl.zeros((BLOCK, WIDTH // 2), tl.float32)
     stored = grad_ptr.dtype.element_ty
@@ -169,25 +101,19 @@ def _backward(
         rows = first + tl.arange(0, BLOCK)
         live, token = rows < tokens * H, rows // H
         place = token * stride + (rows % H) * K
-        a, b = _pairs(x_ptr, place, live, K, IS_INTERLEAVED, WIDTH)
+        a, b = load_pairs(x_ptr, place, live, K, IS_INTERLEAVED, WIDTH)
         a, b = a.to(stored).to(tl.float32), b.to(stored).to(tl.float32)
-        up_a, up_b = _pairs(grad_ptr, rows * K, live, K, IS_INTERLEAVED, WIDTH)
+        up_a, up_b = load_pairs(grad_ptr, rows * K, live, K, IS_INTERLEAVED, WIDTH)
         up_a, up_b = up_a.to(tl.float32), up_b.to(tl.float32)
-        cos, sin = _angles(
+        cos, sin = angles_of(
             cos_ptr, sin_ptr, positions_ptr, token, live, period, n_positions,
             K, HAS_POSITIONS, WIDTH,
         )  # fmt: skip
-        dy_a, dy_b = up_a * cos + up_b * sin, up_b * cos - up_a * sin
-        r = _inverse_rms(a, b, eps, K)[:, None]
-        sum_a += dy_a * a * r
-        sum_b += dy_b * b * r
-        g_a, g_b = dy_a * w_a, dy_b * w_b
-        mean = (tl.sum(g_a * a, 1) + tl.sum(g_b * b, 1)) / K
-        pull = tl.where(eps < 0, 0.0, mean)[:, None] * r * r
-        _put_pairs(
-            dx_ptr, r * (g_a - a * pull), r * (g_b - b * pull), rows * K, live,
-            K, IS_INTERLEAVED, WIDTH,
-        )  # fmt: skip
+        dy_a, dy_b = turned_back(up_a, up_b, cos, sin)
+        dx_a, dx_b, along_a, along_b = norm_gradients(dy_a, dy_b, a, b, w_a, w_b, eps, K)
+        sum_a += along_a
+        sum_b += along_b
+        store_pairs(dx_ptr, dx_a, dx_b, rows * K, live, K, IS_INTERLEAVED, WIDTH)
     tl.store(partial_ptr + left, tl.sum(sum_a, 0), mask=exists)
     tl.store(partial_ptr + right, tl.sum(sum_b, 0), mask=exists)
 
