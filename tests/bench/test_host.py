@@ -13,8 +13,8 @@ OPS = {"byte_pool", "attention", "decode_attention", "linear_cross_entropy"}
 
 
 def test_a_turn_times_every_op_of_the_library_in_a_folder() -> None:
-    with host.Side(host.ROOT) as side:
-        found = side.turn()
+    with host.Side(host.ROOT, "host_calls") as side:
+        found = side.ask("turn")
     assert set(found) == OPS
     for times in found.values():
         assert len(times) >= 100
@@ -23,7 +23,7 @@ def test_a_turn_times_every_op_of_the_library_in_a_folder() -> None:
 
 
 def test_the_library_of_a_commit_is_unpacked(tmp_path: Path) -> None:
-    with host.library_of("HEAD") as folder:
+    with host.library_of("HEAD", "stlm_kernels") as folder:
         assert (folder / "stlm_kernels" / "_launch.py").is_file()
         assert not (folder / "bench").exists()
     assert not folder.exists()
@@ -35,7 +35,7 @@ def test_the_command_and_its_file(
     turns = [iter([{"attention": [5000, 3000]}, {"attention": [4000, 9000]}]) for _ in range(2)]
 
     class Answers:
-        def __init__(self, folder: Path) -> None:
+        def __init__(self, folder: Path, calls: str) -> None:
             self.turns, self.factor = turns.pop(), 1 if folder == host.ROOT else 2
 
         def __enter__(self) -> Answers:
@@ -43,7 +43,7 @@ def test_the_command_and_its_file(
 
         def __exit__(self, *exception: object) -> None: ...
 
-        def turn(self) -> host.Turn:
+        def ask(self, line: str) -> host.Turn:
             return {op: [x * self.factor for x in times] for op, times in next(self.turns).items()}
 
     monkeypatch.setattr(host, "Side", Answers)

@@ -176,15 +176,23 @@ def test_the_work_of_a_window_grows_with_the_window() -> None:
     assert scores_formed(65_536, cu_seqlens=even) <= 2 * 8 * 65_536 * 256
 
 
-@pytest.mark.parametrize(("window", "entries"), [(2, 1), (34, 1), (66, 50_000)])
+@pytest.mark.parametrize(("window", "entries"), [(2, 1), (34, 1), (66, 20_000)])
 def test_windows_in_blocks_and_calls(
     window: int, entries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Windows that just reach another block; several calls, the last one shorter."""
     monkeypatch.setattr(banded, "MASK_ENTRIES", entries)
-    cut = banded.Bands.of(150, window - 1, 0, 2)
-    assert len(list(cut.spans())) > 1
+    monkeypatch.setattr(banded, "LEAST_RUN", 1)
     boundaries = ints(0, 3, 3, 110, 147)
+    documents = torch_impl.Boundaries(boundaries, None)
+    options = torch_impl.Options(window - 1, 0, 1.0, None, 0.0)
+    q = torch.empty(1, 150, 4, 8)
+    cut = banded.Bands.of_forward(150, window - 1, 0, 2)
+    runs = list(cut.runs(torch_impl._sight(q, q, documents, options)))
+    assert len(runs) > 1
+    assert any(run.whole for run in runs) == (window < 66)
+    assert [run.first for run in runs] == [0, *(run.last for run in runs[:-1])]
+    assert runs[-1].last == cut.blocks == 5
     assert_close_to_reference(
         example((150,), 4, 2, 8, CPU), CPU, window=window, cu_seqlens=boundaries
     )

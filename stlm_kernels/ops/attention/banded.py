@@ -2,13 +2,16 @@
 flash attention for CPUs under a mask.
 
 A block of L rows sees the keys of its own block, of the m blocks before and of the n behind, where
-a row sees m L keys before its own at most, and n L behind it. The
-blocks of all heads go through one call for as long as their mask is small; queries that share a key
-head stand below each other, so that no key is expanded. What masked rows hold must be finite.
+a row sees m L keys before its own at most, and n L behind it. Blocks whose rows see their whole
+window have one mask, which is kept, and nothing of theirs is copied or padded; only those at the
+ends of documents have masks of their own. The blocks of all heads go through one call for as long
+as masks of theirs would be small; queries that share a key head stand below each other, so that no
+key is expanded. What masked rows hold must be finite.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -16,41 +19,86 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LEAST_ROWS, MOST_ROWS = 32, 256
-"""Least and most rows of a block: half a window wastes a third of the products, but short ones
-are slow."""
+LEAST_ROWS, MOST_ROWS = 32, 128
+"""Least and most rows of a block: short ones waste fewer products. The forward has the least, as
+torch takes so many rows at a time anyway; the backward half a window, so that fewer blocks add to
+the gradient of a key."""
 MASK_ENTRIES = 3 << 17
 """Mask entries of the blocks of one call: 1.5 MB, which with its keys stays in a cache."""
+LEAST_RUN = 4
+"""Blocks in a row that see their whole windows below which a call of their own does not pay."""
+
+
+class Run(NamedTuple):
+    """Blocks of one call."""
+
+    first: int
+    last: int  # exclusive
+    whole: bool  # each row sees its whole window
 
 
 class Bands(NamedTuple):
     """Partition of T rows into blocks."""
 
     total: int
+    left: int
+    right: int
+    group: int  # queries that share a key head
     rows: int  # L of a block
-    before: int  # m
-    after: int  # n
-    blocks: int  # in all
-    at_once: int  # in one call
 
     @classmethod
-    def of(cls, total: int, left: int, right: int, group: int) -> Bands:
-        """`group` queries share a key head."""
-        half = -(-(left + 1 + right) // 2)
+    def of_forward(cls, total: int, left: int, right: int, group: int) -> Bands:
+        return cls(total, left, right, group, LEAST_ROWS)
+
+    def of_backward(self) -> Bands:
+        half = -(-(self.left + 1 + self.right) // 2)
         rows = max(LEAST_ROWS, min(MOST_ROWS, 1 << (half - 1).bit_length()))
-        before, after = -(-left // rows), -(-right // rows)
-        entries = group * rows * (before + 1 + after) * rows
-        return cls(total, rows, before, after, -(-total // rows), max(1, MASK_ENTRIES // entries))
+        return self._replace(rows=rows)
+
+    @property
+    def before(self) -> int:
+        """m."""
+        return -(-self.left // self.rows)
+
+    @property
+    def after(self) -> int:
+        """n."""
+        return -(-self.right // self.rows)
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.total // self.rows)
 
     @property
     def seen(self) -> int:
         """Blocks of keys that a block of rows meets."""
         return self.before + 1 + self.after
 
-    def spans(self) -> Iterator[tuple[int, int]]:
-        """First and last block of each call."""
-        for first in range(0, self.blocks, self.at_once):
-            yield first, min(self.blocks, first + self.at_once)
+    def rows_of(self, run: Run) -> slice:
+        return slice(run.first * self.rows, min(self.total, run.last * self.rows))
+
+    def runs(self, sight: Sight) -> Iterator[Run]:
+        """Divide the blocks into calls."""
+        most = max(1, MASK_ENTRIES // (self.group * self.rows * self.seen * self.rows))
+        for run in self._runs(sight):
+            for first in range(run.first, run.last, most):
+                yield run._replace(first=first, last=min(run.last, first + most))
+
+    def _runs(self, sight: Sight) -> Iterator[Run]:
+        rows = torch.arange(self.total, device=sight.start.device)
+        cut = (sight.start != rows - self.left) | (sight.end != rows + self.right + 1)
+        cut = F.pad(cut, (0, self.blocks * self.rows - self.total), value=True)
+        whole, counts = (~cut.view(-1, self.rows).any(1)).unique_consecutive(return_counts=True)
+        begin = end = 0  # of the blocks that wait for others at the ends of documents
+        for is_whole, count in zip(whole.tolist(), counts.tolist(), strict=True):
+            if is_whole and count >= LEAST_RUN:
+                if end > begin:
+                    yield Run(begin, end, False)
+                yield Run(end, end + count, True)
+                begin = end + count
+            end += count
+        if end > begin:
+            yield Run(begin, end, False)
 
 
 class Sight(NamedTuple):
@@ -67,18 +115,20 @@ def attend(
     sight: Sight,
     bands: Bands,
     scale: float,
-) -> tuple[Tensor, list[Tensor]]:
-    """(T, H, K), and the log-sum-exps of each call."""
-    out, sums = torch.empty_like(q, memory_format=torch.contiguous_format), []
-    for first, last in bands.spans():
-        operands = _operands(q, k, v, bands, first, last)
+) -> tuple[Tensor, Tensor]:
+    """(T, H, K), and the log-sum-exps of rows (T, H)."""
+    out, sums = (x.new_empty(x.shape) for x in (q, q[..., 0]))
+    for run in bands.runs(sight):
         part, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *operands, 0.0, False, attn_mask=_mask(sight, bands, q, k, first, last), scale=scale
-        )
-        rows = slice(first * bands.rows, min(bands.total, last * bands.rows))
+            *_operands(q, k, v, bands, run), 0.0, False, attn_mask=_mask(sight, bands, q, run),
+            scale=scale,
+        )  # fmt: skip
+        rows = bands.rows_of(run)
         out[rows] = _unfolded_rows(part, bands)[: rows.stop - rows.start]
-        sums.append(lse)
-    return out.masked_fill_(_blind(sight), 0), sums
+        sums[rows] = _unfolded_rows(lse[..., None], bands)[: rows.stop - rows.start, :, 0]
+        if not run.whole:
+            out[rows].masked_fill_(_blind(sight, rows), 0)
+    return out, sums
 
 
 def gradients(
@@ -87,85 +137,101 @@ def gradients(
     k: Tensor,
     v: Tensor,
     out: Tensor,  # (T, H, K)
-    sums: list[Tensor],
+    sums: Tensor,  # (T, H)
     sight: Sight,
     bands: Bands,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
-    blind, group = _blind(sight), q.shape[1] // k.shape[1]
-    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    dq = q.new_empty(q.shape)
     dk, dv = (x.new_zeros(bands.blocks + bands.seen - 1, bands.rows, *x.shape[1:]) for x in (k, v))
-    for (first, last), lse in zip(bands.spans(), sums, strict=True):
-        rows = slice(first * bands.rows, min(bands.total, last * bands.rows))
-        up = _rows(grad[rows].masked_fill(blind[rows], 0), bands, 0, last - first, group)
-        was = _rows(out, bands, first, last, group)
+    for run in bands.runs(sight):
+        rows = bands.rows_of(run)
+        up = grad[rows] if run.whole else grad[rows].masked_fill(_blind(sight, rows), 0)
         parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            up, *_operands(q, k, v, bands, first, last), was, lse, 0.0, False,
-            attn_mask=_mask(sight, bands, q, k, first, last), scale=scale,
+            _rows(up, bands, run._replace(first=0, last=run.last - run.first)),
+            *_operands(q, k, v, bands, run), _rows(out, bands, run),
+            _rows(sums[..., None], bands, run)[..., 0].contiguous(), 0.0, False,
+            attn_mask=_mask(sight, bands, q, run), scale=scale,
         )  # fmt: skip
         dq[rows] = _unfolded_rows(parts[0], bands)[: rows.stop - rows.start]
         for total, part in zip((dk, dv), parts[1:], strict=True):
             by_block = part.transpose(1, 2).unflatten(1, (bands.seen, bands.rows))
             for j in range(bands.seen):
-                total[first + j : last + j] += by_block[:, j]
+                total[run.first + j : run.last + j] += by_block[:, j]
     dk, dv = (x.flatten(0, 1)[bands.before * bands.rows :][: bands.total] for x in (dk, dv))
-    return dq, dk.contiguous(), dv.contiguous()
+    return dq, dk, dv
 
 
 def _operands(
-    q: Tensor, k: Tensor, v: Tensor, bands: Bands, first: int, last: int
+    q: Tensor, k: Tensor, v: Tensor, bands: Bands, run: Run
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q (N, H_kv, G L, K), k and v (N, H_kv, (m + 1 + n) L, K) of N blocks."""
-    keys = (_keys(x, bands, first, last) for x in (k, v))
-    return (_rows(q, bands, first, last, q.shape[1] // k.shape[1]), *keys)  # type: ignore[return-value]
+    return _rows(q, bands, run), _keys(k, bands, run), _keys(v, bands, run)
 
 
 def _padded(x: Tensor, low: int, high: int) -> Tensor:
     """Rows low to high of x, zeros where there are none."""
     inside = x[max(0, low) : min(x.shape[0], high)]
+    if len(inside) == high - low:
+        return inside  # which F.pad would copy
     return F.pad(inside, (0, 0, 0, 0, max(0, -low), max(0, high - x.shape[0])))
 
 
-def _rows(x: Tensor, bands: Bands, first: int, last: int, group: int) -> Tensor:
-    x = _padded(x, first * bands.rows, last * bands.rows)
-    x = x.unflatten(1, (-1, group)).unflatten(0, (-1, bands.rows))  # (n, L, H_kv, G, K)
+def _rows(x: Tensor, bands: Bands, run: Run) -> Tensor:
+    x = _padded(x, run.first * bands.rows, run.last * bands.rows)
+    x = x.unflatten(1, (-1, bands.group)).unflatten(0, (-1, bands.rows))  # (N, L, H_kv, G, K)
     return x.permute(0, 2, 3, 1, 4).flatten(2, 3)
 
 
 def _unfolded_rows(x: Tensor, bands: Bands) -> Tensor:
-    """The way back, (n L, H, K)."""
+    """The way back, (N L, H, K)."""
     x = x.unflatten(2, (-1, bands.rows)).permute(0, 3, 1, 2, 4)
     return x.reshape(-1, x.shape[2] * x.shape[3], x.shape[4])
 
 
-def _keys(x: Tensor, bands: Bands, first: int, last: int) -> Tensor:
-    x = _padded(x, (first - bands.before) * bands.rows, (last + bands.after) * bands.rows)
+def _keys(x: Tensor, bands: Bands, run: Run) -> Tensor:
+    first, last = run.first - bands.before, run.last + bands.after
+    x = _padded(x, first * bands.rows, last * bands.rows)
     return x.unfold(0, bands.seen * bands.rows, bands.rows).transpose(2, 3)
 
 
-def _mask(sight: Sight, bands: Bands, q: Tensor, k: Tensor, first: int, last: int) -> Tensor:
+def _mask(sight: Sight, bands: Bands, q: Tensor, run: Run) -> Tensor:
     """(N, 1, G L, (m + 1 + n) L): 0 where a row sees a key, -inf elsewhere."""
-    rows = torch.arange(first * bands.rows, last * bands.rows, device=q.device)
-    start, end = (
-        F.pad(x[first * bands.rows : last * bands.rows], (0, max(0, last * bands.rows - len(x))))
-        for x in sight
-    )
+    if run.whole:
+        mask = _whole_mask(bands._replace(total=0), q.dtype)
+        return mask.expand(run.last - run.first, -1, -1, -1)
+    first, last = run.first * bands.rows, run.last * bands.rows
+    rows = torch.arange(first, last, device=q.device)
+    start, end = (F.pad(x[first:last], (0, max(0, last - len(x)))) for x in sight)
     # A row that sees nothing sees itself here: without a key it would turn into NaN.
     blind = end <= start
     start, end = torch.where(blind, rows, start), torch.where(blind, rows + 1, end)
     # Counted from the first row of each block, and narrow: the mask takes a tenth of the time.
     low, high = (
-        (x.view(-1, bands.rows) - rows[:: bands.rows, None]).int()[:, None, :, None]
-        for x in (start, end)
+        (x.view(-1, bands.rows) - rows[:: bands.rows, None]).int()[..., None] for x in (start, end)
     )
+    return _between(low, high, bands, q.dtype)
+
+
+@functools.lru_cache(maxsize=16)
+def _whole_mask(bands: Bands, dtype: torch.dtype) -> Tensor:
+    """(1, 1, G L, (m + 1 + n) L), of rows that see their whole window."""
+    with torch.inference_mode(False), torch.no_grad():
+        rows = torch.arange(bands.rows, dtype=torch.int32, device="cpu")[None, :, None]
+        return _between(rows - bands.left, rows + bands.right + 1, bands, dtype)
+
+
+def _between(low: Tensor, high: Tensor, bands: Bands, dtype: torch.dtype) -> Tensor:
+    """Mask of the keys of each row from low to high (N, L, 1), counted from a block's first row."""
     span = -bands.before * bands.rows, (1 + bands.after) * bands.rows
-    keys = torch.arange(*span, dtype=torch.int32, device=q.device)
-    masked = ((keys < low) | (keys >= high)).expand(-1, q.shape[1] // k.shape[1], -1, -1)
-    mask = torch.where(masked, q.new_tensor(-torch.inf), q.new_tensor(0))
+    keys = torch.arange(*span, dtype=torch.int32, device=low.device)
+    masked = ((keys < low) | (keys >= high))[:, None].expand(-1, bands.group, -1, -1)
+    seen = torch.zeros((), dtype=dtype, device=low.device)
+    mask = torch.where(masked, torch.full_like(seen, -torch.inf), seen)
     return mask.flatten(1, 2)[:, None]
 
 
-def _blind(sight: Sight) -> Tensor:
-    """(T, 1, 1): rows that see nothing."""
-    return (sight.end <= sight.start)[:, None, None]
+def _blind(sight: Sight, rows: slice) -> Tensor:
+    """(rows, 1, 1): rows that see nothing."""
+    return (sight.end[rows] <= sight.start[rows])[:, None, None]

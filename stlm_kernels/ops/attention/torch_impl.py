@@ -77,7 +77,7 @@ def attention(
     unread = runtime.needs_composition(q, k, v) or not readable
     plain = unread or options.softcap or options.dropout_p or q.numel() == 0
     by_sdpa = not (plain or windowed or (dense and _forms_too_much(q, k, options)))
-    banded = windowed and bounded and q.is_cpu and not (plain or torch.compiler.is_compiling())
+    banded = windowed and bounded and not plain and runtime.values_visible(q, k, v)
     # The library's kernels for 16 bits are on GPUs; on a CPU fp32 is faster and more exact.
     narrow = by_sdpa and dense and not q.is_cpu
     compute = out_dtype if narrow else torch.promote_types(out_dtype, torch.float32)
@@ -203,23 +203,23 @@ class _Banded(torch.autograd.Function):
     ) -> Tensor:
         assert options.left is not None
         assert options.right is not None
-        group = q.shape[2] // k.shape[2]
-        cut = bands.Bands.of(q.shape[0] * q.shape[1], options.left, options.right, group)
+        total, group = q.shape[0] * q.shape[1], q.shape[2] // k.shape[2]
+        cut = bands.Bands.of_forward(total, options.left, options.right, group)
         sight = _sight(q, k, Boundaries(cu_seqlens, None), options)
-        out, ctx.sums = bands.attend(*_flat(q, k, v), sight, cut, options.scale)
-        ctx.cut, ctx.options = cut, options
-        ctx.save_for_backward(q, k, v, cu_seqlens, out, *sight)
+        out, sums = bands.attend(*_flat(q, k, v), sight, cut, options.scale)
+        ctx.cut, ctx.options = cut.of_backward(), options
+        ctx.save_for_backward(q, k, v, cu_seqlens, out, sums, *sight)
         return out.view(q.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, cu_seqlens, out, *sight = ctx.saved_tensors
+        q, k, v, cu_seqlens, out, sums, *sight = ctx.saved_tensors
         if autograd.is_needed(*grads) or _shows_masked_nan(ctx.options, *grads):
             boundaries = Boundaries(cu_seqlens, None)
             derived = _gradients(grads[0], q, k, v, boundaries, ctx.options, None)
         else:
             flat = bands.gradients(
-                grads[0].flatten(0, 1), *_flat(q, k, v), out, ctx.sums,
+                grads[0].flatten(0, 1), *_flat(q, k, v), out, sums,
                 bands.Sight(*sight), ctx.cut, ctx.options.scale,
             )  # fmt: skip
             derived = tuple(dx.view(x.shape) for dx, x in zip(flat, (q, k, v), strict=True))

@@ -1,0 +1,79 @@
+"""Training steps, timed in a process of its own.
+
+Run by `bench.step_speed` beside any checkout of the library, the one on `PYTHONPATH`: it imports
+nothing else of the project. The first line of input says what to train; every other asks for a
+step, or for the peak of memory. Answers are lines of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from dataclasses import asdict, fields
+from typing import Any
+
+import torch
+
+from stlm_models.config import ModelConfig
+from stlm_models.presets import PRESETS
+
+try:
+    from stlm_models.data.corpus import load_corpus
+    from stlm_models.training.trainer import Trainer, TrainOptions
+except ImportError:  # commits before there were folders
+    from stlm_models.trainer import Trainer, TrainOptions  # type: ignore[import-not-found,no-redef]
+
+    from stlm_models.data import load_corpus  # type: ignore[no-redef]
+
+ROWS_NAMES = ("batch_size", "rows")
+"""Names that the option for windows in a step has had."""
+
+
+def main() -> None:
+    settings = json.loads(sys.stdin.readline())
+    torch.set_num_threads(settings["threads"])
+    config = ModelConfig(**known(settings["config"] or asdict(PRESETS[settings["preset"]])))
+    print(json.dumps(asdict(config)), flush=True)
+    trainer = trainer_of(config, settings["batch_size"], settings["precision"])
+    for line in sys.stdin:
+        print(json.dumps(step(trainer) if line.strip() == "step" else peak_bytes()), flush=True)
+
+
+def known(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields that this commit knows.
+
+    Raises:
+        ValueError: for another that is not None.
+    """
+    names = {field.name for field in fields(ModelConfig)}
+    wrong = sorted(name for name, x in values.items() if name not in names and x is not None)
+    if wrong:
+        raise ValueError(f"config: expected fields that both commits have, got also {wrong}")
+    return {name: x for name, x in values.items() if name in names}
+
+
+def trainer_of(config: ModelConfig, batch_size: int, precision: str) -> Any:
+    """Return a trainer whose rates stay at their peak: its budget has very many steps."""
+    names = {field.name for field in fields(TrainOptions)}
+    rows = next(name for name in ROWS_NAMES if name in names)
+    options: dict[str, Any] = {"steps": 1 << 30, "precision": precision, rows: batch_size}
+    return Trainer(config, load_corpus(None), TrainOptions(**options))
+
+
+def step(trainer: Any) -> dict[str, float]:
+    """Train a step: bytes, loss, seconds on the clock, and seconds of all threads on a core."""
+    began, cpu_began = time.perf_counter(), time.process_time()
+    result = trainer.train_step()
+    loss = float(result.loss)
+    return {
+        "n_bytes": result.n_bytes,
+        "loss": loss,
+        "seconds": time.perf_counter() - began,
+        "cpu_seconds": time.process_time() - cpu_began,
+    }
+
+
+def peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
