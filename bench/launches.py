@@ -37,14 +37,17 @@ def batch_of(config: ModelConfig, rows: int) -> Batch:
     total = rows * config.context
     ids, targets = (torch.empty(total, dtype=x) for x in (torch.int16, torch.int64))
     boundaries = torch.empty(rows + 1, dtype=torch.int32)
+    followers = None
+    sizes = len(config.match_sizes) + len(config.memory_sizes)
+    if sizes:
+        followers = torch.empty(total, sizes, dtype=torch.int64)
     if config.patch_rule == "none":
-        return Batch(ids, targets, boundaries)
+        return Batch(ids, targets, boundaries, None, followers)
     cu_patchlens = torch.empty(total // PATCH_LEN + 1, dtype=torch.int32)
     each = torch.empty(total, dtype=torch.int32)
     count = torch.empty((), dtype=torch.int32)
-    return Batch(
-        ids, targets, boundaries, Patches(cu_patchlens, each, each, count, boundaries.clone())
-    )
+    patches = Patches(cu_patchlens, each, each, count, boundaries.clone())
+    return Batch(ids, targets, boundaries, patches, followers)
 
 
 def training_step(config: ModelConfig) -> Launches:
@@ -63,7 +66,7 @@ def training_step(config: ModelConfig) -> Launches:
 
 def decoded_byte(config: ModelConfig, *, closes: bool) -> Launches:
     """Count a byte of every text; `closes`: of whether it closes its patch, in all of them."""
-    with counting(number=97, chosen=ROWS if closes else 0) as launches, torch.no_grad():
+    with counting(number=1, chosen=ROWS if closes else 0) as launches, torch.no_grad():
         model = STLM(config).eval()
         run = CachedRun(model, [[97] * 2 * PATCH_LEN for _ in range(ROWS)])
         settings = _Sampling(1.0, None, None, 0)

@@ -125,7 +125,7 @@ def _works(trainer: Trainer) -> dict[str, Callable[[], None]]:
         with trainer.autocast():
             ids, cu_seqlens = batch.byte_ids, batch.cu_seqlens
             ngrams = model.ngram_rows(ids, cu_seqlens)
-            follows = follower_rows(model.matches, model.memory, ids, cu_seqlens, batch.recalled)
+            follows = follower_rows(model.matches, model.memory, ids, cu_seqlens, batch.followers)
             own = model.own_states(model.embedding.embed(ids), ngrams, follows)
             encoded = model.encode(own, batch.cu_seqlens).detach().requires_grad_()
             pooled = model.pool(batch.byte_ids, encoded, batch.patches, ngrams)

@@ -130,7 +130,7 @@ class STLM(GenerationMixin, nn.Module):
         *,
         cu_seqlens: Tensor | None = None,
         patches: Patches | None = None,
-        recalled: Tensor | None = None,
+        followers: Tensor | None = None,
     ) -> Tensor: ...
 
     @overload
@@ -141,7 +141,7 @@ class STLM(GenerationMixin, nn.Module):
         *,
         cu_seqlens: Tensor | None = None,
         patches: Patches | None = None,
-        recalled: Tensor | None = None,
+        followers: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]: ...
 
     def forward(
@@ -151,7 +151,7 @@ class STLM(GenerationMixin, nn.Module):
         *,
         cu_seqlens: Tensor | None = None,  # (S+1,) int32
         patches: Patches | None = None,
-        recalled: Tensor | None = None,  # (T, sizes) int64
+        followers: Tensor | None = None,  # (T, sizes) int64
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits, or the summed loss where targets are given.
 
@@ -163,8 +163,8 @@ class STLM(GenerationMixin, nn.Module):
             cu_seqlens: document boundaries of packed byte_ids; None is one document. Rows from its
                 last entry on belong to no document: their targets are ignored, whatever they are.
             patches: from a loader or a rule of your own, for the flattened byte_ids.
-            recalled: `TextMemory.indices` of the flattened byte_ids, where training needs others
-                than those of the model's own memory: `stlm_models.training.recall`.
+            followers: from a loader: indices of the flattened byte_ids by `MatchEmbedding` and by a
+                `TextMemory`, in training one of other texts: `stlm_models.training.recall`.
 
         Returns:
             logits (..., vocab_size) fp32 without the padded rows of the table, or
@@ -176,10 +176,10 @@ class STLM(GenerationMixin, nn.Module):
             IndexError: for ids or targets out of range (on the CPU).
         """
         if targets is not None:
-            return self._loss(byte_ids, targets, cu_seqlens, patches, None, recalled)
+            return self._loss(byte_ids, targets, cu_seqlens, patches, None, followers)
         check_inputs(byte_ids, None)
         packing = packing_of(byte_ids, cu_seqlens)
-        return self.embedding.logits(self._run(byte_ids, packing, patches, recalled)[0])
+        return self.embedding.logits(self._run(byte_ids, packing, patches, followers)[0])
 
     def byte_loss(
         self,
@@ -207,11 +207,11 @@ class STLM(GenerationMixin, nn.Module):
         cu_seqlens: Tensor | None,
         patches: Patches | None,
         valid_vocab: int | None,
-        recalled: Tensor | None = None,
+        followers: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         check_inputs(byte_ids, targets)
         packing = packing_of(byte_ids, cu_seqlens)
-        hidden, auxiliary = self._run(byte_ids, packing, patches, recalled)
+        hidden, auxiliary = self._run(byte_ids, packing, patches, followers)
         counted = targets_of_documents(targets, None if cu_seqlens is None else packing)
         loss_sum, n_valid = self.embedding.loss(
             hidden, counted, ignore_index=IGNORED, valid_vocab=valid_vocab
@@ -238,12 +238,12 @@ class STLM(GenerationMixin, nn.Module):
         byte_ids: Tensor,
         packing: Packing,
         patches: Patches | None,
-        recalled: Tensor | None = None,
+        followers: Tensor | None = None,
     ) -> tuple[Tensor, Callable[[], Tensor] | None]:
         """The states of `hidden`, and what gives the weighed auxiliary loss, where there is one."""
         flat = byte_ids.flatten()
         with checked_ids(flat, self.embedding.vocab_size):
-            return self._run_checked(byte_ids, flat, packing, patches, recalled)
+            return self._run_checked(byte_ids, flat, packing, patches, followers)
 
     def _run_checked(
         self,
@@ -251,11 +251,11 @@ class STLM(GenerationMixin, nn.Module):
         flat: Tensor,
         packing: Packing,
         patches: Patches | None,
-        recalled: Tensor | None,
+        followers: Tensor | None,
     ) -> tuple[Tensor, Callable[[], Tensor] | None]:
         embedded = self.embedding(flat)
         ngrams = self.ngram_rows(flat, packing.cu_seqlens)
-        follows = follower_rows(self.matches, self.memory, flat, packing.cu_seqlens, recalled)
+        follows = follower_rows(self.matches, self.memory, flat, packing.cu_seqlens, followers)
         own = self.own_states(embedded, ngrams, follows)
         if self.is_flat:
             if patches is not None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from stlm_kernels import _launch, runtime
 from stlm_kernels._library import NAMESPACE, launcher_of
-from stlm_models.layers import attention, packing
+from stlm_models.layers import TextMemory, attention, packing
 
 FREE = frozenset((
     "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "device",
@@ -152,6 +153,7 @@ def counting(number: int | None = None, chosen: int | None = None) -> Iterator[L
         (F, "rms_norm"): rms_norm,
         (packing, "rotary_tables"): tables,
         (attention, "rotary_tables"): tables,
+        (TextMemory, "on_host"): lambda memory: np.zeros(memory.slots, np.int32),
         (nn.Module, "to"): lambda module, device: module,  # which is there already
     }
     before = {place: getattr(*place) for place in places}

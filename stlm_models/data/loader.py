@@ -44,7 +44,7 @@ class Batch:
     targets: Tensor  # (T,) int64
     cu_seqlens: Tensor  # (S+1,) int32
     patches: Patches | None = None
-    recalled: Tensor | None = None  # (T, sizes) int64
+    followers: Tensor | None = None  # (T, sizes) int64
 
     @property
     def n_bytes(self) -> int:
@@ -83,7 +83,7 @@ class Batch:
             change(self.targets),
             change(self.cu_seqlens),
             None if self.patches is None else Patches(*map(change, self.patches)),
-            None if self.recalled is None else change(self.recalled),
+            None if self.followers is None else change(self.followers),
         )
 
 

@@ -18,7 +18,7 @@ Document = bytes | memoryview | NDArray[np.int32]
 
 
 Recaller = Callable[[NDArray[np.int64], Tensor, Tensor], Tensor]
-"""What a memory knows, (T, sizes), of ids (T,) with document boundaries, at places of a stream."""
+"""What followed earlier, (T, sizes), of ids with document boundaries at places (T,) of a stream."""
 
 
 class DocumentStream:
@@ -80,7 +80,7 @@ class TrainingWindows:
         batch_size: windows in a batch, over all processes.
         seed: of the order and the offsets.
         patcher: finds the patches of each batch; None finds none.
-        recall: tells what a memory knows of each batch, see `stlm_models.training.recall`.
+        recall: finds what followed earlier in each batch, see `stlm_models.training.recall`.
         rank, world: this process reads its share of them, and all together what one would.
 
     Raises:
@@ -136,11 +136,11 @@ class TrainingWindows:
             boundaries = np.pad(boundaries, (0, empty), constant_values=len(inputs))
         byte_ids, cu_seqlens = torch.from_numpy(inputs.copy()), torch.from_numpy(boundaries)
         patches = None if self.patcher is None else self.patcher(byte_ids, cu_seqlens)
-        recalled = None
+        followers = None
         if self.recall is not None:
             places = (np.array(starts)[:, None] + np.arange(self.context)).reshape(-1)
-            recalled = self.recall(places, byte_ids, cu_seqlens)
-        return Batch(byte_ids, torch.from_numpy(targets), cu_seqlens, patches, recalled)
+            followers = self.recall(places, byte_ids, cu_seqlens)
+        return Batch(byte_ids, torch.from_numpy(targets), cu_seqlens, patches, followers)
 
     def _start(self, index: int) -> int:
         epoch, position = divmod(index, self.n_windows)

@@ -41,7 +41,7 @@ class FollowerEmbedding(nn.Module):
         flat = indices.flatten(0, -2)
         n_rows = self.gains.shape[0] * self.gains.shape[1] * len(self.ids)
         # All rows once, where there are fewer of them than of those to be summed.
-        out = self._from_all_rows(flat) if flat.numel() > n_rows else self._of_each(flat)
+        out = self.sums(flat, self.rows()) if flat.numel() > n_rows else self._of_each(flat)
         return out.unflatten(0, indices.shape[:-1])
 
     if TYPE_CHECKING:
@@ -49,10 +49,15 @@ class FollowerEmbedding(nn.Module):
         @typed_as(forward)
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
-    def _from_all_rows(self, indices: Tensor) -> Tensor:
-        sources, levels, dim = self.gains.shape
-        rows = torch.addcmul(self.biases[:, :, None], self.gains[:, :, None], self.ids)
-        rows = torch.cat((self.none[:, None], rows.view(sources, -1, dim)), 1).flatten(0, 1)
+    def rows(self) -> Tensor:
+        """All rows (sources * (1 + levels * n_ids), dim), for a run without gradients."""
+        sources, _, dim = self.gains.shape
+        pairs = torch.addcmul(self.biases[:, :, None], self.gains[:, :, None], self.ids)
+        return torch.cat((self.none[:, None], pairs.view(sources, -1, dim)), 1).flatten(0, 1)
+
+    def sums(self, indices: Tensor, rows: Tensor) -> Tensor:
+        """`forward` of indices (N, sources), by `rows`."""
+        sources, levels, _ = self.gains.shape
         offsets = torch.arange(sources, device=indices.device) * (1 + levels * len(self.ids))
         return nn.functional.embedding_bag(indices + offsets, rows, mode="sum")
 

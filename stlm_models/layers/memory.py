@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ from .matches import MatchEmbedding
 from .packing import document_starts
 from .typed_call import typed_as
 
+Words = TypeVar("Words", Tensor, NDArray[np.int64])
+"""Arrays of 64 bits, on the host while a text is counted; products wrap."""
 LEVELS = 9
 """Degrees of sureness: five of contexts with one follower, by how often it was seen; four of
 others, by the share of the most frequent one.
@@ -53,9 +55,8 @@ class TextMemory(nn.Module):
 
     >>> memory = TextMemory((2,), 1024, 16)
     >>> memory.remember([b"abcabd abc"])
-    >>> ids, cu_seqlens = torch.tensor([*b"xab"]), torch.tensor([0, 3], dtype=torch.int32)
-    >>> chr((memory.indices(ids, cu_seqlens)[2, 0].item() - 1) % 256)
-    'c'
+    >>> memory.indices(torch.tensor([*b"xab"]), torch.tensor([0, 3], dtype=torch.int32))[2] % 256
+    tensor([100])
     """
 
     entries: Tensor
@@ -67,21 +68,9 @@ class TextMemory(nn.Module):
         self.register_buffer("entries", torch.zeros(slots, dtype=torch.int32))
         self.followers = FollowerEmbedding(len(sizes), LEVELS, BYTES, dim)
 
-    def forward(
-        self, byte_ids: Tensor, cu_seqlens: Tensor, recalled: Tensor | None = None
-    ) -> Tensor:
-        """byte_ids (T,), cu_seqlens (S+1,) -> (T, dim).
-
-        Args:
-            recalled: (T, sizes) indices in place of those of this memory.
-        """
-        if recalled is None:
-            return self.followers(self.indices(byte_ids, cu_seqlens))
-        expected = len(byte_ids), len(self.sizes)
-        if recalled.shape != expected:
-            got = tuple(recalled.shape)
-            raise ValueError(f"recalled: expected {expected} of the memory's sizes, got {got}")
-        return self.followers(recalled)
+    def forward(self, byte_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """byte_ids (T,), cu_seqlens (S+1,) -> (T, dim)."""
+        return self.followers(self.indices(byte_ids, cu_seqlens))
 
     if TYPE_CHECKING:
 
@@ -94,6 +83,10 @@ class TextMemory(nn.Module):
         positions = torch.arange(len(byte_ids), device=byte_ids.device) - starts
         return look_up(self.entries, self.sizes, byte_ids, positions)
 
+    def on_host(self) -> NDArray[np.int32]:
+        """Entries for `look_up_last`; on a CPU without a copy."""
+        return self.entries.numpy(force=True)
+
     @torch.no_grad()
     def remember(self, documents: Sequence[bytes | memoryview]) -> None:
         """Count the contexts of these documents, each behind id 256, in place of what was known."""
@@ -105,47 +98,56 @@ def follower_rows(
     memory: TextMemory | None,
     byte_ids: Tensor,  # (T,)
     cu_seqlens: Tensor,  # (S+1,)
-    recalled: Tensor | None = None,  # (T, sizes)
+    followers: Tensor | None = None,  # (T, sizes)
 ) -> Tensor | None:  # (T, dim)
-    """Return the rows of repeats and of a memory together; None where there is neither."""
-    if memory is None and recalled is not None:
-        raise ValueError("recalled: expected None without memory_sizes, got a tensor")
-    rows = None if matches is None else matches(byte_ids, cu_seqlens)
-    if memory is None:
-        return rows
-    known = memory(byte_ids, cu_seqlens, recalled)
-    return known if rows is None else rows + known
+    """Return the rows of repeats and of a memory together; None where there is neither.
+
+    Args:
+        followers: indices of both, those of repeats first, in place of what is found here.
+
+    Raises:
+        ValueError: for followers of another shape.
+    """
+    sources = [source for source in (matches, memory) if source is not None]
+    if followers is not None:
+        columns = [len(source.sizes) for source in sources]
+        expected, got = (len(byte_ids), sum(columns)), tuple(followers.shape)
+        if got != expected:
+            raise ValueError(f"followers: expected shape {expected}, got {got}")
+        parts = followers.split(columns, 1)
+        rows = [source.followers(part) for source, part in zip(sources, parts, strict=True)]
+    else:
+        rows = [source(byte_ids, cu_seqlens) for source in sources]
+    return sum(rows[1:], rows[0]) if rows else None
 
 
 def look_up(entries: Tensor, sizes: tuple[int, ...], byte_ids: Tensor, positions: Tensor) -> Tensor:
     """`TextMemory.indices` of ids (T,) at these positions (T,) of their documents."""
-    keys = torch.stack(_keys(byte_ids, sizes), 1)
-    return _found(entries, sizes, keys, positions)
+    keys = torch.stack(_keys(byte_ids.long(), sizes, torch.roll), 1)
+    least = torch.tensor(sizes, device=keys.device) - 1
+    entry = entries[_slot(keys, len(entries))].long()
+    return _index(entry, keys) * (positions[:, None] >= least)
 
 
 def look_up_last(
-    entries: Tensor, sizes: tuple[int, ...], last_ids: Tensor, lengths: Tensor
-) -> Tensor:
-    """`TextMemory.indices` (B, sizes) of the newest ids of texts.
-
-    Args:
-        last_ids: (B, n) int64, n at least the longest of sizes, the newest id last.
-        lengths: (B,) ids that each text has.
-    """
-    longest = max(sizes)
-    powers = torch.tensor(_POWERS[:longest], device=last_ids.device)
-    newest_first = last_ids[:, -longest:].flip(1)
-    sums = ((newest_first + 1) * powers).cumsum(1)
-    return _found(entries, sizes, _mixed(sums[:, [size - 1 for size in sizes]]), lengths - 1)
+    entries: NDArray[np.int32],  # (slots,)
+    sizes: tuple[int, ...],
+    last_ids: NDArray[np.int64],  # (B, n), n at least the longest of sizes, the newest id last
+    lengths: NDArray[np.int64],  # (B,) ids that each text has
+) -> NDArray[np.int64]:  # (B, sizes)
+    """`TextMemory.indices` of the newest ids of texts, on the host."""
+    newest_first = last_ids[:, : -1 - max(sizes) : -1]
+    sums = ((newest_first + 1) * np.array(_POWERS[: max(sizes)])).cumsum(1)
+    keys = _mixed(sums[:, [size - 1 for size in sizes]])
+    entry = entries[_slot(keys, len(entries))].astype(np.int64)
+    return _index(entry, keys) * (lengths[:, None] >= sizes)
 
 
-def _found(entries: Tensor, sizes: tuple[int, ...], keys: Tensor, positions: Tensor) -> Tensor:
-    """Indices (T, sizes) of keys (T, sizes)."""
-    entry = entries[_slot(keys, len(entries))].long()
+def _index(entry: Words, keys: Words) -> Words:
+    """The index that an entry stands for; 0 where it is another context's."""
     row = 1 + (entry & ((1 << _CHECK_SHIFT) - 1)) - BYTES
     known = (entry >> _CHECK_SHIFT) & _CHECK_MASK == keys & _CHECK_MASK
-    known &= (positions[:, None] >= torch.tensor(sizes, device=keys.device) - 1) & (row > 0)
-    return torch.where(known, row, 0)
+    return row * (known & (row > 0))
 
 
 def counted(
@@ -158,9 +160,9 @@ def counted(
     positions = np.arange(len(ids)) - starts
     followed = np.append(ids[1:] != BOS_ID, False)[: len(ids)]
     entries, often = np.zeros(slots, np.int32), np.zeros(slots, np.int32)
-    for size, keys in zip(sizes, _keys(torch.from_numpy(ids), sizes), strict=True):
+    for size, keys in zip(sizes, _keys(ids.astype(np.int64), sizes, np.roll), strict=True):
         counts = followed & (positions >= size - 1)
-        place = (_slot(keys, slots) << _CHECK_BITS | keys & _CHECK_MASK).numpy()[counts]
+        place = (_slot(keys, slots) << _CHECK_BITS | keys & _CHECK_MASK)[counts]
         codes = place << _BYTE_BITS | ids[1:][counts[:-1]]
         codes.sort()
         _enter(entries, often, codes)
@@ -208,23 +210,23 @@ def _with_start(document: bytes | memoryview) -> NDArray[np.int16]:
     return np.append(np.int16(BOS_ID), np.frombuffer(document, np.uint8).astype(np.int16))
 
 
-def _keys(ids: Tensor, sizes: tuple[int, ...]) -> list[Tensor]:
+def _keys(ids: Words, sizes: tuple[int, ...], roll: Callable[[Words, int], Words]) -> list[Words]:
     """Hash of the last `size` ids of each position (T,), for each size; the first ones wrap."""
-    ids = ids.long() + 1
-    sums, total = {}, torch.zeros_like(ids)
+    sums: dict[int, Words] = {}
+    total = ids * 0
     for n in range(max(sizes)):
-        total = total + ids.roll(n) * _POWERS[n]
+        total = total + (roll(ids, n) + 1) * _POWERS[n]
         if n + 1 in sizes:
             sums[n + 1] = total
     return [_mixed(sums[size]) for size in sizes]
 
 
-def _mixed(sums: Tensor) -> Tensor:
+def _mixed(sums: Words) -> Words:
     """Spread what tells sums apart over all bits."""
     mixed = (sums ^ (sums >> 32)) * _GOLDEN
     mixed = (mixed ^ (mixed >> 29)) * _GOLDEN
     return mixed ^ (mixed >> 32)
 
 
-def _slot(keys: Tensor, slots: int) -> Tensor:
+def _slot(keys: Words, slots: int) -> Words:
     return (keys >> _CHECK_BITS) & (slots - 1)

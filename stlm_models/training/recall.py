@@ -1,4 +1,4 @@
-"""What a memory of the training text knows of each window, the window's own text left out."""
+"""Followers of each training window: its repeats, and what a memory of other texts knows."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..config import ModelConfig
+from ..layers.matches import MatchEmbedding
 from ..layers.memory import counted, look_up
 from ..layers.packing import document_starts
 
@@ -17,21 +19,25 @@ UNIT = 2**18
 
 
 class Recall:
-    """Two memories, each of half a text: a window reads the one that does not hold it.
+    """Indices of a window by repeats and memory, found on the host while the model computes.
 
     A memory knows its own text by heart. Trained on that, a model would trust it as it can trust no
-    memory of another text. Halves are made of whole documents, every other one, so that what a
-    document repeats within itself is not taken for what others say either.
+    memory of another text: there are two, each of half the text, and a window reads the one that
+    does not hold it. Halves are made of whole documents, every other one, so that what a document
+    repeats within itself is not taken for what others say either.
 
     Args:
         documents: as `TrainingWindows` reads them.
-        sizes, slots: as in `TextMemory`.
+        config: of the model, with match_sizes or memory_sizes.
     """
 
-    def __init__(
-        self, documents: Sequence[bytes | memoryview], sizes: tuple[int, ...], slots: int
-    ) -> None:
-        self.sizes = sizes
+    def __init__(self, documents: Sequence[bytes | memoryview], config: ModelConfig) -> None:
+        self.matches = None
+        if config.match_sizes:
+            self.matches = MatchEmbedding(config.match_sizes, config.vocab_size, 1)
+        self.sizes = config.memory_sizes
+        if not self.sizes:
+            return
         units = [
             (start + at, document[at : at + UNIT])
             for start, document in _placed(documents)
@@ -39,10 +45,17 @@ class Recall:
         ]
         self._starts = np.array([start for start, _ in units])
         halves = [[unit for _, unit in units[parity::2]] for parity in (0, 1)]
-        self._entries = [torch.from_numpy(counted(half, sizes, slots)) for half in halves]
+        entries = [counted(half, self.sizes, config.memory_slots) for half in halves]
+        self._entries = [torch.from_numpy(half) for half in entries]
 
     def __call__(self, places: NDArray[np.int64], byte_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """`TextMemory.indices` (T, sizes) of packed ids (T,) at these places (T,) of the stream."""
+        """Return followers (T, sizes) of packed ids (T,) at these places (T,) of the stream."""
+        found = [] if self.matches is None else [self.matches.indices(byte_ids, cu_seqlens)]
+        if self.sizes:
+            found.append(self._recalled(places, byte_ids, cu_seqlens))
+        return torch.cat(found, 1)
+
+    def _recalled(self, places: NDArray[np.int64], byte_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
         unit = np.searchsorted(self._starts, places, side="right") - 1
         is_odd = torch.from_numpy(unit % 2 == 1)[:, None]
         positions = torch.arange(len(byte_ids)) - document_starts(cu_seqlens, len(byte_ids))

@@ -155,8 +155,8 @@ class Trainer:
         patcher = patcher_of(config) if patcher is None else patcher
         self.max_patches: int | None = getattr(patcher, "max_patches", None)
         recall = None
-        if config.memory_sizes:
-            recall = Recall(corpus.train, config.memory_sizes, config.memory_slots)
+        if config.match_sizes or config.memory_sizes:
+            recall = Recall(corpus.train, config)
         self.windows = TrainingWindows(
             documents,
             context=config.context,
@@ -234,7 +234,7 @@ class Trainer:
                     batch.targets,
                     cu_seqlens=batch.cu_seqlens,
                     patches=batch.patches,
-                    recalled=batch.recalled,
+                    followers=batch.followers,
                 )
             loss, mean = mean_loss(loss_sum, n_valid)
             loss.backward()

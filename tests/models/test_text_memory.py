@@ -84,8 +84,8 @@ def test_the_newest_of_each_text() -> None:
     assert (whole > 0).any(0).all()
     ends = torch.nn.functional.pad(ids.long(), (8, 0))
     for n in range(1, len(ids) + 1):
-        last, lengths = ends[n : n + 8].repeat(2, 1), torch.tensor([n, 1])
-        found = look_up_last(memory.entries, memory.sizes, last, lengths)
+        last, lengths = ends[n : n + 8].repeat(2, 1).numpy(), np.array([n, 1])
+        found = look_up_last(memory.entries.numpy(), memory.sizes, last, lengths)
         assert found[0].tolist() == whole[n - 1].tolist()
         assert found[1, 1:].tolist() == [0, 0]  # a text of one id has no longer contexts
 
@@ -126,16 +126,16 @@ DOCUMENTS = [b"only here, and only here", b"shared words", b"shared words"]
 
 
 def test_a_window_recalls_other_documents_than_its_own() -> None:
-    recall = Recall(DOCUMENTS, (4,), 2**12)
+    recall = Recall(DOCUMENTS, ModelConfig(memory_sizes=(4,), memory_slots=2**12))
     windows = TrainingWindows(DOCUMENTS, context=12, batch_size=1, seed=0, recall=recall)
     stream = windows.ids[0 : len(windows.ids)]
     document = np.cumsum(stream == BOS_ID) - 1
     seen = collections.defaultdict(set)
     for step in range(20 * windows.n_windows):
         batch, start = windows.batch(step), windows._start(step)
-        assert batch.recalled is not None
-        assert batch.recalled.shape == (12, 1)
-        for place, index in enumerate(batch.recalled[:, 0].tolist(), start):
+        assert batch.followers is not None
+        assert batch.followers.shape == (12, 1)
+        for place, index in enumerate(batch.followers[:, 0].tolist(), start):
             if place - start >= 3:
                 before = bytes(x % 256 for x in stream[place - 3 : place + 1])
                 seen[int(document[place]), before].add(chr((index - 1) % 256) if index else None)
@@ -146,7 +146,7 @@ def test_a_window_recalls_other_documents_than_its_own() -> None:
 def test_long_documents_are_cut_between_the_halves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stlm_models.training.recall.UNIT", 16)
     text = b"what is repeated" * 4
-    recall = Recall([text], (4,), 2**12)
+    recall = Recall([text], ModelConfig(memory_sizes=(4,), memory_slots=2**12))
     places = np.arange(len(text) + 1)
     found = recall(places, ids_of(text), torch.tensor([0, len(text) + 1], dtype=torch.int32))
     assert (found[8:14] > 0).all()
@@ -180,15 +180,15 @@ def test_training_fills_it_and_checkpoints_keep_it(tmp_path: Path) -> None:
     assert torch.equal(resumed.model.memory.entries, fresh.entries)
 
 
-def test_recalled_rows_take_the_place_of_the_memory() -> None:
+def test_given_followers_take_the_place_of_those_found() -> None:
     model = scrambled(dataclasses.replace(TINY, memory_sizes=(1, 2), memory_slots=2**12))
     ids = ids_of(b"ab c")
     nothing = torch.zeros(5, 2, dtype=torch.int64)
     assert model.memory is not None
     with torch.no_grad():
-        known, unknown = model(ids), model(ids, recalled=nothing)
+        known, unknown = model(ids), model(ids, followers=nothing)
         own = model(
-            ids, recalled=model.memory.indices(ids, torch.tensor([0, 5], dtype=torch.int32))
+            ids, followers=model.memory.indices(ids, torch.tensor([0, 5], dtype=torch.int32))
         )
         model.memory.remember([])
         assert torch.equal(model(ids), unknown)
@@ -219,11 +219,11 @@ def test_refusals(values: dict[str, object], expected: str) -> None:
         ModelConfig(**values)
 
 
-def test_recalled_rows_of_another_shape() -> None:
+def test_followers_of_another_shape() -> None:
     with_memory = STLM(dataclasses.replace(TINY, memory_sizes=(1, 2), memory_slots=64))
     ids = ids_of(b"ab c")
     for wrong in (torch.zeros(5, 1, dtype=torch.int64), torch.zeros(4, 2, dtype=torch.int64)):
-        with pytest.raises(ValueError, match=r"recalled: expected \(5, 2\) .* got"):
-            with_memory(ids, recalled=wrong)
-    with pytest.raises(ValueError, match="recalled: expected None"):
-        STLM(TINY)(ids, recalled=torch.zeros(5, 2, dtype=torch.int64))
+        with pytest.raises(ValueError, match=r"followers: expected shape \(5, 2\), got"):
+            with_memory(ids, followers=wrong)
+    with pytest.raises(ValueError, match=r"followers: expected shape \(5, 0\), got"):
+        STLM(TINY)(ids, followers=torch.zeros(5, 2, dtype=torch.int64))
