@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import math
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,11 +24,33 @@ def normal(*shape: int, rng: torch.Generator, dtype: torch.dtype, device: torch.
     Beyond four million they repeat: to draw billions takes minutes of a GPU's time.
     """
     count = math.prod(shape)
+    if count * dtype.itemsize > _most_bytes:
+        return untouched_zeros(*shape, dtype=dtype)
     values = torch.randn(min(count, MOST_DRAWN), generator=rng, dtype=torch.float64)
     values = values.to(device, dtype)
     if count > MOST_DRAWN:
         values = values.repeat(-(-count // MOST_DRAWN))[:count]
     return values.view(shape)
+
+
+_most_bytes = math.inf
+
+
+@contextlib.contextmanager
+def zeros_beyond(size: int) -> Iterator[None]:
+    """Let `normal` give zeros on the CPU, without memory, for tensors of more bytes than `size`."""
+    global _most_bytes
+    before, _most_bytes = _most_bytes, size
+    try:
+        yield
+    finally:
+        _most_bytes = before
+
+
+def untouched_zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Zeros on the CPU; pages that nobody writes take no memory of the machine."""
+    values = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
+    return torch.from_numpy(values).view(dtype).view(shape)
 
 
 @functools.cache

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.digest import NO_TIME
-from helpers.fast_interpreter import look_types_up_once, patch_the_language_once
+from helpers.fast_interpreter import interpret_fast
 from helpers.lanes import FP32, LANES, WAYS
 from helpers.strict_interpreter import refuse_masks_that_are_not_bool
 from hypothesis import HealthCheck, settings
@@ -217,8 +217,7 @@ def as_strict_as_newer_triton(request: pytest.FixtureRequest) -> Generator[None]
     with pytest.MonkeyPatch.context() as patch:
         if request.config.getoption("--lane") == "interpret" and has_triton():
             refuse_masks_that_are_not_bool(patch)
-            patch_the_language_once(patch)
-            look_types_up_once(patch)
+            interpret_fast(patch)
         yield
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..spec import Case, Inputs, OpSpec
+from ..spec_inputs import untouched_zeros, zeros_beyond
 from .bounds import Bounds, Device, bounds_of, bounds_of_torch_op, ratio, requests, work_share
 from .count import CONFLICTS, nsight
 from .faults import KINDS
@@ -37,13 +38,14 @@ def execute_case(
 
     Args:
         spec, case, dtype: what is computed.
-        arch, sample: as in `run`.
+        arch, sample: as in `run`. Where blocks are sampled, the largest inputs are zeros.
         direction: "fwd", "bwd" or "both".
         function: another implementation of the op (default: ours).
         convert: makes its inputs from the op's.
     """
     function = function or partial(spec.op, impl="triton")
-    inputs = convert(spec.make_inputs(case, dtype, torch.device("cpu"), 0))
+    with nullcontext() if sample is None else zeros_beyond(LARGEST_INPUT):
+        inputs = convert(spec.make_inputs(case, dtype, torch.device("cpu"), 0))
     leaves = [inputs[name] for name in spec.grad_args if inputs.get(name) is not None]
     for leaf in leaves:
         leaf.requires_grad_(direction != "fwd")
@@ -65,13 +67,15 @@ def execute_case(
 
 LARGE = 1 << 26
 """Bytes from which on gradients that few blocks read are not written first."""
+LARGEST_INPUT = 1 << 29
+"""Bytes beyond which inputs that few blocks read are not drawn."""
 
 
 def upstream_of(x: torch.Tensor, sample: int | None) -> torch.Tensor:
     """Ones; where blocks are sampled and values mean nothing, zeros without memory of their own."""
     if sample is None or x.nbytes < LARGE:
         return torch.ones_like(x)
-    return torch.from_numpy(np.zeros(x.nbytes, np.uint8)).view(x.dtype).view(x.shape)
+    return untouched_zeros(*x.shape, dtype=x.dtype)
 
 
 def report(done: Execution, bounds: Bounds) -> str:

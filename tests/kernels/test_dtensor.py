@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers.fast_interpreter import patch_the_language_once
+from helpers.fast_interpreter import interpret_fast
 from helpers.ranks import run_ranks
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -127,7 +127,7 @@ def rank(index: int, impl: str) -> None:
     mesh = init_device_mesh("cpu", (2,))
     assert isinstance(distribute(torch.zeros(2), mesh), DTensor)
     if impl == "triton":
-        patch_the_language_once(pytest.MonkeyPatch())  # a process of its own, without fixtures
+        interpret_fast(pytest.MonkeyPatch())  # a process of its own, without fixtures
     vocabs = VOCABS[impl]
     divided_rows_equal_one_process(impl, vocabs, mesh, [Shard(0)])
     two_axes = init_device_mesh("cpu", (1, 2))

@@ -27,12 +27,20 @@ from helpers.ops import (
 )
 from torch import Tensor
 
+from stlm_kernels.registry import OPS
 from stlm_kernels.spec import Case, OpSpec
 from stlm_kernels.testing import GuardBand
 
 RESULT_LANES = pytest.mark.lanes("cpu", "interpret", "gpu")
 VALUE_LANES = pytest.mark.lanes("cpu", "interpret", "compiled", "gpu")
 ONE_DTYPE = pytest.mark.one_dtype
+
+
+@pytest.mark.parametrize("spec", OPS.values(), ids=OPS)
+def test_a_name_is_one_case(spec: OpSpec) -> None:
+    """Commands, tables and tests find a case by its name; one case may carry several tags."""
+    names = [case.name for case in spec.cases]
+    assert sorted(set(names)) == sorted(names)
 
 
 @VALUE_LANES

@@ -193,6 +193,34 @@ def test_the_language_is_patched_for_a_launch_alone(monkeypatch: pytest.MonkeyPa
     assert not any(seen)
 
 
+@pytest.mark.lanes("interpret")
+@pytest.mark.parametrize(
+    ("axis", "keep_dims", "reverse"),
+    [(0, False, False), (1, True, False), (0, True, True), (1, False, True), (None, False, True)],
+)
+def test_functions_of_our_own_combine_in_order(
+    axis: int | None, keep_dims: bool, reverse: bool
+) -> None:
+    """`fast_interpreter` combines many numbers at a time, where triton's takes one by one."""
+    from helpers.combining import combined
+
+    x = torch.randint(-3, 4, (8, 16)).float() * (torch.rand(8, 16) < 0.4)
+    last, place, running = combined(x, axis, keep_dims, reverse)
+    whole = x.flatten()[None] if axis is None else x.movedim(axis, -1)
+    places = torch.arange(128).view(8, 16)
+    places = places.flatten()[None] if axis is None else places.movedim(axis, -1)
+    for i, (row, at) in enumerate(zip(whole, places, strict=True)):
+        used = row.nonzero().flatten()
+        where = int(used[-1]) if len(used) else 0
+        assert (last[i], place[i]) == (row[where], at[where])
+    along = running.movedim(axis or 0, -1)
+    for row, found in zip(x.movedim(axis or 0, -1), along, strict=True):
+        kept = torch.zeros(())
+        for j in reversed(range(len(row))) if reverse else range(len(row)):
+            kept = row[j] if row[j] else kept
+            assert found[j] == kept
+
+
 EXACT = {"stlm_byte_pool_bwd": "arith.subf"}
 """Arithmetic on 16-bit floats that is exact, and so the same widened: 2^k + n less 2^k, n <= 32."""
 
