@@ -15,7 +15,7 @@ from bench.harness.results import Result
 from bench.harness.targets import QUICK, TARGETS, Target
 from stlm_kernels import env
 from stlm_kernels.ptx.bounds import Device
-from stlm_kernels.ptx.reports import SAMPLE
+from stlm_kernels.ptx.reports import SAMPLE, execute_case
 from stlm_kernels.registry import OPS
 from stlm_kernels.spec import Case
 
@@ -82,17 +82,12 @@ def test_a_row() -> None:
     assert found["sectors"] >= 1
 
 
-def counted(case: Case) -> dict[str, Any]:
-    """Return the record of a mean loss, forward and backward."""
-    spec = OPS["linear_cross_entropy"]
-    ours = entries(spec.name, case)[0]
-    return measure(Target(spec.name, case.name, "both"), ours, Device.load("h200"), 90, sample=2)
-
-
 def test_torch_counts_between_launches() -> None:
     """The products of a large vocabulary are torch's: operators of their own on a GPU."""
     cases = OPS["linear_cross_entropy"].tagged("edge")
-    found = counted(next(x for x in cases if x["V"] == 1000 and x["reduction"] == "mean"))
+    case = next(x for x in cases if x["V"] == 1000 and x["reduction"] == "mean")
+    row = Target("linear_cross_entropy", case.name, "both")
+    found = measure(row, entries(row.op, case)[0], Device.load("h200"), 90, sample=2)
     assert found["torch_ops"] > 5
     assert {"aten::mm", "stlm_linear_logprobs_chunk"} <= set(found["bound_of"])
     assert found["bound"] == pytest.approx(sum(found["bound_of"].values()), abs=0.1)
@@ -100,10 +95,11 @@ def test_torch_counts_between_launches() -> None:
 
 def test_a_loss_and_its_gradients_take_few_launches() -> None:
     """One forward and its mean; then one kernel with its sum, or one with a product and a sum."""
-    cases = OPS["linear_cross_entropy"].tagged("bench", "bench_full")
+    spec = OPS["linear_cross_entropy"]
     for width, kernels, torch_ops in ((128, 4, 0), (512, 5, 1)):
-        found = counted(next(x for x in cases if x["V"] == 256 and x["D"] == width))
-        assert (found["kernels"], found["torch_ops"]) == (kernels, torch_ops)
+        case = Case({"N": 4096, "D": width, "V": 256, "reduction": "mean"})
+        session = execute_case(spec, case, arch=90, dtype=counting.DTYPE, sample=2)
+        assert (len(session.executions), len(session.torch_ops)) == (kernels, torch_ops)
 
 
 def test_the_command(
