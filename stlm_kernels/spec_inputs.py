@@ -34,6 +34,8 @@ def normal(*shape: int, rng: torch.Generator, dtype: torch.dtype, device: torch.
 
 
 _most_bytes = math.inf
+ALIGNMENT = 512
+"""Bytes of which addresses of fresh tensors on a GPU are multiples."""
 
 
 @contextlib.contextmanager
@@ -48,9 +50,14 @@ def zeros_beyond(size: int) -> Iterator[None]:
 
 
 def untouched_zeros(*shape: int, dtype: torch.dtype) -> Tensor:
-    """Zeros on the CPU; pages that nobody writes take no memory of the machine."""
-    values = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
-    return torch.from_numpy(values).view(dtype).view(shape)
+    """Zeros on the CPU; pages that are never written take no physical memory.
+
+    They begin as a GPU's tensors do: an address that is no multiple of 32 adds sectors to each row.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.zeros(size + ALIGNMENT, np.uint8)
+    begin = -memory.ctypes.data % ALIGNMENT
+    return torch.from_numpy(memory[begin : begin + size]).view(dtype).view(shape)
 
 
 @functools.cache

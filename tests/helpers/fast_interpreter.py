@@ -19,7 +19,7 @@ def interpret_fast(patch: pytest.MonkeyPatch) -> None:
     _patch_the_language_once(patch)
     _look_types_up_once(patch)
     _describe_shapes_once(patch)
-    _compute_no_overflow_for_nobody(patch)
+    _skip_unread_overflow_checks(patch)
     _combine_many_at_once(patch)
 
 
@@ -114,11 +114,11 @@ def _describe_shapes_once(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(tl.block_type, "__init__", block_type)
 
 
-def _compute_no_overflow_for_nobody(patch: pytest.MonkeyPatch) -> None:
+def _skip_unread_overflow_checks(patch: pytest.MonkeyPatch) -> None:
     """Leave out the sums in int64 that show an overflow: the assertion on them is for `debug`.
 
     Every sum, difference and product of integers is computed so once more, and compared with its
-    type's range, in any release; without `debug` nothing looks at the answer.
+    type's range, in any release; without `debug` nothing reads the answer.
     """
     from triton.runtime import interpreter
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from stlm_kernels.ptx import launch, reports
 from stlm_kernels.ptx.decode import decode
 from stlm_kernels.ptx.parse import parse
 from stlm_kernels.ptx.state import state_bytes
+from stlm_kernels.registry import OPS
+from stlm_kernels.spec import Case
 
 pytestmark = pytest.mark.lanes("compiled")
 SHARED, BLOCKS, MIB = 100_000, 64, 1 << 20
@@ -71,6 +74,27 @@ def test_large_gradients_of_sampled_blocks_take_no_memory() -> None:
     upstream = reports.upstream_of(x, 12)
     assert upstream.shape == x.shape
     assert upstream.dtype == x.dtype
+    assert upstream.data_ptr() % 512 == 0
     assert resident() - before < x.nbytes // 8
     assert not torch.count_nonzero(upstream[::4096])
     assert torch.equal(reports.upstream_of(x[:2], 12), torch.ones_like(x[:2]))
+
+
+def test_large_inputs_of_sampled_blocks_take_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The residual of this case is the largest input of all: 24 MiB, beside 4 of the states."""
+    monkeypatch.setattr(reports, "LARGEST_INPUT", 8 * MIB)
+    spec, inputs = OPS["unpool"], {}
+    sizes = {"T": 1 << 16, "P": 10_923, "D": 192, "S": 1, "boundaries": "even", "plus": "residual"}
+
+    def kept(**given: Any) -> torch.Tensor:
+        inputs.update(given)
+        return given["residual"]
+
+    for sample in (12, None):
+        reports.execute_case(
+            spec, Case(sizes), arch=90, dtype=torch.bfloat16, direction="fwd", sample=sample,
+            function=kept,
+        )  # fmt: skip
+        assert inputs["residual"].shape == (1 << 16, 192)
+        assert bool(inputs["residual"].any()) == (sample is None)
+        assert inputs["patch_states"].any()
