@@ -20,7 +20,7 @@ SETTINGS = {"preset": "demo", "batch_size": 2, "precision": "fp32", "threads": 1
 
 
 def test_a_process_imports_the_library_of_its_folder(tmp_path: Path) -> None:
-    """Not that of the folder that the command was started in."""
+    """Another folder's package than that of the folder that the command was started in."""
     (tmp_path / "stlm_kernels").mkdir()
     (tmp_path / "stlm_kernels" / "__init__.py").write_text("raise SystemExit('the other one')")
     with (

@@ -164,7 +164,7 @@ def test_every_op_has_something_to_tune(spec: Any) -> None:
 
 @pytest.mark.parametrize("spec", WITH_KERNELS)
 def test_every_launch_can_be_tuned(spec: Any) -> None:
-    """What a kernel is launched with is looked up by its name, so no size hides in a launcher."""
+    """A launch looks its sizes up by the kernel's name, so none hides in a launcher."""
     for case in spec.tagged("smoke", "edge"):
         launched: dict[str, dict[str, Any]] = {}
 

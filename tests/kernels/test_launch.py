@@ -93,7 +93,7 @@ def test_overriding_names_kernels_and_ends(tuned: Path) -> None:
 
 
 def test_a_watcher_is_told_of_each_lookup() -> None:
-    """Those that were made before, too, and with what a launcher may change afterwards."""
+    """Launches that were made before, too, and with what a launcher may change afterwards."""
     asked: list[Any] = []
 
     @_launch.remembered
@@ -170,7 +170,7 @@ def test_recording_takes_the_place_of_the_device(tuned: Path) -> None:
 
 
 def test_a_gpu_is_known_by_its_properties(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That of the tensors, the one that launches are recorded for, or what the defaults suit."""
+    """The tensors' device, the one that launches are recorded for, or what the defaults suit."""
     properties = SimpleNamespace(major=8, minor=6, shared_memory_per_block_optin=99 << 10)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     _launch._gpu_here.cache_clear()

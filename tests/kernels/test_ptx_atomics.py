@@ -100,7 +100,7 @@ def launched(
     ("name", "dtype"), [(name, dtype) for name in FUNCTIONS for dtype in FUNCTIONS[name][0]]
 )
 def test_atomics_in_places_of_their_own(name: str, dtype: torch.dtype, arch: int) -> None:
-    """With and without a mask: without one several elements may go in one instruction."""
+    """Atomics with and without a mask: without one several elements may go in one instruction."""
     x, first = numbers(1024, dtype, 0), numbers(1024, dtype, 1)
     want = FUNCTIONS[name][1](first, x)
     for last in (1024, 1021):

@@ -1,4 +1,4 @@
-"""What the lanes of a warp do together, instruction by instruction, by brute force."""
+"""Lanes of a warp together, instruction by instruction, by brute force."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_active_lanes_are_seen() -> None:
     ],
 )
 def test_masks_of_some_lanes_are_refused(line: str) -> None:
-    """Whether the others come along is not followed; a warp of which some are away is a fault."""
+    """A warp of which some lanes are away is a fault: whether these come along is not followed."""
     executed(line.format("%m"))
     with pytest.raises(PtxError, match=r"of some lanes is not known here \(no source line, PTX"):
         executed(line.format("0xffff"))

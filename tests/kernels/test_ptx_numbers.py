@@ -31,7 +31,7 @@ def neighbours(kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 @KINDS
 @pytest.mark.parametrize("source", ["f32", "f64"])
 def test_all_roundings_between_neighbours(kind: str, source: str) -> None:
-    """At every 16-bit float, half way to the next, and right before and after that."""
+    """Roundings at every 16-bit float, half way to the next, and right before and after that."""
     bits, low, high = neighbours(kind)
     dtype = np.float32 if source == "f32" else np.float64
     low, high = low.astype(dtype), high.astype(dtype)

@@ -29,7 +29,7 @@ class Pair(Joined):
 
 
 class Apart(nn.Module):
-    """The same matrices, each by itself."""
+    """Matrices as before, each by itself."""
 
     def __init__(self) -> None:
         super().__init__()
