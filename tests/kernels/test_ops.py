@@ -21,6 +21,7 @@ from helpers.ops import (
     results,
     run,
     shrunk_cases,
+    sized_for,
     skip_unless_covered,
     terms_of,
     upstream_of,
@@ -118,7 +119,7 @@ def offset(x: Tensor) -> Tensor:
 @pytest.mark.parametrize(("spec", "case"), first_cases())
 def test_layouts_change_nothing(spec: OpSpec, case: Case, way: Way, layout: Any) -> None:
     skip_unless_covered(spec, way)
-    inputs = inputs_of(spec, case, way)
+    inputs = inputs_of(spec, sized_for(way, case), way)
     other = require_grads(spec, map_tensors(inputs, lambda x: layout(x.detach())))
     plain = run(spec, spec.op, inputs, impl=way.impl)
     moved = run(spec, spec.op, other, impl=way.impl)
@@ -137,7 +138,7 @@ def test_layouts_change_nothing(spec: OpSpec, case: Case, way: Way, layout: Any)
 def test_expanded_upstream(spec: OpSpec, case: Case, way: Way) -> None:
     """`sum().backward()` hands a gradient of stride 0 down."""
     skip_unless_covered(spec, way, grad=True)
-    inputs = inputs_of(spec, case, way)
+    inputs = inputs_of(spec, sized_for(way, case), way)
     outputs = results(spec.op(**inputs, impl=way.impl))
     floats = {name: x for name, x in outputs.items() if x.is_floating_point()}
     ones = {name: torch.ones_like(x) for name, x in floats.items()}
@@ -154,7 +155,7 @@ def test_expanded_upstream(spec: OpSpec, case: Case, way: Way) -> None:
 @pytest.mark.parametrize(("spec", "case"), first_cases())
 def test_repeats_bit_for_bit(spec: OpSpec, case: Case, way: Way) -> None:
     skip_unless_covered(spec, way)
-    inputs = inputs_of(spec, case, way)
+    inputs = inputs_of(spec, sized_for(way, case), way)
     before = {k: v.detach().clone() for k, v in inputs.items() if isinstance(v, Tensor)}
     first, first_grads = run(spec, spec.op, inputs, impl=way.impl)
     for _ in range(100 if way.device == "cuda" else 1):
@@ -186,7 +187,7 @@ def test_retained_graph_gives_the_same_gradient_twice(spec: OpSpec, case: Case, 
 def test_guard_bands(spec: OpSpec, case: Case, way: Way) -> None:
     """No input's neighbourhood is read (its NaN would show) or written."""
     skip_unless_covered(spec, way)
-    inputs = inputs_of(spec, case, way)
+    inputs = inputs_of(spec, sized_for(way, case), way)
     bands = {k: GuardBand(v) for k, v in inputs.items() if isinstance(v, Tensor)}
     guarded = {k: bands[k].tensor if k in bands else v for k, v in inputs.items()}
     plain, plain_grads = run(spec, spec.op, inputs, impl=way.impl)
@@ -203,7 +204,7 @@ def test_guard_bands(spec: OpSpec, case: Case, way: Way) -> None:
 def test_frozen_arguments(spec: OpSpec, case: Case, way: Way) -> None:
     """Each differentiable argument alone gets the gradient it gets among the others."""
     skip_unless_covered(spec, way, grad=True)
-    inputs = inputs_of(spec, case, way)
+    inputs = inputs_of(spec, sized_for(way, case), way)
     _, together = run(spec, spec.op, inputs, impl=way.impl)
     for name in together:
         alone = map_tensors(inputs, lambda x: x.detach())
