@@ -49,7 +49,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 test: $(READY)
-	$(MAKE) --no-print-directory -j2 --output-sync=target lane-interpret lint lane-cpu lane-compiled lane-aot another-set
+	$(MAKE) --no-print-directory -j2 --output-sync=target lane-cpu lane-compiled lane-interpret lane-aot another-set lint
 
 test-full: $(READY)
 	$(MAKE) --no-print-directory -j2 --output-sync=target lint lane-cpu lane-interpret lane-aot lane-compiled FULL=--full
