@@ -115,9 +115,9 @@ def tables(
 def smoothing_weights(
     class_ptr, smoothing, VALID: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr
 ):  # fmt: skip
-    """`column_weights` of both blocks and their sum; None and 0 where nothing is smoothed."""
-    soft, rest = None, None
-    total = 0.0
+    """`column_weights` of both blocks and their sum; zeros where nothing is smoothed."""
+    # Triton 3.6 returns no None in a tuple.
+    soft, rest, total = 0.0, 0.0, 0.0
     if smoothing is not None:
         soft = column_weights(class_ptr, tl.arange(0, MAIN), smoothing, VALID)
         total = tl.sum(soft, 0)

@@ -119,11 +119,21 @@ def _either(modifiers: list[str], integer: Function, floating: Function) -> Func
 
 
 def _add(modifiers: list[str]) -> Function | None:
-    return None if _is_unusual(modifiers) else _either(modifiers, np.add, np.add)
+    return _of_any_sign(modifiers, np.add)
 
 
 def _sub(modifiers: list[str]) -> Function | None:
-    return None if _is_unusual(modifiers) else _either(modifiers, np.subtract, np.subtract)
+    return _of_any_sign(modifiers, np.subtract)
+
+
+def _of_any_sign(modifiers: list[str], function: Function) -> Function | None:
+    """A function whose low bits are the same for signed and unsigned integers."""
+    kind = modifiers[-1]
+    if _is_unusual(modifiers):
+        return None
+    return _either(
+        [*modifiers[:-1], f"u{kind[1:]}" if kind[0] == "s" else kind], function, function
+    )
 
 
 def _is_unusual(modifiers: list[str]) -> bool:
@@ -136,9 +146,7 @@ def _mul(modifiers: list[str]) -> Function | None:
         return _wide_product(modifiers[-1])
     if modifiers[0] == "hi":
         return _high_product(modifiers[-1])
-    if _is_unusual(modifiers):
-        return None
-    return _either(modifiers, np.multiply, np.multiply)
+    return _of_any_sign(modifiers, np.multiply)
 
 
 def _wide_product(kind: str) -> Function:

@@ -18,9 +18,11 @@ def shift(left: bool) -> Callable[[list[str]], Function | None]:
         number, unsigned_number = np.dtype(SIGNED[bits]), np.dtype(UNSIGNED[bits])
         operation = np.left_shift if left else np.right_shift
 
+        steps = np.arange(bits, dtype=number if fills else unsigned_number)[:, None]
+
         def apply(a: Array, count: Array) -> Array:
-            if len(count) == 1 and count[0] < bits:
-                by = count.astype(number if fills else unsigned_number)
+            if len(count) == 1 and (places := int(count[0])) < bits:
+                by = steps[places]
                 if fills:
                     return operation(a.view(number), by).view(unsigned_number)
                 return operation(a, by)

@@ -22,14 +22,15 @@ class Run:
 
     Args:
         begin, end: their indices, without the end.
-        lines: the step of each, the instruction, and whether its result is of this run alone: it
-            may then be written for all threads, active or not, at less cost.
+        lines: steps, each with its first instruction, whether its results are of this run alone
+            (they may then be written for all threads, active or not, at less cost), and the
+            indices of its instructions: see `packs`.
         has_products: whether one of them is a `wgmma`.
     """
 
     begin: int
     end: int
-    lines: tuple[tuple[Step, Instruction, bool], ...]
+    lines: tuple[tuple[Step, Instruction, bool, tuple[int, ...]], ...]
     has_products: bool
 
 
@@ -60,6 +61,11 @@ class Code:
         zeros = {bits: np.zeros(1, UNSIGNED.get(bits, bool)) for bits in (1, 8, 16, 32, 64)}
         values = [zeros[self.program.registers[name]] for name in self.slots]
         return values + [value for _, value in self.constants]
+
+    @cached_property
+    def register_bytes(self) -> int:
+        """Bytes of a thread's registers."""
+        return sum(max(bits // 8, 1) for bits in self.program.registers.values())
 
     @cached_property
     def has_products(self) -> bool:

@@ -12,6 +12,7 @@ from .accesses import Place, count_access
 from .code import Step
 from .elements import WORDS, element
 from .operands import Decoder
+from .packs import Operation
 from .parse import Constant, Instruction, Operand, PtxError, Register, Vector
 from .registers import Array, Mask, signed, single, unsigned
 from .state import State
@@ -26,9 +27,13 @@ def _registers(decoder: Decoder, operand: Operand, bits: int = 32) -> list[int]:
     return [decoder.slot(item, bits) for item in operand.items]
 
 
+def _is_every_lane(operand: Operand) -> bool:
+    return isinstance(operand, Constant) and operand.value % (1 << 32) == EVERY_LANE
+
+
 def _members(decoder: Decoder, operand: Operand) -> Callable[[State, Mask], None]:
     """A check that all lanes of each warp take part: by their mask, and by being there."""
-    if isinstance(operand, Constant) and operand.value % (1 << 32) == EVERY_LANE:
+    if _is_every_lane(operand):
         return lambda state, mask: state.require_whole_warps(mask)
     slot = decoder.slot(operand, 32)
 
@@ -52,6 +57,8 @@ def shuffle(decoder: Decoder, instruction: Instruction) -> Step | None:
     results = [decoder.destination(item) for item in both]
     slot, *rest = (decoder.slot(x, 32) for x in (value, b, c))
     if isinstance(b, Constant) and isinstance(c, Constant):
+        if len(results) == 1 and results[0] is not None and _is_every_lane(lanes_of_it):
+            return _lone_shuffle(mode, b.value, c.value, slot, results[0])
         return _fixed_shuffle(mode, b.value, c.value, slot, results, members)
 
     def step(state: State, mask: Mask) -> None:
@@ -64,6 +71,24 @@ def shuffle(decoder: Decoder, instruction: Instruction) -> Step | None:
     return step
 
 
+@functools.lru_cache(maxsize=256)
+def _lanes_read(mode: str, b: int, c: int, threads: int) -> tuple[Array, Array]:
+    """The thread that each of so many reads by a shuffle, and whether it was in range."""
+    source, in_range = lanes.sources(mode, *(np.full((1, lanes.LANES), x) for x in (b, c)))
+    places = np.arange(threads).reshape(-1, lanes.LANES)
+    return places[:, source[0]].reshape(-1), np.tile(in_range[0], len(places))
+
+
+def _lone_shuffle(mode: str, b: int, c: int, slot: int, result: int) -> Step:
+    """A shuffle by known lanes that does not ask which were in range."""
+
+    def shuffled(value: Array) -> Array:
+        return value if len(value) == 1 else value.take(_lanes_read(mode, b, c, len(value))[0])
+
+    key = "shfl", mode, b, c
+    return Operation(key, shuffled, (slot,), result, np.dtype(np.uint32), of_warps=True)
+
+
 def _fixed_shuffle(
     mode: str,
     b: int,
@@ -73,16 +98,10 @@ def _fixed_shuffle(
     members: Callable[[State, Mask], None],
 ) -> Step:
     """A shuffle whose lanes are known when it is decoded, as nearly all are."""
-    source, in_range = lanes.sources(mode, *(np.full((1, lanes.LANES), x) for x in (b, c)))
-
-    @functools.lru_cache(maxsize=4)
-    def of_threads(count: int) -> tuple[Array, Array]:
-        places = np.arange(count).reshape(-1, lanes.LANES)
-        return places[:, source[0]].reshape(-1), np.tile(in_range[0], len(places))
 
     def step(state: State, mask: Mask) -> None:
         members(state, mask)
-        places, flags = of_threads(state.n)
+        places, flags = _lanes_read(mode, b, c, state.n)
         value = state.values[slot]
         outcomes = (value if len(value) == 1 else value.take(places)), flags
         for result, outcome in zip(results, outcomes, strict=False):
@@ -266,12 +285,10 @@ def multiply(decoder: Decoder, instruction: Instruction) -> Step | None:
         state.require_whole_warps(mask)
         threads = state.active(mask)
 
-        def of(slots: list[int]) -> list[Array]:
-            return [lanes.by_warp(state.of(slot, threads)) for slot in slots]
-
-        left, right = matrix.operand_a(of(a), shape), matrix.operand_b(of(b), shape)
+        left = matrix.operand_a(state.fragments(a, threads), shape)
+        right = matrix.operand_b(state.fragments(b, threads), shape)
         count_flops(state, shape, len(threads) // lanes.LANES)
-        before = matrix.accumulator(of(c), shape.n, shape.sums, rows)
+        before = matrix.accumulator(state.fragments(c, threads), shape.n, shape.sums, rows)
         total = matrix.product(left, right, before, shape.sums, shape.saturates)
         for slot, value in zip(d, matrix.registers_of(total, len(d), shape.sums), strict=True):
             state.put(slot, threads, value.reshape(-1), mask)
@@ -318,7 +335,7 @@ class _Warpgroup:
         n, k, kind = self.shape.n, self.shape.k, self.shape.sums
         read: list[Array] = []  # units of shared memory
         if self.left is not None:
-            registers = [lanes.by_warp(state.of(slot, threads)) for slot in self.left]
+            registers = state.fragments(self.left, threads)
             left = matrix.operand_a(registers, self.shape).reshape(-1, 64, k)
         else:
             assert self.left_descriptor is not None
@@ -326,7 +343,7 @@ class _Warpgroup:
                 state, threads, self.left_descriptor, 64, self.left_transposed, read
             )
         right = self._operand(state, threads, self.right_descriptor, n, self.right_transposed, read)
-        sums = [lanes.by_warp(state.of(slot, threads)) for slot in self.sums]
+        sums = state.fragments(self.sums, threads)
         before = matrix.accumulator(sums, n, kind).reshape(-1, 64, n)
         scale = state.of(self.scale, threads)[::WARPGROUP, None, None]
         before = np.where(scale, before, before.dtype.type(0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from . import accesses, atomics, carry, collective
 from .arithmetic import function_of
 from .code import Code, Step
 from .operands import Decoder
+from .packs import Operation, Operations
 from .parse import (
     CARRY,
     Address,
@@ -42,7 +44,8 @@ def decode(program: Program) -> Code:
     ]
     touched = [_touched(decoder, instruction) for instruction in instructions]
     reads, writes = ([pair[i] for pair in touched] for i in (0, 1))
-    runs = runs_of(program, flow, steps, own_results(program, flow, reads, writes))
+    own = own_results(program, flow, reads, writes)
+    runs = runs_of(program, flow, steps, own, reads, writes, dict(decoder.constants))
     return Code(program, runs, flow, decoder.slots, decoder.constants, reads, writes)
 
 
@@ -122,55 +125,37 @@ def _arithmetic(decoder: Decoder, instruction: Instruction) -> Step | None:
     if result is None:
         return None
     bits = decoder.width(target)
-    dtype = bool if bits == 1 else UNSIGNED[bits]
     if instruction.parts[0] == "cvt":
-        return _conversion(function, result, slots, _extends(instruction), bits)
-    return _apply(function, result, slots, dtype)
+        function = _extending(function, _extends(instruction), bits)
+    fixed = [x.value for x in sources if isinstance(x, Constant)]
+    key = instruction.opcode, *(fixed if instruction.parts[0] in BY_CONSTANTS else ())
+    return Operation(key, function, slots, result, _kind_of(bits))
 
 
-def _apply(function: Callable[..., Array], result: int, slots: tuple[int, ...], kind: type) -> Step:
-    """A function of registers. This is what most instructions are, so every call counts here."""
-    dtype, where = np.dtype(kind), np.where
-    if len(slots) == 2:
-        a, b = slots
+BY_CONSTANTS = ("shl", "shr", "shf", "lop3", "prmt", "bfe", "bfi")
+"""Functions that are computed in another way for each constant."""
 
-        def binary(state: State, mask: Mask) -> None:
-            values = state.values
-            value = function(values[a], values[b])
-            if value.dtype is not dtype:
-                value = value.astype(dtype)
-            values[result] = value if mask is None else where(mask, value, values[result])
 
-        return binary
-
-    def general(state: State, mask: Mask) -> None:
-        values = state.values
-        value = function(*[values[slot] for slot in slots])
-        if value.dtype is not dtype:
-            value = value.astype(dtype)
-        values[result] = value if mask is None else where(mask, value, values[result])
-
-    return general
+def _kind_of(bits: int) -> np.dtype[Any]:
+    return np.dtype(bool if bits == 1 else UNSIGNED[bits])
 
 
 def _extends(instruction: Instruction) -> bool:
     return instruction.parts[-2][0] == "s"
 
 
-def _conversion(
-    function: Callable[..., Array], result: int, slots: tuple[int, ...], is_signed: bool, bits: int
-) -> Step:
+def _extending(function: Callable[..., Array], is_signed: bool, bits: int) -> Callable[..., Array]:
     """cvt into a register that may be wider than the type: signed results are extended."""
 
-    def step(state: State, mask: Mask) -> None:
-        value = function(*(state.values[slot] for slot in slots))
-        if 8 * value.dtype.itemsize != bits:
-            if is_signed:
-                value = value.view(f"i{value.dtype.itemsize}").astype(f"i{bits // 8}")
-            value = value.astype(UNSIGNED[bits])
-        state.set(result, value, mask)
+    def extended(*operands: Array) -> Array:
+        value = function(*operands)
+        if 8 * value.dtype.itemsize == bits:
+            return value
+        if is_signed:
+            value = value.view(f"i{value.dtype.itemsize}").astype(f"i{bits // 8}")
+        return value.astype(UNSIGNED[bits])
 
-    return step
+    return extended
 
 
 def _source_widths(instruction: Instruction) -> list[int]:
@@ -209,8 +194,10 @@ def _move(decoder: Decoder, instruction: Instruction) -> Step | None:
     assert result is not None
     if isinstance(source, Symbol) and source.name.startswith("%"):
         return _special(source.name, result)
-    slot = decoder.slot(source, bits)
+    return _copied(decoder.slot(source, bits), result)
 
+
+def _copied(slot: int, result: int) -> Step:
     def step(state: State, mask: Mask) -> None:
         values = state.values
         value = values[slot]
@@ -230,19 +217,18 @@ def _special(name: str, result: int) -> Step:
 
 def _packing(decoder: Decoder, target: Operand, source: Vector, bits: int) -> Step:
     part = bits // len(source.items)
-    slots = [decoder.slot(item, part) for item in source.items]
+    slots = tuple(decoder.slot(item, part) for item in source.items)
     result = decoder.destination(target)
     assert result is not None
     dtype = UNSIGNED[bits]
 
-    def step(state: State, mask: Mask) -> None:
-        values = state.values
-        value = values[slots[0]].astype(dtype)
-        for i, slot in enumerate(slots[1:], 1):
-            value = value | (values[slot].astype(dtype) << dtype(part * i))
-        state.set(result, value, mask)
+    def together(*parts: Array) -> Array:
+        value = parts[0].astype(dtype)
+        for i, x in enumerate(parts[1:], 1):
+            value = value | (x.astype(dtype) << dtype(part * i))
+        return value
 
-    return step
+    return Operation(("pack", bits, len(slots)), together, slots, result, np.dtype(dtype))
 
 
 def _unpacking(decoder: Decoder, target: Vector, source: Operand, bits: int) -> Step:
@@ -251,14 +237,16 @@ def _unpacking(decoder: Decoder, target: Vector, source: Operand, bits: int) -> 
     results = [decoder.destination(item) for item in target.items]
     narrow = UNSIGNED[part]
 
-    def step(state: State, mask: Mask) -> None:
-        value = state.values[slot]
-        for i, result in enumerate(results):
-            if result is not None:
-                shifted = value >> value.dtype.type(part * i) if i else value
-                state.set(result, shifted.astype(narrow), mask)
+    def part_of(i: int) -> Callable[[Array], Array]:
+        if not i:
+            return lambda value: value.astype(narrow)
+        return lambda value: (value >> value.dtype.type(part * i)).astype(narrow)
 
-    return step
+    return Operations(
+        Operation(("unpack", bits, part, i), part_of(i), (slot,), result, np.dtype(narrow))
+        for i, result in enumerate(results)
+        if result is not None
+    )
 
 
 def _set_predicate(decoder: Decoder, instruction: Instruction) -> Step | None:
@@ -302,7 +290,7 @@ def _convert_address(decoder: Decoder, instruction: Instruction) -> Step | None:
     target, source = instruction.operands
     result, slot = decoder.destination(target), decoder.slot(source, 64)
     assert result is not None
-    return _apply(lambda x: x, result, (slot,), np.uint64)
+    return _copied(slot, result)
 
 
 WITHOUT_RESULT = ("st", "stmatrix", "red", "bra", "bar", "cp", "fence", "ret")

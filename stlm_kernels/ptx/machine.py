@@ -79,6 +79,7 @@ class Machine:
             collector, counts.costs,
         )  # fmt: skip
         self.pcs = np.zeros(self.state.n, np.int32)
+        self._warps_of_runs: dict[int, tuple[int, int]] = {}
         self.chains = None if counts.costs is None else Chains(code)
 
     def run(self) -> Iterator[bool]:
@@ -99,6 +100,7 @@ class Machine:
         if self.chains is not None and self.counts.costs is not None:
             longest = max(self.counts.costs.longest_chain, self.chains.longest)
             self.counts.costs.longest_chain = longest
+        self.add_counts()
         # Its parts refer to each other, so that it would stay until Python looks for cycles.
         vars(self.state).clear()
 
@@ -137,7 +139,7 @@ class Machine:
             if taken is not None and (kind == "bar" or taken.any()):
                 return end
             if kind == "bar":
-                state.epoch += 1
+                state.pass_barrier(slice(None))
             elif kind == "ret" and taken is None:
                 return DONE
             pc = target if kind == "bra" and taken is None else end + 1
@@ -169,9 +171,42 @@ class Machine:
             here = able & (pcs == pc)
             if here.all():
                 return pc
+            others = pcs[runnable & ~here]
+            self._run_group(pc, here, int(others.min()) if len(others) else DONE, waiting)
+
+    def _run_group(self, pc: int, here: Array, others: int, waiting: Array) -> None:
+        """Execute threads while they stay together, behind those others that can run.
+
+        Args:
+            pc: their place.
+            here: the threads.
+            others: the place that is next among the other threads'.
+            waiting: threads at a barrier.
+        """
+        state, flow, pcs = self.state, self.code.flow, self.pcs
+        while True:
             run = self.code.runs[pc]
             self._straight_run(run, here)
-            self._leave(run.end, here, pcs, waiting)
+            kind, target = flow.get(run.end, ("next", run.end))
+            if kind == "next":
+                pc = run.end
+            elif kind == "bra":
+                state.current = instruction = self.program.instructions[run.end]
+                taken = self._predicated(instruction, here)
+                count = state.n if taken is None else int(np.count_nonzero(taken))
+                if count == len(state.active(here)):
+                    pc = target
+                elif count == 0:
+                    pc = run.end + 1
+                else:
+                    self._leave(run.end, here, pcs, waiting)
+                    return
+            else:
+                self._leave(run.end, here, pcs, waiting)
+                return
+            if pc >= others or state.progress.watching or pc >= len(self.program.instructions):
+                pcs[here] = DONE if pc >= len(self.program.instructions) else pc
+                return
 
     def _stuck(self, pcs: Array, waiting: Array) -> None:
         """No thread can go on: those at a barrier pass it once the fault was kept."""
@@ -192,10 +227,10 @@ class Machine:
         if run.has_products or state.products.pending:
             self._run_with_products(run, mask)
         elif mask is None:
-            for step, state.current, _ in run.lines:
+            for step, state.current, _, _ in run.lines:
                 step(state, None)
         else:
-            for step, state.current, is_own in run.lines:
+            for step, state.current, is_own, _ in run.lines:
                 step(state, None if is_own else mask)
         if state.progress.watching:
             state.progress.end_of_run(mask)
@@ -203,20 +238,26 @@ class Machine:
     def _run_with_products(self, run: Run, mask: Mask) -> None:
         """Execute a run while no register of a product that is on its way may be touched."""
         state, reads, writes = self.state, self.code.reads, self.code.writes
-        for index, (step, state.current, is_own) in enumerate(run.lines, run.begin):
+        for step, first, is_own, indices in run.lines:
             if state.products.pending:
-                state.products.check(reads[index], writes[index], mask)
+                for index in indices:
+                    state.current = self.program.instructions[index]
+                    state.products.check(reads[index], writes[index], mask)
+            state.current = first
             step(state, None if is_own else mask)
 
     def _count(self, run: Run, mask: Mask) -> None:
         """Note that the active warps issue a run of instructions, and the branch that ends it."""
-        begin, end = run.begin, run.end + (run.end in self.code.flow)
-        if mask is None:
-            self.counts.issued[begin:end] += self.state.n // LANES
-            return
-        active, partial = self.state.warps(mask)
-        self.counts.issued[begin:end] += active
-        if partial:
+        active, partial = (self.state.n // LANES, 0) if mask is None else self.state.warps(mask)
+        before = self._warps_of_runs.get(run.begin, (0, 0))
+        self._warps_of_runs[run.begin] = before[0] + active, before[1] + partial
+
+    def add_counts(self) -> None:
+        """Add what was noted to the counts of the launch."""
+        for begin, (active, partial) in self._warps_of_runs.items():
+            end = self.code.runs[begin].end
+            end += end in self.code.flow
+            self.counts.issued[begin:end] += active
             self.counts.partial[begin:end] += partial
 
     def _predicated(self, instruction: Instruction, mask: Mask) -> Mask:
@@ -247,7 +288,7 @@ class Machine:
         pcs[here] = index
         arrived = (waiting & (pcs == index)).reshape(-1, self.state.n_threads)
         complete = arrived.all(1)
-        self.state.epoch[complete] += 1
+        self.state.pass_barrier(complete)
         released = np.repeat(complete, self.state.n_threads)
         waiting[released] = False
         pcs[released] = index + 1

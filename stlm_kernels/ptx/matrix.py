@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,10 +78,10 @@ def shape_of(opcode: str) -> Shape | None:
     return Shape(m, n, k, wanted[0], result, "satfinite" in kinds)
 
 
-def numbers(registers: list[Array], kind: str) -> Array:
-    """Operand registers, each (units, lanes), as floats (units, lanes, registers, per register)."""
-    stacked = np.stack(registers, -1)
-    return of_words(stacked.view(WORDS[BYTES[kind]]).reshape(*stacked.shape, -1), kind)
+def numbers(registers: Sequence[Array] | Array, kind: str) -> Array:
+    """Operand registers, each (units, lanes), as floats (registers, units, lanes, per register)."""
+    bits = np.asarray(registers)
+    return of_words(bits.view(WORDS[BYTES[kind]]).reshape(*bits.shape, -1), kind)
 
 
 def of_words(words: Array, kind: str) -> Array:
@@ -95,34 +96,36 @@ def of_words(words: Array, kind: str) -> Array:
     return widen(words, kind)
 
 
-def operand_a(registers: list[Array], shape: Shape) -> Array:
+def operand_a(registers: Sequence[Array] | Array, shape: Shape) -> Array:
     """(warps, 16 or m, k) from the fragment of the left operand."""
     values = numbers(registers, shape.kind)
     rows = min(shape.m, 16)
     # Lanes are a row of 8 and a fourth of the columns; registers go down the rows first.
-    each = values.reshape(-1, 8, 4, values.shape[2] * 8 // rows, rows // 8, shape.per_register)
-    return each.transpose(0, 4, 1, 3, 2, 5).reshape(-1, rows, shape.k)
+    each = values.reshape(len(values) * 8 // rows, rows // 8, -1, 8, 4, shape.per_register)
+    return each.transpose(2, 1, 3, 0, 4, 5).reshape(-1, rows, shape.k)
 
 
-def operand_b(registers: list[Array], shape: Shape) -> Array:
+def operand_b(registers: Sequence[Array] | Array, shape: Shape) -> Array:
     """(warps, k, 8) from the fragment of the right operand."""
     values = numbers(registers, shape.kind)
-    each = values.reshape(-1, 8, 4, *values.shape[2:])
-    return each.transpose(0, 3, 2, 4, 1).reshape(-1, shape.k, 8)
+    each = values.reshape(len(values), -1, 8, 4, shape.per_register)
+    return each.transpose(1, 0, 3, 4, 2).reshape(-1, shape.k, 8)
 
 
-def accumulator(registers: list[Array], columns: int, sums: str = "f32", rows: int = 16) -> Array:
+def accumulator(
+    registers: Sequence[Array] | Array, columns: int, sums: str = "f32", rows: int = 16
+) -> Array:
     """(warps, rows, columns) from registers (warps, lanes) of bits: in fp32, fp64 or int32.
 
     A lane has two numbers of each 8 x 8 block; a register holds one, or two fp16 numbers.
     """
-    bits = np.stack(registers, -1)
+    bits, blocks = np.asarray(registers), (columns // 8, rows // 8)
     if sums == "f16":
-        values = widen(bits.view(np.uint16), "f16")
-    else:
-        values = bits.view({"f32": np.float32, "f64": np.float64, "s32": np.int32}[sums])
-    each = values.reshape(-1, 8, 4, columns // 8, rows // 8, 2)
-    return each.transpose(0, 4, 1, 3, 2, 5).reshape(-1, rows, columns)
+        halves = widen(bits.view(np.uint16), "f16").reshape(*blocks, -1, 8, 4, 2)
+        return halves.transpose(2, 1, 3, 0, 4, 5).reshape(-1, rows, columns)
+    values = bits.view({"f32": np.float32, "f64": np.float64, "s32": np.int32}[sums])
+    each = values.reshape(*blocks, 2, -1, 8, 4)
+    return each.transpose(3, 1, 4, 0, 5, 2).reshape(-1, rows, columns)
 
 
 def registers_of(values: Array, count: int, sums: str = "f32") -> list[Array]:

@@ -8,9 +8,11 @@ fence of its own once it was waited for.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-from .elements import Elements, Ints
+from .elements import Elements, Ints, element
 from .matrix import UNIT
 from .registers import Array
 from .threads import Threads
@@ -57,6 +59,7 @@ class ProxyOrder:
         self.writes[:, 1] = NEVER
         self._elements = Elements(self.writes)
         self.count = 0
+        self._known: tuple[Any, Any, Any, Any] = None, None, None, None
         self.of_threads, self.of_blocks = _Fences(batch.n), _Fences(len(batch.epoch))
         self.read_by = np.zeros(total // UNIT, np.int32)  # number of the last product that reads it
         self.on_their_way: dict[int, Array] = {}
@@ -67,12 +70,26 @@ class ProxyOrder:
         if size < self.grain:
             self.writes = self.writes.repeat(self.grain // size, 0)
             self.grain, self._elements = size, Elements(self.writes)
-        notes = np.empty((len(index), size // self.grain, 3), np.int32)
-        notes[..., 0] = threads[:, None]
-        notes[..., 1] = self.batch.epochs(threads)[:, None]
-        notes[..., 2] = self.count
-        elements = self._elements.of(12 * notes.shape[1])
-        elements[index] = notes.reshape(-1).view(elements.dtype)
+        elements = self._elements.of(12 * (size // self.grain))
+        elements[index] = self._notes(threads, self.batch.epochs(threads), size)
+
+    def _notes(self, threads: Array, epochs: Array, size: int) -> Array:
+        """What is noted of writes now; kept, since many of the same threads follow each other."""
+        known = self._known
+        now = size, self.grain, self.count
+        if known[0] is not threads or known[1] is not epochs or known[2] != now:
+            notes = np.empty((len(threads), size // self.grain, 3), np.int32)
+            notes[..., 0] = threads[:, None]
+            notes[..., 1] = epochs[:, None]
+            notes[..., 2] = self.count
+            kind = element(12 * notes.shape[1])
+            self._known = (
+                threads,
+                epochs,
+                (size, self.grain, self.count),
+                notes.reshape(-1).view(kind),
+            )
+        return self._known[3]
 
     def fence(self, threads: Array) -> None:
         """Note that these threads execute fence.proxy.async."""

@@ -6,12 +6,19 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 
 from .code import Run, Step
-from .parse import Program
+from .packs import levels, packs_of
+from .parse import Instruction, Program
+from .registers import Array
 
 FOR_ACTIVE = (
     "ld", "ldu", "atom", "shfl", "redux", "vote", "elect", "activemask", "ldmatrix", "mma", "wgmma",
 )  # fmt: skip
 """Instructions whose result depends on which threads are active, or that only those may execute."""
+EFFECTS = (
+    "ld", "ldu", "st", "cp", "atom", "red", "ldmatrix", "stmatrix", "wgmma", "bar", "barrier",
+    "fence", "membar",
+)  # fmt: skip
+"""Instructions that reach beyond registers, or wait: they stay in order."""
 
 
 def _begins(program: Program, flow: Mapping[int, object]) -> list[int]:
@@ -48,20 +55,54 @@ def own_results(
 
 
 def runs_of(
-    program: Program, flow: Mapping[int, object], steps: Sequence[Step], own: Sequence[bool]
+    program: Program,
+    flow: Mapping[int, object],
+    steps: Sequence[Step],
+    own: Sequence[bool],
+    reads: Sequence[tuple[int, ...]],
+    writes: Sequence[tuple[int, ...]],
+    constants: Mapping[int, Array],
 ) -> dict[int, Run]:
     """Return the straight runs by the index where they begin."""
     instructions = program.instructions
+    names = [instruction.parts[0] for instruction in instructions]
+    may_write_all = [
+        is_own and name not in FOR_ACTIVE for is_own, name in zip(own, names, strict=True)
+    ]
+    needs = _with_products(names, reads, writes)
     begins = _begins(program, flow)
     found = {}
     for begin, following in zip(begins, [*begins[1:], len(instructions)], strict=True):
         end = following - 1 if following - 1 in flow and following > begin else following
-        within = instructions[begin:end]
-        may_write_all = [
-            is_own and instruction.parts[0] not in FOR_ACTIVE
-            for is_own, instruction in zip(own[begin:end], within, strict=True)
-        ]
-        lines = tuple(zip(steps[begin:end], within, may_write_all, strict=True))
-        has_products = any(x.parts[0] == "wgmma" for x in within)
-        found[begin] = Run(begin, end, lines, has_products)
+        places = levels(range(begin, end), *needs, lambda index: _is_ordered(instructions[index]))
+        lines = tuple(
+            (step, instructions[indices[0]], may_write_all[indices[0]], indices)
+            for step, indices in packs_of(places, steps, may_write_all, constants)
+        )
+        found[begin] = Run(begin, end, lines, "wgmma" in names[begin:end])
     return found
+
+
+def _is_ordered(instruction: Instruction) -> bool:
+    return instruction.parts[0] in EFFECTS and "param" not in instruction.parts
+
+
+PRODUCTS = -1
+"""In place of a slot: what products that are on their way sum into."""
+
+
+def _with_products(
+    names: Sequence[str], reads: Sequence[tuple[int, ...]], writes: Sequence[tuple[int, ...]]
+) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """Slots that instructions read and write, so that sums of products stay between their waits."""
+    sums = {
+        slot for name, slots in zip(names, writes, strict=True) if name == "wgmma" for slot in slots
+    }
+    touching = [bool(sums.intersection(a + b)) for a, b in zip(reads, writes, strict=True)]
+    return (
+        [(*slots, PRODUCTS) if x else slots for slots, x in zip(reads, touching, strict=True)],
+        [
+            (*slots, PRODUCTS) if name == "wgmma" else slots
+            for slots, name in zip(writes, names, strict=True)
+        ],
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -90,6 +92,15 @@ class State(Threads):
             return value.repeat(len(threads))
         return value if threads is self.every else value[threads]
 
+    def fragments(self, slots: Sequence[int], threads: Array) -> Array:
+        """Registers of these threads by warp: (registers, warps, lanes)."""
+        arrays = [self.values[slot] for slot in slots]
+        count = len(arrays)
+        found = np.concatenate(arrays) if threads is self.every else None
+        if found is None or len(found) != count * self.n:
+            found = np.stack([self.of(slot, threads) for slot in slots])
+        return found.reshape(count, -1, LANES)
+
     def whole(self, slot: int) -> Array:
         """A register of all threads."""
         value = self.values[slot]
@@ -102,9 +113,8 @@ PLACES_OF_A_THREAD = 96
 
 def state_bytes(code: Code, shared_bytes: int) -> int:
     """The most bytes that the registers and memory of a block take."""
-    registers = sum(max(bits // 8, 1) for bits in code.program.registers.values())
     local = LocalMemory.BYTES_OF_A_BYTE * code.program.local_bytes
-    of_a_thread = registers + local + PLACES_OF_A_THREAD
+    of_a_thread = code.register_bytes + local + PLACES_OF_A_THREAD
     return code.program.threads * of_a_thread + SharedMemory.BYTES_OF_A_BYTE * shared_bytes
 
 

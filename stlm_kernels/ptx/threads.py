@@ -34,6 +34,8 @@ class Threads:
         self.every = np.arange(self.n)
         self.owner = self.block_index.astype(np.int32)  # of what a thread does to global memory
         self.epoch = np.zeros(count, np.int32)  # barriers that each block has passed
+        self.barriers = 0  # that any block has passed: epochs are the same while it is
+        self._threads_of_epochs, self._barriers_of_epochs, self._epochs = self.every, -1, self.epoch
         self.current: Instruction = program.instructions[0]
         self._mask_of_active: Mask = None
         self._mask_of_warps: Mask = None
@@ -60,8 +62,16 @@ class Threads:
         return values if threads is self.every else values[threads]
 
     def epochs(self, threads: Array) -> Array:
-        """The epoch of each of these threads' blocks, now."""
-        return self.epoch[self.of_threads(self.block, threads)]
+        """The epoch of each of these threads' blocks, now; the same array until it changes."""
+        if threads is not self._threads_of_epochs or self.barriers != self._barriers_of_epochs:
+            self._threads_of_epochs, self._barriers_of_epochs = threads, self.barriers
+            self._epochs = self.epoch[self.of_threads(self.block, threads)]
+        return self._epochs
+
+    def pass_barrier(self, blocks: Any) -> None:
+        """These blocks, as an index, are in their next epoch."""
+        self.epoch[blocks] += 1
+        self.barriers += 1
 
     def fault(self, kind: str, thread: int | None, detail: str) -> None:
         place = None

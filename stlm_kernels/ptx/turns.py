@@ -44,6 +44,8 @@ def run_in_turn(machines: Iterable[Machine]) -> None:
             states.add(state)
         elif idle > MOST_IDLE_ROUNDS:
             break
+    for machine in waiting:
+        machine.add_counts()
     if waiting:
         next(iter(waiting)).report_deadlock()
 

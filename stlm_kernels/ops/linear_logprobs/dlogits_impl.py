@@ -70,7 +70,7 @@ def stlm_linear_logprobs_dlogits(
             codes[:, None], top[:, None], rate[:, None], dloss[:, None], hard[:, None]
         )  # fmt: skip
         grad = dlogits(
-            z, top, rate, dloss, hard, None if soft is None else soft[None, :],
+            z, top, rate, dloss, hard, None if smoothing is None else soft[None, :],
             tl.arange(0, MAIN)[None, :], codes, after, cap, VALID, MAIN <= VALID,
         )  # fmt: skip
         place = grad_ptr + first * PITCH + (local[:, None] * PITCH + tl.arange(0, MAIN)[None, :])
@@ -79,7 +79,7 @@ def stlm_linear_logprobs_dlogits(
         if TAIL > 0:
             tail = MAIN + tl.arange(0, TAIL)
             grad = dlogits(
-                y, top, rate, dloss, hard, None if soft_rest is None else soft_rest[None, :],
+                y, top, rate, dloss, hard, None if smoothing is None else soft_rest[None, :],
                 tail[None, :], codes, after, cap, VALID, False,
             )  # fmt: skip
             place = grad_ptr + first * PITCH + (local[:, None] * PITCH + tail[None, :])
