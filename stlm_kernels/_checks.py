@@ -27,7 +27,8 @@ _WEIGHT_DTYPES = {x: (x, torch.float32) for x in (torch.bfloat16, torch.float16)
 
 MOST_SIGNATURES = 1024
 """Signatures that one check keeps; texts of ever new lengths begin anew then."""
-_OPTIONS = (int, float, bool, str, type(None))
+_OPTIONS = frozenset((int, float, bool, str))
+_NEW = object()
 _Check = TypeVar("_Check", bound=Callable[..., Any])
 
 
@@ -45,21 +46,26 @@ def once_per_signature(check: _Check) -> _Check:
         signature = None if torch.compiler.is_compiling() else _signature(args)
         if signature is None:
             return check(*args)
-        if signature not in kept:
+        found = kept.get(signature, _NEW)  # hashing shapes and devices takes as long as reading
+        if found is _NEW:
             found = check(*args)
             if len(kept) >= MOST_SIGNATURES:
                 kept.clear()
             kept[signature] = found
-        return kept[signature]
+        return found
 
     return cast(_Check, call)
 
 
 def _signature(args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """Return what shape checks look at, or None for arguments that it does not sum up."""
-    autocast = torch._C._is_any_autocast_enabled()
-    entries: list[Any] = [autocast and tuple(map(torch.is_autocast_enabled, ("cuda", "cpu")))]
+    entries: list[Any] = []
+    if torch._C._is_any_autocast_enabled():
+        entries += map(torch.is_autocast_enabled, ("cuda", "cpu"))
     for x in args:
+        if x is None:
+            entries.append(x)
+            continue
         kind = type(x)
         if kind is Tensor or kind is torch.nn.Parameter:
             entries += (x.shape, x.dtype, x.device)

@@ -98,7 +98,7 @@ def direct(op: Any) -> Callable[..., Any]:
 
     def call(*args: Any) -> Any:
         if runtime.is_plain_eager(*args):
-            first = next(x for x in args if isinstance(x, Tensor))
+            first = next(x for x in args if type(x) in runtime.PLAIN)
             if first.is_cuda or (first.is_cpu and (is_recording() or kernels_interpreted())):
                 return launcher(*args)
         return op(*args)

@@ -26,10 +26,11 @@ _waiting: list[tuple[Any, Callable[..., Any]]] = []
 
 def is_dtensor(x: Any) -> bool:
     """Return whether x is a DTensor; there is none until its module has been imported."""
-    return _have_dtensors() and isinstance(x, torch.distributed.tensor.DTensor)
+    return have_dtensors() and isinstance(x, torch.distributed.tensor.DTensor)
 
 
-def _have_dtensors() -> bool:
+def have_dtensors() -> bool:
+    """Return whether other code has imported DTensors."""
     return getattr(torch.distributed, "tensor", None) is not None
 
 
@@ -74,7 +75,7 @@ def _register_waiting() -> None:
 
 def require_rows(input: Any, per_row: dict[str, Any], whole: dict[str, Any]) -> None:
     """ValueError unless plain tensors, or DTensors with divided rows and whole weights."""
-    if not _have_dtensors():
+    if not have_dtensors():
         return
     others = {name: x for name, x in (per_row | whole).items() if x is not None}
     if not is_dtensor(input):

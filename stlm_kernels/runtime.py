@@ -17,7 +17,9 @@ from . import _checks
 
 PLAIN = (Tensor, torch.nn.Parameter)
 """Classes of tensors that torch itself makes, without a `__torch_dispatch__` of their own."""
-_PLAIN_ARGUMENTS = frozenset((*PLAIN, int, float, bool, type(None), torch.dtype))
+VALUES = frozenset((int, float, bool, type(None), torch.dtype))
+"""Classes of plain arguments: to ask whether one of them is a Tensor takes longer."""
+_PLAIN_ARGUMENTS = VALUES.union(PLAIN)
 _BATCHED_GRADIENTS: Any = torch._C._parse_dispatch_key("VmapMode")
 """Key of the block in which autograd takes gradients many at a time (`is_grads_batched`)."""
 

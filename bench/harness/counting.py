@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +24,9 @@ Record = dict[str, Any]
 Key = tuple[str, str, str, str]
 DTYPE = torch.bfloat16
 COMMITTED = Path(__file__).parents[1] / "results/bounds-h200.json"
+MOST_ACCESSES = {"sectors": 1.15, "wavefronts": 1.1}
+"""Accesses of a kernel to global and shared memory over the fewest that could do: above that it is
+either mended, or has its reason in `tests/helpers/accepted_accesses.py`."""
 MOST_GROWTH = 1.03
 """Bound over that of the committed table, above which the table must be written anew."""
 
@@ -54,10 +57,13 @@ def measure(row: Counted, by: Entry, device: Device, arch: int, sample: int) -> 
     us: Counter[str] = Counter()
     counts: Counter[str] = Counter()
     largest: defaultdict[str, float] = defaultdict(float)
+    of_kernel: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for bounds in (*kernels, *others):
         us.update(bounds.us)
         counts.update({name: x for name, x in bounds.counts.items() if name != "longest_chain"})
         largest[bounds.kernel] += bounds.largest
+    for bounds in kernels:
+        of_kernel[bounds.kernel].update(bounds.counts)
     floor_bytes = sum(
         spec.bytes_moved(case, DTYPE, each)
         for each in (("fwd", "bwd") if row.direction == "both" else (row.direction,))
@@ -82,6 +88,10 @@ def measure(row: Counted, by: Entry, device: Device, arch: int, sample: int) -> 
         "l2_bytes": round(counts["l2_bytes"]),
         "bound_of": {
             name: round(x, 3) for name, x in sorted(largest.items(), key=lambda item: -item[1])
+        },
+        "accesses_of": {
+            name: {what: round(ratio(x, what), 3) for what in ("sectors", "wavefronts")}
+            for name, x in of_kernel.items()
         },
         "faults": sorted({fault.kind for done in session.executions for fault in done.faults}),
     }
@@ -125,6 +135,21 @@ def line(record: Record, earlier: Mapping[Key, Record]) -> str:
 
 def key_of(record: Record) -> Key:
     return record["op"], record["case"], record["pass"], record["by"]
+
+
+def exceeding(records: Iterable[Record]) -> dict[tuple[str, str], float]:
+    """The largest ratios above `MOST_ACCESSES`, by kernel and what is accessed.
+
+    Rows that were counted before kernels were told apart stand for their op.
+    """
+    found: dict[tuple[str, str], float] = {}
+    for record in records:
+        whole = {record["op"]: {what: record[what] for what in MOST_ACCESSES}}
+        for kernel, ratios in record.get("accesses_of", whole).items():
+            for what, most in MOST_ACCESSES.items():
+                if ratios[what] > most:
+                    found[kernel, what] = max(ratios[what], found.get((kernel, what), 0.0))
+    return found
 
 
 def read(path: Path) -> dict[Key, Record]:

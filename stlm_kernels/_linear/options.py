@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, runtime
-from .._sharding import require_rows
+from .._sharding import have_dtensors, require_rows
 
 IGNORE_NOTHING = -(2**63)
 """Stands for ignore_index=None below the public functions: no sane target is this."""
@@ -68,9 +68,9 @@ def row_options(
         input, linear_weight, target, linear_bias, ignore_index, softcap, logit_scale, valid_vocab,
         label_smoothing, z_loss,
     )  # fmt: skip
-    require_rows(
-        input, {"target": target}, {"linear_weight": linear_weight, "linear_bias": linear_bias}
-    )
+    if have_dtensors():
+        weights = {"linear_weight": linear_weight, "linear_bias": linear_bias}
+        require_rows(input, {"target": target}, weights)
     if runtime.values_visible(target):
         wide, ignored = target.long(), options.ignore_index
         counted = target if ignore_index is None else torch.where(wide == ignored, 0, wide)

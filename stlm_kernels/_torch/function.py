@@ -34,7 +34,10 @@ class Function(torch.autograd.Function):
             return cls.forward(*args)  # nothing is to be kept
         beneath = super(torch.autograd.Function, cls)
         # What a transform that has ended left in its wrapper; only tensors can be.
-        given = [unwrap_if_dead(x) if isinstance(x, Tensor) else x for x in args]
+        given = [
+            unwrap_if_dead(x) if type(x) not in runtime.VALUES and isinstance(x, Tensor) else x
+            for x in args
+        ]
         return beneath.apply(*given)  # type: ignore[attr-defined]
 
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import torch
 
-from .._launch import Config, amount, block_of, config_for, width_bucket
+from .._launch import Config, amount, block_of, config_for, remembered, width_bucket
 
 
 def sum_splits_config(splits: int, size: int, device: torch.device) -> Config:
-    """Up to 32 splits added at a time, and 32 numbers loaded by each thread."""
-    default = {"BLOCK_S": 32, "TILE": 4096, "num_warps": 4}
-    config = config_for("sum_splits", amount(splits * size), default, device)
+    """Up to `BLOCK_S` splits of a tile of `TILE` numbers at a time.
+
+    One warp holds all of them: sums across warps would meet in one bank of shared memory. Many
+    results give it whole lines of one split, few of them 32 splits at a time.
+    """
+    work = amount(splits * size)
+    default = {"BLOCK_S": 8 if work == "large" else 32, "TILE": 1024, "num_warps": 1}
+    config = config_for("sum_splits", work, default, device)
     at_once = min(config.pop("BLOCK_S"), 1 << (splits - 1).bit_length())
     return config | {"BLOCK_S": at_once, "BLOCK": config.pop("TILE") // at_once}
 
@@ -42,6 +47,7 @@ def long_segments_config(width: int, device: torch.device) -> Config:
     return config_for("long_segments", width_bucket(width), default, device)
 
 
+@remembered
 def row_bounds_config(total: int, device: torch.device) -> Config:
     default = {"BLOCK": 256, "num_warps": 4}
     return config_for("row_bounds", amount(total), default, device)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .tiles import side_by_side
+
 
 @triton.jit
 def load_pairs(
@@ -21,7 +23,7 @@ def load_pairs(
         x = tl.load(x_ptr + place[:, None] + d[None, :], mask=mask, other=0.0)
         first, second = tl.split(tl.reshape(x, (place.shape[0], WIDTH // 2, 2)))
     else:
-        d = tl.arange(0, WIDTH // 2)
+        d = side_by_side(WIDTH // 2, 4)
         mask = live[:, None] & (d < K // 2)[None, :]
         first = tl.load(x_ptr + place[:, None] + d[None, :], mask=mask, other=0.0)
         second = tl.load(x_ptr + place[:, None] + K // 2 + d[None, :], mask=mask, other=0.0)
@@ -40,7 +42,7 @@ def store_pairs(
         x = tl.reshape(tl.join(first, second), (place.shape[0], WIDTH))
         tl.store(x_ptr + place[:, None] + d[None, :], x, mask=mask)
     else:
-        d = tl.arange(0, WIDTH // 2)
+        d = side_by_side(WIDTH // 2, 4)
         mask = live[:, None] & (d < K // 2)[None, :]
         tl.store(x_ptr + place[:, None] + d[None, :], first, mask=mask)
         tl.store(x_ptr + place[:, None] + K // 2 + d[None, :], second, mask=mask)
@@ -49,7 +51,7 @@ def store_pairs(
 @triton.jit
 def pair_columns(K: tl.constexpr, IS_INTERLEAVED: tl.constexpr, WIDTH: tl.constexpr):
     """Columns of the first and the second of each pair in a row."""
-    d = tl.arange(0, WIDTH // 2)
+    d = side_by_side(WIDTH // 2, 4)
     first = d * 2 if IS_INTERLEAVED else d
     return first, first + (1 if IS_INTERLEAVED else K // 2), d < K // 2
 
@@ -64,7 +66,7 @@ def angles_of(
     if HAS_POSITIONS:
         positions = tl.load(positions_ptr + positions, mask=live, other=0).to(tl.int64)
     good = (positions >= 0) & (positions < n_positions)
-    d = tl.arange(0, WIDTH // 2)
+    d = side_by_side(WIDTH // 2, 4)
     mask = (live & good)[:, None] & (d < K // 2)[None, :]
     place = positions[:, None] * (K // 2) + d[None, :]
     bad = tl.where(live & ~good, float("nan"), 0.0)[:, None]

@@ -34,6 +34,16 @@ INTERPRETED = isinstance(segment_bounds, InterpretedFunction)
 """Flag of kernels that triton decorated for its interpreter, so that they run on a CPU."""
 
 
+@triton.jit
+def side_by_side(BLOCK: tl.constexpr, EACH: tl.constexpr):
+    """Numbers from 0 to BLOCK, of which each thread takes EACH neighbours: 16 bytes at most.
+
+    Eight of a 16-bit tensor would have a thread read an fp32 tensor beside it in two loads of 16
+    bytes, each of which touches every sector; several of bytes are as many loads of one byte.
+    """
+    return tl.max_contiguous(tl.multiple_of(tl.arange(0, BLOCK), EACH), EACH)
+
+
 @triton.jit(do_not_specialize=["splits"])
 def stlm_sum_splits(
     partial_ptr, out_ptr, splits, size, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr
@@ -42,7 +52,7 @@ def stlm_sum_splits(
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = offsets < size
     acc = tl.zeros((BLOCK_S, BLOCK), tl.float32)
-    for first in range(0, splits, BLOCK_S):
+    for first in tl.range(0, splits, BLOCK_S, loop_unroll_factor=4):
         here = first + tl.arange(0, BLOCK_S)
         place = partial_ptr + here.to(tl.int64)[:, None] * size + offsets[None, :]
         acc += tl.load(place, mask=(here < splits)[:, None] & live[None, :], other=0.0)
@@ -251,11 +261,11 @@ def dot_type(dtype: torch.dtype) -> tl.dtype:
 @triton.jit(do_not_specialize=["n_segments", "total", "others", "before", "behind"])
 def stlm_row_bounds(
     cu_ptr, other_ptr, bounds_ptr, n_segments, total, others, before, behind,
-    BLOCK: tl.constexpr,
+    MIRROR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Range of another stream's rows in each row's segment, cut to `before` and `behind` its place;
     the last rows of a segment stand side by side. Empty where there are none; both ends rise with
-    the rows even so."""
+    the rows even so. MIRROR: also the range with the sides exchanged."""
     first_row = tl.program_id(0).to(tl.int64) * BLOCK
     rows = first_row + tl.arange(0, BLOCK)
     segments = segments_of(cu_ptr, first_row, n_segments, BLOCK).to(tl.int64)
@@ -266,10 +276,13 @@ def stlm_row_bounds(
     inside = inside & (rows >= start) & (rows < end)
     first, last = segment_bounds(other_ptr, segments, known, others)
     place = rows + last - end
-    start = tl.minimum(tl.maximum(place - before, first), last)
-    end = tl.minimum(tl.maximum(place + behind + 1, first), last)
-    tl.store(bounds_ptr + rows, tl.where(inside, start, last).to(tl.int32), mask=rows < total)
-    tl.store(bounds_ptr + total + rows, tl.where(inside, end, last).to(tl.int32), mask=rows < total)
+    for turn in tl.static_range(1 + MIRROR):
+        start = tl.minimum(tl.maximum(place - (behind if turn else before), first), last)
+        end = tl.minimum(tl.maximum(place + (before if turn else behind) + 1, first), last)
+        start, end = tl.where(inside, start, last), tl.where(inside, end, last)
+        at = bounds_ptr + 2 * turn * total.to(tl.int64) + rows
+        tl.store(at, start.to(tl.int32), mask=rows < total)
+        tl.store(at + total, end.to(tl.int32), mask=rows < total)
 
 
 def row_bounds(
@@ -279,16 +292,19 @@ def row_bounds(
     behind: int,
     other: Tensor,  # (n+1,) int32
     others: int,
+    *,
+    mirror: bool = False,
 ) -> Tensor:
     """(2, total) int32: what each row meets in its segment of `others` rows, at most `before` rows
-    before its own place and `behind` rows behind it."""
-    bounds = torch.empty((2, total), dtype=torch.int32, device=cu.device)
+    before its own place and `behind` rows behind it. (4, total) with `mirror`: then the same with
+    the sides exchanged, which is what meets each row where both streams are one."""
+    bounds = torch.empty((4 if mirror else 2, total), dtype=torch.int32, device=cu.device)
     segments = cu.shape[0] - 1
     config = configs.row_bounds_config(total, cu.device)
     _launch.launch(
         stlm_row_bounds, _launch.ceil_div(total, config["BLOCK"]),
         cu.contiguous(), other.contiguous(), bounds, segments, total, others, before, behind,
-        device=cu.device, **config,
+        MIRROR=mirror, device=cu.device, **config,
     )  # fmt: skip
     return bounds
 
@@ -320,6 +336,8 @@ def harmless(x):
 
 def with_rows(x: Tensor) -> Tensor:
     """(T, H, K) with dense rows: slices of packed projections stay, other layouts are copied."""
+    if x.is_contiguous():
+        return x
     dense = (
         x.stride(2) == 1 and x.stride(1) == x.shape[2] and x.stride(0) >= x.shape[1] * x.shape[2]
     )

@@ -12,7 +12,7 @@ from helpers.lanes import Way
 from helpers.tensors import ints, normal
 from torch import Tensor
 
-from stlm_kernels import attention, explain
+from stlm_kernels import _launch, attention, explain
 
 EVERY_LANE = pytest.mark.lanes("cpu", "interpret", "gpu")
 ONE_DTYPE = pytest.mark.one_dtype  # test_ops has the values of the others
@@ -247,3 +247,17 @@ def test_the_kernels_know_windows_of_two_sides() -> None:
     assert not causes(causal=False, window=(3, -1))
     assert causes(causal=False)
     assert causes(causal=False, window=(-1, None))
+
+
+@pytest.mark.parametrize(("boundaries", "times"), [({}, 1), ({"cu_seqlens_k": ROWS.clone()}, 2)])
+def test_bounds_of_documents_are_found_once(boundaries: dict[str, Any], times: int) -> None:
+    """Those of the backward come with the forward's, unless keys have documents of their own."""
+    pytest.importorskip("triton")
+    q, k, v = example(Way("torch", "cpu", torch.float32), keys=35)
+    q.requires_grad_()
+    names: list[str] = []
+    with _launch.recording(lambda *call: names.append(call[0].__name__)):
+        out = attention(q, k, v, window=7, cu_seqlens=ROWS, impl="triton", **boundaries)
+        out.sum().backward()
+    assert names.count("stlm_row_bounds") == times
+    assert len(names) == 3 + times

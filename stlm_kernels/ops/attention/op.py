@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -72,15 +73,14 @@ def attention(
     q, k, v = _library.distinct(q, k, v)
     out_dtype = runtime.compute_dtype(q)
     q, factor = positive_scale(q, scale)
+    reach = sides(causal, window)
+    if kernels:
+        return _Attention.apply(q, k, v, cu_seqlens, cu_seqlens_k, *reach, factor, out_dtype)[0]
     packed = q.dim() == 3
     if packed:
         q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
-    reach = sides(causal, window)
-    if kernels:
-        out = _Attention.apply(q, k, v, cu_seqlens, cu_seqlens_k, *reach, factor, out_dtype)[0]
-    else:
-        options = torch_impl.Options(*reach, factor, softcap, float(dropout_p))
-        out = torch_impl.attention(q, k, v, cu_seqlens, cu_seqlens_k, options, out_dtype)
+    options = torch_impl.Options(*reach, factor, softcap, float(dropout_p))
+    out = torch_impl.attention(q, k, v, cu_seqlens, cu_seqlens_k, options, out_dtype)
     return out.squeeze(0) if packed else out
 
 
@@ -169,11 +169,16 @@ def _check_lengths(cu_seqlens: Tensor, cu_seqlens_k: Tensor) -> None:
 
 
 def _fwd_meta(
-    q: Tensor, cu_seqlens: Tensor | None, out_dtype: torch.dtype
+    q: Tensor,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    total, heads = q.shape[0] * q.shape[1], q.shape[2]
+    heads = q.shape[-2]
+    total = math.prod(q.shape[:-2])
     lse = q.new_empty((heads, total), dtype=torch.float32)
-    bounds = q.new_empty((2, 0 if cu_seqlens is None else total), dtype=torch.int32)
+    shape = (2, 0) if cu_seqlens is None else (4 if cu_seqlens_k is None else 2, total)
+    bounds = q.new_empty(shape, dtype=torch.int32)
     return q.new_empty(q.shape, dtype=out_dtype), lse, bounds
 
 
@@ -190,9 +195,10 @@ def _clipped(count: int, most: int) -> int:
 
 def _pairs(q: Any, k: Any, left: int | None, right: int | None) -> int:
     """Scores of all heads, as of one document a sequence: shapes say no more."""
-    batch, rows, heads, _ = q
-    left, right = (k[1] if side is None else side for side in (left, right))
-    return batch * heads * pairs_seen(rows, k[1], left, right)
+    *batch, rows, heads, _ = q
+    keys = k[-3]
+    left, right = (keys if side is None else side for side in (left, right))
+    return math.prod(batch) * heads * pairs_seen(rows, keys, left, right)
 
 
 _FWD = _library.register(
@@ -201,7 +207,7 @@ _FWD = _library.register(
     "-> (Tensor out, Tensor lse, Tensor bounds)",
     launcher="attention:launch_fwd",
     meta=_fwd_meta,
-    flops=lambda q, k, left, right: 4 * _pairs(q, k, left, right) * q[3],
+    flops=lambda q, k, left, right: 4 * _pairs(q, k, left, right) * q[-1],
 )
 _BWD = _library.register(
     "attention_bwd(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
@@ -209,7 +215,7 @@ _BWD = _library.register(
     "float scale) -> (Tensor, Tensor, Tensor)",
     launcher="attention:launch_bwd",
     meta=lambda q, k, v: _library.empty_like(q, k, v),
-    flops=lambda q, k, left, right: 10 * _pairs(q, k, left, right) * q[3],
+    flops=lambda q, k, left, right: 10 * _pairs(q, k, left, right) * q[-1],
 )
 _Attention = _library.differentiable(
     _FWD,

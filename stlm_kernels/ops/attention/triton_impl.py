@@ -191,26 +191,28 @@ def stlm_attention_bwd_kv(
 
 
 def launch_fwd(
-    q: Tensor,  # (B, T, H, K)
-    k: Tensor,  # (B, T_kv, H_kv, K)
-    v: Tensor,  # (B, T_kv, H_kv, K)
-    cu_seqlens: Tensor | None,  # (S+1,) int32, with B = 1
+    q: Tensor,  # (B, T, H, K) or (T, H, K)
+    k: Tensor,  # (B, T_kv, H_kv, K) or (T_kv, H_kv, K)
+    v: Tensor,  # as k
+    cu_seqlens: Tensor | None,  # (S+1,) int32, of packed rows
     cu_seqlens_k: Tensor | None,  # (S+1,) int32; None: cu_seqlens
     left: int | None,
     right: int | None,
     scale: float,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, T, H, K) in `out_dtype`, (H, B T) fp32 log2-sum-exp2, (2, T) int32 bounds of each row."""
-    heads, device, sides = q.shape[2], q.device, _sides(left, right)
+    """Output as q in `out_dtype`, (H, B T) fp32 log2-sum-exp2, int32 bounds of each row."""
+    heads, device, sides = q.shape[-2], q.device, _sides(left, right)
     batch, length, keys, cu = _stream(q, k, cu_seqlens)
     total = batch * length
+    kept = cu is cu_seqlens  # and else made again by the backward
+    mirror = kept and cu_seqlens_k is None
+    bounds = _bounds(cu, cu_seqlens_k, length, keys, sides, device, mirror)
     out = torch.empty(q.shape, dtype=out_dtype, device=device)
     lse = torch.empty((heads, total), dtype=torch.float32, device=device)
-    bounds = _bounds(cu, cu_seqlens_k, length, keys, sides, device)
     options = _options("fwd", q, k, cu is not None, sides, out_dtype)
     programs = _programs(batch, length, heads, options)
-    q, k, v = (with_rows(x.flatten(0, 1)) for x in (q, k, v))
+    q, k, v = _rows(q), _rows(k), _rows(v)
     factor = _base_2(scale)
     lowest = -torch.finfo(torch.float32).max / max(factor, 1.0)  # finite even times the factor
     _launch.launch(
@@ -219,17 +221,17 @@ def launch_fwd(
         total, length, keys, *sides, q.stride(0), k.stride(0), v.stride(0), factor, lowest,
         device=device, **options,
     )  # fmt: skip
-    return out, lse, bounds if cu is cu_seqlens else bounds.new_empty((2, 0))
+    return out, lse, bounds if kept else bounds.new_empty((2, 0))
 
 
 def launch_bwd(
-    grad: Tensor,  # (B, T, H, K)
-    q: Tensor,  # (B, T, H, K)
-    k: Tensor,  # (B, T_kv, H_kv, K)
-    v: Tensor,  # (B, T_kv, H_kv, K)
-    out: Tensor,  # (B, T, H, K)
+    grad: Tensor,  # as q
+    q: Tensor,  # (B, T, H, K) or (T, H, K)
+    k: Tensor,  # (B, T_kv, H_kv, K) or (T_kv, H_kv, K)
+    v: Tensor,  # as k
+    out: Tensor,  # as q
     lse: Tensor,  # (H, B T)
-    bounds: Tensor,  # (2, T), or (2, 0) without documents
+    bounds: Tensor,  # (4, T) of q and k; (2, T) with cu_seqlens_k; (2, 0) without documents
     cu_seqlens: Tensor | None,
     cu_seqlens_k: Tensor | None,
     left: int | None,
@@ -237,17 +239,19 @@ def launch_bwd(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; the second kernel reads what the first noted of each row."""
-    heads, kv_heads, device, sides = q.shape[2], k.shape[2], q.device, _sides(left, right)
+    heads, kv_heads, device, sides = q.shape[-2], k.shape[-2], q.device, _sides(left, right)
     batch, length, keys, cu = _stream(q, k, cu_seqlens)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (q, k, v))
     has_docs = cu is not None
     of_q, of_kv = (_options(x, q, k, has_docs, sides, grad.dtype) for x in ("bwd_q", "bwd_kv"))
     if cu is not cu_seqlens:
-        bounds = _bounds(cu, None, length, keys, sides, device)
-    other = cu if cu_seqlens_k is None else cu_seqlens_k
-    key_bounds = _bounds(other, cu, keys, length, sides[::-1], device)
+        bounds = _bounds(cu, None, length, keys, sides, device, mirror=True)
+    if cu_seqlens_k is None:
+        key_bounds = bounds[2:]
+    else:
+        key_bounds = _bounds(cu_seqlens_k, cu, keys, length, sides[::-1], device)
     total, delta = lse.shape[1], torch.empty_like(lse)
-    q, k, v = (with_rows(x.flatten(0, 1)) for x in (q, k, v))
+    q, k, v = _rows(q), _rows(k), _rows(v)
     grad, out = grad.contiguous(), out.contiguous()
     last = q.stride(0), k.stride(0), v.stride(0), _base_2(scale), scale
     _launch.launch(
@@ -267,12 +271,17 @@ def launch_bwd(
 def _stream(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, int, Tensor | None]:
     """Number of sequences, their rows and keys, and boundaries. Sequences so short that a tile
     holds several are documents of one."""
-    (batch, length), keys = q.shape[:2], k.shape[1]
+    batch, length, keys = 1 if q.dim() == 3 else q.shape[0], q.shape[-3], k.shape[-3]
     total = batch * length
     if batch == 1 or not 0 < length == keys <= SHORT or total > configs.FARTHEST:
         return batch, length, keys, cu_seqlens
     cu = torch.arange(0, total + 1, length, dtype=torch.int32, device=q.device)
     return 1, total, total, cu
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(B T, H, K) with dense rows."""
+    return with_rows(x if x.dim() == 3 else x.flatten(0, 1))
 
 
 def _base_2(scale: float) -> float:
@@ -294,22 +303,22 @@ def _sides(left: int | None, right: int | None) -> tuple[int, int]:
 
 def _bounds(
     cu: Tensor | None, other: Tensor | None, rows: int, others: int, sides: tuple[int, int],
-    device: torch.device,
+    device: torch.device, mirror: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Range of the other side's rows that each row of packed documents meets, (2, rows) int32."""
+    """Range of the other side's rows that each row of packed documents meets: see `row_bounds`."""
     if cu is None:
         return torch.empty((2, 0), dtype=torch.int32, device=device)
-    return row_bounds(cu, rows, *sides, cu if other is None else other, others)
+    return row_bounds(cu, rows, *sides, cu if other is None else other, others, mirror=mirror)
 
 
 def _options(
     kernel: str, q: Tensor, k: Tensor, has_docs: bool, sides: tuple[int, int], dtype: torch.dtype
 ) -> dict[str, Any]:
     """The constants of a launch; `dtype` is what the products' operands are cast to."""
-    (heads, width), reach = q.shape[2:], min(sum(sides) + 1, k.shape[1])
+    (heads, width), reach = q.shape[-2:], min(sum(sides) + 1, k.shape[-3])
     options = configs.rows_config(kernel, width, reach, dtype, q.dtype, q.device) | {
         "H": heads,
-        "GROUP": heads // k.shape[2],
+        "GROUP": heads // k.shape[-2],
         "HAS_DOCS": has_docs,
         "DOT": dot_type(dtype),
         "MAIN": configs.main_columns(width),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import _checks
-from ..._launch import Config, amount, block_of, config_for, gpu_of, width_bucket
+from ..._launch import Config, amount, block_of, config_for, width_bucket
 
 
 def unsupported_reasons(*, patch_states: Tensor, **_: Any) -> list[str]:
@@ -29,8 +29,6 @@ def smooth_config(patches: int, width: int, dtype: torch.dtype, device: torch.de
 
 
 def bwd_config(patches: int, width: int, dtype: torch.dtype, device: torch.device) -> Config:
-    default = {"BLOCK_P": 16, "BLOCK_D": block_of(width, 128), "num_warps": 4}
-    if gpu_of(device).arch >= 100:  # where those spill under autocast
-        default |= {"BLOCK_P": 32, "num_warps": 8}
+    default = {"BLOCK_P": 16, "BLOCK_D": block_of(width, 128), "num_warps": 8}
     shape = width_bucket(width, amount(patches * width), dtype)
     return config_for("ema_unpool_bwd", shape, default, device)

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import _launch
-from ..._triton.tiles import dot_type, segments_of
+from ..._triton.tiles import dot_type, segments_of, side_by_side
 from ..unpool.triton_impl import launch_bwd as sums_by_patch
 from ..unpool.triton_impl import launch_fwd as read_by_rows
 from . import config as configs
@@ -37,7 +37,7 @@ def stlm_ema_unpool_links(
 ):  # fmt: skip
     """Mark each patch: it follows another of its document, is its first, or belongs to none."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
-    patches = first + tl.arange(0, BLOCK)
+    patches = first + side_by_side(BLOCK, 1)
     links = tl.where(patches == 0, FIRST, FOLLOWS)
     if HAS_DOCUMENTS:
         document = segments_of(cu_ptr, first, n_documents, BLOCK)
@@ -134,7 +134,7 @@ def stlm_ema_unpool_bwd(
     gate = tl.load(gate_ptr + patches, mask=link != OUTSIDE, other=0.0).to(tl.float32)
     dgate = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
     for first in range(0, D, BLOCK_D):
-        columns = first + tl.arange(0, BLOCK_D)
+        columns = first + side_by_side(BLOCK_D, 4)
         place = patches[:, None] * D + columns[None, :]
         mask = own[:, None] & (columns < D)[None, :]
         s = tl.load(s_ptr + place, mask=mask, other=0.0)

@@ -84,9 +84,9 @@ def fits_one_kernel(width: int, valid: int, dtype: torch.dtype, device: torch.de
     The table and its gradient fill shared memory and registers of sm_90; the products of other
     architectures take more registers, and spill.
     """
-    if dtype == torch.float32 or width > 128 or not 128 < valid <= 272:
+    if dtype == torch.float32 or width > 128 or not 192 < valid <= 272:  # 129 to 192: 128 + a tail
         return False
-    return vocab_blocks(valid)[0] == 256 and _is_sm_90(device)
+    return _is_sm_90(device)
 
 
 @constant_while_traced

@@ -38,7 +38,7 @@ from ..._triton.row_losses import (
     target_weights,
     weighted_sum,
 )
-from ..._triton.tiles import dot_type
+from ..._triton.tiles import dot_type, side_by_side
 from . import config as configs
 
 
@@ -108,7 +108,7 @@ def stlm_linear_logprobs_mean(
     """Sum of the losses, or their mean: over no row it is NaN."""
     losses, counted = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     for first in range(0, programs, BLOCK):
-        here = first + tl.arange(0, BLOCK)
+        here = first + side_by_side(BLOCK, 1)
         losses += tl.load(partial_ptr + here, mask=here < programs, other=0.0)
         counted += tl.load(partial_ptr + programs + here, mask=here < programs, other=0.0)
     loss, divisor = tl.sum(losses, 0), tl.sum(counted, 0)
@@ -157,11 +157,13 @@ def head_of(
     label_smoothing: float,
     z_loss: float,
 ) -> Head:
-    # Under autocast: a cast of the table costs a small launch, casts in every tile cost spills.
-    tensors = (rows, weight.to(dot_dtype), bias, class_weight, targets)
+    if weight.dtype != dot_dtype:
+        # Under autocast: a cast of the table costs a small launch, casts in every tile cost spills.
+        weight = weight.to(dot_dtype)
+    tensors = (rows, weight, bias, class_weight, targets)
     main, tail = configs.vocab_blocks(valid_vocab)
     return Head(
-        tuple(None if x is None else x.contiguous() for x in tensors),
+        tuple([None if x is None else x.contiguous() for x in tensors]),
         None if logit_scale == 1 else logit_scale,
         softcap or None,
         label_smoothing or None,
@@ -218,16 +220,22 @@ def launch_sum(
     *options, mean, with_lse, kept = options_and_wants
     head = head_of(rows, weight, targets, bias, class_weight, dot_dtype, *options)
     count = rows.shape[0]
-    lse = _fp32(rows, count if with_lse else 0)
-    top, log_total = (_fp32(rows, count if kept else 0) for _ in range(2))
-    codes = torch.empty(count if kept else 0, dtype=torch.int32, device=rows.device)
-    per_row = (lse if with_lse else None, *((top, log_total, codes) if kept else (None,) * 3))
+    lse = top = log_total = codes = None
+    if with_lse:
+        lse = _fp32(rows, count)
+    if kept:
+        top, log_total = _fp32(rows, count), _fp32(rows, count)
+        codes = torch.empty(count, dtype=torch.int32, device=rows.device)
+    results = (None, lse, top, log_total, codes)
+    partial = _launch_fwd(head, rows, dot_dtype, results, with_partial=True)
+    # Here, and not before, so that the kernel begins the sooner.
     loss, divisor = _fp32(rows), _fp32(rows)
-    partial = _launch_fwd(head, rows, dot_dtype, (None, *per_row), with_partial=True)
     _launch.launch(
         stlm_linear_logprobs_mean, 1, partial, loss, divisor, partial.shape[1],
         IS_MEAN=mean, device=rows.device, **configs.mean_config(partial.shape[1], rows.device),
     )  # fmt: skip
+    lse, top, log_total = (_fp32(rows, 0) if x is None else x for x in (lse, top, log_total))
+    codes = top.new_empty(0, dtype=torch.int32) if codes is None else codes
     return loss, lse, divisor, top, log_total, codes
 
 

@@ -38,13 +38,13 @@ def keys_config(total: int, device: torch.device) -> Config:
 
 
 def bwd_heads_config(total: int, width: int, dtype: torch.dtype, device: torch.device) -> Config:
-    """One run at a time, as much of it as a tile holds.
+    """One run at a time, as much of it as a tile of one warp holds.
 
     `CHUNK`: sorted bytes whose leading run is summed ahead, so that no program of `bwd` walks a
     frequent n-gram.
     """
     block_d = block_of(width, 128)
-    default = {"CHUNK": 256, "BLOCK_K": 4096 // block_d, "BLOCK_D": block_d, "num_warps": 4}
+    default = {"CHUNK": 256, "BLOCK_K": 2048 // block_d, "BLOCK_D": block_d, "num_warps": 1}
     shape = width_bucket(width, amount(total * width), dtype)
     return config_for("ngram_embedding_bwd_heads", shape, default, device)
 
@@ -52,9 +52,9 @@ def bwd_heads_config(total: int, width: int, dtype: torch.dtype, device: torch.d
 def bwd_config(
     total: int, rows: int, width: int, dtype: torch.dtype, device: torch.device
 ) -> Config:
-    """A tile has room for about one average run of each of its rows."""
+    """A tile has room for about one average run of each of its rows, in one warp."""
     block_d = block_of(width, 128)
-    default = {"SLOTS": 2048 // block_d, "BLOCK_D": block_d, "num_warps": 4}
+    default = {"SLOTS": 2048 // block_d, "BLOCK_D": block_d, "num_warps": 1}
     shape = width_bucket(width, amount(total * width), dtype)
     config = config_for("ngram_embedding_bwd", shape, default, device)
     slots = config.pop("SLOTS")

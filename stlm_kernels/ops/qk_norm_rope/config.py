@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ... import _checks
-from ..._launch import Config, amount, block_of, bucket, config_for, gpu_of
+from ..._launch import Config, amount, block_of, bucket, config_for
 
 MOST_WIDTH = 256
-TILE_BYTES = {"fwd": 8192, "bwd": 4096}
+TILE_BYTES = {"fwd": 8192, "bwd": 1024}
 """Bytes of q or k that a program takes at a time; the backward holds three such tiles and sums."""
 
 
@@ -32,12 +32,12 @@ def rows_config(
 ) -> Config:
     """`BLOCK` heads of tokens, one after the other in memory, that a program takes at a time.
 
-    `PROGRAMS` of the backward, each with sums of weight gradients: four for each SM of an H100.
+    `PROGRAMS` of the backward, each with sums of weight gradients: sixteen for each SM of an H100,
+    of one warp, which adds them up without shared memory.
     """
     block = width_block(width)
     default = {"BLOCK": TILE_BYTES[kernel] // (block * dtype.itemsize), "num_warps": 4}
     if kernel == "bwd":
-        warps = 4 if gpu_of(device).arch == 90 else 8  # four spill on sm_80 and sm_100
-        default |= {"PROGRAMS": 4 * 132, "num_warps": warps}
+        default |= {"PROGRAMS": 16 * 132, "num_warps": 1}
     shape = bucket(f"K{block}", amount(rows * width), dtype)
     return config_for(f"qk_norm_rope_{kernel}", shape, default, device)

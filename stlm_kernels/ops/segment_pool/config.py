@@ -33,6 +33,7 @@ def pick_long_config(width: int, dtype: torch.dtype, device: torch.device) -> Co
 
 def bwd_config(total: int, width: int, dtype: torch.dtype, device: torch.device) -> Config:
     """Configuration by rows, not by patches: one long patch does not hold a program up."""
-    default = {"BLOCK_T": 64, "BLOCK_D": block_of(width, 128), "num_warps": 4}
+    rows = 128 if width <= 128 else 64  # narrow rows are over sooner than the search for the first
+    default = {"BLOCK_T": rows, "BLOCK_D": block_of(width, 128), "num_warps": 4}
     shape = width_bucket(width, amount(total * width), dtype)
     return config_for("segment_pool_bwd", shape, default, device)

@@ -34,14 +34,15 @@ def runs_config(total: int, device: torch.device) -> Config:
 def bwd_null_config(total: int, width: int, dtype: torch.dtype, device: torch.device) -> Config:
     """Ids are scanned `SCAN` at a time, and rows added `BLOCK_T` at a time where some read nothing.
 
-    `PROGRAMS`, before the sums are added up: four for each SM of an H100.
+    `PROGRAMS`, before the sums are added up: four for each SM of an H100. Of one warp each, so
+    that its rows are added up without shared memory.
     """
     default = {
         "SCAN": 1024,
         "BLOCK_T": 16,
         "BLOCK_D": block_of(width, 128),
         "PROGRAMS": 4 * 132,
-        "num_warps": 4,
+        "num_warps": 1,
     }
     shape = width_bucket(width, amount(total * width), dtype)
     return config_for("unpool_bwd_null", shape, default, device)

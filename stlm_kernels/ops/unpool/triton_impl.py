@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import _launch
-from ..._triton.tiles import dot_type, segment_sum, sum_splits
+from ..._triton.tiles import dot_type, segment_sum, side_by_side, sum_splits
 from . import config as configs
 
 
@@ -33,7 +33,10 @@ def stlm_unpool_fwd(
     bad = (ids < -1) | (ids >= n_patches)
     stored = out_ptr.dtype.element_ty
     for first in range(0, D, BLOCK_D):
-        columns = first + tl.arange(0, BLOCK_D)
+        if states_ptr.dtype.element_ty == tl.float32:
+            columns = first + side_by_side(BLOCK_D, 4)
+        else:
+            columns = first + tl.arange(0, BLOCK_D)
         in_width = columns < D
         source = states_ptr + ids[:, None] * D + columns[None, :]
         out = tl.load(source, mask=reads[:, None] & in_width[None, :], other=0.0)
@@ -52,16 +55,18 @@ def stlm_unpool_fwd(
 
 @triton.jit(do_not_specialize=["n_patches", "total"])
 def stlm_unpool_runs(ids_ptr, runs_ptr, n_patches, total, BLOCK: tl.constexpr):
-    """runs[0, j] and runs[1, j]: where id j begins and where it has ended."""
+    """runs[0, j] and runs[1, j]: where id j begins and where it has ended, at a row up to `total`.
+
+    No row reads before the first or behind the last.
+    """
     rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     here = tl.load(ids_ptr + rows, mask=rows < total, other=-1).to(tl.int64)
-    before = tl.load(ids_ptr + rows - 1, mask=(rows > 0) & (rows < total), other=-1).to(tl.int64)
-    after = tl.load(ids_ptr + rows + 1, mask=rows + 1 < total, other=-1).to(tl.int64)
-    reads = (rows < total) & (here >= 0) & (here < n_patches)
-    begins = reads & ((rows == 0) | (before != here))
-    ends = reads & ((rows == total - 1) | (after != here))
+    before = tl.load(ids_ptr + rows - 1, mask=(rows > 0) & (rows <= total), other=-1).to(tl.int64)
+    changes = here != before
+    begins = changes & (here >= 0) & (here < n_patches)
+    ends = changes & (before >= 0) & (before < n_patches)
     tl.store(runs_ptr + here, rows.to(tl.int32), mask=begins)
-    tl.store(runs_ptr + n_patches + here, (rows + 1).to(tl.int32), mask=ends)
+    tl.store(runs_ptr + n_patches + before, rows.to(tl.int32), mask=ends)
 
 
 @triton.jit(do_not_specialize=["total", "run"])
@@ -121,7 +126,7 @@ def launch_bwd(grad: Tensor, read_ids: Tensor, patches: int, dtype: torch.dtype)
     total = read_ids.shape[0]
     config = configs.runs_config(total, grad.device)
     _launch.launch(
-        stlm_unpool_runs, _launch.ceil_div(total, config["BLOCK"]),
+        stlm_unpool_runs, _launch.ceil_div(total + 1, config["BLOCK"]),
         read_ids.contiguous(), runs, patches, total, device=grad.device, **config,
     )  # fmt: skip
     return segment_sum(grad, runs[0], runs[1], False, dtype)
