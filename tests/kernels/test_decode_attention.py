@@ -233,7 +233,8 @@ def test_parts_follow_from_shapes() -> None:
     assert count(span=8192, tiles=4) == 64
     assert count(span=1 << 20, tiles=1) == 64  # as many as are combined at once
     assert count(span=8192, tiles=256) == 1  # the device is full without
-    assert count(span=0, tiles=1) == 1
+    assert count(span=0, tiles=1) == count(span=128, tiles=1) == 1
+    assert count(span=129, tiles=1) == 3
 
 
 @pytest.mark.lanes("aot")

@@ -15,6 +15,8 @@ MOST_SPLITS = 64
 """The combining kernel holds the results of all splits of a head at once."""
 MOST_HEADS = 64
 """Query heads of one key head that a program takes."""
+WHOLE = 2
+"""Blocks of a cache that stay one part: a second launch for one block more would not pay."""
 TILE_BYTES = 8 * 1024
 """Bytes of a cache at a time: three stages of both caches leave room for four programs on an SM."""
 
@@ -66,4 +68,6 @@ def split_count(span: int, tiles: int, block: int, programs: int) -> int:
         block: entries that a program takes at a time.
         programs: how many occupy the device.
     """
+    if span <= WHOLE * block:
+        return 1
     return cut(span, tiles, min(programs, tiles * MOST_SPLITS), block)[0]
