@@ -10,6 +10,7 @@ Backward. dz as unpool's contiguous segment sum, in fp32; s[j] = dz[j] + (1 - ga
 the same kernel walking back; then dstates = gate * s, dgate = sum of s * (states - z[j-1]) over the
 columns, in order. No atomics.
 Bytes: 2 T D + 30 P D, of which 24 P D are dz, s and z in fp32, written once and read once.
+Counted on sm_90 for words at 1M bytes, D = 768: at least 1,252 us forward, by L2, 878 backward.
 """
 
 from __future__ import annotations

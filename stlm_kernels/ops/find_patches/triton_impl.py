@@ -19,8 +19,8 @@ byte look for its own. Divisions by what a launch keeps constant are products wi
 No atomics, no waiting of one program for another, no synchronisation with the host.
 Floor: 9 T + 4 P bytes (an id or a mask read, two int32 written for each byte), 10 MB at 1M bytes;
 passes 1 and 3 both read the ids.
-Counted on sm_90 for English text: at least 4.9 + 0.02 + 6.6 us, by integer instructions, which have
-half the rate of others (10 us in sum was aimed at); 8.9 by all instructions. Stores move 1.06 of
+Counted on sm_90 for English text: at least 4.3 + 0.02 + 6.3 us, by integer instructions, which have
+half the rate of others (10 us in sum was aimed at); 8.0 by all instructions. Stores move 1.06 of
 the fewest sectors, loads 2 to 3: the two bytes before each byte are read anew, off the alignment of
 16, from lines that the first load has brought into L1; the notes of blocks are few.
 """

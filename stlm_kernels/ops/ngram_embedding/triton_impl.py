@@ -22,6 +22,8 @@ synchronisation.
 Floor: T + 2 T D + 2 M D bytes: 16 us at 1M bytes and D = 32 with 4096 rows. The sort comes on top:
 it moves its 10 or 12 bytes of key and position twice for every 8 bits of the key, which is why
 tables below 32,768 rows have 16-bit keys. The heads cost 8 D T / CHUNK bytes.
+Counted on sm_90 for six tables of 50,000 x 128 at 1M bytes of English: at least 501 us backward, by
+DRAM, of which keys take 71: each byte reads those before it off the alignment of a sector.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ of q, k and v again: 22 us of products for 133 MB less (31 us) at T = 65,536, D 
 heads of 64, and x again for each group of heads; the bounds are equal, and torch's product simpler.
 
 Floor there: 25.8 GFLOP = 33 us at 790 TFLOP/s and 134 MB = 31 us at 4.3 TB/s forward; backward two
-products, 65 us, and 168 MB. Counted on sm_90: 68 us forward, of L2, since each block of 128 rows
-reads the whole weight (issue 17, matrix 26); 160 backward, of which torch's products 56. DRAM, both
+products, 65 us, and 168 MB. Counted on sm_90: 65 us forward, of L2, since each block of 128 rows
+reads the whole weight (issue 21, matrix 26); 157 backward, of which torch's products 56. DRAM, both
 ways: 776 MB, where F.rms_norm, F.linear and qk_norm_rope move 1,103 (0.70 of them; the aim was
 0.35: the gradient of the products, the rows' norm and the gradient above it go through memory).
 """
