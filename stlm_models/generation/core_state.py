@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ..layers.kv_cache import CacheRows, KVCache
+from ..layers.transformer import PatchCore
+from .block_run import BlockRun, caches_at
 
 
 class CachedCore(Protocol):
@@ -25,13 +25,13 @@ class CachedCore(Protocol):
 
 
 def cached_core(core: nn.Module, batch: int) -> CachedCore:
-    return (
-        _SteppedCore(core, batch) if hasattr(core, "new_caches") else _RecomputedCore(core, batch)
-    )
+    if type(core) is PatchCore:
+        return _BlockCore(core, batch)
+    return _SteppedCore(core, batch) if hasattr(core, "new_caches") else _RecomputedCore(core, batch)
 
 
 class _SteppedCore:
-    """A core with caches, such as `PatchCore`: a patch costs one row of each of its layers."""
+    """A core with caches: a patch costs one row of each of its layers."""
 
     def __init__(self, core: Any, batch: int) -> None:
         self.core, self.caches = core, core.new_caches(batch)
@@ -44,6 +44,21 @@ class _SteppedCore:
 
     def append(self, rows: Tensor, x: Tensor) -> Tensor:
         return self.core(x[:, None], None, caches_at(self.caches, rows))[:, 0]
+
+
+class _BlockCore(_SteppedCore):
+    """A `PatchCore`, by the way of plain blocks where that will do."""
+
+    def __init__(self, core: PatchCore, batch: int) -> None:
+        super().__init__(core, batch)
+        self.run = BlockRun(core.blocks, self.caches, core.feed_forward, core)
+
+    def start(self, rows: Tensor, x: Tensor, cu_seqlens: Tensor, is_open: Tensor) -> Tensor:
+        self.run.renew()
+        return super().start(rows, x, cu_seqlens, is_open)
+
+    def append(self, rows: Tensor, x: Tensor) -> Tensor:
+        return self.run.step(x, rows)
 
 
 class _RecomputedCore:
@@ -68,8 +83,3 @@ class _RecomputedCore:
         lengths = torch.tensor([0, *map(len, texts)], device=x.device)
         cu_seqlens = lengths.cumsum(0).int()
         return self.core(torch.cat(texts), cu_seqlens)[cu_seqlens[1:].long() - 1]
-
-
-def caches_at(caches: Sequence[KVCache], rows: Tensor) -> Sequence[KVCache | CacheRows]:
-    """Caches of these rows, ascending; of all of them without a copy."""
-    return [cache if len(rows) == len(cache.lens) else cache.at(rows) for cache in caches]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stlm_kernels import Patches, ema_unpool, unpool
 
@@ -20,7 +20,8 @@ from ..layers.memory import follower_rows
 from ..layers.packing import Packing
 from ..layers.pooling import EmaUnpooling
 from ..layers.transformer import new_caches
-from .core_state import cached_core, caches_at
+from .block_run import BlockRun, caches_at
+from .core_state import cached_core
 from .followers import IncrementalFollowers
 from .pool_state import pool_of
 from .stages import ByteModel
@@ -91,6 +92,7 @@ class FlatRows:
 
     def __init__(self, model: ByteModel, batch: int) -> None:
         self.model, self.caches = model, new_caches(model.decoder, batch)
+        self.decoder = BlockRun(model.decoder, self.caches, model.decoder_feed_forward)
         self.ngrams = _ngram_state(model, batch)
         self.followers = IncrementalFollowers(model, batch)
 
@@ -99,6 +101,7 @@ class FlatRows:
             self.ngrams.resume(rows, byte_ids, cu_seqlens)
         self.followers.resume(rows, byte_ids, cu_seqlens)
         model = self.model
+        self.decoder.renew()
         ngrams = model.ngram_rows(byte_ids, cu_seqlens)
         follows = follower_rows(model.matches, model.memory, byte_ids, cu_seqlens)
         x = model.own_states(model.embedding.embed(byte_ids), ngrams, follows)
@@ -111,7 +114,7 @@ class FlatRows:
             ngrams = _at(model.ngrams.embed(self.ngrams.step(byte_ids)), rows)
         follows = self.followers.step(byte_ids, rows)
         x = model.own_states(model.embedding.embed(_at(byte_ids, rows)), ngrams, follows)
-        return model.decode(x[:, None], None, caches_at(self.caches, rows))[:, 0]
+        return model.output_states(self.decoder.step(x, rows))
 
 
 class PatchedRows:
@@ -134,9 +137,12 @@ class PatchedRows:
             batch, config.ngram_dim, ngram_mode(config), device=device
         )
         self.core = cached_core(model.core, batch)
-        self.encoder_caches = [] if config.encoder == "patch" else new_caches(model.encoder, batch)
-        parallel = model.head is not None
-        self.caches = [] if parallel else new_caches(model.decoder, batch)
+        # Blocks inside patches run when one is whole, or once for all of its slots.
+        encoder = nn.ModuleList() if config.encoder == "patch" else model.encoder
+        decoder = nn.ModuleList() if model.head is not None else model.decoder
+        self.encoder_caches, self.caches = new_caches(encoder, batch), new_caches(decoder, batch)
+        self.encoder = BlockRun(encoder, self.encoder_caches, model.encoder_feed_forward)
+        self.decoder = BlockRun(decoder, self.caches, model.decoder_feed_forward)
         self.reads: Tensor | None = None
         """States that the next bytes read: (B, D) of patches or their running average, or of the
         slots of a parallel output (B, L, D).
@@ -149,14 +155,13 @@ class PatchedRows:
         # The host waits for how many rows these are, and where bytes are kept for their room.
         closing = rows[_at(closed, rows)]
         embedded = model.embedding.embed(byte_ids)
-        caches = caches_at(self.encoder_caches, rows)
         ngrams = None
         if model.ngrams is not None and self.ngrams is not None:
             ngrams = model.ngrams.embed(self.ngrams.step(byte_ids))
         follows = self.followers.step(byte_ids, rows)
         own_ngrams = None if ngrams is None else _at(ngrams, rows)
         own = model.own_states(_at(embedded, rows), own_ngrams, follows)
-        encoded = model.encode(own[:, None], None, caches)[:, 0]
+        encoded = self.encoder.step(own, rows)
         pooled = [self.pool.step(embedded, rows, encoded, closed, closing)]
         if ngrams is not None:
             pooled.append(self.ngram_pool.step(ngrams, closed, closing))
@@ -167,10 +172,12 @@ class PatchedRows:
         if model.head is not None:
             return model.output_states(self.reads[rows, self.patches.lengths[rows].long()])
         x = encoded + _at(self.reads, rows)
-        return model.decode(x[:, None], None, caches_at(self.caches, rows))[:, 0]
+        return model.output_states(self.decoder.step(x, rows))
 
     def start(self, rows: Tensor, byte_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
         model = self.model
+        self.encoder.renew()
+        self.decoder.renew()
         patches = model.patcher(byte_ids, cu_seqlens)
         last = cu_seqlens[1:].long() - 1
         self.patches.resume(rows, byte_ids, cu_seqlens, patches)

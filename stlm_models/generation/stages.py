@@ -20,6 +20,7 @@ from ..layers.packing import Packing
 from ..layers.parallel_head import ParallelHead
 from ..layers.patching import BytePatcher
 from ..layers.pooling import BytePooling, ByteUnpooling, EmaUnpooling
+from ..layers.transformer import SwiGLU
 
 
 class ByteModel(HasModes, Protocol):
@@ -32,12 +33,14 @@ class ByteModel(HasModes, Protocol):
     memory: TextMemory | None
     patcher: BytePatcher
     encoder: nn.ModuleList
+    encoder_feed_forward: SwiGLU | None
     pooling: BytePooling | None
     core: nn.Module
     head: ParallelHead | None
     from_core: nn.Linear
     unpooling: ByteUnpooling | EmaUnpooling
     decoder: nn.ModuleList
+    decoder_feed_forward: SwiGLU | None
 
     @property
     def is_flat(self) -> bool: ...

@@ -56,13 +56,27 @@ class KVCache:
         device: torch.device | None = None,
     ) -> None:
         self.window, self._dtype = window, dtype
-        self.k = torch.zeros(batch, 0, kv_heads, head_dim, dtype=dtype, device=device)
-        """(B, C, H_kv, K); C grows when a row needs it."""
-        self.v = torch.zeros_like(self.k)
+        self.by_head = torch.zeros(2, batch, kv_heads, 0, head_dim, dtype=dtype, device=device)
+        """(2, B, H_kv, C, K) keys, then values; C grows when a row needs it."""
         self.lens = torch.zeros(batch, dtype=torch.int32, device=device)
         """(B,) how many positions each row has been shown."""
         self.longest = 0
         """No row has been shown more positions; may be more than the longest row was shown."""
+
+    @property
+    def k(self) -> Tensor:
+        """(B, C, H_kv, K) keys, as `decode_attention` takes them."""
+        return self.by_head[0].transpose(1, 2)
+
+    @property
+    def v(self) -> Tensor:
+        """(B, C, H_kv, K) values."""
+        return self.by_head[1].transpose(1, 2)
+
+    @property
+    def capacity(self) -> int:
+        """Positions C that there is room for."""
+        return self.by_head.shape[3]
 
     def at(self, rows: Tensor) -> CacheRows:
         """The cache of these rows, (R,) int64, in this order and each once; others stay."""
@@ -103,7 +117,9 @@ class KVCache:
         # Layers may hold one tensor: it is replaced, never changed.
         self.lens = self.lens.index_copy(0, rows, lens.to(self.lens.dtype))
         self.longest = int(self.lens.max()) if len(self.lens) else 0
-        self._reserve(self.longest)
+        self.reserve(self.longest)
+        # What is left of a text may be NaN, of which even a weight of zero makes NaN.
+        self.by_head.index_fill_(1, rows, 0)
         at = rows[documents], self._slots(positions)
         self.k[at], self.v[at] = (x.detach()[used].to(self.k.dtype) for x in (k, v))
 
@@ -120,11 +136,10 @@ class KVCache:
             what `decode_attention` takes.
         """
         self._adopt(k)
-        capacity = self.k.shape[1]
-        if self.longest >= capacity and capacity != self.window:
+        if self.longest >= self.capacity and self.capacity != self.window:
             # Rows that were begun anew, or that skip steps, leave `longest` too high.
             self.longest = int(self.lens.max())
-            self._reserve(self.longest + 1)
+            self.reserve(self.longest + 1)
         slots = self.next_slots(rows=rows) if slots is None else slots
         at = slots.rows, slots.slots
         self.k[at], self.v[at] = (x.detach().to(self.k.dtype) for x in (k, v))
@@ -138,25 +153,25 @@ class KVCache:
 
     def _adopt(self, k: Tensor) -> None:
         """Move to the keys' device, in their dtype unless another is set, while nothing is kept."""
-        if self.k.shape[1] == 0:
+        if self.capacity == 0:
             dtype = k.dtype if self._dtype is None else self._dtype
-            self.k, self.v = (x.to(k.device, dtype) for x in (self.k, self.v))
-            self.lens = self.lens.to(k.device)
+            self.by_head, self.lens = self.by_head.to(k.device, dtype), self.lens.to(k.device)
 
     def _slots(self, positions: Tensor) -> Tensor:
         return positions if self.window is None else positions % self.window
 
-    def _reserve(self, positions: int) -> None:
+    def reserve(self, positions: int) -> None:
         """Make room for rows of this many positions."""
-        batch, capacity, *heads = self.k.shape
+        capacity = self.capacity
         needed = positions if self.window is None else min(positions, self.window)
         if needed <= capacity:
             return
         grown = -(-max(needed, 2 * capacity) // ROUNDING) * ROUNDING
         grown = grown if self.window is None else min(grown, self.window)
         # Zeros, because even a weight of zero makes NaN of what uninitialised memory may hold.
-        more = self.k.new_zeros(batch, grown - capacity, *heads)
-        self.k, self.v = torch.cat((self.k, more), 1), torch.cat((self.v, more), 1)
+        before = self.by_head
+        more = before.new_zeros(*before.shape[:3], grown - capacity, before.shape[4])
+        self.by_head = torch.cat((before, more), 3)
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class Products:
         self.products = products
         self._cast: Sequence[Tensor] | None = None
         gpu, kept = runtime.on_gpu(x.device), _kept_weights() is not None
-        self._plain = all(map(_is_plain, _flat(products)))
+        self._plain = all(map(is_plain, _flat(products)))
         self._side_by_side = self._plain and (gpu or kept or x.numel() > FEW_ROWS * x.shape[-1])
         dtype = runtime.compute_dtype(x)
         if gpu and self._plain and not kept and not torch.compiler.is_compiling():
@@ -93,7 +93,8 @@ def _flat(products: Sequence[Maps]) -> list[nn.Linear]:
     return [each for maps in products for each in maps]
 
 
-def _is_plain(each: nn.Module) -> bool:
+def is_plain(each: nn.Module) -> bool:
+    """Return whether a map is its product alone: no class of its own, no bias, watched by none."""
     if type(each) is not nn.Linear or each.bias is not None:
         return False
     if is_traceable_wrapper_subclass(each.weight):  # quantised, or divided among processes

@@ -11,6 +11,7 @@ from torch import Tensor
 from stlm_kernels import runtime
 
 EPS = 1e-6
+_WIDE = (torch.float32, torch.float64)
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -21,6 +22,10 @@ def rms_norm(x: Tensor) -> Tensor:
     """
     if runtime.on_gpu(x.device):
         return F.rms_norm(x, x.shape[-1:], eps=EPS)
+    if x.dtype in _WIDE and not torch.is_grad_enabled():  # in few calls
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = torch.addcmul(x.new_full((), EPS), norm, norm, value=1 / x.shape[-1])
+        return x * scale.rsqrt_()
     needs_grad = torch.is_grad_enabled() and x.requires_grad
     if needs_grad and not torch.compiler.is_compiling() and not runtime.needs_composition(x):
         normed: Tensor = _RMSNorm.apply(x)

@@ -22,6 +22,24 @@ def rotary_tables(
     return _kept_rotary_tables(1 << (length - 1).bit_length(), head_dim, base, device)
 
 
+def rotary_columns(
+    length: int, head_dim: int, base: float, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The tables once for each column of a head, (n_positions, head_dim), the first half of sin
+    negative: a head turns to head * cos + head.roll(head_dim / 2) * sin.
+    """
+    return _rotary_columns(1 << (length - 1).bit_length(), head_dim, base, device, dtype)
+
+
+@functools.lru_cache(maxsize=16)
+def _rotary_columns(
+    length: int, head_dim: int, base: float, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False), torch.no_grad():
+        cos, sin = (x.to(dtype) for x in rotary_tables(length, head_dim, base, device))
+        return torch.cat((cos, cos), 1), torch.cat((-sin, sin), 1)
+
+
 @functools.lru_cache(maxsize=16)
 def _kept_rotary_tables(
     length: int, head_dim: int, base: float, device: torch.device
