@@ -1,0 +1,250 @@
+"""Blocks of a transformer beside texts that grow: each runs on the next position of every row.
+
+A row's products take a CPU less time than the modules, ops and checks around them. So plain blocks
+run there by few calls of torch, on their own weights; blocks that are watched, replaced, quantised
+or in 16 bits, and all blocks on a GPU, run as modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as global_hooks
+
+from stlm_kernels import runtime
+
+from ..layers.attention import Attention
+from ..layers.kv_cache import CacheRows, KVCache
+from ..layers.linear import is_plain
+from ..layers.norms import rms_norm
+from ..layers.rotary import rotary_columns
+from ..layers.transformer import SwiGLU, TransformerBlock, run_blocks
+
+DTYPES = (torch.float32, torch.float64)
+
+
+class BlockRun:
+    """Blocks beside their caches.
+
+    Args:
+        blocks: `TransformerBlock`s of one window and width of heads.
+        caches: one for each.
+        feed_forward: that the blocks share.
+        owner: the module whose forward runs them, as that of `PatchCore` does.
+    """
+
+    def __init__(
+        self,
+        blocks: nn.ModuleList,
+        caches: Sequence[KVCache],
+        feed_forward: SwiGLU | None = None,
+        owner: nn.Module | None = None,
+    ) -> None:
+        self.blocks, self.caches = blocks, caches
+        self.feed_forward, self.owner = feed_forward, owner
+        self._layers: list[_Layer] | None = None
+        self._hooks: list[Any] = []
+
+    def renew(self) -> None:
+        """Take the weights anew at the next step."""
+        self._layers = None
+
+    def step(
+        self,
+        x: Tensor,  # (R, D)
+        rows: Tensor,  # (R,) int64, ascending
+    ) -> Tensor:  # (R, D)
+        """Run the next position of each of these rows."""
+        if not len(self.blocks):
+            return x
+        layers = self._plain_layers(x)
+        if layers:
+            return _step(layers, x, rows)
+        caches = caches_at(self.caches, rows)
+        if self.owner is not None:
+            return cast(Tensor, self.owner(x[:, None], None, caches)[:, 0])
+        return run_blocks(self.blocks, x[:, None], None, caches, self.feed_forward)[:, 0]
+
+    def _plain_layers(self, x: Tensor) -> list[_Layer]:
+        """Return the layers; none where only their modules will do."""
+        if x.dtype not in DTYPES or not len(x) or not runtime.values_visible(x):
+            return []
+        if torch.is_grad_enabled() or runtime.compute_dtype(x) != x.dtype:
+            return []
+        if self._layers is None:
+            parts = [*self.blocks, self.feed_forward, self.owner]
+            modules = [module for part in parts if part is not None for module in part.modules()]
+            self._hooks = _hooks_of(modules)
+            is_own = not any("forward" in vars(module) for module in modules)
+            self._layers = (
+                _layers_of(self.blocks, self.caches, self.feed_forward, x) if is_own else []
+            )
+        if any(self._hooks) or self.caches[0].by_head.dtype != x.dtype:
+            return []
+        return self._layers
+
+
+class _Layer(NamedTuple):
+    """Weights of a block: those that read the same side by side, each as a product takes it."""
+
+    attention: Attention
+    cache: KVCache
+    qkv: Tensor
+    gains: Tensor | None
+    """(H + H_kv, K) of queries and keys."""
+    output: Tensor
+    gate_up: Tensor
+    down: Tensor
+
+
+def _layers_of(
+    blocks: nn.ModuleList, caches: Sequence[KVCache], shared: SwiGLU | None, x: Tensor
+) -> list[_Layer]:
+    """Return the layers of plain blocks in x's dtype on its device, or none."""
+    layers = []
+    for block, cache in zip(blocks, caches, strict=True):
+        if type(block) is not TransformerBlock or type(block.attention) is not Attention:
+            return []
+        attention, own = block.attention, block.feed_forward
+        own = shared if own is None else own
+        if type(own) is not SwiGLU:
+            return []
+        q, k, v, gate, up = attention.query, attention.key, attention.value, own.gate, own.up
+        maps = [q, k, v, attention.output, gate, up, own.down]
+        if not all(map(is_plain, maps)) or not all(each.weight.dtype == x.dtype for each in maps):
+            return []
+        layers.append(
+            _Layer(
+                attention,
+                cache,
+                torch.cat((q.weight, k.weight, v.weight)).t(),
+                _gains(attention, x.dtype),
+                attention.output.weight.t(),
+                torch.cat((gate.weight, up.weight)).t(),
+                own.down.weight.t(),
+            )
+        )
+    return layers
+
+
+def _gains(attention: Attention, dtype: torch.dtype) -> Tensor | None:
+    q, k = attention.query_norm, attention.key_norm
+    if q is None or k is None:
+        return None
+    gains = [q.expand(attention.heads, -1), k.expand(attention.kv_heads, -1)]
+    return torch.cat(gains).to(dtype)
+
+
+def _hooks_of(modules: Sequence[nn.Module]) -> list[Any]:
+    """Return what holds hooks of these modules, and of all modules: empty where nobody watches."""
+    kinds = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+    everywhere = [getattr(global_hooks, f"_global_{kind}") for kind in kinds]
+    return [*everywhere, *(getattr(each, f"_{kind}") for each in modules for kind in kinds)]
+
+
+class _Places(NamedTuple):
+    """Places of the next position of some rows, the same in every layer."""
+
+    rows: Tensor | None
+    """(R,) int64; None is all rows of the batch."""
+    cos: Tensor
+    sin: Tensor
+    slots: tuple[Any, ...]
+    """Index of the new positions in (B, H_kv, C, K)."""
+    held: list[int]
+    """Slots of each of these rows that hold a position then."""
+    mask: Tensor
+    """(B H_kv, 1, slots) 0 where one holds a position of its row, else -inf; or one 0 for all."""
+
+
+def _step(layers: Sequence[_Layer], x: Tensor, rows: Tensor) -> Tensor:
+    cache = layers[0].cache
+    lens: list[int] = cache.lens.tolist()
+    places = _places(layers[0], lens, rows, x)
+    for layer in layers:
+        attended = _attend(layer, rms_norm(x), places)
+        x = torch.addmm(x, attended, layer.output)
+        gate, up = torch.mm(rms_norm(x), layer.gate_up).chunk(2, -1)
+        x = torch.addmm(x, F.silu(gate).mul_(up), layer.down)
+    after = cache.lens + 1
+    if places.rows is not None:
+        after = cache.lens.index_copy(0, rows, after[rows])
+    for layer in layers:
+        layer.cache.lens, layer.cache.longest = after, max(lens) + 1
+    return x
+
+
+def _places(layer: _Layer, lens: list[int], rows: Tensor, x: Tensor) -> _Places:
+    attention, window = layer.attention, layer.cache.window
+    is_all = len(rows) == len(lens)
+    own = lens if is_all else [lens[row] for row in rows.tolist()]
+    longest, is_even = max(own), min(own) == max(own)
+    held = [n + 1 if window is None else min(n + 1, window) for n in own]
+    tables = rotary_columns(
+        longest + 1, attention.head_dim, attention.rope_base, x.device, x.dtype
+    )
+    slots: tuple[Any, ...]
+    if is_all and is_even:
+        cos, sin = (table[longest] for table in tables)
+        slots = slice(None), slice(None), longest if window is None else longest % window
+    else:
+        positions = torch.tensor(own)
+        cos, sin = (table[positions][:, None] for table in tables)
+        slots = rows, slice(None), positions if window is None else positions % window
+    mask = x.new_zeros(1, 1, 1)
+    if min(held) < max(held) and not _one_by_one(len(rows), len(lens)):
+        used = torch.zeros(len(lens), dtype=torch.int64).index_copy_(0, rows, torch.tensor(held))
+        is_free = torch.arange(max(held)) >= used[:, None]
+        mask = x.new_zeros(is_free.shape).masked_fill_(is_free, -torch.inf)
+        mask = mask.repeat_interleave(attention.kv_heads, 0)[:, None]
+    return _Places(None if is_all else rows, cos, sin, slots, held, mask)
+
+
+def _one_by_one(rows: int, batch: int) -> bool:
+    """Return whether so few rows attend that the caches of all would cost more to read."""
+    return 2 * rows <= batch and batch > 1
+
+
+def _attend(layer: _Layer, x: Tensor, places: _Places) -> Tensor:
+    """Return what the heads give of x (R, D), (R, H K), once the caches hold its positions."""
+    attention, cache = layer.attention, layer.cache
+    heads, width = attention.heads, attention.head_dim
+    qkv = torch.mm(x, layer.qkv).view(len(x), -1, width)
+    turning = qkv[:, : heads + attention.kv_heads]
+    if layer.gains is not None:
+        turning = rms_norm(turning) * layer.gains
+    turned = torch.addcmul(turning * places.cos, turning.roll(width // 2, -1), places.sin)
+    cache.reserve(max(places.held))
+    keys, values = cache.by_head.unbind()
+    keys[places.slots], values[places.slots] = turned[:, heads:], qkv[:, turning.shape[1] :]
+    q, rows, length = turned[:, :heads], places.rows, max(places.held)
+    if rows is None:
+        return _mix(q, keys, values, length, places.mask)
+    if not _one_by_one(len(rows), len(keys)):
+        every = q.new_zeros(len(keys), *q.shape[1:]).index_copy_(0, rows, q)
+        return _mix(every, keys, values, length, places.mask)[rows]
+    mixed = [
+        _mix(
+            q[i : i + 1], keys[row : row + 1], values[row : row + 1], places.held[i], places.mask
+        )
+        for i, row in enumerate(rows.tolist())
+    ]
+    return torch.cat(mixed)
+
+
+def _mix(q: Tensor, keys: Tensor, values: Tensor, length: int, mask: Tensor) -> Tensor:
+    """Attend from q (B, H, K) to the first slots of keys and values (B, H_kv, C, K): (B, H K)."""
+    batch, kv_heads, _, width = keys.shape
+    keys, values = (each.flatten(0, 1)[:, :length] for each in (keys, values))
+    queries = q.reshape(batch * kv_heads, -1, width)
+    scores = torch.baddbmm(mask, queries, keys.mT, alpha=width**-0.5)
+    return torch.bmm(scores.softmax(-1), values).view(batch, -1)
+
+
+def caches_at(caches: Sequence[KVCache], rows: Tensor) -> Sequence[KVCache | CacheRows]:
+    """Caches of these rows, ascending; of all of them without a copy."""
+    return [cache if len(rows) == len(cache.lens) else cache.at(rows) for cache in caches]
