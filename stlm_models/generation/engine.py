@@ -164,8 +164,10 @@ class PatchedRows:
         encoded = self.encoder.step(own, rows)
         pooled = [self.pool.step(embedded, rows, encoded, closed, closing)]
         if ngrams is not None:
-            pooled.append(self.ngram_pool.step(ngrams, closed, closing))
+            self.ngram_pool.add(ngrams)
         if len(closing):
+            if ngrams is not None:
+                pooled.append(self.ngram_pool.take(closing, ngrams.dtype))
             inputs = model.core_inputs(*pooled)
             states = model.core_states(self.core.append(closing, inputs), inputs)
             self.reads[closing] = self._next_reads(states, self.reads[closing])

@@ -55,11 +55,11 @@ class RunningPool:
     def step(
         self, embedded: Tensor, rows: Tensor, encoded: Tensor, closed: Tensor, closing: Tensor
     ) -> Tensor:
-        if self.plain:
-            return self.state.step(embedded, closed, closing)
-        x = encoded.new_zeros(embedded.shape)
-        x[rows] = encoded
-        return self.state.step(x, closed, closing)
+        x = embedded
+        if not self.plain:
+            x = encoded.new_zeros(embedded.shape).index_copy_(0, rows, encoded)
+        self.state.add(x)
+        return self.state.take(closing, x.dtype) if len(closing) else x[:0]
 
     def resume(
         self, rows: Tensor, pooled: Tensor, encoded: Tensor, last: Tensor, lengths: Tensor

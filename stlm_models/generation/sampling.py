@@ -227,13 +227,17 @@ def _run_steps(
     """Add a byte to every row that is not done, again and again."""
     if not rows or max_new_bytes == 0:
         return
-    with eval_mode(model), torch.no_grad():
+    modules, ids = list(model.modules()), torch.empty(0)
+    # Between two steps the caller goes on with the model: nothing may be in force there.
+    with eval_mode(model, modules), torch.no_grad():
         for row in rows:
             row.window = fit_context(model, row.window)
-        run = CachedRun(model, [row.window for row in rows])
-    # Between two steps the caller goes on with the model: nothing may be in force there.
+        windows = [row.window for row in rows]
+        run = CachedRun(model, windows)
     for step in range(max_new_bytes):
-        with eval_mode(model), torch.no_grad():
+        with eval_mode(model, modules), torch.no_grad():
+            if step:
+                advance(run, windows, ids, [i for i, row in enumerate(rows) if not row.done])
             # Finished rows stay in, so that the noise of the others does not depend on them.
             ids = model.embedding.sample(run.hidden, **settings.at_step(step, base))
             drawn = _checked_ids(model, run, rows, ids)
@@ -241,11 +245,8 @@ def _run_steps(
             if not row.done:
                 row.append(byte)
         yield
-        if all(row.done for row in rows) or step == max_new_bytes - 1:
+        if all(row.done for row in rows):
             return
-        active = [i for i, row in enumerate(rows) if not row.done]
-        with eval_mode(model), torch.no_grad():
-            advance(run, [row.window for row in rows], ids, active)
 
 
 def _checked_ids(model: ByteModel, run: CachedRun, rows: Sequence[_Row], ids: Tensor) -> list[int]:

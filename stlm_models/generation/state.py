@@ -7,10 +7,12 @@ row, has ended. Rows may differ in length. No step waits for the device or loops
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from stlm_kernels import Patches, find_patches
+from stlm_kernels import Patches, find_patches, runtime
 
 IDS = 257
 """256 bytes, and one id for all above, which no rule tells apart."""
@@ -48,7 +50,6 @@ class IncrementalPatcher:
         self._closing = alone.read_ids >= 0
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         """(B,) bytes of the open patch."""
-        self._none = torch.zeros((), dtype=torch.int32, device=device)
         self.positions = torch.zeros(batch, dtype=torch.int32, device=device)
         """(B,) bytes of the document so far."""
         self.after_closing = torch.zeros(batch, dtype=torch.bool, device=device)
@@ -56,24 +57,33 @@ class IncrementalPatcher:
 
     def step(self, byte_ids: Tensor) -> Tensor:
         """The next byte of each row, (B,) integers -> (B,) bool: it closes its patch."""
-        self.lengths = self.lengths + 1
-        self.positions = self.positions + 1
+        ids = byte_ids.long().clamp(max=IDS - 1)
+        state = self._closing, ids, self.lengths, self.positions, self.after_closing
+        if not runtime.values_visible(byte_ids):
+            return self._step(*state)
+        # numpy's calls for few numbers cost a third of torch's.
+        return torch.from_numpy(self._step(*(each.numpy() for each in state)))
+
+    def _step(self, closing: Any, ids: Any, lengths: Any, positions: Any, after_closing: Any) -> Any:
+        """`step` on arrays as on tensors, which it changes in place."""
+        lengths += 1
+        positions += 1
         if self.patch_size is not None:
-            closed = self.positions % self.patch_size == 0
+            closed = positions % self.patch_size == 0
         else:
-            closing = self._closing[byte_ids.long().clamp(max=IDS - 1)]
-            closed = closing & ~self.after_closing
-            self.after_closing = closing
+            closes = closing[ids]
+            closed = closes > after_closing
+            after_closing[:] = closes
         if self.max_patch_len is not None:
-            closed = closed | (self.lengths == self.max_patch_len)
-        self.lengths = torch.where(closed, self._none, self.lengths)
+            closed = closed | (lengths == self.max_patch_len)
+        lengths *= ~closed
         return closed
 
     def begin_documents(self, rows: Tensor) -> None:
         """The next byte of these rows, (B,) bool, begins a document; an open patch is dropped."""
-        self.lengths = self.lengths.masked_fill(rows, 0)
-        self.positions = self.positions.masked_fill(rows, 0)
-        self.after_closing = self.after_closing & ~rows
+        self.lengths.masked_fill_(rows, 0)
+        self.positions.masked_fill_(rows, 0)
+        self.after_closing.logical_and_(~rows)
 
     def resume(self, rows: Tensor, byte_ids: Tensor, cu_seqlens: Tensor, patches: Patches) -> None:
         """Row rows[s] goes on where document s of a full run has ended, none of them empty.
@@ -119,8 +129,6 @@ class IncrementalPooling:
         dtype = torch.float32 if where.type == "mps" else torch.float64
         self.states = torch.full((batch, dim), self._nothing, dtype=dtype, device=where)
         """(B, D) the sum, maximum, minimum, first or last of the open patch."""
-        self._no_state = torch.full((), self._nothing, dtype=dtype, device=where)
-        self._no_bytes = torch.zeros((), dtype=torch.int32, device=where)
         self.counts = torch.zeros(batch, 1, dtype=torch.int32, device=where)
         """(B, 1) bytes of the open patch."""
 
@@ -128,37 +136,44 @@ class IncrementalPooling:
         self,
         x: Tensor,  # (B, D)
         closed: Tensor,  # (B,) bool
-        wanted: Tensor | None = None,  # (R,) int64
-    ) -> Tensor:  # (B, D), or (R, D) of the rows that are wanted
+    ) -> Tensor:  # (B, D)
         """Add the state of each row's next byte.
 
         Returns:
             in x's dtype, each row's patch pooled up to and with this byte: what the full run gives
             where the byte closes it. The next byte of those rows begins a patch.
         """
-        pooled, counts = self._with(x), self.counts + 1
-        closed = closed[:, None]
-        # One launch each, where masked_fill copies first.
-        self.states = torch.where(closed, self._no_state, pooled)
-        self.counts = torch.where(closed, self._no_bytes, counts)
-        if wanted is not None:
-            pooled, counts = pooled[wanted], counts[wanted]
-        return (pooled / counts if self.mode == "mean" else pooled).to(x.dtype)
+        self.add(x)
+        pooled = self._pooled(self.states, self.counts).to(x.dtype, copy=True)
+        self.begin_documents(closed)
+        return pooled
 
-    def _with(self, x: Tensor) -> Tensor:
+    def add(self, x: Tensor) -> None:
+        """Add the states (B, D) of each row's next byte."""
         if self.mode in ("mean", "sum"):
-            return self.states + x
-        x = x.to(self.states.dtype)
-        if self.mode == "max":
-            return torch.maximum(self.states, x)
-        if self.mode == "min":
-            return torch.minimum(self.states, x)
-        return x if self.mode == "last" else torch.where(self.counts == 0, x, self.states)
+            self.states += x
+        elif self.mode in ("max", "min"):
+            extreme = torch.maximum if self.mode == "max" else torch.minimum
+            extreme(self.states, x.to(self.states.dtype), out=self.states)
+        elif self.mode == "last":
+            self.states.copy_(x)
+        else:
+            torch.where(self.counts == 0, x.to(self.states.dtype), self.states, out=self.states)
+        self.counts += 1
+
+    def take(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the pooled patches of these rows, (R,) int64, in a dtype; their next begin."""
+        pooled = self._pooled(self.states[rows], self.counts[rows]).to(dtype)
+        self.states[rows], self.counts[rows] = self._nothing, 0
+        return pooled
+
+    def _pooled(self, states: Tensor, counts: Tensor) -> Tensor:
+        return states / counts if self.mode == "mean" else states
 
     def begin_documents(self, rows: Tensor) -> None:
         """The next byte of these rows, (B,) bool, begins a document; an open patch is dropped."""
-        self.states = self.states.masked_fill(rows[:, None], self._nothing)
-        self.counts = self.counts.masked_fill(rows[:, None], 0)
+        self.states.masked_fill_(rows[:, None], self._nothing)
+        self.counts.masked_fill_(rows[:, None], 0)
 
     def resume(self, rows: Tensor, pooled: Tensor, lengths: Tensor) -> None:
         """Row rows[s] goes on within a patch of lengths[s] bytes that pooled[s] (D,) stands for.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from stlm_kernels import Patches, ngram_embedding, segment_pool
+from stlm_kernels import Patches, ngram_embedding, runtime, segment_pool
 
 from ..config import HASH_MULTIPLIERS
 from .typed_call import typed_as
@@ -86,5 +88,32 @@ class NgramPooling(nn.Module):
             (B, dim), before the projection.
         """
         batch, length = last_ids.shape
-        boundaries = torch.arange(batch + 1, dtype=torch.int32, device=last_ids.device) * length
-        return self.rows(last_ids.flatten(), boundaries)[length - 1 :: length]
+        if runtime.on_gpu(last_ids.device):
+            boundaries = torch.arange(batch + 1, dtype=torch.int32, device=last_ids.device)
+            return self.rows(last_ids.flatten(), boundaries * length)[length - 1 :: length]
+        # The hashes of `ngram_embedding`, which would form those of all ids, by one product.
+        hashes = last_ids @ _powers(self.sizes, self.multipliers, length).to(last_ids.device)
+        rows = hashes.remainder(self.tables[0].shape[0]).unbind(1)
+        dtype = runtime.compute_dtype(self.tables[0])
+        wide = torch.promote_types(dtype, torch.float32)
+        found = [table.index_select(0, at) for table, at in zip(self.tables, rows, strict=True)]
+        out = found[0].to(dtype).to(wide)
+        for row in found[1:]:
+            out += row.to(dtype)
+        return out.to(dtype)
+
+
+@functools.cache
+def _powers(sizes: tuple[int, ...], multipliers: tuple[int, ...], length: int) -> Tensor:
+    """(length, tables) int64: what the hash of each table multiplies each of the last ids by."""
+    columns = [
+        [0] * (length - size) + [_wrapped(multiplier**power) for power in range(size)]
+        for multiplier, size in zip(multipliers, itertools.cycle(sizes), strict=False)
+    ]
+    with torch.inference_mode(False):
+        return torch.tensor(columns).t().contiguous()
+
+
+def _wrapped(number: int) -> int:
+    """A number as int64 arithmetic keeps it."""
+    return (number + 2**63) % 2**64 - 2**63
