@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import runtime
 
+Words = NDArray[np.uint64]
 COLUMN_STEP = 0x9E3779B97F4A7C15 - 2**64
 """An odd number (2^64 over the golden ratio) that spreads the bits of an id before the mixing."""
 ROW_STEP = 0xD1342543DE82EF95 - 2**64
@@ -24,13 +27,33 @@ def hashed(
 ) -> Tensor:
     """64 random bits for each pair of a row and a column, int64."""
     if runtime.values_visible(seed, rows, columns):
-        # Many calls for few numbers: numpy's cost half of torch's.
-        return torch.from_numpy(_hash(seed.reshape(1).numpy(), rows.numpy(), columns.numpy()))
+        # Many calls for few numbers: numpy's cost half of torch's, and its uint64 shifts in one.
+        words = (x.numpy().view(np.uint64) for x in (seed.reshape(1), rows, columns))
+        return torch.from_numpy(_hash_words(*words).view(np.int64))
     return _hash(seed, rows, columns)
 
 
+def _hash_words(seed: Words, rows: Words, columns: Words) -> Words:
+    """`_hash` of the same bits in uint64."""
+    state = _mix_words(seed.copy()) ^ rows
+    state *= ROW_STEP % 2**64
+    state = _mix_words(state) ^ columns
+    state *= COLUMN_STEP % 2**64
+    return _mix_words(state)
+
+
+def _mix_words(x: Words) -> Words:
+    """`_mixed`, in place."""
+    x ^= x >> 30
+    x *= MIX_FIRST % 2**64
+    x ^= x >> 27
+    x *= MIX_SECOND % 2**64
+    x ^= x >> 31
+    return x
+
+
 def _hash(seed: Any, rows: Any, columns: Any) -> Any:
-    """Hash of int64 numbers, in arrays as in tensors."""
+    """Hash of int64 numbers."""
     state = _mixed((_mixed(seed) ^ rows) * ROW_STEP)
     return _mixed((state ^ columns) * COLUMN_STEP)
 

@@ -7,14 +7,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ..config import id_bits
 from ..layers.matches import DEPTHS
-
-WIDTH = 4
-"""Bytes of an id as kept."""
 
 
 class IncrementalMatches:
-    """The text of each row, on the host: a search of bytes finds the latest repeat at once.
+    """The text of each row, on the host, and where each of its n-grams ended last.
 
     On a GPU each step waits for the ids, for which the caller waits as well: it writes them.
 
@@ -30,52 +28,60 @@ class IncrementalMatches:
 
     def __init__(self, batch: int, sizes: tuple[int, ...], vocab_size: int) -> None:
         self.sizes, self.vocab_size = sizes, vocab_size
-        self._texts = [bytearray() for _ in range(batch)]
+        self._texts = [_Text(sizes, vocab_size) for _ in range(batch)]
 
     def step(self, byte_ids: Tensor, rows: Tensor) -> Tensor:
         """Show the next id, of (B,), to each of these rows (R,): their indices (R, sizes) int64."""
-        found = []
-        for row, code in zip(rows.tolist(), _encoded(byte_ids[rows]), strict=True):
-            text = self._texts[row]
-            text += code
-            found.append([_index(text, size, self.vocab_size) for size in self.sizes])
+        ids = byte_ids.tolist()
+        found = [self._texts[row].append(ids[row]) for row in rows.tolist()]
         indices = torch.tensor(found, dtype=torch.int64, device=byte_ids.device)
-        return indices.view(len(rows), len(self.sizes))
+        return indices.view(len(found), len(self.sizes))
 
     def resume(self, rows: Tensor, byte_ids: Tensor, cu_seqlens: Tensor) -> None:
         """Row rows[s] goes on where document s of packed byte_ids (T,) ends."""
-        codes, boundaries = _encoded(byte_ids), cu_seqlens.tolist()
+        ids, boundaries = byte_ids.tolist(), cu_seqlens.tolist()
         for row, (start, end) in zip(rows.tolist(), pairwise(boundaries), strict=True):
-            self._texts[row] = bytearray(b"".join(codes[start:end]))
+            self._texts[row] = _Text(self.sizes, self.vocab_size)
+            for each in ids[start:end]:
+                self._texts[row].append(each)
 
 
-def _encoded(ids: Tensor) -> list[bytes]:
-    return [i.to_bytes(WIDTH, "little") for i in ids.tolist()]
+class _Text:
+    """Ids of a text, and for each size where the latest of equal n-grams ended."""
 
+    def __init__(self, sizes: tuple[int, ...], vocab_size: int) -> None:
+        bits = id_bits(vocab_size)
+        self.vocab_size, self.bits = vocab_size, bits
+        self.ids: list[int] = []
+        self.key = 0
+        """The last ids packed, the newest in the lowest bits."""
+        self.longest = (1 << bits * max(sizes)) - 1
+        self.ends: list[tuple[int, int, dict[int, int]]] = [
+            (size, (1 << bits * size) - 1, {}) for size in sizes
+        ]
 
-def _index(text: bytearray, size: int, vocab_size: int) -> int:
-    """The index of the last id of a text, as `MatchEmbedding.indices` gives it."""
-    block = size * WIDTH
-    end = _latest_repeat(text, block)
-    if end < 0:
-        return 0
-    follower = int.from_bytes(text[end : end + WIDTH], "little")
-    depth, last = 1, len(text)
-    while depth < DEPTHS and end >= (depth + 1) * block:
-        here, there = last - depth * block, end - depth * block
-        if text[here - block : here] != text[there - block : there]:
-            break
-        depth += 1
-    return 1 + (depth - 1) * vocab_size + follower
+    def append(self, newest: int) -> list[int]:
+        """Add an id: its index for each size, as `MatchEmbedding.indices` gives it."""
+        self.ids.append(newest)
+        self.key = (self.key << self.bits | newest) & self.longest
+        found, last = [], len(self.ids)
+        for size, mask, ends in self.ends:
+            index = 0
+            if last >= size:
+                key = self.key & mask
+                end = ends.get(key)
+                ends[key] = last
+                if end is not None:
+                    index = 1 + (self._depth(last, end, size) - 1) * self.vocab_size + self.ids[end]
+            found.append(index)
+        return found
 
-
-def _latest_repeat(text: bytearray, block: int) -> int:
-    """Where the latest earlier copy of the text's last `block` bytes ends; -1 without one."""
-    if len(text) < block:
-        return -1
-    suffix, end = text[-block:], len(text) - WIDTH
-    while True:
-        start = text.rfind(suffix, 0, end)
-        if start < 0 or start % WIDTH == 0:
-            return start + block if start >= 0 else -1
-        end = start + block - 1  # within an id, and so none
+    def _depth(self, last: int, end: int, size: int) -> int:
+        """Count the blocks of `size` ids that agree before two places, the first of which do."""
+        ids, depth = self.ids, 1
+        while depth < DEPTHS and end >= (depth + 1) * size:
+            here, there = last - depth * size, end - depth * size
+            if ids[here - size : here] != ids[there - size : there]:
+                break
+            depth += 1
+        return depth

@@ -62,18 +62,10 @@ def linear_sample(
 
     Numerics: docs/numerics.md. Source: the Gumbel-max trick; SplitMix64 (Steele et al., 2014).
     """
-    valid = check_projection(
-        input, linear_weight, linear_bias, softcap, logit_scale, valid_vocab
+    options = _options(
+        input, linear_weight, linear_bias, softcap, logit_scale, valid_vocab, temperature, top_k,
+        top_p,
     )  # fmt: skip
-    require_plain(input=input, linear_weight=linear_weight, linear_bias=linear_bias)
-    _check_sampling(temperature, top_k, top_p)
-    k = 0 if top_k is None or top_k >= valid else top_k
-    p = 1.0 if top_p is None else max(float(top_p), LEAST)
-    if temperature == 0:
-        options = SampleOptions(softcap or 0.0, float(logit_scale), valid, 0.0, 0, 1.0)
-    else:
-        heat = max(float(temperature), LEAST)
-        options = SampleOptions(softcap or 0.0, float(logit_scale), valid, heat, k, p)
     seed = _seed_tensor(seed, input.device)
     bias = None if linear_bias is None else linear_bias.detach()
     rows, weight = input.detach().reshape(-1, input.shape[-1]), linear_weight.detach()
@@ -85,12 +77,37 @@ def linear_sample(
         declined_reasons,
         input=input,
         linear_weight=linear_weight,
-        valid_vocab=valid,
+        valid_vocab=options.valid_vocab,
     ):
         ids = _FWD(rows, weight, bias, seed, runtime.compute_dtype(input), *options)
     else:
         ids = torch_impl.sample(rows, weight, bias, seed, options)
     return ids.view(input.shape[:-1])
+
+
+@_checks.once_per_signature
+def _options(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    valid_vocab: int | None,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+) -> SampleOptions:
+    valid = check_projection(
+        input, linear_weight, linear_bias, softcap, logit_scale, valid_vocab
+    )  # fmt: skip
+    require_plain(input=input, linear_weight=linear_weight, linear_bias=linear_bias)
+    _check_sampling(temperature, top_k, top_p)
+    if temperature == 0:
+        return SampleOptions(softcap or 0.0, float(logit_scale), valid, 0.0, 0, 1.0)
+    k = 0 if top_k is None or top_k >= valid else top_k
+    p = 1.0 if top_p is None else max(float(top_p), LEAST)
+    heat = max(float(temperature), LEAST)
+    return SampleOptions(softcap or 0.0, float(logit_scale), valid, heat, k, p)
 
 
 def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
