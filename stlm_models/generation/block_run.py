@@ -155,10 +155,12 @@ class _Places(NamedTuple):
     sin: Tensor
     slots: tuple[Any, ...]
     """Index of the new positions in (B, H_kv, C, K)."""
-    held: list[int]
-    """Slots of each of these rows that hold a position then."""
+    held: int
+    """Slots that hold a position of any of these rows then."""
     mask: Tensor
     """(B H_kv, 1, slots) 0 where one holds a position of its row, else -inf; or one 0 for all."""
+    gathers: bool
+    """The rows are few, so that copies of their caches are read, and not the caches of all."""
 
 
 def _step(layers: Sequence[_Layer], x: Tensor, rows: Tensor) -> Tensor:
@@ -184,9 +186,7 @@ def _places(layer: _Layer, lens: list[int], rows: Tensor, x: Tensor) -> _Places:
     own = lens if is_all else [lens[row] for row in rows.tolist()]
     longest, is_even = max(own), min(own) == max(own)
     held = [n + 1 if window is None else min(n + 1, window) for n in own]
-    tables = rotary_columns(
-        longest + 1, attention.head_dim, attention.rope_base, x.device, x.dtype
-    )
+    tables = rotary_columns(longest + 1, attention.head_dim, attention.rope_base, x.device, x.dtype)
     slots: tuple[Any, ...]
     if is_all and is_even:
         cos, sin = (table[longest] for table in tables)
@@ -195,18 +195,15 @@ def _places(layer: _Layer, lens: list[int], rows: Tensor, x: Tensor) -> _Places:
         positions = torch.tensor(own)
         cos, sin = (table[positions][:, None] for table in tables)
         slots = rows, slice(None), positions if window is None else positions % window
-    mask = x.new_zeros(1, 1, 1)
-    if min(held) < max(held) and not _one_by_one(len(rows), len(lens)):
-        used = torch.zeros(len(lens), dtype=torch.int64).index_copy_(0, rows, torch.tensor(held))
+    mask, gathers = x.new_zeros(1, 1, 1), 2 * len(rows) <= len(lens)
+    if not is_even:
+        used = torch.tensor(held)
+        if not gathers:
+            used = torch.zeros(len(lens), dtype=torch.int64).index_copy_(0, rows, used)
         is_free = torch.arange(max(held)) >= used[:, None]
         mask = x.new_zeros(is_free.shape).masked_fill_(is_free, -torch.inf)
         mask = mask.repeat_interleave(attention.kv_heads, 0)[:, None]
-    return _Places(None if is_all else rows, cos, sin, slots, held, mask)
-
-
-def _one_by_one(rows: int, batch: int) -> bool:
-    """Return whether so few rows attend that the caches of all would cost more to read."""
-    return 2 * rows <= batch and batch > 1
+    return _Places(None if is_all else rows, cos, sin, slots, max(held), mask, gathers)
 
 
 def _attend(layer: _Layer, x: Tensor, places: _Places) -> Tensor:
@@ -218,31 +215,25 @@ def _attend(layer: _Layer, x: Tensor, places: _Places) -> Tensor:
     if layer.gains is not None:
         turning = rms_norm(turning) * layer.gains
     turned = torch.addcmul(turning * places.cos, turning.roll(width // 2, -1), places.sin)
-    cache.reserve(max(places.held))
+    cache.reserve(places.held)
     keys, values = cache.by_head.unbind()
     keys[places.slots], values[places.slots] = turned[:, heads:], qkv[:, turning.shape[1] :]
-    q, rows, length = turned[:, :heads], places.rows, max(places.held)
+    keys, values = keys[:, :, : places.held], values[:, :, : places.held]
+    q, rows = turned[:, :heads], places.rows
     if rows is None:
-        return _mix(q, keys, values, length, places.mask)
-    if not _one_by_one(len(rows), len(keys)):
-        every = q.new_zeros(len(keys), *q.shape[1:]).index_copy_(0, rows, q)
-        return _mix(every, keys, values, length, places.mask)[rows]
-    mixed = [
-        _mix(
-            q[i : i + 1], keys[row : row + 1], values[row : row + 1], places.held[i], places.mask
-        )
-        for i, row in enumerate(rows.tolist())
-    ]
-    return torch.cat(mixed)
+        return _mix(q, keys, values, places.mask)
+    if places.gathers:
+        return _mix(q, keys.index_select(0, rows), values.index_select(0, rows), places.mask)
+    every = q.new_zeros(len(keys), *q.shape[1:]).index_copy_(0, rows, q)
+    return _mix(every, keys, values, places.mask)[rows]
 
 
-def _mix(q: Tensor, keys: Tensor, values: Tensor, length: int, mask: Tensor) -> Tensor:
-    """Attend from q (B, H, K) to the first slots of keys and values (B, H_kv, C, K): (B, H K)."""
+def _mix(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """Attend from q (B, H, K) to keys and values (B, H_kv, C, K): (B, H K)."""
     batch, kv_heads, _, width = keys.shape
-    keys, values = (each.flatten(0, 1)[:, :length] for each in (keys, values))
     queries = q.reshape(batch * kv_heads, -1, width)
-    scores = torch.baddbmm(mask, queries, keys.mT, alpha=width**-0.5)
-    return torch.bmm(scores.softmax(-1), values).view(batch, -1)
+    scores = torch.baddbmm(mask, queries, keys.flatten(0, 1).mT, alpha=width**-0.5)
+    return torch.bmm(scores.softmax(-1), values.flatten(0, 1)).view(batch, -1)
 
 
 def caches_at(caches: Sequence[KVCache], rows: Tensor) -> Sequence[KVCache | CacheRows]:

@@ -27,7 +27,9 @@ class CachedCore(Protocol):
 def cached_core(core: nn.Module, batch: int) -> CachedCore:
     if type(core) is PatchCore:
         return _BlockCore(core, batch)
-    return _SteppedCore(core, batch) if hasattr(core, "new_caches") else _RecomputedCore(core, batch)
+    return (
+        _SteppedCore(core, batch) if hasattr(core, "new_caches") else _RecomputedCore(core, batch)
+    )
 
 
 class _SteppedCore:

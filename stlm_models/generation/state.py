@@ -64,7 +64,9 @@ class IncrementalPatcher:
         # numpy's calls for few numbers cost a third of torch's.
         return torch.from_numpy(self._step(*(each.numpy() for each in state)))
 
-    def _step(self, closing: Any, ids: Any, lengths: Any, positions: Any, after_closing: Any) -> Any:
+    def _step(
+        self, closing: Any, ids: Any, lengths: Any, positions: Any, after_closing: Any
+    ) -> Any:
         """`step` on arrays as on tensors, which it changes in place."""
         lengths += 1
         positions += 1
@@ -164,7 +166,8 @@ class IncrementalPooling:
     def take(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the pooled patches of these rows, (R,) int64, in a dtype; their next begin."""
         pooled = self._pooled(self.states[rows], self.counts[rows]).to(dtype)
-        self.states[rows], self.counts[rows] = self._nothing, 0
+        self.states.index_fill_(0, rows, self._nothing)
+        self.counts.index_fill_(0, rows, 0)
         return pooled
 
     def _pooled(self, states: Tensor, counts: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ def _flat(products: Sequence[Maps]) -> list[nn.Linear]:
 
 def is_plain(each: nn.Module) -> bool:
     """Return whether a map is its product alone: no class of its own, no bias, watched by none."""
-    if type(each) is not nn.Linear or each.bias is not None:
+    if type(each) is not nn.Linear or each.bias is not None or "forward" in vars(each):
         return False
     if is_traceable_wrapper_subclass(each.weight):  # quantised, or divided among processes
         return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any, Protocol
 
 from torch import nn
@@ -29,7 +30,7 @@ def eval_mode(model: HasModes, modules: Sequence[nn.Module] | None = None) -> It
         modules: all of the model's, from a caller that comes often: to find them takes long.
     """
     modules = list(model.modules()) if modules is None else modules
-    if not any([module.training for module in modules]):  # a generator takes longer
+    if not any(map(attrgetter("training"), modules)):
         yield
         return
     before = [(module, module.training) for module in modules]
