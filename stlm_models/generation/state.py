@@ -51,7 +51,7 @@ class IncrementalPatcher:
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         """(B,) bytes of the open patch."""
         self.positions = torch.zeros(batch, dtype=torch.int32, device=device)
-        """(B,) bytes of the document so far."""
+        """(B,) bytes of the document so far (rule "fixed")."""
         self.after_closing = torch.zeros(batch, dtype=torch.bool, device=device)
         """(B,) the last byte of the document is one that closes patches (rule "space")."""
 
@@ -69,8 +69,8 @@ class IncrementalPatcher:
     ) -> Any:
         """`step` on arrays as on tensors, which it changes in place."""
         lengths += 1
-        positions += 1
         if self.patch_size is not None:
+            positions += 1
             closed = positions % self.patch_size == 0
         else:
             closes = closing[ids]
