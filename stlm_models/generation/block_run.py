@@ -140,7 +140,7 @@ def _gains(attention: Attention, dtype: torch.dtype) -> Tensor | None:
 
 
 def _hooks_of(modules: Sequence[nn.Module]) -> list[Any]:
-    """Return what holds hooks of these modules, and of all modules: empty where nobody watches."""
+    """Return what holds hooks of these modules, and of all modules, empty where there are none."""
     kinds = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
     everywhere = [getattr(global_hooks, f"_global_{kind}") for kind in kinds]
     return [*everywhere, *(getattr(each, f"_{kind}") for each in modules for kind in kinds)]

@@ -70,9 +70,9 @@ def test_as_modules_give(
         assert_same_rows(got.step(x, index), want.step(x, index))
         assert got.caches[0].lens.tolist() == want.caches[0].lens.tolist()
     assert taken == [5, 4, 2, 1, 5, 3]
-    for mine, theirs in zip(got.caches, want.caches, strict=True):
-        held = min(mine.capacity, theirs.capacity)
-        torch.testing.assert_close(mine.by_head[:, :, :, :held], theirs.by_head[:, :, :, :held])
+    for cache, other in zip(got.caches, want.caches, strict=True):
+        held = min(cache.capacity, other.capacity)
+        torch.testing.assert_close(cache.by_head[:, :, :, :held], other.by_head[:, :, :, :held])
 
 
 def watched(blocks: nn.ModuleList) -> None:
@@ -103,7 +103,7 @@ def test_modules_that_are_not_plain_run(
 
 
 @torch.no_grad()
-def test_who_watches_later_sees_the_next_step(taken: list[int]) -> None:
+def test_a_hook_added_later_sees_the_next_step(taken: list[int]) -> None:
     blocks, seen = blocks_of(None), []
     run, rows = begun(blocks, [3] * BATCH), torch.arange(BATCH)
     run.step(torch.randn(BATCH, WIDTH), rows)
