@@ -88,21 +88,26 @@ def chunk_gradients(
     interleaved: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of heads before norm and rotation, and of the norm's weight."""
-    # A pair's partner is its own partner's: the rotation turns back by the same swap.
-    up = partner(up * sin, interleaved).addcmul_(up, cos)
+    up = turned_back(up, cos, sin, interleaved)
     if x is None or weight is None:
         return up, None
-    return norm_gradients(up, x, weight, inverse_rms(x, eps))
+    scales = inverse_rms(x, eps)
+    return norm_gradients(up, x * scales, weight, scales)
+
+
+def turned_back(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Return heads before their rotation."""
+    # A pair's partner is its own partner's: the rotation turns back by the same swap.
+    return partner(x * sin, interleaved).addcmul_(x, cos)
 
 
 def norm_gradients(
     up: Tensor,  # (..., K), overwritten
-    x: Tensor,
+    x: Tensor,  # (..., K) over its rms
     weight: Tensor | None,  # (K,); None: ones
-    scales: Tensor,  # (..., 1)
+    scales: Tensor,  # (..., 1): one over the rms
 ) -> tuple[Tensor, Tensor]:
     """Gradients of an RMS norm's input and of its weight."""
-    x = x * scales
     along = up * x
     if weight is None:
         slope = along.mean(-1, keepdim=True)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from helpers.lanes import Way
 from helpers.op_matches import assert_op_matches
-from helpers.ops import inputs_of, results, run, upstream_of
+from helpers.ops import assert_same, inputs_of, results, run, upstream_of
 from torch import Tensor
 
 from stlm_kernels import _launch, explain, qk_norm_rope, qkv_rope
@@ -24,9 +27,9 @@ FP32 = Way("torch", "cpu", torch.float32)
 
 @pytest.fixture
 def chunked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of 8 rows on a CPU, for the products of the cases below."""
-    monkeypatch.setattr(torch_impl, "LEAST_ROWS", 8)
-    monkeypatch.setattr(rotary, "CHUNK_ELEMENTS", 8)
+    """Chunks of few rows on a CPU: 8 of one head of 32 columns."""
+    monkeypatch.setattr(torch_impl, "FEW_ROWS", 0)
+    monkeypatch.setattr(rotary, "CHUNK_ELEMENTS", 256)
 
 
 @EVERY_LANE
@@ -77,6 +80,34 @@ def test_chunks_of_a_batch_and_of_a_row(shape: Any, way: Way) -> None:
     assert_op_matches(SPEC, shape, way)
 
 
+@pytest.mark.parametrize("weights", ["even", "uneven", "with a zero"])
+@pytest.mark.usefixtures("chunked")
+def test_normed_heads_come_from_results_or_products(
+    weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Results tell what was normed unless a weight of heads is far smaller than another."""
+    scale = {"even": [0.5, 1.0], "uneven": [1e-3, 1.0], "with a zero": [0.0, 1.0]}[weights]
+
+    def make_inputs(*args: Any) -> Any:
+        inputs = SPEC.make_inputs(*args)
+        for name in ("q_weight", "k_weight"):
+            inputs[name] = torch.linspace(*scale, 32).to(inputs[name])
+        return inputs
+
+    used: list[str] = []
+    for name in ("_FromResults", "_FromProducts"):
+        kind = getattr(torch_impl, name)
+
+        def made(*args: Any, kind: Any = kind) -> Any:
+            used.append(kind.__name__)
+            return kind(*args)
+
+        monkeypatch.setattr(torch_impl, name, made)
+    shape = case(B=2, T=19, D=40, H=2, KV=1, K=32, norm="qk")
+    assert_op_matches(replace(SPEC, make_inputs=make_inputs), shape, FP32)
+    assert set(used) == {"_FromResults" if weights == "even" else "_FromProducts"}
+
+
 @pytest.mark.lanes("interpret", "gpu")
 @pytest.mark.one_dtype
 @pytest.mark.parametrize("shape", LAYOUTS[:2], ids=lambda shape: shape.name)
@@ -113,7 +144,8 @@ def test_chunks_are_differentiated_twice_and_many_times_at_once() -> None:
 @EVERY_LANE
 @pytest.mark.one_dtype
 @pytest.mark.usefixtures("chunked")
-def test_nothing_is_kept_but_the_arguments(way: Way) -> None:
+def test_nothing_is_kept_but_arguments_and_results(way: Way) -> None:
+    """And one number of each head, where a CPU takes the gradients from the results."""
     inputs = inputs_of(SPEC, SPEC.tagged("smoke")[1], way)
     given = {x.untyped_storage().data_ptr() for x in inputs.values() if isinstance(x, Tensor)}
     kept: list[Tensor] = []
@@ -123,9 +155,26 @@ def test_nothing_is_kept_but_the_arguments(way: Way) -> None:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        qkv_rope(**inputs, impl=way.impl)
+        out = qkv_rope(**inputs, impl=way.impl)
     assert kept
-    assert {x.untyped_storage().data_ptr() for x in kept} <= given
+    given |= {x.untyped_storage().data_ptr() for x in out}
+    rest = [x for x in kept if x.untyped_storage().data_ptr() not in given]
+    heads = out[0].shape[-2] + out[1].shape[-2]
+    assert sum(x.numel() for x in rest) <= (70 * heads if way.impl == "torch" else 0)
+
+
+@EVERY_LANE
+@pytest.mark.one_dtype
+@pytest.mark.usefixtures("chunked")
+def test_a_checkpoint_gives_the_same_gradients(way: Way) -> None:
+    inputs = inputs_of(SPEC, SPEC.tagged("smoke")[1], way)
+
+    def again(**given: Any) -> Any:
+        call = partial(qkv_rope, **given, impl=way.impl)
+        return torch.utils.checkpoint.checkpoint(call, use_reentrant=False)
+
+    plain = run(SPEC, qkv_rope, inputs, impl=way.impl)[1]
+    assert_same(run(SPEC, again, inputs)[1], plain)
 
 
 @EVERY_LANE

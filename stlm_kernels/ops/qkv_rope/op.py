@@ -34,7 +34,7 @@ def qkv_rope(
     """Queries, keys and values of attention from its input: norm, product, norm and rotary.
 
     y = x / sqrt(mean(x^2) + eps) * norm_weight; y weight^T is cut into heads of q, k and v; q and k
-    go through `qk_norm_rope`. Neither y nor the product is kept: a backward forms them again.
+    go through `qk_norm_rope`. Neither y nor the product is kept for a backward.
 
     Args:
         x: (B, T, D) or packed (T, D); float32, bfloat16 or float16; float64 on the torch path.

@@ -1,7 +1,8 @@
 """qkv_rope in aten ops: whole tensors as torch differentiates them, or on a CPU by chunks of rows.
 
-Chunks keep nothing but the arguments: the backward forms the products of normed heads again, while
-a chunk of them is in a cache.
+What is not traced keeps its arguments, results and one over the rms of each normed head. Where the
+weight of heads is even enough, the backward takes the normed heads from the results; else it forms
+their products again, which takes longer.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ from ... import runtime
 from ..._torch import autograd, rotary
 from ..._torch.casting import cast
 
-LEAST_ROWS = 128
-"""Rows of a chunk below which its products lose their efficiency."""
+MOST_UNEVEN = 8.0
+"""Largest over smallest weight of heads up to which the results tell what was normed: one that is
+rotated beside another loses as much of its precision as it is smaller."""
+FEW_ROWS = 64
+"""Up to here there is too little to keep for a backward of our own."""
 
 
 class Options(NamedTuple):
@@ -79,8 +83,7 @@ def qkv_rope(
     """q, k and v in `out_dtype`; row n stands at positions[n % period], without them at that."""
     options = Options(period, heads, kv_heads, eps, out_dtype)
     operands = Operands(x, norm_weight, weight, cos, sin, q_weight, k_weight, positions)
-    by_chunks = x.is_cpu and not torch.compiler.is_compiling()
-    by_chunks = by_chunks and x.shape[0] > _most_rows(x, weight)
+    by_chunks = x.is_cpu and not torch.compiler.is_compiling() and x.shape[0] > FEW_ROWS
     by_chunks = by_chunks and not runtime.needs_composition(*operands)
     with runtime.without_autocast(x):
         found = _QKVRope.apply(*operands, options) if by_chunks else _composed(operands, options)
@@ -112,69 +115,70 @@ def _tables(
     return next(found), next(found)
 
 
-def _most_rows(x: Tensor, weight: Tensor) -> int:
-    return max(LEAST_ROWS, rotary.CHUNK_ELEMENTS // max(weight.shape[0], x.shape[1]))
-
-
 class _QKVRope(torch.autograd.Function):
-    """All of it chunk by chunk, forward and backward."""
+    """Elementwise parts chunk by chunk, forward and backward; products whole."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         *operands, ctx.options = arguments
-        ctx.save_for_backward(*operands)
-        return _forward(Operands(*operands), ctx.options)
+        found, scales = _forward(Operands(*operands), ctx.options)
+        ctx.save_for_backward(*operands, *found[:2], *scales)
+        return found
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         options: Options = ctx.options
+        saved = ctx.saved_tensors  # only once: a checkpoint forms them again for it
         if autograd.is_needed(*grads):
 
             def compose(*operands: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
                 return _composed(Operands(*operands), options)  # type: ignore[arg-type]
 
             with runtime.without_autocast(grads[0]):
-                found = autograd.gradients(compose, ctx.saved_tensors, grads)
+                found = autograd.gradients(compose, saved[:8], grads)
         else:
             with runtime.without_autocast(grads[0]):
-                operands = Operands(*ctx.saved_tensors)
-                found = _gradients(grads, operands, options, ctx.needs_input_grad)
+                operands, results = Operands(*saved[:8]), saved[8:]
+                found = _gradients(grads, operands, results, options, ctx.needs_input_grad)
         return *found, None
 
 
-class _Chunks:
-    """Operands cast once, and what each chunk makes of them."""
+class _Call:
+    """Operands cast once, and what chunks of rows make of them."""
 
     def __init__(self, operands: Operands, options: Options) -> None:
         x, norm_weight, weight, cos, sin, q_weight, k_weight, positions = operands
-        self.x, self.options, wide = x, options, options.wide
+        self.x, self.options, self.wide = x, options, options.wide
         self.width = 2 * cos.shape[1]
-        self.gain = None if norm_weight is None else norm_weight.to(wide)
+        self.gain = None if norm_weight is None else norm_weight.to(self.wide)
         self.weight = weight.to(options.out_dtype)
-        self.q_weight, self.k_weight = (
-            None if w is None else w.to(wide) for w in (q_weight, k_weight)
-        )
+        self.head_weights = [None if w is None else w.to(self.wide) for w in (q_weight, k_weight)]
         self.cos, self.sin = _tables(cos, sin, positions, options)
 
-    def __iter__(self) -> Iterator[tuple[slice, slice]]:
-        """Rows of x, and the places of one period that they stand at."""
-        period, most = max(1, self.options.period), _most_rows(self.x, self.weight)
-        for batch, rows in rotary.chunks(self.x.shape[0] // period, period, most):
+    def chunks(self, elements: int) -> Iterator[tuple[slice, slice]]:
+        """Rows of so many elements each, and the places of one period that they stand at."""
+        period, count = max(1, self.options.period), self.x.shape[0]
+        for batch, rows in rotary.chunks(count // period, period, elements):
             first = batch.start * period
-            stop = min(batch.stop * period, self.x.shape[0])
+            stop = min(batch.stop * period, count)
             if rows.start or rows.stop < period:
                 stop = first + min(rows.stop, period)
                 first += rows.start
             yield slice(first, stop), rows
 
-    def normed(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """(rows, D) of x in the wide dtype, one over its rms, and the operand of the product."""
-        x = self.x[rows].to(self.options.out_dtype).to(self.options.wide)
-        scales = rotary.inverse_rms(x, self.options.eps)
-        operand = x * scales
-        if self.gain is not None:
-            operand *= self.gain
-        return x, scales, operand.to(self.options.out_dtype)
+    def rows_of_x(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """(rows, D) of x in the wide dtype, and one over the rms of each."""
+        x = self.x[rows].to(self.options.out_dtype).to(self.wide)
+        return x, rotary.inverse_rms(x, self.options.eps)
+
+    def normed(self) -> Tensor:
+        """(N, D) operand of the product."""
+        out = torch.empty(self.x.shape, dtype=self.options.out_dtype)
+        for rows, _ in self.chunks(self.x.shape[1]):
+            x, scales = self.rows_of_x(rows)
+            x = x * scales
+            out[rows] = x if self.gain is None else x.mul_(self.gain)
+        return out
 
     def tables(self, places: slice) -> tuple[Tensor, Tensor]:
         """(places, 1, K) each, columns' own."""
@@ -186,93 +190,136 @@ class _Chunks:
         return x.view(-1, count, x.shape[1] // self.width, self.width)
 
 
-def _forward(operands: Operands, options: Options) -> Heads:
-    chunks = _Chunks(operands, options)
-    count = chunks.x.shape[0]
-    sizes = (options.heads, options.kv_heads, options.kv_heads)
-    q, k, v = (torch.empty((count, n * chunks.width), dtype=options.out_dtype) for n in sizes)
-    turned_rows = q.shape[1] + k.shape[1]
-    first, last = chunks.weight[:turned_rows], chunks.weight[turned_rows:]
-    for rows, places in chunks:
-        _, _, operand = chunks.normed(rows)
-        torch.mm(operand, last.T, out=v[rows])
-        product = operand @ first.T
-        tables = chunks.tables(places)
-        parts = zip((q, k), product.split([q.shape[1], k.shape[1]], 1), strict=True)
-        for (out, part), weight in zip(parts, (chunks.q_weight, chunks.k_weight), strict=True):
-            folded = rotary.weighted(*tables, weight, False)
-            eps = None if weight is None else options.eps
-            part = chunks.by_head(part.to(options.wide), places)
-            turned = rotary.turned_chunk(part, *folded, eps, False)
-            chunks.by_head(out[rows], places).copy_(turned)
-    return Heads(*(y.view(count, -1, chunks.width) for y in (q, k, v)))
+def _forward(operands: Operands, options: Options) -> tuple[Heads, list[Tensor | None]]:
+    """Products, turned in place while a chunk of them is in a cache, and one over heads' rms."""
+    call = _Call(operands, options)
+    normed = call.normed()
+    found = [torch.mm(normed, weight.T) for weight in options.split(call.weight)]
+    kept: list[Tensor | None] = []
+    for out, weight in zip(found, call.head_weights, strict=False):
+        heads = out.shape[1] // call.width
+        scales = None if weight is None else torch.empty((len(out), heads), dtype=call.wide)
+        kept.append(scales)
+        for rows, places in call.chunks(out.shape[1]):
+            into = call.by_head(out[rows], places)
+            part = into.to(call.wide)
+            if scales is not None:
+                each = rotary.inverse_rms(part, options.eps)
+                scales[rows] = each.view(-1, heads)
+                part = part * each
+            folded = rotary.weighted(*call.tables(places), weight, False)
+            into.copy_(rotary.turned_chunk(part, *folded, None, False))
+    return Heads(*(y.unflatten(1, (-1, call.width)) for y in found)), kept
 
 
 def _gradients(
-    grads: Sequence[Tensor], operands: Operands, options: Options, needs: Sequence[bool]
+    grads: Sequence[Tensor],
+    operands: Operands,
+    results: Sequence[Tensor],
+    options: Options,
+    needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients of the operands."""
-    chunks = _Chunks(operands, options)
-    x, wide = operands.x, options.wide
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs[0] else None
-    sums = {
-        i: torch.zeros(operand.shape, dtype=wide)
-        for i in (1, 2, 5, 6)
-        if needs[i] and (operand := operands[i]) is not None
-    }
-    ups = [y.flatten(1) for y in grads]
-    dproduct = torch.empty(0)
-    for rows, places in chunks:
-        part, scales, operand = chunks.normed(rows)
-        dproduct = _dproduct(chunks, [y[rows] for y in ups], operand, places, sums)
-        if 2 in sums:
-            _add_product(sums[2], dproduct, operand)
-        if dx is None and 1 not in sums:
-            continue
-        up = (dproduct @ chunks.weight).to(wide)
-        drows, along = rotary.norm_gradients(up, part, chunks.gain, scales)
-        if dx is not None:
-            dx[rows] = drows
-        if 1 in sums:
-            sums[1] += along
-    found: list[Tensor | None] = [dx, *[None] * 7]
-    for i, total in sums.items():
-        operand = operands[i]
-        found[i] = None if operand is None else total.to(operand.dtype)
-    return found
+    call = _Call(operands, options)
+    normed = call.normed()
+    dproduct, of_heads = _dproduct(call, normed, grads, results)
+    found: list[Tensor | None] = [*[None] * 5, *of_heads, None]
+    if needs[2]:
+        found[2] = (dproduct.T @ normed).to(operands.weight.dtype)
+    del normed
+    if needs[0] or needs[1]:
+        found[0], dgain = _through_norm(call, dproduct @ call.weight)
+        if operands.norm_weight is not None:
+            found[1] = dgain.to(operands.norm_weight.dtype)
+    return [x if need else None for x, need in zip(found, needs, strict=False)]
 
 
 def _dproduct(
-    chunks: _Chunks,
-    ups: Sequence[Tensor],
-    operand: Tensor,
-    places: slice,
-    sums: dict[int, Tensor],
-) -> Tensor:
-    """(rows, (H + 2 H_kv) K) gradient of the product; adds up those of the heads' norms."""
-    options, wide = chunks.options, chunks.options.wide
-    out = torch.empty((operand.shape[0], chunks.weight.shape[0]), dtype=options.out_dtype)
-    tables = chunks.tables(places)
-    each = zip(
-        (5, 6), ups, options.split(chunks.weight), options.split(out, 1),
-        (chunks.q_weight, chunks.k_weight), strict=False,
-    )  # fmt: skip
-    for i, up, rows_of_weight, into, weight in each:
-        part = None
+    call: _Call, normed: Tensor, grads: Sequence[Tensor], results: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """(N, (H + 2 H_kv) K) gradient of the product, and those of the heads' norms."""
+    options = call.options
+    out = torch.empty((normed.shape[0], call.weight.shape[0]), dtype=options.out_dtype)
+    whole, weights = options.split(out, 1), options.split(call.weight)
+    whole[2].copy_(grads[2].flatten(1))
+    sums: list[Tensor | None] = []
+    for i, weight in enumerate(call.head_weights):
+        source = None
         if weight is not None:
-            part = chunks.by_head((operand @ rows_of_weight.T).to(wide), places)
-        up = chunks.by_head(up.to(wide), places)
-        turned, along = rotary.chunk_gradients(up, part, weight, *tables, options.eps, False)
-        chunks.by_head(into, places).copy_(turned)
-        if i in sums and along is not None:
-            sums[i] += along
-    options.split(out, 1)[2].copy_(ups[2])
-    return out
+            told = _tells_what_was_normed(weight, options)
+            source = (
+                _FromResults(call, results[i], weight, results[2 + i])
+                if told
+                else _FromProducts(call, torch.mm(normed, weights[i].T))
+            )
+        sums.append(_head_gradients(call, grads[i].flatten(1), whole[i], weight, source))
+    return out, sums
 
 
-def _add_product(total: Tensor, dproduct: Tensor, operand: Tensor) -> None:
-    """Add the gradient of the weight from a chunk's rows."""
-    if total.dtype == operand.dtype:
-        total.addmm_(dproduct.T, operand)
-    else:
-        total += dproduct.T @ operand
+def _tells_what_was_normed(weight: Tensor, options: Options) -> bool:
+    if options.out_dtype.itemsize < 4 or not runtime.values_readable(weight):
+        return False
+    least, most = weight.abs().aminmax()
+    return bool(most <= MOST_UNEVEN * least)
+
+
+class _FromResults:
+    """Heads after their norm, from what they became."""
+
+    def __init__(self, call: _Call, result: Tensor, weight: Tensor, scales: Tensor) -> None:
+        self.call, self.result, self.scales = call, result.flatten(1), scales
+        self.inverse = weight.reciprocal()
+
+    def __call__(
+        self, rows: slice, places: slice, tables: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        turned = self.call.by_head(self.result[rows], places)
+        heads = rotary.turned_back(turned, *tables, False).mul_(self.inverse)
+        return heads, self.scales[rows].view(*heads.shape[:-1], 1)
+
+
+class _FromProducts:
+    """The same from their products."""
+
+    def __init__(self, call: _Call, product: Tensor) -> None:
+        self.call, self.product = call, product
+
+    def __call__(
+        self, rows: slice, places: slice, tables: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        heads = self.call.by_head(self.product[rows], places).to(self.call.wide)
+        scales = rotary.inverse_rms(heads, self.call.options.eps)
+        return heads * scales, scales
+
+
+def _head_gradients(
+    call: _Call,
+    up: Tensor,  # (N, H K)
+    into: Tensor,  # (N, H K)
+    weight: Tensor | None,
+    source: _FromResults | _FromProducts | None,
+) -> Tensor | None:
+    """Write the gradient of the product of some heads; give that of their norm's weight."""
+    total = None if weight is None else torch.zeros(call.width, dtype=call.wide)
+    for rows, places in call.chunks(up.shape[1]):
+        tables = call.tables(places)
+        ups = call.by_head(up[rows], places).to(call.wide)
+        part = rotary.turned_back(ups, *tables, False)
+        if source is not None and total is not None:
+            heads, scales = source(rows, places, tables)
+            part, along = rotary.norm_gradients(part, heads, weight, scales)
+            total += along
+        call.by_head(into[rows], places).copy_(part)
+    return total
+
+
+def _through_norm(call: _Call, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x, in its dtype, and of its norm's weight."""
+    dx = up if up.dtype == call.x.dtype else torch.empty(up.shape, dtype=call.x.dtype)
+    dgain = torch.zeros(up.shape[1], dtype=call.wide)
+    for rows, _ in call.chunks(up.shape[1]):
+        x, scales = call.rows_of_x(rows)
+        part = up[rows].to(call.wide, copy=True)
+        dx[rows], along = rotary.norm_gradients(part, x * scales, call.gain, scales)
+        dgain += along
+    return dx, dgain

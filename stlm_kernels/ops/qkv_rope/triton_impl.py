@@ -9,15 +9,12 @@ x's dtype, and the rows' norm; the gradients of weight and rows are torch's prod
 `bwd_norm` takes the latter through the norm. Gradients of norm weights are partial sums of
 programs, added in order. No atomics.
 
-A kernel of ours for the weight's gradient would form the products once more and read the gradients
-of q, k and v again: 22 us of products for 133 MB less (31 us) at T = 65,536, D = 256 and 4 + 4 + 4
-heads of 64, and x again for each group of heads; the bounds are equal, and torch's product simpler.
-
-Floor there: 25.8 GFLOP = 33 us at 790 TFLOP/s and 134 MB = 31 us at 4.3 TB/s forward; backward two
-products, 65 us, and 168 MB. Counted on sm_90: 65 us forward, of L2, since each block of 128 rows
-reads the whole weight (issue 21, matrix 26); 157 backward, of which torch's products 56. DRAM, both
-ways: 776 MB, where F.rms_norm, F.linear and qk_norm_rope move 1,103 (0.70 of them; the aim was
-0.35: the gradient of the products, the rows' norm and the gradient above it go through memory).
+Floor at T = 65,536, D = 256, 4 + 4 + 4 heads of 64: 25.8 GFLOP = 33 us at 790 TFLOP/s and 134 MB =
+31 us at 4.3 TB/s forward; backward two products, 65 us, 168 MB. Counted on sm_90: 65 us forward,
+of L2, since each block of 128 rows reads the whole weight (issue 21, matrix 26); 157 backward, of
+which torch's products 56. A weight gradient of our own would cost 22 us of products for 133 MB less
+(31 us) and read x for each group of heads: no gain. DRAM both ways 776 MB, where F.rms_norm,
+F.linear and qk_norm_rope move 1,103 by arithmetic: 0.70 of it, and the aim of 0.35 is missed.
 """
 
 from __future__ import annotations
@@ -377,14 +374,9 @@ def _tables(cos: Tensor, sin: Tensor, positions: Tensor | None) -> list[Tensor]:
 
 
 def _shape(
-    kernel: str,
-    x: Tensor,
-    width: int,
-    heads: int,
-    kv_heads: int,
-    positions: Tensor | None,
+    kernel: str, x: Tensor, width: int, heads: int, kv_heads: int, positions: Tensor | None,
     dtype: torch.dtype,
-) -> tuple[int, dict[str, Any]]:
+) -> tuple[int, dict[str, Any]]:  # fmt: skip
     """Number of programs, and the constants of a kernel."""
     (count, dim), total = x.shape, heads + 2 * kv_heads
     config = configs.rows_config(kernel, count, dim, width, dtype, x.device)
