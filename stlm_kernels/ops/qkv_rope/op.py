@@ -41,27 +41,24 @@ def qkv_rope(
         norm_weight: (D,) in x's dtype, or float32 beside 16 bits (never cast). None: ones.
         weight: ((heads + 2 kv_heads) K, D), the rows of all heads of q, then of k, then of v; in
             x's dtype, or float32 beside 16 bits, which is cast.
-        cos, sin: (n_positions, K/2) in x's dtype or float32, never cast; K is even. No gradient:
+        cos, sin: (n_positions, K/2), K even, in x's dtype or float32, never cast. No gradient:
             tables that require one are refused in grad mode.
         heads, kv_heads: H of q, H_kv of k and v.
-        q_weight, k_weight: (K,) of the norms of heads, in x's dtype, or float32 beside 16 bits
-            (never cast). None: no norm of heads.
-        positions: (T,) or, with dense x, (B, T) uint8, int16, int32 or int64 in [0, n_positions).
-            None: 0 to T-1.
+        q_weight, k_weight: (K,) of norms of heads, dtypes as norm_weight. None: no norm of heads.
+        positions: (T,) or, with dense x, (B, T) integers in [0, n_positions). None: 0 to T-1.
         eps: a finite number >= 0, of all norms.
         impl: "auto", "triton" or "torch". The kernels take K up to 128 and D up to 1024; "auto"
             takes them where their bound is below that of the ops one by one (see `explain`).
 
     Returns: q (..., T, H, K), k and v (..., T, H_kv, K) as `attention` reads them, contiguous, in
         x's dtype, under autocast in its dtype.
-    Raises: ValueError for a wrong type, dtype, shape, device or option, or fewer positions than
-        rows; IndexError, on CPU in eager mode, for a position outside [0, n_positions);
+    Raises: ValueError for a wrong type, dtype, shape, device or option, or too few positions;
+        IndexError, on CPU in eager mode, for a position outside [0, n_positions);
         NotImplementedError where impl="triton" cannot run, with all reasons.
 
     >>> x, weight, angles = torch.randn(9, 64), torch.randn(4 * 32, 64), torch.randn(9, 16)
-    >>> q, k, v = qkv_rope(x, None, weight, angles.cos(), angles.sin(), heads=2, kv_heads=1)
-    >>> q.shape, v.shape
-    (torch.Size([9, 2, 32]), torch.Size([9, 1, 32]))
+    >>> qkv_rope(x, None, weight, angles.cos(), angles.sin(), heads=2, kv_heads=1)[0].shape
+    torch.Size([9, 2, 32])
 
     Numerics: docs/numerics.md. Source: as of `qk_norm_rope`.
     """
