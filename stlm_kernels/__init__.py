@@ -22,6 +22,7 @@ from .ops.patch_attention import patch_attention
 from .ops.qk_norm_rope import qk_norm_rope
 from .ops.qkv_rope import qkv_rope
 from .ops.segment_pool import segment_pool
+from .ops.swiglu import swiglu
 from .ops.unpool import unpool
 
 __all__ = [
@@ -43,5 +44,6 @@ __all__ = [
     "qk_norm_rope",
     "qkv_rope",
     "segment_pool",
+    "swiglu",
     "unpool",
 ]

@@ -17,6 +17,7 @@ from .ops.patch_attention import cases as patch_attention
 from .ops.qk_norm_rope import cases as qk_norm_rope
 from .ops.qkv_rope import cases as qkv_rope
 from .ops.segment_pool import cases as segment_pool
+from .ops.swiglu import cases as swiglu
 from .ops.unpool import cases as unpool
 from .spec import OpSpec
 
@@ -38,6 +39,7 @@ OPS: dict[str, OpSpec] = {
         patch_attention.SPEC,
         qk_norm_rope.SPEC,
         qkv_rope.SPEC,
+        swiglu.SPEC,
         decode_attention.SPEC,
     )
 }

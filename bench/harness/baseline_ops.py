@@ -69,6 +69,21 @@ def qk_norm_rope(
     return _run("qk_norm_rope", "F.rms_norm + rotation", inputs)
 
 
+def swiglu(
+    x: Tensor, norm_weight: Tensor | None, gate_up: Tensor, down: Tensor, **options: Any
+) -> Tensor:
+    inputs = {
+        "x": x,
+        "norm_weight": norm_weight,
+        "gate_up": gate_up,
+        "down": down,
+        "residual": True,
+        "eps": 1e-6,
+        **options,
+    }
+    return _run("swiglu", "F.rms_norm + F.linear + F.silu", inputs)
+
+
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, window: int | None, cu_seqlens: Tensor | None
 ) -> Tensor:
@@ -114,6 +129,7 @@ BASELINE_OPS: Ops = {
         find_patches,
         unpool,
         qk_norm_rope,
+        swiglu,
         attention,
         linear_cross_entropy,
     )

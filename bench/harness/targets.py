@@ -91,6 +91,8 @@ TARGETS = (
     *_of("qk_norm_rope", "T65536-H12-KV4-K64-qk-packed", fwd=None, bwd=None),
     *_of("qkv_rope", "T65536-D256-H4-KV4-K64-qk-packed", fwd=None, bwd=None),
     *_of("qkv_rope", "T65536-D128-H4-KV4-K32-qk-packed", fwd=None, bwd=None),
+    *_of("swiglu", "T65536-D256-F768-none", fwd=None, bwd=None),
+    *_of("swiglu", "T65536-D128-F340-weight", fwd=None, bwd=None),
     *_of("decode_attention", "B64-C2048-H16-KV4-K64-full", fwd=None),
     *_of("decode_attention", "B64-C8192-H16-KV4-K64-ragged", fwd=None),
 )
@@ -109,6 +111,7 @@ QUICK = {
     "T262144-P30161-H8-KV8-K32-words",
     "B24-T512-H16-KV4-K32-qk",
     "T65536-D128-H4-KV4-K32-qk-packed",
+    "T65536-D128-F340-weight",
     "B64-C2048-H16-KV4-K64-full",
 }
 """Cases that are counted in seconds: `make bench` and `make test` take these, `--full` all."""

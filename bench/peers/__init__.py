@@ -20,6 +20,7 @@ from . import (
     qk_norm_rope,
     qkv_rope,
     segment_pool,
+    swiglu,
     unpool,
 )
 from .entry import Entry
@@ -38,6 +39,7 @@ PEERS: dict[str, tuple[Entry, ...]] = {
     **qk_norm_rope.PEERS,
     **qkv_rope.PEERS,
     **segment_pool.PEERS,
+    **swiglu.PEERS,
     **unpool.PEERS,
 }
 """Entries of each op, by its name."""

@@ -40,6 +40,12 @@ PINNED: Spills = {
         2,
         "8 bytes, under autocast; the default tile is sized for sm_90",
     ),
+    ("stlm_swiglu_bwd_weights", 90): (
+        26,
+        "48 bytes, addresses at D = 256; a smaller tile reads the rows from L2 twice as often",
+    ),
+    ("stlm_swiglu_bwd_weights", 100): (166, SIZED_FOR_90),
+    ("stlm_swiglu_fwd", 100): (28, SIZED_FOR_90),
 }
 """Spills of the pinned triton."""
 

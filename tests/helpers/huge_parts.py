@@ -169,6 +169,18 @@ def qk_norm_rope(inputs: Inputs, rows: Tensor) -> Part:
     return Part(OPS["qk_norm_rope"], small, rows, torch.arange(len(rows)), arguments)
 
 
+def swiglu(inputs: Inputs, rows: Tensor) -> Part:
+    arguments: dict[str, tuple[str, Tensor | None]] = {"x": ("x", rows)}
+    arguments |= {name: (name, None) for name in ("gate_up", "down")}
+    return Part(
+        OPS["swiglu"],
+        inputs | {"x": picked(inputs["x"], rows)},
+        rows,
+        torch.arange(len(rows)),
+        arguments,
+    )
+
+
 PARTS: dict[str, Callable[[Inputs, Tensor], Part]] = {
     function.__name__: function
     for function in (
@@ -184,5 +196,6 @@ PARTS: dict[str, Callable[[Inputs, Tensor], Part]] = {
         linear_logprobs,
         linear_sample,
         qk_norm_rope,
+        swiglu,
     )
 }
