@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import runtime
 
-Words = NDArray[np.uint64]
+if TYPE_CHECKING:  # importing numpy takes longer than all else here
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Words = NDArray[np.uint64]
 COLUMN_STEP = 0x9E3779B97F4A7C15 - 2**64
 """An odd number (2^64 over the golden ratio) that spreads the bits of an id before the mixing."""
 ROW_STEP = 0xD1342543DE82EF95 - 2**64
@@ -28,8 +30,8 @@ def hashed(
     """64 random bits for each pair of a row and a column, int64."""
     if runtime.values_visible(seed, rows, columns):
         # Many calls for few numbers: numpy's cost half of torch's, and its uint64 shifts in one.
-        words = (x.numpy().view(np.uint64) for x in (seed.reshape(1), rows, columns))
-        return torch.from_numpy(_hash_words(*words).view(np.int64))
+        words = (x.numpy().view("uint64") for x in (seed.reshape(1), rows, columns))
+        return torch.from_numpy(_hash_words(*words).view("int64"))
     return _hash(seed, rows, columns)
 
 

@@ -179,9 +179,13 @@ SHAPES = {"B", "C", "D", "H", "K", "KV", "L", "N", "P", "T", "V", "W", "max"}
 
 
 def facts_of(inputs: dict[str, Any]) -> set[Any]:
-    """Every dimension of the inputs, less one for offsets, their rows, and every plain value."""
+    """Every dimension of the inputs, less one for offsets, their rows, pairs of a rotary table's
+    columns, and every plain value.
+    """
     facts: set[Any] = set()
-    for value in inputs.values():
+    for name, value in inputs.items():
+        if name == "cos":
+            facts.add(2 * value.shape[-1])
         if isinstance(value, Tensor):
             rows = math.prod(value.shape[:-1])
             facts |= {*value.shape, *(dim - 1 for dim in value.shape), rows}
