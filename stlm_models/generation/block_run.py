@@ -113,8 +113,8 @@ def _layers_of(
         own = shared if own is None else own
         if type(own) is not SwiGLU:
             return []
-        q, k, v, gate, up = attention.query, attention.key, attention.value, own.gate, own.up
-        maps = [q, k, v, attention.output, gate, up, own.down]
+        q, k, v = attention.query, attention.key, attention.value
+        maps = [q, k, v, attention.output, own.gate_up, own.down]
         if not all(map(is_plain, maps)) or not all(each.weight.dtype == x.dtype for each in maps):
             return []
         layers.append(
@@ -124,7 +124,7 @@ def _layers_of(
                 torch.cat((q.weight, k.weight, v.weight)).t(),
                 _gains(attention, x.dtype),
                 attention.output.weight.t(),
-                torch.cat((gate.weight, up.weight)).t(),
+                own.gate_up.weight.t(),
                 own.down.weight.t(),
             )
         )

@@ -79,6 +79,17 @@ def _kept_weights() -> dict[Any, Tensor] | None:
     return _kept.get()
 
 
+def kept_weight(each: nn.Linear, dtype: torch.dtype) -> Tensor:
+    """Return a map's weight; within `keeping` it is cast once for all calls."""
+    kept = _kept_weights()
+    if kept is None or each.weight.dtype == dtype:
+        return each.weight
+    key = id(each), dtype
+    if key not in kept:
+        kept[key] = each.weight.to(dtype)
+    return kept[key]
+
+
 def _side_by_side(maps: Maps, dtype: torch.dtype) -> Tensor:
     kept = _kept_weights()
     if kept is None:

@@ -11,17 +11,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from stlm_kernels import runtime, swiglu
+
 from ..config import ModelConfig
 from .attention import Attention
+from .joined import Joined
 from .kv_cache import CacheRows, KVCache
-from .linear import Products
-from .norms import rms_norm
+from .linear import is_plain, kept_weight
+from .norms import EPS, rms_norm
 from .packing import Packing, Rows, cleared
 from .typed_call import typed_as
 
 
-class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)).
+class SwiGLU(Joined):
+    """x + down(silu(gate(n)) * up(n)), where n is the RMS norm of x.
 
     >>> SwiGLU(64, 160)(torch.zeros(5, 64)).shape
     torch.Size([5, 64])
@@ -29,14 +32,20 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
-        self.gate = nn.Linear(dim, hidden_dim, bias=False)
-        self.up = nn.Linear(dim, hidden_dim, bias=False)
+        self.joined = {"gate_up": {"gate": hidden_dim, "up": hidden_dim}}
+        self.gate_up = nn.Linear(dim, 2 * hidden_dim, bias=False)
         self.down = nn.Linear(hidden_dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        products = Products(x, (self.gate, self.up), (self.down,))
-        gate, up = products(0, x)
-        return products(1, F.silu(gate) * up)[0]
+        if not (is_plain(self.gate_up) and is_plain(self.down)):
+            gate, up = self.gate_up(rms_norm(x)).chunk(2, -1)
+            return x + self.down(F.silu(gate) * up)
+        dtype = runtime.compute_dtype(x)
+        weights = kept_weight(self.gate_up, dtype), kept_weight(self.down, dtype)
+        # Under autocast a stream that came in fp32 stays in fp32.
+        same = dtype == x.dtype
+        out = swiglu(x.flatten(0, -2), None, *weights, residual=same, eps=EPS).view(x.shape)
+        return out if same else x + out
 
     if TYPE_CHECKING:
 
@@ -76,7 +85,7 @@ class TransformerBlock(nn.Module):
         x = x + self.attention(rms_norm(x), cu_seqlens=cu_seqlens, cache=cache, rows=rows)
         own = feed_forward if self.feed_forward is None else self.feed_forward
         assert own is not None
-        return x + own(rms_norm(x))
+        return own(x)
 
     if TYPE_CHECKING:
 

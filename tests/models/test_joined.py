@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from helpers.models import TINY, ids_of, scrambled
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from stlm_models import STLM
 from stlm_models.checkpoint import load_tensors
 from stlm_models.layers.joined import Joined, join_parts, row_splits
+from stlm_models.layers.norms import rms_norm
+from stlm_models.layers.transformer import SwiGLU
 from stlm_models.training.muon import Muon
 from stlm_models.training.optim import Optimizers
 
@@ -141,3 +147,41 @@ def test_sharded_matrices_move_alike(tmp_path: object) -> None:
         torch.testing.assert_close(sharded.full_tensor(), plain.detach())
     finally:
         dist.destroy_process_group()
+
+
+def test_a_model_that_was_saved_with_gate_and_up_apart() -> None:
+    model = scrambled()
+    apart: dict[str, Tensor] = {}
+    for name, x in model.state_dict().items():
+        if "gate_up" in name:
+            apart |= {
+                name.replace("gate_up", part): y
+                for part, y in zip(("gate", "up"), x.chunk(2), strict=True)
+            }
+        else:
+            apart[name] = x
+    assert len(apart) > len(model.state_dict())
+    again = STLM(TINY)
+    load_tensors(again, apart)
+    ids = ids_of(b"some bytes")
+    assert torch.equal(again(ids), model(ids))
+
+
+@pytest.mark.parametrize("cast", [False, True], ids=["fp32", "autocast"])
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_feed_forward_is_its_maps(cast: bool, watched: bool) -> None:
+    """In one op, and map by map where one has a hook; the stream stays in fp32."""
+    torch.manual_seed(0)
+    layer = SwiGLU(16, 24)
+    x = torch.randn(2, 5, 16)
+    calls: list[int] = []
+    with torch.autocast("cpu", torch.bfloat16) if cast else nullcontext():
+        gate, up = layer.gate_up(rms_norm(x)).chunk(2, -1)
+        want = x + layer.down(F.silu(gate) * up)
+        if watched:
+            layer.down.register_forward_hook(lambda *_: calls.append(1))
+        got = layer(x)
+    assert got.dtype == want.dtype == torch.float32
+    assert len(calls) == watched
+    tolerance = 2e-2 if cast else 1e-5
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)

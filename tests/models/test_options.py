@@ -164,11 +164,11 @@ class TestSharedFeedForward:
 
     def test_it_is_stored_and_moved_once(self) -> None:
         model = scrambled(self.CONFIG)
-        names = [name for name in model.state_dict() if "feed_forward.up" in name]
+        names = [name for name in model.state_dict() if "feed_forward.gate_up" in name]
         assert names == [
-            "encoder_feed_forward.up.weight",
-            "core.feed_forward.up.weight",
-            "decoder_feed_forward.up.weight",
+            "encoder_feed_forward.gate_up.weight",
+            "core.feed_forward.gate_up.weight",
+            "decoder_feed_forward.gate_up.weight",
         ]
         optimizers = Optimizers(model, muon_lr=0.1, adamw_lr=0.1)
         groups = [group for part in optimizers.parts.values() for group in part.param_groups]
