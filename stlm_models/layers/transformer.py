@@ -44,7 +44,10 @@ class SwiGLU(Joined):
         weights = kept_weight(self.gate_up, dtype), kept_weight(self.down, dtype)
         # Under autocast a stream that came in fp32 stays in fp32.
         same = dtype == x.dtype
-        out = swiglu(x.flatten(0, -2), None, *weights, residual=same, eps=EPS).view(x.shape)
+        out = swiglu(x.flatten(0, -2), None, *weights, residual=same, eps=EPS)
+        if x.dim() > 2:
+            # Not `view`: FSDP2 warns of a block whose result is one.
+            out = torch.ops.aten._unsafe_view(out, x.shape)
         return out if same else x + out
 
     if TYPE_CHECKING:
