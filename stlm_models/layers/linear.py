@@ -79,15 +79,20 @@ def _kept_weights() -> dict[Any, Tensor] | None:
     return _kept.get()
 
 
-def kept_weight(each: nn.Linear, dtype: torch.dtype) -> Tensor:
-    """Return a map's weight; within `keeping` it is cast once for all calls."""
-    kept = _kept_weights()
-    if kept is None or each.weight.dtype == dtype:
-        return each.weight
-    key = id(each), dtype
-    if key not in kept:
-        kept[key] = each.weight.to(dtype)
-    return kept[key]
+def operands(x: Tensor, *maps: nn.Linear) -> tuple[Tensor, list[Tensor]]:
+    """Return what an op reads, and the weights of its maps.
+
+    Within `keeping` weights are cast once for all calls, and x as they are, for an op would.
+    """
+    kept, dtype = _kept_weights(), runtime.compute_dtype(x)
+    if kept is None:
+        return x, [each.weight for each in maps]
+    found = []
+    for each in maps:
+        if each.weight.dtype != dtype and (id(each), dtype) not in kept:
+            kept[id(each), dtype] = each.weight.to(dtype)
+        found.append(kept.get((id(each), dtype), each.weight))
+    return x.to(dtype), found
 
 
 def _side_by_side(maps: Maps, dtype: torch.dtype) -> Tensor:

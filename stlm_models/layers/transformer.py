@@ -17,7 +17,7 @@ from ..config import ModelConfig
 from .attention import Attention
 from .joined import Joined
 from .kv_cache import CacheRows, KVCache
-from .linear import is_plain, kept_weight
+from .linear import is_plain, operands
 from .norms import EPS, rms_norm
 from .packing import Packing, Rows, cleared
 from .typed_call import typed_as
@@ -40,11 +40,10 @@ class SwiGLU(Joined):
         if not (is_plain(self.gate_up) and is_plain(self.down)):
             gate, up = self.gate_up(rms_norm(x)).chunk(2, -1)
             return x + self.down(F.silu(gate) * up)
-        dtype = runtime.compute_dtype(x)
-        weights = kept_weight(self.gate_up, dtype), kept_weight(self.down, dtype)
         # Under autocast a stream that came in fp32 stays in fp32.
-        same = dtype == x.dtype
-        out = swiglu(x.flatten(0, -2), None, *weights, residual=same, eps=EPS)
+        same = runtime.compute_dtype(x) == x.dtype
+        read, (gate_up, down) = operands(x.flatten(0, -2), self.gate_up, self.down)
+        out = swiglu(read, None, gate_up, down, residual=same, eps=EPS)
         if x.dim() > 2:
             # Not `view`: FSDP2 warns of a block whose result is one.
             out = torch.ops.aten._unsafe_view(out, x.shape)

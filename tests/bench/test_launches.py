@@ -19,7 +19,7 @@ from stlm_models.layers import attention
 from stlm_models.layers.norms import rms_norm
 from stlm_models.presets import preset
 
-CEILINGS = {"step": 702, "byte": 100, "byte that closes a patch": 195}
+CEILINGS = {"step": 674, "byte": 100, "byte that closes a patch": 195}
 """Launches of the 10m preset as they are: fewer are better, and then these fall."""
 
 
@@ -48,7 +48,7 @@ def test_more_layers_are_more_launches() -> None:
     grown = three.by_name - two.by_name
     # The arithmetic of a layer alone: no tables, positions, boundaries, masks.
     assert not grown.keys() & {"arange", "searchsorted", "index", "where", "masked_fill", "clamp"}
-    assert grown["mm"] == 3 * 4
+    assert (grown["mm"], grown["stlm_swiglu_fwd"]) == (3 * 2, 1)
 
 
 def test_operators_count_as_their_launches() -> None:

@@ -18,6 +18,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from stlm_models import STLM
 from stlm_models.checkpoint import load_tensors
 from stlm_models.layers.joined import Joined, join_parts, row_splits
+from stlm_models.layers.linear import keeping
 from stlm_models.layers.norms import rms_norm
 from stlm_models.layers.transformer import SwiGLU
 from stlm_models.training.muon import Muon
@@ -185,3 +186,17 @@ def test_a_feed_forward_is_its_maps(cast: bool, watched: bool) -> None:
     assert len(calls) == watched
     tolerance = 2e-2 if cast else 1e-5
     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+def test_weights_of_a_feed_forward_are_cast_once() -> None:
+    """While they are kept, for calls without gradients."""
+    layer, x, kept = SwiGLU(16, 24), torch.randn(5, 16), {}
+    with torch.autocast("cpu", torch.bfloat16), keeping(kept):
+        layer(x)
+        assert kept == {}
+        with torch.no_grad():
+            first = layer(x)
+            assert sorted(each.shape for each in kept.values()) == [(16, 24), (48, 16)]
+            held = list(kept.values())
+            assert torch.equal(layer(x), first)
+    assert all(a is b for a, b in zip(kept.values(), held, strict=True))

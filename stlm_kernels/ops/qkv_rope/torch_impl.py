@@ -83,7 +83,7 @@ def qkv_rope(
     """q, k and v in `out_dtype`; row n stands at positions[n % period], without them at that."""
     options = Options(period, heads, kv_heads, eps, out_dtype)
     operands = Operands(x, norm_weight, weight, cos, sin, q_weight, k_weight, positions)
-    by_chunks = x.is_cpu and not torch.compiler.is_compiling() and x.shape[0] > FEW_ROWS
+    by_chunks = runtime.values_visible(x) and x.shape[0] > FEW_ROWS
     by_chunks = by_chunks and not runtime.needs_composition(*operands)
     with runtime.without_autocast(x):
         found = _QKVRope.apply(*operands, options) if by_chunks else _composed(operands, options)

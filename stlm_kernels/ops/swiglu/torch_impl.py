@@ -27,10 +27,10 @@ def swiglu(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """(T, D) in `out_dtype`."""
-    traced = torch.compiler.is_compiling() or runtime.needs_composition(x, gate_up, down)
+    by_chunks = runtime.values_visible(x) and not runtime.needs_composition(x, gate_up, down)
     options = residual, eps, out_dtype
     with runtime.without_autocast(x):
-        if traced or not x.is_cpu:
+        if not by_chunks:
             return _composed(x, norm_weight, gate_up, down, *options)
         given = x, norm_weight, gate_up, down, *options, torch.is_grad_enabled()
         found: Tensor = _SwiGLU.apply(*given)
