@@ -184,7 +184,7 @@ def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> None:
     if total is None:
         return
     if a.dtype == total.dtype:
-        total.addmm_(a.mT, b)
+        torch.addmm(total, a.mT, b, out=total)  # torch counts no FLOPs of addmm_
     else:
         total += a.mT @ b
 
