@@ -190,7 +190,8 @@ def test_a_feed_forward_is_its_maps(cast: bool, watched: bool) -> None:
 
 def test_weights_of_a_feed_forward_are_cast_once() -> None:
     """While they are kept, for calls without gradients."""
-    layer, x, kept = SwiGLU(16, 24), torch.randn(5, 16), {}
+    layer, x = SwiGLU(16, 24), torch.randn(5, 16)
+    kept: dict[Any, Tensor] = {}
     with torch.autocast("cpu", torch.bfloat16), keeping(kept):
         layer(x)
         assert kept == {}
