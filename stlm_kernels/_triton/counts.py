@@ -60,6 +60,13 @@ def _plane(words, more, bit):
 
 
 @triton.jit
+def slots_inside(length):
+    """(patches,) int32: a bit for each of the 32 slots that is one of the patch's."""
+    inside = (1 << tl.minimum(tl.maximum(length, 0), 31)) - 1
+    return tl.where(length < SLOTS, inside, -1)
+
+
+@triton.jit
 def planes_of(ids_ptr, start, length, first_row, rows, CHECKED: tl.constexpr):
     """(patches,) int32 each: live slots, and 8 planes of their rows.
 
@@ -68,13 +75,8 @@ def planes_of(ids_ptr, start, length, first_row, rows, CHECKED: tl.constexpr):
     """
     words, good = _slot_words(ids_ptr, start, length, first_row, rows, CHECKED)
     more, more_good = _slot_words(ids_ptr, start + 4, length - 4, first_row, rows, CHECKED)
-    if CHECKED:
-        live = _plane(good, more_good, 0)
-    else:
-        live = (1 << tl.minimum(tl.maximum(length, 0), 31)) - 1
-        live = tl.where(length < SLOTS, live, -1)
     return (
-        live,
+        _plane(good, more_good, 0) if CHECKED else slots_inside(length),
         _plane(words, more, 0),
         _plane(words, more, 1),
         _plane(words, more, 2),
@@ -87,12 +89,16 @@ def planes_of(ids_ptr, start, length, first_row, rows, CHECKED: tl.constexpr):
 
 
 @triton.jit
-def slots_with(planes, FIRST: tl.constexpr, BITS: tl.constexpr):
-    """(2^BITS, patches) int32: slots whose BITS bits from FIRST on are each number."""
+def slots_with(planes, FIRST: tl.constexpr, BITS: tl.constexpr, PATCHES: tl.constexpr):
+    """Slots whose BITS bits from FIRST on are each number; int32.
+
+    (2^BITS, patches), or (patches, 2^BITS) where PATCHES, the dimension of the patches, is 0.
+    """
     number = tl.arange(0, 2**BITS)
-    slots = tl.full((2**BITS, planes[0].shape[0]), -1, tl.int32)
+    slots = tl.expand_dims(number * 0 - 1, PATCHES) | tl.expand_dims(planes[0] * 0, 1 - PATCHES)
     for bit in tl.static_range(BITS):
-        slots &= planes[1 + FIRST + bit][None, :] ^ (((number >> bit) & 1) - 1)[:, None]
+        unlike = tl.expand_dims(((number >> bit) & 1) - 1, PATCHES)
+        slots &= tl.expand_dims(planes[1 + FIRST + bit], 1 - PATCHES) ^ unlike
     return slots
 
 
@@ -107,14 +113,27 @@ def _ones_of(x):
 
 
 @triton.jit
-def counts_of(high, low, live, DOT: tl.constexpr):
-    """(high x low, patches) in DOT: the number of live slots that match both; at most 32."""
-    slots = high[:, None, :] & (low & live[None, :])[None, :, :]
-    count = _ones_of(tl.reshape(slots, (high.shape[0] * low.shape[0], live.shape[0])))
-    # The mantissa of 2^k + n ends in n: no conversion, which is as slow as the count itself.
+def _exactly(count, DOT: tl.constexpr):
+    """Counts in DOT. The mantissa of 2^k + n ends in n: a conversion is as slow as the count."""
     if DOT.is_bf16():
         return (count | 0x4300).to(tl.uint16).to(DOT, bitcast=True) - tl.full((), 128, DOT)
     elif DOT.is_fp16():
         return (count | 0x6400).to(tl.uint16).to(DOT, bitcast=True) - tl.full((), 1024, DOT)
     else:
         return (count | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+
+
+@triton.jit
+def counts_of(high, low, live, DOT: tl.constexpr):
+    """(high x low, patches) in DOT: the number of live slots that match both; at most 32."""
+    slots = high[:, None, :] & (low & live[None, :])[None, :, :]
+    slots = tl.reshape(slots, (high.shape[0] * low.shape[0], live.shape[0]))
+    return _exactly(_ones_of(slots), DOT)
+
+
+@triton.jit
+def counts_by_patch(high, low, live, DOT: tl.constexpr):
+    """(patches, high x low) in DOT: the same of slots whose first dimension are the patches."""
+    slots = high[:, :, None] & (low & live[:, None])[:, None, :]
+    slots = tl.reshape(slots, (live.shape[0], high.shape[1] * low.shape[1]))
+    return _exactly(_ones_of(slots), DOT)

@@ -147,6 +147,7 @@ SHARED = {
     "byte_pool_bwd_gain_table": "byte_pool_bwd_gain",
     "byte_pool_bwd_gain_slots": "byte_pool_bwd_gain",
     "byte_pool_fwd_long": "byte_pool_fwd",
+    "byte_pool_fwd_product_long": "byte_pool_fwd_product",
     "segment_pool_pick_parts": "segment_pool_pick_long",
     "find_patches_blocks": "find_patches_write",
 }

@@ -31,6 +31,7 @@ from stlm_kernels.testing import assert_matches
 
 SMALL_TILES = {
     "byte_pool_fwd": {"BLOCK_D": 16, "PATCHES": 4, "num_warps": 4},
+    "byte_pool_fwd_product": {"BLOCK_D": 16, "BLOCK_P": 16, "PROGRAMS": 4, "num_warps": 4},
     "byte_pool_bwd": {
         "BLOCK_V": 32, "BLOCK_P": 16, "BLOCK_D": 16, "PROGRAMS": 4096, "num_warps": 4,
     },

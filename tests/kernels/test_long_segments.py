@@ -21,6 +21,7 @@ SMALL_PARTS = {
     "segment_pool_pick": {"PART_ROWS": PART},
     "segment_pool_pick_long": {"BLOCK_T": 2},
     "byte_pool_fwd": {"PART_ROWS": PART},
+    "byte_pool_fwd_product": {"PART_ROWS": PART, "BLOCK_P": 16},
 }
 LENGTHS = {
     "one": [5 * PART + 3],

@@ -23,7 +23,7 @@ OP_FILES = ("__init__", "op", "torch_impl", "reference", "cases")
 KERNEL_FILES = ("triton_impl", "config")
 SECOND_FAMILY = (
     "chunked_op", "chunked_impl", "dlogits_impl", "backward_impl", "short_impl", "blocks",
-    "gain_impl",
+    "gain_impl", "product_impl",
 )  # fmt: skip
 WAYS_OF_TORCH = ("banded", "documents", "folded")
 """Registered ops and kernels of an op that large shapes take, where one file would hold two."""
@@ -53,6 +53,7 @@ def test_import_direction(path: Path) -> None:
         "dlogits_impl": ("torch_impl", "reference", "cases"),
         "backward_impl": ("torch_impl", "reference", "cases"),
         "gain_impl": ("torch_impl", "reference", "cases"),
+        "product_impl": ("torch_impl", "reference", "cases"),
         "chunked_op": ("triton", "triton_impl", "chunked_impl", "reference", "cases"),
         "reference": ("triton", "triton_impl", "torch_impl", "config", "_checks"),
         "config": ("triton", "triton_impl", "torch_impl", "reference", "cases"),

@@ -77,7 +77,7 @@ sys.platform = "win32"
 import importlib, pkgutil, stlm_kernels, stlm_models
 # They need the package that is missing.
 kernels = ("triton_impl", "chunked_impl", "dlogits_impl", "backward_impl", "short_impl",
-           "gain_impl", "blocks")  # fmt: skip
+           "gain_impl", "product_impl", "blocks")  # fmt: skip
 skipped = (*kernels, "_triton", "huggingface")
 for package in (stlm_kernels, stlm_models):
     for found in pkgutil.walk_packages(package.__path__, package.__name__ + "."):

@@ -221,7 +221,10 @@ def test_functions_of_our_own_combine_in_order(
             assert found[j] == kept
 
 
-EXACT = {"stlm_byte_pool_bwd": "arith.subf"}
+EXACT = dict.fromkeys(
+    ("stlm_byte_pool_bwd", "stlm_byte_pool_fwd_product", "stlm_byte_pool_fwd_product_long"),
+    "arith.subf",
+)
 """Arithmetic on 16-bit floats that is exact, and so the same widened: 2^k + n less 2^k, n <= 32."""
 
 

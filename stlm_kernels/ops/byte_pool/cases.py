@@ -138,9 +138,10 @@ SPEC = OpSpec(
     row_args=("weight",),
     kernels=(
         "byte_pool_fwd",
+        "byte_pool_fwd_product",
         "byte_pool_bwd",
         "byte_pool_bwd_gain_table",
         "byte_pool_bwd_gain_slots",
     ),
-    mma_kernels=("byte_pool_bwd", "byte_pool_bwd_gain_table"),
+    mma_kernels=("byte_pool_fwd_product", "byte_pool_bwd", "byte_pool_bwd_gain_table"),
 )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import _checks
-from ..._launch import Config, block_of, config_for, remembered, width_bucket
+from ..._launch import Config, block_of, config_for, gpu_of, remembered, width_bucket
 
 LONG = 256
 """A patch of more bytes takes tiles of its own, in columns of 32 bytes."""
@@ -19,6 +19,12 @@ WORK_BLOCK = 64
 
 MUCH_WORK = 1 << 20
 """Work from which a program may own whole rows of a narrow table."""
+
+ALONE = 64
+"""A patch of more bytes is pooled by itself in the forward's product, 32 bytes in a row."""
+
+MANY_PATCHES = 1 << 15
+"""Patches from which wide columns leave work for every program of the forward's product."""
 
 TARGET_PROGRAMS = 264
 """Programs of a split reduction on an untuned device: two for each SM of an H100."""
@@ -44,6 +50,31 @@ def fwd_config(width: int, dtype: torch.dtype, device: torch.device) -> Config:
     """
     default = {"BLOCK_D": block_of(width, 256), "PATCHES": 16, "num_warps": 1, "PART_ROWS": 512}
     return config_for("byte_pool_fwd", width_bucket(width, dtype), default, device)
+
+
+def takes_product(vocab: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Return whether the forward is a product of counts and table, in the result's dtype.
+
+    That pays in 16 bits, where 256 rows serve most bytes, and where an operand of products lies in
+    shared memory while many are made: on sm_80 and sm_120 each warp would load it again.
+    """
+    return dtype != torch.float32 and vocab <= 512 and gpu_of(device).arch // 10 in (9, 10)
+
+
+@remembered
+def product_config(width: int, patches: int, dtype: torch.dtype, device: torch.device) -> Config:
+    """Columns as wide as shared memory allows count the bytes of wide rows less often.
+
+    One program for each SM of an H100 then, else two, of half the warps. `PART_ROWS` as above.
+    """
+    if width > 128 and patches >= MANY_PATCHES:
+        default = {"BLOCK_P": 128, "BLOCK_D": 256, "PROGRAMS": TARGET_PROGRAMS // 2, "num_warps": 8}
+    else:
+        block_d = block_of(width, 128)
+        default = {"BLOCK_P": 64, "BLOCK_D": block_d, "PROGRAMS": TARGET_PROGRAMS, "num_warps": 4}
+    default["PART_ROWS"] = 2048
+    bucket = width_bucket(width, dtype, "many" if patches >= MANY_PATCHES else "few")
+    return config_for("byte_pool_fwd_product", bucket, default, device)
 
 
 def work_of(total: int, patches: int) -> int:

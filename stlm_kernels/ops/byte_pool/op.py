@@ -109,7 +109,7 @@ def _check(
 _FWD = _library.register(
     "byte_pool_fwd(Tensor byte_ids, Tensor weight, Tensor cu_patchlens, Tensor? position_weight, "
     "bool mean, ScalarType out_dtype) -> Tensor",
-    launcher="byte_pool:launch_fwd",
+    launcher="byte_pool.product_impl:launch_fwd",
     meta=lambda weight, cu_patchlens, out_dtype: weight.new_empty(
         (cu_patchlens.shape[0] - 1, weight.shape[1]), dtype=out_dtype
     ),

@@ -116,7 +116,7 @@ def _sum_of_pairs(
 
 
 @triton.jit
-def _sum_of_bytes(
+def sum_of_bytes(
     ids_ptr, weight_ptr, gain_ptr, patch, start, end, block, vocab, gain_slots,
     D: tl.constexpr, HAS_GAIN: tl.constexpr, CHECKED: tl.constexpr, STORED: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -138,6 +138,35 @@ def _sum_of_bytes(
     return acc
 
 
+@triton.jit
+def pool_patches(
+    ids_ptr, weight_ptr, cu_ptr, gain_ptr, at_ptr, out_ptr, first, last, block,
+    total, vocab, gain_slots, part_rows,
+    D: tl.constexpr, MEAN: tl.constexpr, HAS_GAIN: tl.constexpr, CHECKED: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Pool patches `first` to `last`, one after the other, and note the long ones."""
+    columns = block * BLOCK_D + tl.arange(0, BLOCK_D)
+    stored = out_ptr.dtype.element_ty
+    out = out_ptr + first.to(tl.int64) * D + columns
+    for patch in range(first, last):
+        # Safe for any offsets: no byte outside [0, total) is read, a negative length is empty.
+        start = tl.maximum(tl.load(cu_ptr + patch), 0)
+        end = tl.maximum(tl.minimum(tl.load(cu_ptr + patch + 1), total), 0)
+        if end - start > part_rows:
+            one = tl.arange(0, 1)
+            note_long(at_ptr, patch + one, start + one, end + one, part_rows)
+            end = start
+        acc = sum_of_bytes(
+            ids_ptr, weight_ptr, gain_ptr, start, start, end, block, vocab, gain_slots,
+            D, HAS_GAIN, CHECKED, stored, BLOCK_D,
+        )  # fmt: skip
+        if MEAN:
+            acc *= 1.0 / tl.maximum(end - start, 1).to(tl.float32)
+        tl.store(out, acc.to(stored), mask=columns < D)
+        out += D
+
+
 @triton.jit(do_not_specialize=["total", "n_patches", "gain_slots", "chunks", "part_rows"])
 def stlm_byte_pool_fwd(
     ids_ptr, weight_ptr, cu_ptr, gain_ptr, at_ptr, out_ptr,
@@ -146,27 +175,12 @@ def stlm_byte_pool_fwd(
     BLOCK_D: tl.constexpr, PATCHES: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    block = program // chunks
-    columns = block * BLOCK_D + tl.arange(0, BLOCK_D)
-    stored = out_ptr.dtype.element_ty
     first = (program % chunks) * PATCHES
-    out = out_ptr + first.to(tl.int64) * D + columns
-    for patch in range(first, tl.minimum(first + PATCHES, n_patches)):
-        # Safe for any offsets: no byte outside [0, total) is read, a negative length is empty.
-        start = tl.maximum(tl.load(cu_ptr + patch), 0)
-        end = tl.maximum(tl.minimum(tl.load(cu_ptr + patch + 1), total), 0)
-        if end - start > part_rows:
-            one = tl.arange(0, 1)
-            note_long(at_ptr, patch + one, start + one, end + one, part_rows)
-            end = start
-        acc = _sum_of_bytes(
-            ids_ptr, weight_ptr, gain_ptr, start, start, end, block, vocab, gain_slots,
-            D, HAS_GAIN, CHECKED, stored, BLOCK_D,
-        )  # fmt: skip
-        if MEAN:
-            acc *= 1.0 / tl.maximum(end - start, 1).to(tl.float32)
-        tl.store(out, acc.to(stored), mask=columns < D)
-        out += D
+    pool_patches(
+        ids_ptr, weight_ptr, cu_ptr, gain_ptr, at_ptr, out_ptr,
+        first, tl.minimum(first + PATCHES, n_patches), program // chunks,
+        total, vocab, gain_slots, part_rows, D, MEAN, HAS_GAIN, CHECKED, BLOCK_D,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["total", "n_patches", "gain_slots", "parts", "part_rows"])
@@ -185,7 +199,7 @@ def stlm_byte_pool_fwd_long(
             at_ptr, cu_ptr, cu_ptr + 1, part, n_patches, total, part_rows, side
         )
         if end > start:
-            acc = _sum_of_bytes(
+            acc = sum_of_bytes(
                 ids_ptr, weight_ptr, gain_ptr, patch.to(tl.int32), start.to(tl.int32),
                 end.to(tl.int32), block, vocab, gain_slots,
                 D, HAS_GAIN, CHECKED, STORED, BLOCK_D,
@@ -194,7 +208,7 @@ def stlm_byte_pool_fwd_long(
 
 
 @triton.jit
-def _patch_ends(cu_ptr, patches, mask, total, MEAN: tl.constexpr):
+def patch_ends(cu_ptr, patches, mask, total, MEAN: tl.constexpr):
     """Start, end and scale of patches, int32; those masked out are empty, ends may lie before."""
     start = tl.maximum(tl.load(cu_ptr + patches, mask=mask, other=0), 0)
     # Both are 0 or more: the length of a patch that ends before it begins must not overflow.
@@ -229,7 +243,7 @@ def stlm_byte_pool_bwd(
     high = tl.zeros((HALF, BLOCK_D), tl.float32)
     while patch < last_patch:
         patches = patch + column
-        start, end, scale = _patch_ends(cu_ptr, patches, patches < last_patch, total, MEAN)
+        start, end, scale = patch_ends(cu_ptr, patches, patches < last_patch, total, MEAN)
         start = tl.maximum(start, at)
         length = tl.minimum(end, stop) - start
         longest = tl.max(length)
@@ -256,8 +270,8 @@ def stlm_byte_pool_bwd(
         for slot in range(0, longest, SLOTS):
             rows = tl.minimum(vocab - first_row, 2 * HALF)
             planes = planes_of(ids_ptr, start + slot, length - slot, first_row, rows, CHECKED)
-            last_bits = slots_with(planes, 0, 4)
-            first_bits = slots_with(planes, 4, ROW_BITS - 5)
+            last_bits = slots_with(planes, 0, 4, 1)
+            first_bits = slots_with(planes, 4, ROW_BITS - 5, 1)
             live, upper = planes[0], planes[0] & planes[ROW_BITS]
             hits = tl.sum((upper != live).to(tl.int32) + (upper != 0).to(tl.int32) * 65536)
             if hits % 65536 > 0:
@@ -273,7 +287,7 @@ def stlm_byte_pool_bwd(
     tl.store(out + HALF * D, high, mask=(row < left - HALF)[:, None] & (columns < D)[None, :])
 
 
-def launch_fwd(
+def launch_gather(
     byte_ids: Tensor,  # (T,)
     weight: Tensor,  # (V, D)
     cu_patchlens: Tensor,  # (P+1,) int32
