@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -190,19 +191,50 @@ def test_more_patches_than_a_grid_dimension(way: Way) -> None:
 
 
 @pytest.mark.lanes("compiled", "gpu")
-@pytest.mark.parametrize(("offset", "width"), [(0, 20), (1, 20), (0, 21), (0, 256)])
-@pytest.mark.parametrize("ids_dtype", [torch.uint8, torch.int32])
-def test_pairs_of_bfloat16(offset: int, width: int, ids_dtype: torch.dtype) -> None:
-    """Sums of small integers are exact, whether rows are read as pairs or not."""
+@pytest.mark.parametrize(
+    ("ids_dtype", "vocab", "offset", "width"),
+    [
+        (torch.uint8, 256, 0, 20),
+        (torch.int32, 258, 1, 21),
+        (torch.uint8, 513, 0, 20),
+        (torch.uint8, 513, 1, 20),
+        (torch.int32, 513, 0, 256),
+    ],
+)
+def test_exact_sums(ids_dtype: torch.dtype, vocab: int, offset: int, width: int) -> None:
+    """Sums of small integers: by counts, or by rows, which may be read as pairs of bfloat16."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    numbers = torch.randint(-9, 9, (256 * width + 1,), device=device).to(BF16)
-    table = numbers[offset : offset + 256 * width].view(256, width)
-    ids = torch.randint(0, 256, (70,), device=device).to(ids_dtype)
-    offsets = torch.tensor([0, 1, 1, 9, 70], dtype=torch.int32, device=device)
+    numbers = torch.randint(-9, 9, (vocab * width + 1,), device=device).to(BF16)
+    table = numbers[offset : offset + vocab * width].view(vocab, width)
+    used = min(vocab, 256) if ids_dtype == torch.uint8 else vocab
+    ids = torch.randint(0, used, (2300,), device=device).to(ids_dtype)
+    # Short ones, one that has a tile for itself, one that is cut.
+    ends = [0, 1, 1, 9, 70, 190, 2240, 2300]
+    offsets = torch.tensor(ends, dtype=torch.int32, device=device)
     out = byte_pool(ids, table, offsets, mode="sum", impl="triton")
     rows = table.float()[ids.long()]
-    sums = [rows[a:b].sum(0) for a, b in ((0, 1), (1, 1), (1, 9), (9, 70))]
+    sums = [rows[a:b].sum(0) for a, b in pairwise(ends)]
     assert torch.equal(out, torch.stack(sums).to(BF16))
+
+
+@pytest.mark.lanes("compiled", "gpu")
+@pytest.mark.parametrize(("row", "value"), [(200, float("nan")), (256, float("inf"))])
+def test_what_is_not_finite_stays_in_its_patches(row: int, value: float) -> None:
+    """A product would spread it, since 0 x NaN is NaN; patches of every length of `launch_fwd`."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    table = torch.ones(257, 3, device=device, dtype=FP16)
+    table[row, 1] = value
+    ids = torch.ones(2300, dtype=torch.int16, device=device)
+    ends = [0, 1, 3, 3, 100, 101, 2200, 2202, 2300]
+    offsets = torch.tensor(ends, dtype=torch.int32, device=device)
+    for held in ((0, 3), (1, 4, 5)):
+        ids[:] = 1
+        ids[[ends[patch] for patch in held]] = row
+        out = byte_pool(ids, table, offsets, impl="triton")
+        want = torch.ones(len(ends) - 1, 3, dtype=FP16)
+        want[2] = 0
+        want[[x for x in held if ends[x + 1] > ends[x]], 1] = value
+        torch.testing.assert_close(out.cpu(), want, equal_nan=True, rtol=0, atol=0)
 
 
 @RESULT_LANES

@@ -17,7 +17,7 @@ from helpers.byte_pool import (
     upstream_for,
     with_gradients,
 )
-from helpers.lanes import FP32, FP64, Way
+from helpers.lanes import FP16, FP32, FP64, Way
 from torch import Tensor
 
 from stlm_kernels import byte_pool
@@ -33,14 +33,15 @@ from stlm_kernels.testing import GuardBand, assert_matches
     [
         (None, 100, torch.uint8),
         (None, 256, torch.int64),
+        (None, 257, torch.int64),
         (2, 5, torch.uint8),
         (40, 100, torch.int16),
     ],
 )
 def test_unseen_bad_ids(way: Way, slots: int | None, vocab: int, ids: torch.dtype) -> None:
     """A bad id makes its patch NaN and is left out of every gradient; `vocab` picks the branch."""
-    if way.dtype != FP32:
-        pytest.skip("one dtype shows what values do")
+    if way.dtype != FP32 and not (way.impl == "triton" and way.dtype == FP16):
+        pytest.skip("one dtype of each kernel shows what values do")
     inputs = pool_inputs([4, 3, 0, 6, 2, 5], way, tail=3, vocab=vocab, slots=slots, ids=ids)
     bad = [255, 100] if ids == torch.uint8 else [-1, 2**15 - 1]
     inputs["byte_ids"][[5, 14]] = torch.tensor(bad, device=way.device).to(ids)

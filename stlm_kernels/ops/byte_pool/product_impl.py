@@ -211,7 +211,8 @@ def stlm_byte_pool_fwd_product_long(
                 y = tl.sum(acc, 0)
             else:
                 y = sum_of_bytes(
-                    ids_ptr, weight_ptr, weight_ptr, owner, first, last, block, vocab, 1, D, False, CHECKED, DOT, BLOCK_D,
+                    ids_ptr, weight_ptr, weight_ptr, owner, first, last, block, vocab, 1,
+                    D, False, CHECKED, DOT, BLOCK_D,
                 )  # fmt: skip
             tl.store(partial_ptr + (2 * part + side) * D + columns, y, mask=columns < D)
 
