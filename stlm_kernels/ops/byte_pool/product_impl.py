@@ -46,7 +46,7 @@ def _is_finite(
     weight_ptr, low_table, high_table, columns, vocab,
     D: tl.constexpr, DOT: tl.constexpr, REST: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Whether no number of these columns of the table is NaN or infinite."""
+    """Return whether all numbers of these columns of the table are finite."""
     nothing = tl.dot(tl.zeros((BLOCK_P, HALF), DOT), low_table)
     nothing = tl.dot(tl.zeros((BLOCK_P, HALF), DOT), high_table, nothing)
     if REST > 0:

@@ -1,15 +1,12 @@
 """byte_pool in Triton. out[p] = s_p sum_k a_k E[b_pk]; dE = C^T diag(s) G, C[p, v] the counts.
 
-Forward. A warp owns BLOCK_D columns of PATCHES patches, one patch at a time: it adds one gathered
-row for each byte, so the table's slice is read from L1, device memory sees each id and each output
-once, and no patch waits for a longer one. Four rows are under way together. Pairs of bfloat16 are
-read as one int32, whose halves are fp32 after a shift or a mask. Floor: T + 4P + 2PD bytes (bf16),
-at 1M bytes, mean patch 6, D = 768: 271 MB = 63 us at 4.3 TB/s; D = 128: 11 us. Adds: T x D. Issue
-slots of an H200 as bench.bounds counts them, not timed: 28 us at D = 128 and 114 at D = 768 for
-patches of 6 bytes, 23 and 94 for English words; too many where the assembler unrolls a loop. The
-rows count as read from L2, 61 us and 327 of words; a product with counts would need neither.
-Patches of more than 512 bytes are cut into parts, see `_triton/long_segments.py`: two launches that
-return at once where there is none, so 1M bytes in one patch count as much as in words.
+Forward in fp32, with a position weight, on other GPUs than sm_90 and sm_100 and for tables of more
+than 512 rows; `product_impl` has the rest. A warp owns BLOCK_D columns of PATCHES patches, one
+patch at a time: it adds one gathered row for each byte, so the table's slice is read from L1,
+device memory sees each id and each output once, and no patch waits for a longer one. Four rows are
+under way together. Pairs of bfloat16 are read as one int32, whose halves are fp32 after a shift or
+a mask. Floor: T + 4P bytes and P x D numbers. Adds: T x D. Patches of more than 512 bytes are cut
+into parts, see `_triton/long_segments.py`: two launches that return at once where there is none.
 
 Backward. A program owns BLOCK_V rows x BLOCK_D columns of dE for a share of the work, which is cut
 by bytes and patches alike and may begin and end inside a patch. It counts the bytes of BLOCK_P
