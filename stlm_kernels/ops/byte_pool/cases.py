@@ -27,6 +27,7 @@ CASES = (
     case("edge", T=90, P=30, V=257, D=20, mode="sum", boundaries="tail", L=1),
     case("edge", T=60, P=9, V=256, D=16, mode="mean", boundaries="ragged", L=40),
     case("aot", T=4096, P=680, V=256, D=768, mode="mean", boundaries="ragged"),
+    case("aot", T=4096, P=680, V=257, D=128, mode="mean", boundaries="ragged", ids="int32"),
     case("aot", T=4096, P=680, V=320, D=128, mode="mean", boundaries="ragged", L=16),
     case("huge", T=MILLION * 6, P=2_900_000, V=256, D=768, mode="mean", boundaries="even"),
     *(

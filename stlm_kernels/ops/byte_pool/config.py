@@ -23,8 +23,8 @@ MUCH_WORK = 1 << 20
 ALONE = 64
 """A patch of more bytes is pooled by itself in the forward's product, 32 bytes in a row."""
 
-MANY_PATCHES = 1 << 15
-"""Patches from which wide columns leave work for every program of the forward's product."""
+REST_ROWS = 16
+"""Rows from 256 on that the forward's product takes at a time: more spill on sm_90."""
 
 TARGET_PROGRAMS = 264
 """Programs of a split reduction on an untuned device: two for each SM of an H100."""
@@ -56,24 +56,28 @@ def takes_product(vocab: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Return whether the forward is a product of counts and table, in the result's dtype.
 
     That pays in 16 bits, where 256 rows serve most bytes, and where an operand of products lies in
-    shared memory while many are made: on sm_80 and sm_120 each warp would load it again.
+    shared memory while many are made: on sm_80 and sm_120 each warp would load it again. Rows
+    from 256 on are few, for special tokens: their bytes are counted anew for each `REST_ROWS`.
     """
-    return dtype != torch.float32 and vocab <= 512 and gpu_of(device).arch // 10 in (9, 10)
+    few_rows = vocab <= 256 + 4 * REST_ROWS
+    return dtype != torch.float32 and few_rows and gpu_of(device).arch // 10 in (9, 10)
 
 
 @remembered
-def product_config(width: int, patches: int, dtype: torch.dtype, device: torch.device) -> Config:
-    """Columns as wide as shared memory allows count the bytes of wide rows less often.
+def product_config(width: int, checked: bool, dtype: torch.dtype, device: torch.device) -> Config:
+    """Two programs for each SM of an H100. `PART_ROWS` as above.
 
-    One program for each SM of an H100 then, else two, of half the warps. `PART_ROWS` as above.
+    Checks of ids, and rows from 256 on, take registers of twice the warps: one program for each SM.
+    Columns of twice the width would count bytes half as often, but spill.
     """
-    if width > 128 and patches >= MANY_PATCHES:
-        default = {"BLOCK_P": 128, "BLOCK_D": 256, "PROGRAMS": TARGET_PROGRAMS // 2, "num_warps": 8}
-    else:
-        block_d = block_of(width, 128)
-        default = {"BLOCK_P": 64, "BLOCK_D": block_d, "PROGRAMS": TARGET_PROGRAMS, "num_warps": 4}
-    default["PART_ROWS"] = 2048
-    bucket = width_bucket(width, dtype, "many" if patches >= MANY_PATCHES else "few")
+    default = {
+        "BLOCK_P": 64,
+        "BLOCK_D": block_of(width, 128),
+        "PROGRAMS": TARGET_PROGRAMS // 2 if checked else TARGET_PROGRAMS,
+        "num_warps": 8 if checked else 4,
+        "PART_ROWS": 2048,
+    }
+    bucket = width_bucket(width, dtype, "checked" if checked else "bytes")
     return config_for("byte_pool_fwd_product", bucket, default, device)
 
 

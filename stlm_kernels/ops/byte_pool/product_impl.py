@@ -238,12 +238,12 @@ def launch_fwd(
         return launch_gather(byte_ids, weight, cu_patchlens, position_weight, mean, out_dtype)
     patches, total = cu_patchlens.shape[0] - 1, min(byte_ids.shape[0], 2**31 - 1)
     out = torch.empty((patches, width), dtype=out_dtype, device=device)
-    config = configs.product_config(width, patches, out_dtype, device)
+    checked = byte_ids.dtype != torch.uint8 or vocab < 256
+    config = configs.product_config(width, checked, out_dtype, device)
     programs, part_rows = config.pop("PROGRAMS"), part_rows_for(total, config.pop("PART_ROWS"))
     blocks = _launch.ceil_div(width, config["BLOCK_D"])
     shares, _ = _launch.splits(patches, blocks, programs, config["BLOCK_P"])
-    checked = byte_ids.dtype != torch.uint8 or vocab < 256
-    rest = _launch.block_of(vocab - 256, 128) if checked and vocab > 256 else 0
+    rest = configs.REST_ROWS if checked and vocab > 256 else 0
     cu = cu_patchlens.contiguous()
     may_be_long = total > part_rows and patches > 0
     at = notes_for(total, part_rows, device) if may_be_long else cu
