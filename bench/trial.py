@@ -20,7 +20,7 @@ from stlm_kernels import terminal
 from stlm_models.config import ModelConfig, config_from_dict
 from stlm_models.data.corpus import Corpus, load_corpus
 from stlm_models.evaluation import bits_per_byte
-from stlm_models.presets import preset
+from stlm_models.presets import RATES, preset
 from stlm_models.training.precision import faster_precision
 from stlm_models.training.trainer import Trainer, TrainOptions
 
@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             minutes=None if parsed.steps else parsed.minutes,
             steps=parsed.steps,
             precision=parsed.precision or faster_precision().name,
-            **json.loads(parsed.options),
+            **{**RATES.get(parsed.preset, {}), **json.loads(parsed.options)},
         )
         corpus = with_validation(load_corpus(parsed.data), VALIDATION_BYTES)
     except (ValueError, TypeError, OSError) as error:

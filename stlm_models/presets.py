@@ -135,6 +135,9 @@ PRESETS: dict[str, ModelConfig] = {
 }
 """Presets by name; a tied table counts once towards the parameters that the name promises."""
 
+RATES: dict[str, dict[str, float]] = {"demo": {"muon_lr": 0.03, "adamw_lr": 0.012}}
+"""Peak learning rates that trials chose (docs/speedrun.md); others keep those of `TrainOptions`."""
+
 
 def preset(name: str) -> ModelConfig:
     """The config of a preset, with a ValueError that lists them for an unknown name."""

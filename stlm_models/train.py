@@ -22,7 +22,7 @@ from .checkpoint import latest_checkpoint, load_checkpoint, require_extra
 from .data.corpus import Corpus, load_corpus
 from .files import replace_file
 from .parallel import Ranks
-from .presets import preset
+from .presets import RATES, preset
 from .training.interrupt import Interrupt
 from .training.optim import SCHEDULES
 from .training.precision import Precision, faster_precision
@@ -80,8 +80,10 @@ def _prepare(arguments: argparse.Namespace, ranks: Ranks) -> tuple[Trainer, Path
     else:
         if latest_checkpoint(run) is not None:
             raise ValueError(f"out: expected a folder without a run, got {run}; add --resume")
-        config = preset(arguments.preset or "demo")
-        options = _options(arguments, {"precision": _precision(arguments.precision, ranks)})
+        name = arguments.preset or "demo"
+        config, rates = preset(name), RATES.get(name, {})
+        precision = _precision(arguments.precision, ranks)
+        options = _options(arguments, {"precision": precision, **rates})
         trainer = Trainer(config, _corpus(arguments, run, ranks), options, ranks)
     return trainer, run
 

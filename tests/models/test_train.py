@@ -107,6 +107,16 @@ class TestRun:
         assert stlm_models.generate.main([*told, "--top-p", "2"]) == 1
         assert one_line(capsys).startswith("error: linear_sample: top_p: expected")
 
+    def test_rates_of_a_preset(self, tmp_path: Path, text: str) -> None:
+        """Trials chose those that hold where none are given."""
+        for n, given in enumerate(((), ("--muon-lr", 0.01))):
+            run = tmp_path / str(n)
+            arguments = ("--data", text, "--out", run, "--steps", 1, "--batch-size", 1)
+            assert train(*arguments, "--precision", "fp32", *given) == 0
+            options = load_checkpoint(run).state["options"]
+            rates = {**stlm_models.presets.RATES["demo"], **({"muon_lr": 0.01} if given else {})}
+            assert {name: options[name] for name in rates} == rates
+
     def test_minutes_end_a_run(self, tmp_path: Path, text: str) -> None:
         started = time.monotonic()
         run = tmp_path / "run"
