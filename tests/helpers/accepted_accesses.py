@@ -21,6 +21,10 @@ ACCEPTED: Accesses = {
         4.1,
         "one program, whose scans want neighbours in a thread: at most four loads of 0.02 us",
     ),
+    ("stlm_swiglu_pack", "sectors"): (
+        1.57,
+        "turns `down` over by a few columns a program: weights alone, once for all rows of a call",
+    ),
     ("linear_sample", "wavefronts"): (
         1.72,
         "sums and counts of a row's columns meet across warps, in words that share banks",
