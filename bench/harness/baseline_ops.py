@@ -84,6 +84,18 @@ def swiglu(
     return _run("swiglu", "F.rms_norm + F.linear + F.silu", inputs)
 
 
+def qkv_rope(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = {"x": x, "norm_weight": norm_weight, "weight": weight, "cos": cos, "sin": sin}
+    return _run("qkv_rope", "F.rms_norm + F.linear + rotation", inputs | options)
+
+
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, window: int | None, cu_seqlens: Tensor | None
 ) -> Tensor:
@@ -129,6 +141,7 @@ BASELINE_OPS: Ops = {
         find_patches,
         unpool,
         qk_norm_rope,
+        qkv_rope,
         swiglu,
         attention,
         linear_cross_entropy,

@@ -89,7 +89,7 @@ class BlockRun:
 
 
 class _Layer(NamedTuple):
-    """Weights of a block: those that read the same side by side, each as a product takes it."""
+    """Weights of a block, each as a product takes it."""
 
     attention: Attention
     cache: KVCache
@@ -113,15 +113,14 @@ def _layers_of(
         own = shared if own is None else own
         if type(own) is not SwiGLU:
             return []
-        q, k, v = attention.query, attention.key, attention.value
-        maps = [q, k, v, attention.output, own.gate_up, own.down]
+        maps = [attention.query_key_value, attention.output, own.gate_up, own.down]
         if not all(map(is_plain, maps)) or not all(each.weight.dtype == x.dtype for each in maps):
             return []
         layers.append(
             _Layer(
                 attention,
                 cache,
-                torch.cat((q.weight, k.weight, v.weight)).t(),
+                attention.query_key_value.weight.t(),
                 _gains(attention, x.dtype),
                 attention.output.weight.t(),
                 own.gate_up.weight.t(),

@@ -44,7 +44,7 @@ class CachedRun:
     def __init__(self, model: ByteModel, windows: Sequence[list[int]]) -> None:
         self.model, self.device = model, model.embedding.weight.device
         self._weights: dict[Any, Tensor] = {}
-        """Weights side by side, for every step until the next restart."""
+        """Weights that were cast, for every step until the next restart."""
         batch = len(windows)
         self._rows: _Rows = FlatRows(model, batch) if model.is_flat else PatchedRows(model, batch)
         self.hidden = self._rows.start(self._index(range(batch)), *_packed(windows, self.device))

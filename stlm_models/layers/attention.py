@@ -6,19 +6,29 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stlm_kernels import attention, decode_attention, patch_attention, qk_norm_rope
+from stlm_kernels import (
+    attention,
+    decode_attention,
+    patch_attention,
+    qk_norm_rope,
+    qkv_rope,
+    runtime,
+)
 
 from ..config import check_heads
+from .joined import Joined
 from .kv_cache import CacheRows, KVCache
-from .linear import Products
+from .linear import is_plain, operands
+from .norms import EPS, rms_norm
 from .packing import Packing, Rows, cleared
 from .rotary import rotary_tables
 from .typed_call import typed_as
 
 
-class Attention(nn.Module):
+class Attention(Joined):
     """Causal multi-head self-attention with rotary positions.
 
     Args:
@@ -56,9 +66,9 @@ class Attention(nn.Module):
         self.head_dim = check_heads("attention", dim, heads, kv_heads, head_dim)
         self.dim, self.heads, self.kv_heads = dim, heads, kv_heads
         self.window, self.rope_base = window, rope_base
-        self.query = nn.Linear(dim, heads * self.head_dim, bias=False)
-        self.key = nn.Linear(dim, kv_heads * self.head_dim, bias=False)
-        self.value = nn.Linear(dim, kv_heads * self.head_dim, bias=False)
+        own, shared = heads * self.head_dim, kv_heads * self.head_dim
+        self.joined = {"query_key_value": {"query": own, "key": shared, "value": shared}}
+        self.query_key_value = nn.Linear(dim, own + 2 * shared, bias=False)
         self.output = nn.Linear(heads * self.head_dim, dim, bias=False)
         self.query_norm = nn.Parameter(torch.ones(self.head_dim)) if qk_norm else None
         self.key_norm = nn.Parameter(torch.ones(self.head_dim)) if qk_norm else None
@@ -70,6 +80,7 @@ class Attention(nn.Module):
         cu_seqlens: Tensor | None = None,  # (S+1,) int32
         cache: KVCache | CacheRows | None = None,
         rows: Rows | None = None,
+        residual: bool = False,
     ) -> Tensor:  # as x
         """Attend within each row of a dense batch, or within each document of a packed one.
 
@@ -81,6 +92,8 @@ class Attention(nn.Module):
                 holds instead of what it held; or of B rows beside x (B, 1, D), their next position,
                 which sees what the cache holds and joins it.
             rows: what layers over one stream share, of `new_rows` for this call; None makes it.
+            residual: attend over the RMS norm of x, and add x to the result: what a block does, by
+                fewer passes.
 
         Raises:
             ValueError: for a wrong shape, a dense x with cu_seqlens, or a cache of other rows.
@@ -94,10 +107,11 @@ class Attention(nn.Module):
         if x.dim() == 3 and cu_seqlens is not None:
             raise ValueError("cu_seqlens: expected None with a dense x, got a tensor")
         if x.dim() == 3 and cache is not None:
-            return self._step(x, cache, rows)
+            return self._step(x, cache, rows, residual)
         if cache is not None and cu_seqlens is None:
             cu_seqlens = torch.arange(2, dtype=torch.int32, device=x.device) * x.shape[0]
-        return self._attend(x, self.new_rows(x, cu_seqlens) if rows is None else rows, cache)
+        rows = self.new_rows(x, cu_seqlens) if rows is None else rows
+        return self._attend(x, rows, cache, residual)
 
     if TYPE_CHECKING:
 
@@ -106,7 +120,7 @@ class Attention(nn.Module):
 
     def new_cache(self, batch: int) -> KVCache:
         """An empty cache for this many rows; it takes the dtype of the first keys it is given."""
-        # Not `key.weight`: quantised linear maps keep integers there, or nothing.
+        # Not the maps' weights: quantised linear maps keep integers there, or nothing.
         own = next(chain(self.parameters(), self.buffers()), None)
         device = None if own is None else own.device
         return KVCache(batch, self.kv_heads, self.head_dim, window=self.window, device=device)
@@ -135,23 +149,26 @@ class Attention(nn.Module):
     def _tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         return rotary_tables(length, self.head_dim, self.rope_base, device)
 
-    def _attend(self, x: Tensor, rows: Rows, cache: KVCache | CacheRows | None) -> Tensor:
+    def _attend(
+        self, x: Tensor, rows: Rows, cache: KVCache | CacheRows | None, residual: bool
+    ) -> Tensor:
         """Attend over x (B, T, D) or (T, D); only the latter has documents and a cache."""
         if rows.unused is not None:
             # Their output and gradients are zero, but zero times NaN in a projection is not.
             x = cleared(x, rows.unused)
-        products = self._products(x)
-        q, k, v = self._heads(products, x, rows)
+        q, k, v = self._heads(x, rows, residual)
         if cache is not None and rows.cu_seqlens is not None:
             cache.fill(k, v, rows.cu_seqlens)
-        (out,) = products(1, self._mix(q, k, v, rows.cu_seqlens).flatten(-2))
+        out = self._projected(self._mix(q, k, v, rows.cu_seqlens), x if residual else None)
         # Nor is it on the way back.
         return out if rows.unused is None else cleared(out, rows.unused)
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         return attention(q, k, v, window=self.window, cu_seqlens=cu_seqlens)
 
-    def _step(self, x: Tensor, cache: KVCache | CacheRows, rows: Rows | None) -> Tensor:
+    def _step(
+        self, x: Tensor, cache: KVCache | CacheRows, rows: Rows | None, residual: bool
+    ) -> Tensor:
         """Attend from x (B, 1, D), the next position of each row."""
         batch = len(cache.positions())
         if x.shape[:2] != (batch, 1):
@@ -159,22 +176,49 @@ class Attention(nn.Module):
             raise ValueError(f"x: expected shape {expected}, got {tuple(x.shape)}")
         rows = self.new_rows(x, cache=cache) if rows is None else rows
         x = x[:, 0]
-        products = self._products(x)
-        q, k, v = self._heads(products, x, rows)
+        q, k, v = self._heads(x, rows, residual)
         keys, values, lens = cache.append(k, v, slots=rows.slots)
         out = decode_attention(q.to(keys.dtype), keys, values, lens)
-        return products(1, out.to(q.dtype).flatten(-2))[0][:, None]
+        return self._projected(out.to(q.dtype), x if residual else None)[:, None]
 
-    def _products(self, x: Tensor) -> Products:
-        return Products(x, (self.query, self.key, self.value), (self.output,))
-
-    def _heads(self, products: Products, x: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries (..., T, H, K), keys and values (..., T, H_kv, K) of x (..., T, D)."""
-        q, k, v = (each.unflatten(-1, (-1, self.head_dim)) for each in products(0, x))
+    def _heads(self, x: Tensor, rows: Rows, normed: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries (..., T, H, K), keys and values (..., T, H_kv, K) of x (..., T, D), which
+        is normalised first if `normed`."""
+        if normed and is_plain(self.query_key_value):
+            read, (weight,) = operands(x, self.query_key_value)
+            return qkv_rope(
+                read,
+                None,
+                weight,
+                rows.cos,
+                rows.sin,
+                heads=self.heads,
+                kv_heads=self.kv_heads,
+                q_weight=self.query_norm,
+                k_weight=self.key_norm,
+                eps=EPS,
+            )
+        product = self.query_key_value(rms_norm(x) if normed else x)
+        by_head = product.unflatten(-1, (-1, self.head_dim))
+        q, k, v = by_head.split([self.heads, self.kv_heads, self.kv_heads], -2)
         q, k = qk_norm_rope(
             q, k, rows.cos, rows.sin, q_weight=self.query_norm, k_weight=self.key_norm
         )
         return q, k, v
+
+    def _projected(self, mixed: Tensor, residual: Tensor | None) -> Tensor:
+        """Return the output (..., D) of what the heads made, (..., H, K), plus the residual."""
+        mixed = mixed.flatten(-2)
+        if residual is None:
+            return self.output(mixed)
+        if not is_plain(self.output):
+            return residual + self.output(mixed)
+        mixed, (weight,) = operands(mixed, self.output)
+        # A sum in 16 bits would lose what an fp32 residual holds.
+        if residual.dtype != runtime.compute_dtype(mixed):
+            return residual + F.linear(mixed, weight)
+        flat = mixed.flatten(0, -2)
+        return torch.addmm(residual.flatten(0, -2), flat, weight.t()).view(residual.shape)
 
 
 class PatchAttention(Attention):

@@ -84,7 +84,7 @@ class TransformerBlock(nn.Module):
         rows: Rows | None = None,
     ) -> Tensor:
         """See `Attention.forward`."""
-        x = x + self.attention(rms_norm(x), cu_seqlens=cu_seqlens, cache=cache, rows=rows)
+        x = self.attention(x, cu_seqlens=cu_seqlens, cache=cache, rows=rows, residual=True)
         own = feed_forward if self.feed_forward is None else self.feed_forward
         assert own is not None
         return own(x)

@@ -12,14 +12,14 @@ from helpers.kernel_models import MODELS
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from bench import launches
-from bench.harness.launches import BLOCKS, CHUNK, counting
+from bench.harness.launches import BLOCKS, CHUNK, MORE, counting
 from bench.harness.results import Result
 from stlm_kernels import byte_pool, runtime
 from stlm_models.layers import attention
 from stlm_models.layers.norms import rms_norm
 from stlm_models.presets import preset
 
-CEILINGS = {"step": 674, "byte": 100, "byte that closes a patch": 195}
+CEILINGS = {"step": 635, "byte": 94, "byte that closes a patch": 179}
 """Launches of the 10m preset as they are: fewer are better, and then these fall."""
 
 
@@ -48,7 +48,9 @@ def test_more_layers_are_more_launches() -> None:
     grown = three.by_name - two.by_name
     # The arithmetic of a layer alone: no tables, positions, boundaries, masks.
     assert not grown.keys() & {"arange", "searchsorted", "index", "where", "masked_fill", "clamp"}
-    assert (grown["mm"], grown["stlm_swiglu_fwd"]) == (3 * 2, 1)
+    products = grown["mm"] + grown["matmul"] + grown["addmm"] / MORE["addmm"]
+    assert products + grown["stlm_qkv_rope_fwd"] == 3 * 2
+    assert grown["stlm_swiglu_fwd"] == 1
 
 
 def test_operators_count_as_their_launches() -> None:

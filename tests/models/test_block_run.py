@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from stlm_kernels import runtime
 from stlm_kernels._torch import random_bits
-from stlm_models import Attention
+from stlm_models import STLM, Attention
 from stlm_models.generation import block_run
 from stlm_models.generation.block_run import BlockRun
+from stlm_models.generation.engine import CachedRun
 from stlm_models.layers.transformer import TransformerBlock, new_caches
+from stlm_models.presets import preset
 
 WIDTH, BATCH = 16, 5
 
@@ -87,7 +89,7 @@ def replaced(blocks: nn.ModuleList) -> None:
 def of_another_class(blocks: nn.ModuleList) -> None:
     class Adapted(nn.Linear): ...
 
-    blocks[0].attention.query.__class__ = Adapted
+    blocks[0].attention.query_key_value.__class__ = Adapted
 
 
 @pytest.mark.parametrize("change", [watched, replaced, of_another_class])
@@ -111,6 +113,21 @@ def test_a_hook_added_later_sees_the_next_step(taken: list[int]) -> None:
     run.step(torch.randn(BATCH, WIDTH), rows)
     assert (taken, seen) == ([BATCH], [1])
     assert run.caches[1].lens.tolist() == [5] * BATCH
+
+
+def test_a_restart_takes_weights_anew() -> None:
+    model = STLM(preset("demo")).eval()
+    nn.init.normal_(model.to_output.weight)
+    run = CachedRun(model, [[1, 2, 3]])
+    run.step(torch.tensor([4]), [0])
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.normal_()
+    run.restart([0], [[1, 2, 3, 4]])
+    run.step(torch.tensor([5]), [0])
+    fresh = CachedRun(model, [[1, 2, 3, 4, 5]])
+    torch.testing.assert_close(run.hidden, fresh.hidden, rtol=1e-3, atol=1e-3)
 
 
 @torch.no_grad()

@@ -24,8 +24,8 @@ def naive_attention(layer: Attention, x: Tensor, documents: list[int]) -> Tensor
     frequencies = layer.rope_base ** (-torch.arange(half).double() / half)
     angles = position[:, None].double() * frequencies
 
-    def heads(linear: nn.Linear, gain: Tensor | None, turned: bool = True) -> Tensor:
-        y = (x.double() @ linear.weight.double().T).unflatten(-1, (-1, layer.head_dim))
+    def heads(weight: Tensor, gain: Tensor | None, turned: bool = True) -> Tensor:
+        y = (x.double() @ weight.double().T).unflatten(-1, (-1, layer.head_dim))
         if not turned:
             return y
         if gain is not None:
@@ -34,8 +34,10 @@ def naive_attention(layer: Attention, x: Tensor, documents: list[int]) -> Tensor
         cos, sin = angles.cos()[:, None], angles.sin()[:, None]
         return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
 
-    q, k = heads(layer.query, layer.query_norm), heads(layer.key, layer.key_norm)
-    v = heads(layer.value, None, turned=False)
+    sizes = list(layer.joined["query_key_value"].values())
+    query, key, value = layer.query_key_value.weight.split(sizes)
+    q, k = heads(query, layer.query_norm), heads(key, layer.key_norm)
+    v = heads(value, None, turned=False)
     group = layer.heads // layer.kv_heads
     for t in range(len(x)):
         first = 0 if layer.window is None else max(0, t - layer.window + 1)

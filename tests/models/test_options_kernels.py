@@ -21,7 +21,7 @@ pytestmark = pytest.mark.lanes("interpret")
 
 KERNELS = {
     "defaults": {"byte_pool", "find_patches", "unpool", "attention", "segment_pool"},
-    "flat": {"attention", "qk_norm_rope", "ngram_embedding"},
+    "flat": {"attention", "qkv_rope", "ngram_embedding"},
     "attention pooling of a causal encoder": {"attention_pool", "attention", "ema_unpool"},
     "a parallel output behind an encoder inside patches": {"patch_attention", "segment_pool"},
 }
