@@ -1,4 +1,4 @@
-"""Followers in texts that grow byte by byte: rows of repeats and memory of the newest byte."""
+"""Followers in texts that grow byte by byte: rows of matches and memory of the newest byte."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .stages import ByteModel
 
 
 class IncrementalFollowers:
-    """Repeats of each row's text, and the end of it that a memory is asked about, on the host.
+    """Matches of each row's text, and the end of it that a memory is asked about, on the host.
 
     Args:
         model: an `STLM`.

@@ -100,10 +100,10 @@ def follower_rows(
     cu_seqlens: Tensor,  # (S+1,)
     followers: Tensor | None = None,  # (T, sizes)
 ) -> Tensor | None:  # (T, dim)
-    """Return the rows of repeats and of a memory together; None where there is neither.
+    """Return the rows of matches and of a memory together; None where there is neither.
 
     Args:
-        followers: indices of both, those of repeats first, in place of what is found here.
+        followers: indices of both, those of matches first, in place of what is found here.
 
     Raises:
         ValueError: for followers of another shape.

@@ -1,4 +1,4 @@
-"""Followers of each training window: its repeats, and what a memory of other texts knows."""
+"""Followers of each training window: its matches, and what a memory of other texts knows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ UNIT = 2**18
 
 
 class Recall:
-    """Indices of a window by repeats and memory, found on the host while the model computes.
+    """Indices of a window by matches and memory, found on the host while the model computes.
 
     A memory knows its own text by heart. Trained on that, a model would trust it as it can trust no
     memory of another text: there are two, each of half the text, and a window reads the one that
