@@ -157,7 +157,7 @@ def test_baseline_ops_replace_every_op_of_a_step(session: Session) -> None:
     before = stlm_models.layers.embedding.byte_pool
     with ops_replaced({name: watched(name) for name in BASELINE_OPS}):
         model_jobs.loss_and_gradients(model_jobs.trainer_of(job, session.machine))
-    assert called == set(BASELINE_OPS)
+    assert called == set(BASELINE_OPS) - {"qk_norm_rope"}  # which maps that are replaced need
     assert stlm_models.layers.embedding.byte_pool is before
 
 

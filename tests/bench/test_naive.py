@@ -86,7 +86,7 @@ def test_one_wrong_gradient_of_the_model_shows(mutation: str, wrong: str) -> Non
     planted = {name: MUTATIONS[mutation](x) for name, x in ours.items() if x.dim()}
     # The last row of a table of bytes has no gradient to lose.
     planted = {name: x for name, x in planted.items() if not torch.equal(x, ours[name])}
-    assert len(planted) > 20
+    assert len(planted) > 15
     for name, x in planted.items():
         pair = (ours | {name: x}, naive) if wrong == "ours" else (ours, naive | {name: x})
         with pytest.raises(AssertionError, match="relative error of"):

@@ -169,6 +169,13 @@ def qk_norm_rope(inputs: Inputs, rows: Tensor) -> Part:
     return Part(OPS["qk_norm_rope"], small, rows, torch.arange(len(rows)), arguments)
 
 
+def qkv_rope(inputs: Inputs, rows: Tensor) -> Part:
+    small = inputs | {name: picked(inputs[name], rows) for name in ("x", "positions")}
+    arguments: dict[str, tuple[str, Tensor | None]] = {"x": ("x", rows)}
+    arguments |= {name: (name, None) for name in ("weight", "q_weight", "k_weight")}
+    return Part(OPS["qkv_rope"], small, rows, torch.arange(len(rows)), arguments)
+
+
 def swiglu(inputs: Inputs, rows: Tensor) -> Part:
     arguments: dict[str, tuple[str, Tensor | None]] = {"x": ("x", rows)}
     arguments |= {name: (name, None) for name in ("gate_up", "down")}
@@ -196,6 +203,7 @@ PARTS: dict[str, Callable[[Inputs, Tensor], Part]] = {
         linear_logprobs,
         linear_sample,
         qk_norm_rope,
+        qkv_rope,
         swiglu,
     )
 }

@@ -183,6 +183,7 @@ REHEARSED = {
     "attention": case(B=2, T=150, H=4, KV=4, K=16, W=20),
     "patch_attention": case(T=200, P=20, H=4, KV=4, K=16, boundaries="even"),
     "qk_norm_rope": case(T=120, H=2, KV=1, K=16, norm="qk", positions="packed"),
+    "qkv_rope": case(T=120, D=32, H=4, KV=1, K=16, norm="qk", positions="packed"),
     "swiglu": case(T=120, D=32, F=24, norm="none"),
     "decode_attention": case(B=3, C=64, H=4, KV=2, K=16, lens="full", window=20),
 }

@@ -27,6 +27,7 @@ CASES = (
     case("bench", T=65_536, D=256, H=4, KV=4, K=64, norm="qk", positions="packed"),
     case("bench", T=65_536, D=128, H=4, KV=4, K=32, norm="qk", positions="packed"),
     case("bench_full", T=65_536, D=512, H=8, KV=8, K=64, norm="qk", positions="packed"),
+    case("huge", T=4_200_000, D=128, H=8, KV=1, K=64, norm="qk", positions="packed"),
     case("bench_cpu", B=4, T=512, D=256, H=4, KV=4, K=64, norm="qk"),
     case("bench_cpu", T=2048, D=512, H=8, KV=2, K=64, norm="qk", positions="packed"),
 )
