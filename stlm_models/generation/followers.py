@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..layers.memory import look_up_last
@@ -23,6 +24,7 @@ class IncrementalFollowers:
 
     def __init__(self, model: ByteModel, batch: int) -> None:
         self.model = model
+        self._sources = [each for each in (model.matches, model.memory) if each is not None]
         self._matches: IncrementalMatches | None = None
         if model.matches is not None:
             self._matches = IncrementalMatches(batch, model.matches.sizes, model.config.vocab_size)
@@ -33,31 +35,36 @@ class IncrementalFollowers:
 
     def step(self, byte_ids: Tensor, rows: Tensor) -> Tensor | None:
         """Show each of these rows (R,) its next id, of ids (B,): (R, D) where the model has any."""
-        model, found = self.model, None
-        if model.matches is not None and self._matches is not None:
-            indices = self._matches.step(byte_ids, rows)
-            found = model.matches.followers.sums(indices, self._match_rows)
-        if model.memory is None:
-            return found
-        at = rows.tolist()
-        self._ends[at, :-1] = self._ends[at, 1:]
-        self._ends[at, -1] = byte_ids[rows].tolist()
-        self._lengths[at] += 1
-        sizes = model.memory.sizes
-        found_at = look_up_last(self._entries, sizes, self._ends[at], self._lengths[at])
-        indices = torch.from_numpy(found_at).to(byte_ids.device)
-        known = model.memory.followers.sums(indices, self._memory_rows)
-        return known if found is None else found + known
+        if not self._sources:
+            return None
+        at, ids = rows.tolist(), byte_ids[rows].tolist()  # where a GPU is waited for
+        found = []
+        if self._matches is not None:
+            found.append(np.array(self._matches.append(ids, at), np.int64))
+        if self.model.memory is not None:
+            found.append(self._recalled(ids, at))
+        indices = torch.from_numpy(np.concatenate(found, 1)).to(byte_ids.device)
+        parts = indices.split([len(source.sizes) for source in self._sources], 1)
+        each = zip(self._sources, parts, self._tables, strict=True)
+        sums = [source.followers.sums(part, table) for source, part, table in each]
+        return sum(sums[1:], sums[0])
+
+    def _recalled(self, ids: list[int], rows: list[int]) -> NDArray[np.int64]:
+        """(R, sizes) of the memory, once these rows have seen their next ids."""
+        assert self.model.memory is not None
+        self._ends[rows, :-1] = self._ends[rows, 1:]
+        self._ends[rows, -1] = ids
+        self._lengths[rows] += 1
+        sizes = self.model.memory.sizes
+        return look_up_last(self._entries, sizes, self._ends[rows], self._lengths[rows])
 
     def resume(self, rows: Tensor, byte_ids: Tensor, cu_seqlens: Tensor) -> None:
         """Row rows[s] goes on where document s of packed byte_ids (T,) ends."""
-        model = self.model
-        if model.matches is not None and self._matches is not None:
+        self._tables = [source.followers.rows() for source in self._sources]
+        if self._matches is not None:
             self._matches.resume(rows, byte_ids, cu_seqlens)
-            self._match_rows = model.matches.followers.rows()
-        if model.memory is None:
+        if self.model.memory is None:
             return
-        self._memory_rows = model.memory.followers.rows()
         ids, boundaries = byte_ids.tolist(), cu_seqlens.tolist()
         for row, (start, end) in zip(rows.tolist(), pairwise(boundaries), strict=True):
             last = ids[max(start, end - self._ends.shape[1]) : end]

@@ -32,10 +32,13 @@ class IncrementalMatches:
 
     def step(self, byte_ids: Tensor, rows: Tensor) -> Tensor:
         """Show the next id, of (B,), to each of these rows (R,): their indices (R, sizes) int64."""
-        ids = byte_ids.tolist()
-        found = [self._texts[row].append(ids[row]) for row in rows.tolist()]
+        found = self.append(byte_ids[rows].tolist(), rows.tolist())
         indices = torch.tensor(found, dtype=torch.int64, device=byte_ids.device)
         return indices.view(len(found), len(self.sizes))
+
+    def append(self, ids: list[int], rows: list[int]) -> list[list[int]]:
+        """`step` on the host: the next id of each of these rows, and their indices."""
+        return [self._texts[row].append(each) for row, each in zip(rows, ids, strict=True)]
 
     def resume(self, rows: Tensor, byte_ids: Tensor, cu_seqlens: Tensor) -> None:
         """Row rows[s] goes on where document s of packed byte_ids (T,) ends."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -18,6 +19,9 @@ from .typed_call import typed_as
 
 Words = TypeVar("Words", Tensor, NDArray[np.int64])
 """Arrays of 64 bits, on the host while a text is counted; products wrap."""
+ByteDocument = bytes | memoryview
+MOST_BYTES, UNIT = 2**24, 2**18
+"""Bytes of a text that are remembered at most, and in a unit of it."""
 LEVELS = 9
 """Degrees of sureness: five of contexts with one follower, by how often it was seen; four of
 others, by the share of the most frequent one.
@@ -88,8 +92,12 @@ class TextMemory(nn.Module):
         return self.entries.numpy(force=True)
 
     @torch.no_grad()
-    def remember(self, documents: Sequence[bytes | memoryview]) -> None:
-        """Count the contexts of these documents, each behind id 256, in place of what was known."""
+    def remember(self, documents: Sequence[ByteDocument]) -> None:
+        """Count the contexts of these documents, each behind id 256, in place of what was known.
+
+        Of more than `MOST_BYTES` as many are read, in units spread over all: a longer text has
+        more contexts than there are entries, and counting takes about 120 bytes of memory for each.
+        """
         self.entries.copy_(torch.from_numpy(counted(documents, self.sizes, self.slots)))
 
 
@@ -123,7 +131,8 @@ def follower_rows(
 
 def look_up(entries: Tensor, sizes: tuple[int, ...], byte_ids: Tensor, positions: Tensor) -> Tensor:
     """`TextMemory.indices` of ids (T,) at these positions (T,) of their documents."""
-    keys = torch.stack(_keys(byte_ids.long(), sizes, torch.roll), 1)
+    by_size = dict(_keys(byte_ids.long(), sizes, torch.roll))
+    keys = torch.stack([by_size[size] for size in sizes], 1)
     least = torch.tensor(sizes, device=keys.device) - 1
     entry = entries[_slot(keys, len(entries))].long()
     return _index(entry, keys) * (positions[:, None] >= least)
@@ -151,22 +160,48 @@ def _index(entry: Words, keys: Words) -> Words:
 
 
 def counted(
-    documents: Sequence[bytes | memoryview], sizes: tuple[int, ...], slots: int
+    documents: Sequence[ByteDocument], sizes: tuple[int, ...], slots: int
 ) -> NDArray[np.int32]:
-    """Return the entries (slots,) of these documents."""
+    """Return the entries (slots,) of these documents, or of `MOST_BYTES` spread over them."""
+    documents = spread_over(documents, MOST_BYTES)
     ids = np.concatenate([np.empty(0, np.int16), *map(_with_start, documents)])
     lengths = np.fromiter((len(document) + 1 for document in documents), np.int64)
     starts = np.repeat(lengths.cumsum() - lengths, lengths)
     positions = np.arange(len(ids)) - starts
     followed = np.append(ids[1:] != BOS_ID, False)[: len(ids)]
     entries, often = np.zeros(slots, np.int32), np.zeros(slots, np.int32)
-    for size, keys in zip(sizes, _keys(ids.astype(np.int64), sizes, np.roll), strict=True):
+    for size, keys in _keys(ids.astype(np.int64), sizes, np.roll):
         counts = followed & (positions >= size - 1)
         place = (_slot(keys, slots) << _CHECK_BITS | keys & _CHECK_MASK)[counts]
         codes = place << _BYTE_BITS | ids[1:][counts[:-1]]
         codes.sort()
         _enter(entries, often, codes)
     return entries
+
+
+def units_of(documents: Sequence[ByteDocument]) -> Iterator[tuple[int, ByteDocument]]:
+    """Yield documents with the place of each in them all, long ones cut into units of `UNIT`.
+
+    A document and its id 256 take one place more than it has bytes.
+    """
+    start = 0
+    for document in documents:
+        for at in range(0, len(document), UNIT):
+            yield start + at, document[at : at + UNIT]
+        start += len(document) + 1
+
+
+def spread_over(documents: Sequence[ByteDocument], most: int) -> Sequence[ByteDocument]:
+    """All documents, or where they have more than `most` bytes, every so many of their units."""
+    total, left = sum(map(len, documents)), most
+    if total <= most:
+        return documents
+    chosen = []
+    for _, unit in itertools.islice(units_of(documents), 0, None, -(-total // most)):
+        if len(unit) <= left:
+            chosen.append(unit)
+            left -= len(unit)
+    return chosen
 
 
 def _enter(
@@ -206,19 +241,22 @@ def _begins(x: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.flatnonzero(np.append(True, x[1:] != x[:-1]))
 
 
-def _with_start(document: bytes | memoryview) -> NDArray[np.int16]:
+def _with_start(document: ByteDocument) -> NDArray[np.int16]:
     return np.append(np.int16(BOS_ID), np.frombuffer(document, np.uint8).astype(np.int16))
 
 
-def _keys(ids: Words, sizes: tuple[int, ...], roll: Callable[[Words, int], Words]) -> list[Words]:
-    """Hash of the last `size` ids of each position (T,), for each size; the first ones wrap."""
-    sums: dict[int, Words] = {}
+def _keys(
+    ids: Words, sizes: tuple[int, ...], roll: Callable[[Words, int], Words]
+) -> Iterator[tuple[int, Words]]:
+    """Each size, ascending, and the hash of the last `size` ids of each position (T,).
+
+    The first positions wrap. One at a time, for those of a text are large.
+    """
     total = ids * 0
     for n in range(max(sizes)):
         total = total + (roll(ids, n) + 1) * _POWERS[n]
         if n + 1 in sizes:
-            sums[n + 1] = total
-    return [_mixed(sums[size]) for size in sizes]
+            yield n + 1, _mixed(total)
 
 
 def _mixed(sums: Words) -> Words:

@@ -11,11 +11,8 @@ from torch import Tensor
 
 from ..config import ModelConfig
 from ..layers.matches import MatchEmbedding
-from ..layers.memory import counted, look_up
+from ..layers.memory import ByteDocument, counted, look_up, units_of
 from ..layers.packing import document_starts
-
-UNIT = 2**18
-"""Bytes of a document that lie in one half; a longer one is cut into such units."""
 
 
 class Recall:
@@ -23,26 +20,22 @@ class Recall:
 
     A memory knows its own text by heart. Trained on that, a model would trust it as it can trust no
     memory of another text: there are two, each of half the text, and a window reads the one that
-    does not hold it. Halves are made of whole documents, every other one, so that what a document
-    repeats within itself is not taken for what others say either.
+    does not hold it. Halves are made of every other document (of long ones, every other unit), so
+    that what a document repeats within itself is not taken for what others say either.
 
     Args:
         documents: as `TrainingWindows` reads them.
         config: of the model, with match_sizes or memory_sizes.
     """
 
-    def __init__(self, documents: Sequence[bytes | memoryview], config: ModelConfig) -> None:
+    def __init__(self, documents: Sequence[ByteDocument], config: ModelConfig) -> None:
         self.matches = None
         if config.match_sizes:
             self.matches = MatchEmbedding(config.match_sizes, config.vocab_size, 1)
         self.sizes = config.memory_sizes
         if not self.sizes:
             return
-        units = [
-            (start + at, document[at : at + UNIT])
-            for start, document in _placed(documents)
-            for at in range(0, len(document), UNIT)
-        ]
+        units = list(units_of(documents))
         self._starts = np.array([start for start, _ in units])
         halves = [[unit for _, unit in units[parity::2]] for parity in (0, 1)]
         entries = [counted(half, self.sizes, config.memory_slots) for half in halves]
@@ -61,9 +54,3 @@ class Recall:
         positions = torch.arange(len(byte_ids)) - document_starts(cu_seqlens, len(byte_ids))
         even, odd = (look_up(half, self.sizes, byte_ids, positions) for half in self._entries)
         return torch.where(is_odd, even, odd)
-
-
-def _placed(documents: Sequence[bytes | memoryview]) -> list[tuple[int, bytes | memoryview]]:
-    """Each document and where its id 256 stands in the stream of all."""
-    lengths = np.fromiter((len(document) + 1 for document in documents), np.int64)
-    return list(zip((lengths.cumsum() - lengths).tolist(), documents, strict=True))

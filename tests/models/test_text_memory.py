@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,15 @@ from stlm_models.checkpoint import load_checkpoint, load_model
 from stlm_models.config import BOS_ID
 from stlm_models.data.corpus import Corpus
 from stlm_models.data.windows import TrainingWindows
-from stlm_models.layers.memory import LEVELS, TextMemory, look_up_last
+from stlm_models.layers.memory import LEVELS, TextMemory, look_up_last, spread_over, units_of
 from stlm_models.training.recall import Recall
 from stlm_models.training.trainer import Trainer, TrainOptions
 
 TEXTS = st.lists(st.binary(max_size=30).map(lambda b: bytes(x % 3 for x in b)), max_size=4)
+
+
+SLOTS = 2**20
+"""So many that no two contexts of those texts meet, as a test makes sure."""
 
 
 def level(most: int, total: int) -> int:
@@ -51,7 +56,7 @@ def by_counting(documents: list[bytes], size: int) -> dict[tuple[int, ...], int]
 @given(TEXTS, TEXTS, st.integers(1, 4))
 @settings(deadline=None, max_examples=40)
 def test_as_counting_finds_them(remembered: list[bytes], texts: list[bytes], size: int) -> None:
-    memory = TextMemory((size, 9), 2**16, 1)
+    memory = TextMemory((size,), SLOTS, 1)
     memory.remember(remembered)
     known = by_counting(remembered, size)
     texts = [*texts, *remembered, b""]
@@ -62,6 +67,33 @@ def test_as_counting_finds_them(remembered: list[bytes], texts: list[bytes], siz
         contexts = [tuple(own[max(0, i + 1 - size) : i + 1]) for i in range(len(own))]
         expected += [known.get(context, 0) for context in contexts]
     assert memory.indices(ids, boundaries)[:, 0].tolist() == expected
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_no_contexts_of_these_texts_meet(size: int) -> None:
+    every = [bytes(text) for text in itertools.product(range(3), repeat=size + 1)]
+    memory = TextMemory((size,), SLOTS, 1)
+    memory.remember(every)
+    assert int((memory.entries != 0).sum()) == len(by_counting(every, size))
+
+
+def test_of_a_long_text_units_all_over_it_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stlm_models.layers.memory.UNIT", 10)
+    documents = [bytes([n]) * 25 for n in range(40)]
+    units = list(units_of(documents))
+    assert [place for place, _ in units[:4]] == [0, 10, 20, 26]
+    assert b"".join(unit for _, unit in units) == b"".join(documents)
+    assert spread_over(documents, 1000) is documents
+    for most in (999, 300, 100, 25):
+        chosen = spread_over(documents, most)
+        kept = sum(map(len, chosen))
+        assert most / 3 < kept <= most
+        assert max(map(max, chosen)) - min(map(min, chosen)) > 20
+    monkeypatch.setattr("stlm_models.layers.memory.MOST_BYTES", 300)
+    memory = TextMemory((1,), 2**12, 1)
+    memory.remember(documents)
+    known = memory.indices(torch.arange(40), torch.tensor([0, 40], dtype=torch.int32)) > 0
+    assert 5 < int(known.sum()) < 40
 
 
 def test_every_level() -> None:
@@ -144,7 +176,7 @@ def test_a_window_recalls_other_documents_than_its_own() -> None:
 
 
 def test_long_documents_are_cut_between_the_halves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stlm_models.training.recall.UNIT", 16)
+    monkeypatch.setattr("stlm_models.layers.memory.UNIT", 16)
     text = b"what is repeated" * 4
     recall = Recall([text], ModelConfig(memory_sizes=(4,), memory_slots=2**12))
     places = np.arange(len(text) + 1)

@@ -32,8 +32,8 @@ def declined_reasons(*, x: Tensor, **_: Any) -> list[str]:
     Counted for an H200 in bfloat16, T = 65,536, F = 768, forward and backward together: 564 us at
     D = 256, of which 364 are products, against 1,052 of the composition, of which 234 are. At
     D = 512 tiles that fit the registers would be half as large each way, and read four times as
-    much again from L2: 2,250 us, against about 1,500. In float32, where no matrix unit multiplies,
-    14 products in place of 9 decide.
+    much again from L2: estimated, not counted, at 2,250 us against 1,500. In float32, where no
+    matrix unit multiplies, 14 products in place of 9 decide.
     """
     reasons = []
     if runtime.compute_dtype(x) == torch.float32:
