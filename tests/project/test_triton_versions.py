@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +55,26 @@ NARROW = re.compile(
 """Arithmetic on 16-bit floats in triton's intermediate language."""
 
 
+def names_out_of_tuples(function: ast.FunctionDef) -> Iterator[str]:
+    """Names that hold elements of a tuple which a call returned."""
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
+            for target in node.targets:
+                if isinstance(target, ast.Tuple):
+                    yield from map(ast.unparse, target.elts)
+
+
 def objections(function: ast.FunctionDef) -> list[str]:
     """List what in a kernel means something else in another release."""
     found = []
+    unpacked = set(names_out_of_tuples(function))
     for node in ast.walk(function):
-        if isinstance(node, ast.Compare) and len(node.ops) > 1:
-            found.append("a chain of comparisons (3.9)")
+        if isinstance(node, ast.Compare):
+            is_identity = isinstance(node.ops[0], ast.Is | ast.IsNot)
+            if is_identity and ast.unparse(node.left) in unpacked:
+                found.append("None out of a returned tuple (3.6 returns none)")
+            if len(node.ops) > 1:
+                found.append("a chain of comparisons (3.9)")
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
             continue
         name, keywords = node.func.attr, {keyword.arg for keyword in node.keywords}
@@ -98,6 +112,8 @@ def test_kernels_use_nothing_that_changed(path: Path) -> None:
         ("y = tl.load(p, m)", "without other"),
         ("tl.store(p, x, m, (0,))", "by place"),
         ("y = 0 <= x < 3", "chain"),
+        ("y, z = f(x)\n    w = x if z is None else z", "None out of a returned tuple"),
+        ("y, z = f(x)\n    w = x if m is None else z", ""),
         ("y = tl.max(x, 0) + tl.load(p, mask=m, other=0.0) + tl.load(p)", ""),
     ],
 )
