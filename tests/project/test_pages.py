@@ -165,8 +165,7 @@ def test_the_shown_end_of_a_training_run_is_that_of_its_file() -> None:
     result = json.loads(path.read_text())["rows"][0]
     others = ", ".join(f"{name}: {bits:.4f}" for name, bits in result["compressors"].items())
     ours = f"{result['held_out_bytes']:,} bytes: {result['bits_per_byte']:.4f} bits per byte"
-    line = f"held out, {ours} ({others})"
-    assert line in TEXT
+    assert f"held out, {ours} ({others})" in TEXT
     assert name_of(path) in TEXT
 
 
