@@ -17,12 +17,13 @@ import torch
 from stlm_kernels import terminal
 from stlm_kernels.registry import OPS
 from stlm_kernels.spec import Case, OpSpec
+from stlm_models.training.freed_memory import keep_freed_memory
 
 from .harness import environment
 from .harness.commandline import positive
 from .harness.jobs import CaseData, Job, Task, entries_of, passes_of, task_of
 from .harness.results import Result, add_result_options, command_line, result_path
-from .harness.timing import interleaved_medians, keep_freed_memory
+from .harness.timing import interleaved_medians
 
 MISS, FAILURE, REPEATS = 1.05, 1.25, 3
 JUDGED = ("no-grad", "fwd+bwd")

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from stlm_kernels.registry import OPS
+from stlm_models.training.freed_memory import keep_freed_memory
 
 from . import report, resources
 from .harness import environment
@@ -23,7 +24,7 @@ from .harness.commandline import positive
 from .harness.jobs import Job, left_out
 from .harness.model_jobs import ModelJob
 from .harness.session import Session
-from .harness.timing import Cpu, Gpu, keep_freed_memory
+from .harness.timing import Cpu, Gpu
 
 SESSION = pytest.StashKey[Session]()
 ENDS = pytest.StashKey[float]()

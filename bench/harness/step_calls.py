@@ -1,8 +1,9 @@
 """Training steps, timed in a process of its own.
 
 Run by `bench.step_speed` beside any checkout of the library, the one on `PYTHONPATH`: it imports
-nothing else of the project. The first line of input says what to train; every other asks for a
-step, or for the peak of memory. Answers are lines of JSON.
+nothing else of the project, and keeps freed memory where its `train` does. The first line of input
+says what to train; every other asks for a step, or for the peak of memory. Answers are lines of
+JSON.
 """
 
 from __future__ import annotations
@@ -27,6 +28,11 @@ except ImportError:  # commits before there were folders
 
     from stlm_models.data import load_corpus  # type: ignore[no-redef]
 
+try:
+    from stlm_models.training.freed_memory import keep_freed_memory
+except ImportError:  # commits before it, whose `train` left the C library as it is
+    keep_freed_memory = None  # type: ignore[assignment]
+
 ROWS_NAMES = ("batch_size", "rows")
 """Names that the option for windows in a step has had."""
 
@@ -34,6 +40,8 @@ ROWS_NAMES = ("batch_size", "rows")
 def main() -> None:
     settings = json.loads(sys.stdin.readline())
     torch.set_num_threads(settings["threads"])
+    if keep_freed_memory is not None:
+        keep_freed_memory()
     config = ModelConfig(**known(settings["config"] or asdict(PRESETS[settings["preset"]])))
     print(json.dumps(asdict(config)), flush=True)
     trainer = trainer_of(config, settings["batch_size"], settings["precision"])

@@ -7,11 +7,9 @@ through it on a CPU with a stand-in.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import itertools
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -84,22 +82,6 @@ def interleaved_medians(
             task.run(prepared)
             seconds[which].append(timer() - begin)
     return [statistics.median(x) for x in seconds]
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep what is freed, as it keeps small tensors and a GPU's allocator all.
-
-    By default it may map a large result anew each time, page by page, and whether it does depends
-    on what ran before; so then does the ratio to a peer that allocates more. Without glibc nothing
-    happens.
-    """
-    if sys.platform != "linux":
-        return
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, -1)
 
 
 def _rotation(task: Task) -> Callable[[], Prepared]:

@@ -86,16 +86,14 @@ class Muon(torch.optim.Optimizer):
         """Step parameters of one device and dtype: whatever runs over all of them is one call."""
         momenta = self._advanced_momenta(parameters)
         heights = [self._heights(p) for p in parameters]
-        matrices = [
-            matrix
-            for momentum, rows in zip(momenta, heights, strict=True)
-            for matrix in (momentum.split(rows) if len(rows) > 1 else [momentum])
-        ]
-        updates = self._orthogonalized(matrices)
+        updates = self._orthogonalized(_split(momenta, heights))
         scaled = [-lr * math.sqrt(max(1, x.shape[0] / max(1, x.shape[1]))) for x in updates]
         torch._foreach_mul_(parameters, 1 - lr * weight_decay)
         torch._foreach_mul_(updates, scaled)
-        torch._foreach_add_(parameters, _joined(updates, heights, parameters))
+        if _is_sharded(parameters[0]):
+            torch._foreach_add_(parameters, _joined(updates, heights, parameters))
+        else:
+            torch._foreach_add_(_split(parameters, heights), updates)
 
     def _heights(self, parameter: Tensor) -> list[int]:
         return list(self.row_splits.get(parameter, parameter.shape[:1]))
@@ -103,8 +101,8 @@ class Muon(torch.optim.Optimizer):
     def _orthogonalized(self, matrices: list[Tensor]) -> list[Tensor]:
         if _is_sharded(matrices[0]):
             return [orthogonalized(matrix, self.dtype).to(matrix.dtype) for matrix in matrices]
-        pads = runtime.on_gpu(matrices[0].device)
-        return map_stacked(matrices, lambda stack: orthogonalized(stack, self.dtype), pads=pads)
+        on_gpu = runtime.on_gpu(matrices[0].device)
+        return map_stacked(matrices, lambda stack: orthogonalized(stack, self.dtype), on_gpu=on_gpu)
 
     def _advanced_momenta(self, parameters: list[Tensor]) -> list[Tensor]:
         """Nesterov's momentum of each after this step's gradient."""
@@ -127,16 +125,25 @@ def _of_one_kind(parameters: list[Tensor]) -> Iterable[list[Tensor]]:
     return alike.values()
 
 
+def _split(wholes: list[Tensor], heights: list[list[int]]) -> list[Tensor]:
+    """Return views of the matrices of each, in order."""
+    return [
+        part
+        for whole, rows in zip(wholes, heights, strict=True)
+        for part in (whole.split(rows) if len(rows) > 1 else [whole])
+    ]
+
+
 def _joined(
     matrices: list[Tensor], heights: list[list[int]], parameters: list[Tensor]
 ) -> list[Tensor]:
-    """Return the matrices of each parameter below one another, laid out as it is."""
+    """Return the matrices of each sharded parameter below one another, laid out as it is."""
     left = iter(matrices)
     found = []
     for rows, parameter in zip(heights, parameters, strict=True):
         parts = [next(left) for _ in rows]
         whole = torch.cat(parts) if len(parts) > 1 else parts[0]
-        if len(parts) > 1 and _is_sharded(parameter):
+        if len(parts) > 1:
             whole = cast(Any, whole).redistribute(placements=cast(Any, parameter).placements)
         found.append(whole)
     return found

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-STACK_ELEMENTS = 2**23
-"""The most elements that are orthogonalised together, which bounds the memory of a step."""
+GPU_ELEMENTS, CPU_ELEMENTS = 2**23, 2**20
+"""The most elements that are orthogonalised together, which bounds the memory of a step: on a GPU
+as many as fill it, on a CPU as few as stay in its caches."""
 PADDING_FLOPS = 2**35
 """The most operations on zeros that a stack less is worth: about 50 us of an H100's, as long as the
 30 launches that a stack costs."""
@@ -33,6 +34,10 @@ class Stack:
         return sum(map(len, self.places.values()))
 
     @property
+    def is_padded(self) -> bool:
+        return any((min(shape), max(shape)) != self.shape for shape in self.places)
+
+    @property
     def flops(self) -> int:
         """Operations of Muon's iterations, all matrices padded to the shape."""
         rows, columns = self.shape
@@ -48,24 +53,25 @@ def map_stacked(
     matrices: list[Tensor],
     change: Callable[[Tensor], Tensor],  # (..., M, N) -> the same, zeros staying zeros
     *,
-    pads: bool,
+    on_gpu: bool,
 ) -> list[Tensor]:
     """Return what `change` makes of each matrix, in its dtype, from stacks with M <= N.
 
     Args:
         matrices: of one dtype and device.
         change: gives of a matrix's transpose the transpose, and of one among zeros the same.
-        pads: matrices of different shapes may share a stack, where that costs less than it saves.
+        on_gpu: as in `stacks`.
     """
     found: dict[int, Tensor] = {}
-    for stack in stacks([(x.shape[0], x.shape[1]) for x in matrices], pads=pads):
+    for stack in stacks([(x.shape[0], x.shape[1]) for x in matrices], on_gpu=on_gpu):
         if stack.count == 1:
             ((place,),) = stack.places.values()
             found[place] = _standing(change(_lying(matrices[place])), matrices[place])
             continue
-        whole = matrices[0].new_zeros((stack.count, *stack.shape))
+        new = matrices[0].new_zeros if stack.is_padded else matrices[0].new_empty
+        whole = new((stack.count, *stack.shape))
         for part, places in _parts(whole, stack):
-            part.copy_(torch.stack([matrices[i] for i in places]))
+            torch.stack([matrices[i] for i in places], out=part)
         for part, places in _parts(change(whole), stack):
             own = part.to(matrices[0].dtype, memory_format=torch.contiguous_format)
             found |= zip(places, own, strict=True)
@@ -93,15 +99,23 @@ def _standing(changed: Tensor, matrix: Tensor) -> Tensor:
     return turned.to(matrix.dtype, memory_format=torch.contiguous_format)
 
 
-def stacks(shapes: list[Shape], *, pads: bool) -> list[Stack]:
-    """Divide matrices of these shapes into stacks, those of one shape or its transpose together."""
+def stacks(shapes: list[Shape], *, on_gpu: bool) -> list[Stack]:
+    """Divide matrices of these shapes into stacks, those of one shape or its transpose together.
+
+    Args:
+        shapes: of the matrices.
+        on_gpu: a stack costs launches there, so stacks are larger, and shapes that differ share one
+            where zeros around them cost less than they save.
+    """
     found: dict[Shape, Stack] = {}
     for i, shape in enumerate(shapes):
         lying = (min(shape), max(shape))
         stack = found.setdefault(lying, Stack({}, lying))
         stack.places.setdefault(shape, []).append(i)
     whole = sorted(found.values(), key=lambda stack: stack.shape)
-    return [part for stack in (_merged(whole) if pads else whole) for part in _cut(stack)]
+    elements = GPU_ELEMENTS if on_gpu else CPU_ELEMENTS
+    merged = _merged(whole) if on_gpu else whole
+    return [part for stack in merged for part in _cut(stack, elements)]
 
 
 def _merged(parts: list[Stack]) -> list[Stack]:
@@ -120,9 +134,9 @@ def _merged(parts: list[Stack]) -> list[Stack]:
     return parts
 
 
-def _cut(stack: Stack) -> Iterator[Stack]:
-    """Cut a stack into such as are not too large."""
-    most = max(1, STACK_ELEMENTS // max(1, math.prod(stack.shape)))
+def _cut(stack: Stack, elements: int) -> Iterator[Stack]:
+    """Cut a stack into such as have no more elements, or one matrix."""
+    most = max(1, elements // max(1, math.prod(stack.shape)))
     every = [(shape, i) for shape, places in stack.places.items() for i in places]
     for begin in range(0, len(every), most):
         places: dict[Shape, list[int]] = {}

@@ -56,7 +56,7 @@ def test_a_stack_is_its_matrices_one_by_one(monkeypatch: pytest.MonkeyPatch) -> 
     """Rounding alone tells them apart: products of other shapes may add in another order."""
     stacked, single, before = fresh(), fresh(), fresh()
     steps(Muon(stacked, lr=0.1, weight_decay=0.2, dtype=torch.float32), stacked)
-    monkeypatch.setattr(stacks, "STACK_ELEMENTS", 1)
+    monkeypatch.setattr(stacks, "CPU_ELEMENTS", 1)
     steps(Muon(single, lr=0.1, weight_decay=0.2, dtype=torch.float32), single)
     for got, want, start in zip(stacked, single, before, strict=True):
         assert (got - want).norm() <= 1e-4 * (want - start).norm()
