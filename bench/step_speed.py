@@ -8,7 +8,6 @@ thread; on a quiet one the seconds of the clock count. The peak of memory is tha
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Sequence
 from contextlib import ExitStack
 
@@ -18,7 +17,7 @@ from stlm_kernels import terminal
 from stlm_models.training.precision import faster_precision
 from stlm_models.training.trainer import PRECISIONS
 
-from .harness import environment
+from .harness import environment, turns
 from .harness.commandline import positive
 from .harness.commits import ROOT, Side, library_of
 from .harness.results import Record, Result, add_result_options, command_line, result_path
@@ -27,40 +26,10 @@ FOLDERS = ("stlm_kernels", "stlm_models")
 
 
 def measure(other: Side, here: Side, settings: Record, steps: int) -> list[Record]:
-    """Train by turns; return the other's times and ours. A first step of each is not timed."""
+    """Train by turns; return the other's times and ours."""
     config = other.ask(json.dumps({**settings, "config": None}))
     here.ask(json.dumps({**settings, "config": config}))
-    turns = [(other.ask("step"), here.ask("step")) for _ in range(steps + 1)]
-    return [
-        {
-            "bytes_per_second": of_side[0]["n_bytes"] / median(of_side, "seconds"),
-            "bytes_per_cpu_second": of_side[0]["n_bytes"] / median(of_side, "cpu_seconds"),
-            "peak_bytes": side.ask("peak"),
-            **{key: [step[key] for step in of_side] for key in ("seconds", "cpu_seconds", "loss")},
-        }
-        for side, of_side in zip((other, here), zip(*turns, strict=True), strict=True)
-    ]
-
-
-def median(steps: Sequence[Record], key: str) -> float:
-    return statistics.median(step[key] for step in steps[1:])
-
-
-def line(row: Record) -> str:
-    return (
-        f"  {row['commit']:<12} {row['bytes_per_second']:9,.0f} bytes/s"
-        f" {row['bytes_per_cpu_second']:9,.0f} bytes/s of CPU time"
-        f" {row['peak_bytes'] / 2**20:8,.0f} MiB"
-    )
-
-
-def gain(other: Record, here: Record) -> str:
-    ratios = (here[key] / other[key] for key in ("bytes_per_second", "bytes_per_cpu_second"))
-    faster, faster_cpu = ratios
-    smaller = here["peak_bytes"] / other["peak_bytes"]
-    return (
-        f"  {faster:.2f} times the speed, {faster_cpu:.2f} by CPU time, {smaller:.2f} of the peak"
-    )
+    return turns.by_turns((other, here), steps)
 
 
 @terminal.command()
@@ -105,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             {"preset": preset, "commit": name, **row}
             for name, row in zip(names, found, strict=True)
         ]
-        lines = [preset, *map(line, found), gain(*found)]
+        lines = [preset, *map(turns.line, found), turns.gain(*found)]
         print(*lines, sep="\n", flush=True)
         rows += found
         summary += lines

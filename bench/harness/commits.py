@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-HARNESS = Path(__file__).parent
 
 
 @contextmanager
@@ -34,14 +33,17 @@ class Side:
 
     Args:
         folder: which the library is imported from.
-        calls: module of `bench/harness` whose `main` answers; it imports nothing else of the
-            project.
+        calls: module of `bench/harness` whose `main` answers; of this checkout it imports nothing
+            else but other such modules.
     """
 
     def __init__(self, folder: Path, calls: str) -> None:
-        program = f"import sys; sys.path.append(sys.argv[1]); import {calls}; {calls}.main()"
+        program = (
+            "import sys; sys.path.append(sys.argv[1]);"
+            f" from bench.harness import {calls}; {calls}.main()"
+        )
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", program, str(HARNESS)],
+            [sys.executable, "-W", "ignore", "-c", program, str(ROOT)],
             env={**os.environ, "PYTHONPATH": str(folder)}, text=True, cwd=folder,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip

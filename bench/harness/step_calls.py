@@ -1,7 +1,7 @@
 """Training steps, timed in a process of its own.
 
-Run by `bench.step_speed` beside any checkout of the library, the one on `PYTHONPATH`: it imports
-nothing else of the project, and keeps freed memory where its `train` does. The first line of input
+Run by `bench.step_speed` beside any checkout of the library, the one on `PYTHONPATH`: of this one
+it imports `turns` alone, and it keeps freed memory where its `train` does. The first line of input
 says what to train; every other asks for a step, or for the peak of memory. Answers are lines of
 JSON.
 """
@@ -9,9 +9,7 @@ JSON.
 from __future__ import annotations
 
 import json
-import resource
 import sys
-import time
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -19,6 +17,8 @@ import torch
 
 from stlm_models.config import ModelConfig
 from stlm_models.presets import PRESETS
+
+from . import turns
 
 try:
     from stlm_models.data.corpus import load_corpus
@@ -42,24 +42,11 @@ def main() -> None:
     torch.set_num_threads(settings["threads"])
     if keep_freed_memory is not None:
         keep_freed_memory()
-    config = ModelConfig(**known(settings["config"] or asdict(PRESETS[settings["preset"]])))
+    values = settings["config"] or asdict(PRESETS[settings["preset"]])
+    config = ModelConfig(**turns.known(values))
     print(json.dumps(asdict(config)), flush=True)
     trainer = trainer_of(config, settings["batch_size"], settings["precision"])
-    for line in sys.stdin:
-        print(json.dumps(step(trainer) if line.strip() == "step" else peak_bytes()), flush=True)
-
-
-def known(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields that this commit knows.
-
-    Raises:
-        ValueError: for another that is not None.
-    """
-    names = {field.name for field in fields(ModelConfig)}
-    wrong = sorted(name for name, x in values.items() if name not in names and x is not None)
-    if wrong:
-        raise ValueError(f"config: expected fields that both commits have, got also {wrong}")
-    return {name: x for name, x in values.items() if name in names}
+    turns.answer(lambda: turns.timed(lambda: step(trainer)))
 
 
 def trainer_of(config: ModelConfig, batch_size: int, precision: str) -> Any:
@@ -71,17 +58,6 @@ def trainer_of(config: ModelConfig, batch_size: int, precision: str) -> Any:
 
 
 def step(trainer: Any) -> dict[str, float]:
-    """Train a step: bytes, loss, seconds on the clock, and seconds of all threads on a core."""
-    began, cpu_began = time.perf_counter(), time.process_time()
+    """Train a step."""
     result = trainer.train_step()
-    loss = float(result.loss)
-    return {
-        "n_bytes": result.n_bytes,
-        "loss": loss,
-        "seconds": time.perf_counter() - began,
-        "cpu_seconds": time.process_time() - cpu_began,
-    }
-
-
-def peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"n_bytes": result.n_bytes, "loss": float(result.loss)}

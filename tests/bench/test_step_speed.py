@@ -12,7 +12,7 @@ from helpers.models import TINY
 
 import stlm_models.presets
 from bench import step_speed
-from bench.harness import commits, step_calls
+from bench.harness import commits, step_calls, turns
 from bench.harness.results import Result
 from stlm_models.data.corpus import Corpus
 
@@ -36,8 +36,8 @@ def answers_of(lines: list[str], monkeypatch: pytest.MonkeyPatch) -> list[object
     monkeypatch.setattr(step_calls, "load_corpus", lambda paths: corpus)
     monkeypatch.setattr(step_calls.torch, "set_num_threads", lambda n: None)
     said = io.StringIO()
-    monkeypatch.setattr(step_calls.sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
-    monkeypatch.setattr(step_calls.sys, "stdout", said)
+    monkeypatch.setattr(turns.sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
+    monkeypatch.setattr(turns.sys, "stdout", said)
     step_calls.main()
     return [json.loads(line) for line in said.getvalue().splitlines()]
 
@@ -62,7 +62,7 @@ def test_steps_of_a_side(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_config_that_is_not_known_here() -> None:
     with pytest.raises(ValueError, match=r"config: .* got also \['patch_capacity'\]"):
-        step_calls.known({"patch_capacity": 7, "byte_dim": 8})
+        turns.known({"patch_capacity": 7, "byte_dim": 8})
 
 
 class Answers:
