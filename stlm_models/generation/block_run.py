@@ -13,16 +13,15 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as global_hooks
 
 from stlm_kernels import runtime
 
-from ..layers.attention import Attention
 from ..layers.kv_cache import CacheRows, KVCache
-from ..layers.linear import is_plain
 from ..layers.norms import rms_norm
 from ..layers.rotary import rotary_columns
-from ..layers.transformer import SwiGLU, TransformerBlock, run_blocks
+from ..layers.transformer import SwiGLU, run_blocks
+from .plain_layers import Layer, hooks_of, layers_of
+from .row_run import RowRun
 
 DTYPES = (torch.float32, torch.float64)
 
@@ -46,12 +45,14 @@ class BlockRun:
     ) -> None:
         self.blocks, self.caches = blocks, caches
         self.feed_forward, self.owner = feed_forward, owner
-        self._layers: list[_Layer] | None = None
+        self._layers: list[Layer] | None = None
         self._hooks: list[Any] = []
+        self._row: RowRun | None = None
+        """Where there is one text, which steps by the least of calls."""
 
     def renew(self) -> None:
         """Take the weights anew at the next step."""
-        self._layers = None
+        self._layers = self._row = None
 
     def step(
         self,
@@ -62,6 +63,9 @@ class BlockRun:
         if not len(self.blocks):
             return x
         layers = self._plain_layers(x)
+        if layers and len(self.caches[0].lens) == 1:
+            self._row = self._row or RowRun(layers, x)
+            return self._row.step(x)
         if layers:
             return _step(layers, x, rows)
         caches = caches_at(self.caches, rows)
@@ -69,7 +73,7 @@ class BlockRun:
             return cast(Tensor, self.owner(x[:, None], None, caches)[:, 0])
         return run_blocks(self.blocks, x[:, None], None, caches, self.feed_forward)[:, 0]
 
-    def _plain_layers(self, x: Tensor) -> list[_Layer]:
+    def _plain_layers(self, x: Tensor) -> list[Layer]:
         """Return the layers; none where only their modules will do."""
         if x.dtype not in DTYPES or not len(x) or not runtime.values_visible(x):
             return []
@@ -78,71 +82,14 @@ class BlockRun:
         if self._layers is None:
             parts = [*self.blocks, self.feed_forward, self.owner]
             modules = [module for part in parts if part is not None for module in part.modules()]
-            self._hooks = _hooks_of(modules)
+            self._hooks = hooks_of(modules)
             is_own = not any("forward" in vars(module) for module in modules)
             self._layers = (
-                _layers_of(self.blocks, self.caches, self.feed_forward, x) if is_own else []
+                layers_of(self.blocks, self.caches, self.feed_forward, x) if is_own else []
             )
         if any(self._hooks) or self.caches[0].by_head.dtype != x.dtype:
             return []
         return self._layers
-
-
-class _Layer(NamedTuple):
-    """Weights of a block, each as a product takes it."""
-
-    attention: Attention
-    cache: KVCache
-    qkv: Tensor
-    gains: Tensor | None
-    """(H + H_kv, K) of queries and keys."""
-    output: Tensor
-    gate_up: Tensor
-    down: Tensor
-
-
-def _layers_of(
-    blocks: nn.ModuleList, caches: Sequence[KVCache], shared: SwiGLU | None, x: Tensor
-) -> list[_Layer]:
-    """Return the layers of plain blocks in x's dtype on its device, or none."""
-    layers = []
-    for block, cache in zip(blocks, caches, strict=True):
-        if type(block) is not TransformerBlock or type(block.attention) is not Attention:
-            return []
-        attention, own = block.attention, block.feed_forward
-        own = shared if own is None else own
-        if type(own) is not SwiGLU:
-            return []
-        maps = [attention.query_key_value, attention.output, own.gate_up, own.down]
-        if not all(map(is_plain, maps)) or not all(each.weight.dtype == x.dtype for each in maps):
-            return []
-        layers.append(
-            _Layer(
-                attention,
-                cache,
-                attention.query_key_value.weight.t(),
-                _gains(attention, x.dtype),
-                attention.output.weight.t(),
-                own.gate_up.weight.t(),
-                own.down.weight.t(),
-            )
-        )
-    return layers
-
-
-def _gains(attention: Attention, dtype: torch.dtype) -> Tensor | None:
-    q, k = attention.query_norm, attention.key_norm
-    if q is None or k is None:
-        return None
-    gains = [q.expand(attention.heads, -1), k.expand(attention.kv_heads, -1)]
-    return torch.cat(gains).to(dtype)
-
-
-def _hooks_of(modules: Sequence[nn.Module]) -> list[Any]:
-    """Return what holds hooks of these modules, and of all modules, empty where there are none."""
-    kinds = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
-    everywhere = [getattr(global_hooks, f"_global_{kind}") for kind in kinds]
-    return [*everywhere, *(getattr(each, f"_{kind}") for each in modules for kind in kinds)]
 
 
 class _Places(NamedTuple):
@@ -162,7 +109,7 @@ class _Places(NamedTuple):
     """The rows are few, so that copies of their caches are read, and not the caches of all."""
 
 
-def _step(layers: Sequence[_Layer], x: Tensor, rows: Tensor) -> Tensor:
+def _step(layers: Sequence[Layer], x: Tensor, rows: Tensor) -> Tensor:
     cache = layers[0].cache
     lens: list[int] = cache.lens.tolist()
     places = _places(layers[0], lens, rows, x)
@@ -179,7 +126,7 @@ def _step(layers: Sequence[_Layer], x: Tensor, rows: Tensor) -> Tensor:
     return x
 
 
-def _places(layer: _Layer, lens: list[int], rows: Tensor, x: Tensor) -> _Places:
+def _places(layer: Layer, lens: list[int], rows: Tensor, x: Tensor) -> _Places:
     attention, window = layer.attention, layer.cache.window
     is_all = len(rows) == len(lens)
     own = lens if is_all else [lens[row] for row in rows.tolist()]
@@ -205,7 +152,7 @@ def _places(layer: _Layer, lens: list[int], rows: Tensor, x: Tensor) -> _Places:
     return _Places(None if is_all else rows, cos, sin, slots, max(held), mask, gathers)
 
 
-def _attend(layer: _Layer, x: Tensor, places: _Places) -> Tensor:
+def _attend(layer: Layer, x: Tensor, places: _Places) -> Tensor:
     """Return what the heads give of x (R, D), (R, H K), once the caches hold its positions."""
     attention, cache = layer.attention, layer.cache
     heads, width = attention.heads, attention.head_dim

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from math import sqrt
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from stlm_kernels import runtime
@@ -31,6 +34,11 @@ def rms_norm(x: Tensor) -> Tensor:
         normed: Tensor = _RMSNorm.apply(x)
         return normed
     return x * _inverse_rms(x)
+
+
+def host_rms_norm(row: NDArray[Any], out: NDArray[Any]) -> None:
+    """`rms_norm` of one row (D,) on the host, written into out (D,), in numpy's order of sums."""
+    np.multiply(row, 1 / sqrt(np.dot(row, row) / len(row) + EPS), out=out)
 
 
 def _inverse_rms(x: Tensor) -> Tensor:

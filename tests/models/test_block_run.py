@@ -77,6 +77,41 @@ def test_as_modules_give(
         torch.testing.assert_close(cache.by_head[:, :, :, :held], other.by_head[:, :, :, :held])
 
 
+@pytest.mark.parametrize("window", [None, 1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@torch.no_grad()
+def test_one_text(window: int | None, dtype: torch.dtype, taken: list[int]) -> None:
+    """By its own way, with steps of the modules in between and a new text at the end."""
+    blocks = blocks_of(window, qk_norm=window != 1).to(dtype)
+    got, want = (BlockRun(blocks, new_caches(blocks, 1)) for _ in range(2))
+    want._plain_layers = lambda x: []  # type: ignore[method-assign]
+    row, ends = torch.tensor([0]), torch.tensor([0, 3], dtype=torch.int32)
+    for length in (70, 9):
+        text = torch.randn(3, WIDTH, dtype=dtype)
+        for run in (got, want):
+            x = text
+            for block, cache in zip(blocks, run.caches, strict=True):
+                x = block(x, ends, cache)
+        for step in range(length):
+            x = torch.randn(1, WIDTH, dtype=dtype)
+            as_modules = step == 5
+            run = BlockRun(blocks, got.caches) if as_modules else got
+            if as_modules:
+                run._plain_layers = lambda x: []  # type: ignore[method-assign]
+            assert_same_rows(run.step(x, row), want.step(x, row))
+            assert got.caches[1].lens.tolist() == [3 + step + 1] == want.caches[1].lens.tolist()
+    assert not taken
+    assert got._row is not None
+
+
+@torch.no_grad()
+def test_one_text_of_nan_warns_of_nothing() -> None:
+    blocks = blocks_of(None)
+    run, row = BlockRun(blocks, new_caches(blocks, 1)), torch.tensor([0])
+    for value in (torch.nan, torch.inf):
+        assert run.step(torch.full((1, WIDTH), value), row).isnan().any()
+
+
 def watched(blocks: nn.ModuleList) -> None:
     blocks[1].attention.output.register_forward_hook(lambda *_: None)
 
