@@ -23,8 +23,8 @@ from stlm_models.config import ModelConfig
 from stlm_models.data.corpus import Corpus, load_corpus
 from stlm_models.data.words import WordVocabulary
 from stlm_models.presets import preset
-from stlm_models.training.freed_memory import keep_freed_memory
 from stlm_models.training.precision import faster_precision
+from stlm_models.training.process import prepare_process
 from stlm_models.training.reporting import judge
 from stlm_models.training.trainer import PRECISIONS, StepResult, Trainer, TrainOptions
 
@@ -185,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parsed = parser.parse_args(arguments)
     if parsed.threads is not None:
         torch.set_num_threads(parsed.threads)
-    keep_freed_memory()
+    prepare_process()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     about = environment.describe(device, parsed.commit)
     print(environment.header(about, None))

@@ -17,7 +17,7 @@ import torch
 from stlm_kernels import terminal
 from stlm_kernels.registry import OPS
 from stlm_kernels.spec import Case, OpSpec
-from stlm_models.training.freed_memory import keep_freed_memory
+from stlm_models.training.process import keep_freed_memory
 
 from .harness import environment
 from .harness.commandline import positive

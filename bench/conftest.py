@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from stlm_kernels.registry import OPS
-from stlm_models.training.freed_memory import keep_freed_memory
+from stlm_models.training.process import keep_freed_memory
 
 from . import report, resources
 from .harness import environment

@@ -22,8 +22,8 @@ from stlm_kernels import terminal
 from stlm_models.config import ModelConfig
 from stlm_models.data.corpus import load_corpus
 from stlm_models.presets import preset
-from stlm_models.training.freed_memory import keep_freed_memory
 from stlm_models.training.precision import faster_precision
+from stlm_models.training.process import prepare_process
 from stlm_models.training.trainer import PRECISIONS, Trainer, TrainOptions
 
 from .harness import environment
@@ -89,7 +89,7 @@ def _ask(pipe: Connection, question: str) -> int:
 def _serve(pipe: Connection, way: str, settings: Settings) -> None:
     """Run one process: a step when asked, until its peak of memory is asked for."""
     torch.set_num_threads(settings.threads)
-    keep_freed_memory()
+    prepare_process()
     trainer = _trainer(settings)
     with ops_replaced(NAIVE_OPS) if way == "naive" else nullcontext():
         while pipe.recv() == "step":

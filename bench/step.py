@@ -23,8 +23,8 @@ from stlm_models.config import ModelConfig
 from stlm_models.data.corpus import load_corpus
 from stlm_models.layers.memory import follower_rows
 from stlm_models.presets import preset
-from stlm_models.training.freed_memory import keep_freed_memory
 from stlm_models.training.precision import faster_precision
+from stlm_models.training.process import prepare_process
 from stlm_models.training.trainer import PRECISIONS, Trainer, TrainOptions
 
 from .harness import environment
@@ -253,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     path = result_path(options.json, "step", parser)
-    keep_freed_memory()
+    prepare_process()
     machine = Gpu() if torch.cuda.is_available() else Cpu()
     about, ceilings = environment.describe(machine.device, options.commit), machine.ceilings()
     print(environment.header(about, ceilings))

@@ -21,8 +21,8 @@ from stlm_models.config import ModelConfig, config_from_dict
 from stlm_models.data.corpus import Corpus, load_corpus
 from stlm_models.evaluation import bits_per_byte
 from stlm_models.presets import RATES, preset
-from stlm_models.training.freed_memory import keep_freed_memory
 from stlm_models.training.precision import faster_precision
+from stlm_models.training.process import prepare_process
 from stlm_models.training.trainer import Trainer, TrainOptions
 
 from .harness import environment
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parsed = parser.parse_args(arguments)
     if parsed.threads is not None:
         torch.set_num_threads(parsed.threads)
-    keep_freed_memory()
+    prepare_process()
     about = environment.describe(torch.device("cpu"), parsed.commit)
     try:
         config = config_with(parsed.preset, parsed.set)

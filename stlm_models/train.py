@@ -23,10 +23,10 @@ from .data.corpus import Corpus, load_corpus
 from .files import replace_file
 from .parallel import Ranks
 from .presets import RATES, preset
-from .training.freed_memory import keep_freed_memory
 from .training.interrupt import Interrupt
 from .training.optim import SCHEDULES
 from .training.precision import Precision, faster_precision
+from .training.process import prepare_process
 from .training.progress import (
     draw_loss_curve,
 )
@@ -50,7 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run.mkdir(parents=True, exist_ok=True)
     except (ValueError, ImportError, OSError) as error:
         return _fail(error)
-    keep_freed_memory()
+    said = prepare_process()
+    if said and ranks.is_first:
+        note(said)
     try:
         return _train(trainer, run, parsed) if ranks.is_first else _follow(trainer)
     except (OSError, FloatingPointError) as error:

@@ -185,6 +185,15 @@ def lane_is_possible(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture(autouse=True)
+def products_are_torch_s_own() -> Iterator[None]:
+    """A command that trains may choose, for all of its process, who multiplies fp32 matrices."""
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    yield
+    matmul.fp32_precision = before
+
+
+@pytest.fixture(autouse=True)
 def compiled_kernels_run_here(request: pytest.FixtureRequest) -> Iterator[None]:
     """Each launch of the compiled lane compiles its kernel for a GPU and executes the PTX."""
     if request.config.getoption("--lane") != "compiled":

@@ -1,9 +1,9 @@
 """Training steps, timed in a process of its own.
 
 Run by `bench.step_speed` beside any checkout of the library, the one on `PYTHONPATH`: of this one
-it imports `turns` alone, and it keeps freed memory where its `train` does. The first line of input
-says what to train; every other asks for a step, or for the peak of memory. Answers are lines of
-JSON.
+it imports `turns` alone, and it prepares the process where its `train` does. The first line of
+input says what to train; every other asks for a step, or for the peak of memory. Answers are lines
+of JSON.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ except ImportError:  # commits before there were folders
     from stlm_models.data import load_corpus  # type: ignore[no-redef]
 
 try:
-    from stlm_models.training.freed_memory import keep_freed_memory
-except ImportError:  # commits before it, whose `train` left the C library as it is
-    keep_freed_memory = None  # type: ignore[assignment]
+    from stlm_models.training.process import prepare_process
+except ImportError:  # commits before it
+    prepare_process = None  # type: ignore[assignment]
 
 ROWS_NAMES = ("batch_size", "rows")
 """Names that the option for windows in a step has had."""
@@ -40,8 +40,8 @@ ROWS_NAMES = ("batch_size", "rows")
 def main() -> None:
     settings = json.loads(sys.stdin.readline())
     torch.set_num_threads(settings["threads"])
-    if keep_freed_memory is not None:
-        keep_freed_memory()
+    if prepare_process is not None:
+        prepare_process()
     values = settings["config"] or asdict(PRESETS[settings["preset"]])
     config = ModelConfig(**turns.known(values))
     print(json.dumps(asdict(config)), flush=True)

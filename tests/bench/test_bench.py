@@ -356,7 +356,7 @@ def test_freed_memory_is_kept_for_the_next_result(kept: bool) -> None:
     """Memory is counted in a process of its own, whose allocator nothing else needs."""
     code = """
 import resource, torch
-from stlm_models.training.freed_memory import keep_freed_memory
+from stlm_models.training.process import keep_freed_memory
 {}
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(12):

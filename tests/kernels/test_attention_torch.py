@@ -187,7 +187,7 @@ def test_windows_in_blocks_and_calls(
     documents = torch_impl.Boundaries(boundaries, None)
     options = torch_impl.Options(window - 1, 0, 1.0, None, 0.0)
     q = torch.empty(1, 150, 4, 8)
-    cut = banded.Bands.of_forward(150, window - 1, 0, 2)
+    cut = banded.Bands.short(150, window - 1, 0, 2)
     runs = list(cut.runs(torch_impl._sight(q, q, documents, options)))
     assert len(runs) > 1
     assert any(run.whole for run in runs) == (window < 66)

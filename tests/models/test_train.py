@@ -107,20 +107,25 @@ class TestRun:
         assert stlm_models.generate.main([*told, "--top-p", "2"]) == 1
         assert one_line(capsys).startswith("error: linear_sample: top_p: expected")
 
-    def test_freed_memory_is_kept_before_the_first_step(
-        self, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+    def test_the_process_is_prepared_before_the_first_step(
+        self, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
     ) -> None:
         happened: list[str] = []
         step = Trainer.train_step
 
-        def noted(trainer: Trainer) -> StepResult:
+        def prepared() -> str:
+            happened.append("prepared")
+            return "products: as a test says"
+
+        def stepped(trainer: Trainer) -> StepResult:
             happened.append("step")
             return step(trainer)
 
-        monkeypatch.setattr(stlm_models.train, "keep_freed_memory", lambda: happened.append("kept"))
-        monkeypatch.setattr(Trainer, "train_step", noted)
+        monkeypatch.setattr(stlm_models.train, "prepare_process", prepared)
+        monkeypatch.setattr(Trainer, "train_step", stepped)
         assert train("--data", text, "--out", tmp_path / "run", "--steps", 1) == 0
-        assert happened == ["kept", "step"]
+        assert happened == ["prepared", "step"]
+        assert "products: as a test says" in capsys.readouterr().err
 
     def test_rates_of_a_preset(self, tmp_path: Path, text: str) -> None:
         """Trials chose those that hold where none are given."""

@@ -1,5 +1,5 @@
-"""Windowed attention on a CPU: blocks of rows over the keys that any of them sees, by torch's own
-flash attention for CPUs under a mask.
+"""Windowed attention on a CPU: blocks of rows over the keys that any of them sees, as batches under
+a mask (`cpu`).
 
 A block of L rows sees the keys of its own block, of the m blocks before and of the n behind, where
 a row sees m L keys before its own at most, and n L behind it. Blocks whose rows see their whole
@@ -19,10 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import cpu
+
 LEAST_ROWS, MOST_ROWS = 32, 128
-"""Least and most rows of a block: short ones waste fewer products. The forward has the least, as
-torch takes so many rows at a time anyway; the backward half a window, so that fewer blocks add to
-the gradient of a key."""
+"""Least and most rows of a block: short ones waste fewer products. The forward has the least where
+torch's flash attention takes so many rows at a time anyway; else half a window suits products, and
+the backward, where fewer blocks then add to the gradient of a key."""
 MASK_ENTRIES = 3 << 17
 """Mask entries of the blocks of one call: 1.5 MB, which with its keys stays in a cache."""
 LEAST_RUN = 4
@@ -47,10 +49,10 @@ class Bands(NamedTuple):
     rows: int  # L of a block
 
     @classmethod
-    def of_forward(cls, total: int, left: int, right: int, group: int) -> Bands:
+    def short(cls, total: int, left: int, right: int, group: int) -> Bands:
         return cls(total, left, right, group, LEAST_ROWS)
 
-    def of_backward(self) -> Bands:
+    def long(self) -> Bands:
         half = -(-(self.left + 1 + self.right) // 2)
         rows = max(LEAST_ROWS, min(MOST_ROWS, 1 << (half - 1).bit_length()))
         return self._replace(rows=rows)
@@ -115,17 +117,17 @@ def attend(
     sight: Sight,
     bands: Bands,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    """(T, H, K), and the log-sum-exps of rows (T, H)."""
-    out, sums = (x.new_empty(x.shape) for x in (q, q[..., 0]))
+) -> tuple[Tensor, Tensor | None]:
+    """(T, H, K), and the log-sum-exps of rows (T, H) where `cpu` gives some."""
+    out, sums = q.new_empty(q.shape), None
     for run in bands.runs(sight):
-        part, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *_operands(q, k, v, bands, run), 0.0, False, attn_mask=_mask(sight, bands, q, run),
-            scale=scale,
-        )  # fmt: skip
+        call = cpu.Call(_mask(sight, bands, q, run), False, scale)
+        part, lse = cpu.attend(*_operands(q, k, v, bands, run), call)
         rows = bands.rows_of(run)
         out[rows] = _unfolded_rows(part, bands)[: rows.stop - rows.start]
-        sums[rows] = _unfolded_rows(lse[..., None], bands)[: rows.stop - rows.start, :, 0]
+        if lse is not None:
+            sums = q.new_empty(q.shape[:2]) if sums is None else sums
+            sums[rows] = _unfolded_rows(lse[..., None], bands)[: rows.stop - rows.start, :, 0]
         if not run.whole:
             out[rows].masked_fill_(_blind(sight, rows), 0)
     return out, sums
@@ -137,7 +139,7 @@ def gradients(
     k: Tensor,
     v: Tensor,
     out: Tensor,  # (T, H, K)
-    sums: Tensor,  # (T, H)
+    sums: Tensor | None,  # (T, H)
     sight: Sight,
     bands: Bands,
     scale: float,
@@ -148,12 +150,11 @@ def gradients(
     for run in bands.runs(sight):
         rows = bands.rows_of(run)
         up = grad[rows] if run.whole else grad[rows].masked_fill(_blind(sight, rows), 0)
-        parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            _rows(up, bands, run._replace(first=0, last=run.last - run.first)),
-            *_operands(q, k, v, bands, run), _rows(out, bands, run),
-            _rows(sums[..., None], bands, run)[..., 0].contiguous(), 0.0, False,
-            attn_mask=_mask(sight, bands, q, run), scale=scale,
-        )  # fmt: skip
+        up = _rows(up, bands, run._replace(first=0, last=run.last - run.first))
+        lse = None if sums is None else _rows(sums[..., None], bands, run)[..., 0].contiguous()
+        call = cpu.Call(_mask(sight, bands, q, run), False, scale)
+        operands = _operands(q, k, v, bands, run)
+        parts = cpu.gradients(up, *operands, _rows(out, bands, run), lse, call)
         dq[rows] = _unfolded_rows(parts[0], bands)[: rows.stop - rows.start]
         for total, part in zip((dk, dv), parts[1:], strict=True):
             by_block = part.transpose(1, 2).unflatten(1, (bands.seen, bands.rows))

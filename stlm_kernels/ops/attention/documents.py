@@ -1,6 +1,6 @@
 """Packed documents through SDPA: those of equal lengths are a batch, every other one is a call.
 
-On a CPU the calls are to torch's own flash attention and to its backward. The gradients of a part
+On a CPU the calls are to `cpu` and its backward. The gradients of a part
 go where its rows lie: autograd's own gradient of a slice is as large as what was cut, which makes
 work in proportion to documents times rows.
 """
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..._torch import attention_blocks, segments
 from ..._torch.attention_blocks import Place
+from . import cpu
 
 SHORT = 64
 """Documents up to this length share a batch with others up to the same power of two."""
@@ -52,7 +53,7 @@ class Kept(NamedTuple):
     operands: list[Tensor]  # q (n, H, L, K), k and v (n, H_kv, L_k, K)
     mask: Tensor | None  # (n or 1, 1, L, L_k)
     out: Tensor  # (n, H, L, K)
-    lse: Tensor | None  # (n, H, L) on a CPU; elsewhere autograd has recorded `out`
+    lse: Tensor | None  # (n, H, L), of `cpu`; on other devices autograd has recorded `out`
 
 
 def plan(
@@ -203,10 +204,8 @@ def lower_right(rows: int, keys: int, like: Tensor) -> Tensor:
 def _forward(operands: list[Tensor], mask: Tensor | None, plan: Plan, keep: bool) -> Kept:
     causal = plan.causal and mask is None
     if _has_flash(operands[0]):
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *operands, 0.0, causal, attn_mask=mask, scale=plan.scale
-        )
-        return Kept(operands, mask, out, lse)
+        q, k, v = operands
+        return Kept(operands, mask, *cpu.attend(q, k, v, cpu.Call(mask, causal, plan.scale)))
     with torch.set_grad_enabled(keep):
         q, k, v = (x.requires_grad_(keep) for x in operands)
         out = F.scaled_dot_product_attention(
@@ -217,15 +216,11 @@ def _forward(operands: list[Tensor], mask: Tensor | None, plan: Plan, keep: bool
 
 def _backward(up: Tensor, forward: Kept, plan: Plan) -> tuple[Tensor, ...]:
     operands, mask, out, lse = forward
-    if lse is None:
+    if not _has_flash(up):
         return torch.autograd.grad(out, operands, up, retain_graph=True)
-    derived: tuple[Tensor, ...] = (
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            up, *operands, out, lse, 0.0, plan.causal and mask is None, attn_mask=mask,
-            scale=plan.scale,
-        )
-    )  # fmt: skip
-    return derived
+    q, k, v = operands
+    call = cpu.Call(mask, plan.causal and mask is None, plan.scale)
+    return cpu.gradients(up, q, k, v, out, lse, call)
 
 
 def _has_flash(x: Tensor) -> bool:

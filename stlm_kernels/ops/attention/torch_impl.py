@@ -24,7 +24,7 @@ from ..._torch.attention_blocks import LEAST_ROWS, Block, Rule
 from ..._torch.casting import cast
 from ..._torch.function import Function
 from . import banded as bands
-from . import documents
+from . import cpu, documents
 
 LEAST_BLOCK = 64
 """Rows of a block in a short window: smaller ones waste more on each op than on masked keys."""
@@ -204,10 +204,12 @@ class _Banded(torch.autograd.Function):
         assert options.left is not None
         assert options.right is not None
         total, group = q.shape[0] * q.shape[1], q.shape[2] // k.shape[2]
-        cut = bands.Bands.of_forward(total, options.left, options.right, group)
+        cut = bands.Bands.short(total, options.left, options.right, group)
+        if cpu.takes_products(q):
+            cut = cut.long()
         sight = _sight(q, k, Boundaries(cu_seqlens, None), options)
         out, sums = bands.attend(*_flat(q, k, v), sight, cut, options.scale)
-        ctx.cut, ctx.options = cut.of_backward(), options
+        ctx.cut, ctx.options = cut.long(), options
         ctx.save_for_backward(q, k, v, cu_seqlens, out, sums, *sight)
         return out.view(q.shape)
 
