@@ -10,7 +10,7 @@ formed for a chunk at a time, which stays in a core's cache, and again in the ba
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,6 +43,10 @@ class Chunk(NamedTuple):
 
     def keys_of(self, x: Tensor) -> Tensor:
         return x[self.part, self.heads, self.keys]
+
+    def taken(self, q: Tensor, *keyed: Tensor) -> list[Tensor]:
+        """Matrices (n heads, rows or keys, K) that products need not copy again."""
+        return [self.rows_of(q).flatten(0, 1), *(self.keys_of(x).flatten(0, 1) for x in keyed)]
 
 
 def takes_products(q: Tensor) -> bool:
@@ -79,8 +83,10 @@ def _attend_by_products(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
     k, v = _repeated(k, q), _repeated(v, q)
     out = q.new_empty(q.shape)
     for chunk in _chunks(q, k, call):
-        weights = _weights(chunk.rows_of(q), chunk.keys_of(k), call, chunk)
-        chunk.rows_of(out).copy_(weights @ chunk.keys_of(v))
+        some_q, some_k, some_v = chunk.taken(q, k, v)
+        place = chunk.rows_of(out)
+        weights = _weights(some_q, some_k, call, chunk, place.shape[:2])
+        place.copy_(torch.bmm(weights, some_v).view(place.shape))
     return out
 
 
@@ -88,17 +94,22 @@ def _gradients_by_products(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, call: Call
 ) -> tuple[Tensor, Tensor, Tensor]:
     kv_heads, k, v = k.shape[1], _repeated(k, q), _repeated(v, q)
-    dq, dk, dv = q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     for chunk in _chunks(q, k, call):
-        some_q, some_k, up = chunk.rows_of(q), chunk.keys_of(k), chunk.rows_of(grad)
-        weights = _weights(some_q, some_k, call, chunk)
-        chunk.keys_of(dv).add_(weights.mT @ up)
-        dweights = up @ chunk.keys_of(v).mT
+        some_q, some_k, some_v = chunk.taken(q, k, v)
+        (up,) = chunk.taken(grad)
+        place = chunk.rows_of(dq)
+        weights = _weights(some_q, some_k, call, chunk, place.shape[:2])
+        dweights = torch.bmm(up, some_v.mT)
         dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
-        dscores.mul_(call.scale)
-        chunk.rows_of(dq).copy_(dscores @ some_k)
-        chunk.keys_of(dk).add_(dscores.mT @ some_q)
-    return dq, _summed(dk, kv_heads), _summed(dv, kv_heads)
+        place.copy_(torch.bmm(dscores, some_k).mul_(call.scale).view(place.shape))
+        # The last rows come first and see all keys, which begins these sums.
+        is_first = chunk.rows.stop == q.shape[2]
+        for into, weight, rows in ((dk, dscores, some_q), (dv, weights, up)):
+            place = chunk.keys_of(into)
+            values = torch.bmm(weight.mT, rows).view(place.shape)
+            place.copy_(values) if is_first else place.add_(values)
+    return dq, _summed(dk.mul_(call.scale), kv_heads), _summed(dv, kv_heads)
 
 
 def _repeated(x: Tensor, q: Tensor) -> Tensor:
@@ -113,8 +124,8 @@ def _summed(x: Tensor, kv_heads: int) -> Tensor:
 
 def _chunks(q: Tensor, k: Tensor, call: Call) -> Iterator[Chunk]:
     (total, heads, length, _), keys = q.shape, k.shape[2]
-    for first in range(0, length, ROWS):
-        last = min(length, first + ROWS)
+    for last in range(length, 0, -ROWS):
+        first = max(0, last - ROWS)
         seen = last if call.causal else keys
         most = max(1, CHUNK // max(1, (last - first) * seen))  # matrices of a chunk
         some, each = max(1, most // heads), min(heads, most)
@@ -123,16 +134,17 @@ def _chunks(q: Tensor, k: Tensor, call: Call) -> Iterator[Chunk]:
             yield Chunk(part, some_heads, slice(first, last), slice(0, seen))
 
 
-def _weights(q: Tensor, k: Tensor, call: Call, chunk: Chunk) -> Tensor:
-    """(n, heads, rows, keys)."""
-    scores = q @ k.mT
+def _weights(q: Tensor, k: Tensor, call: Call, chunk: Chunk, batch: Sequence[int]) -> Tensor:
+    """(n heads, rows, keys) of `batch` (n, heads)."""
+    scores = torch.bmm(q, k.mT)
     if call.mask is None:
         scores.mul_(call.scale)
     else:
         mask = call.mask if len(call.mask) == 1 else call.mask[chunk.part]
-        scores = torch.add(mask[:, :, chunk.rows, chunk.keys], scores, alpha=call.scale)
+        by_head = scores.view(*batch, *scores.shape[1:])
+        scores = torch.add(mask[:, :, chunk.rows], by_head, alpha=call.scale).flatten(0, 1)
     if call.causal:
-        length = q.shape[2]
+        length = q.shape[1]
         later = scores.new_full((length, length), -torch.inf).triu_(1)
         scores[..., chunk.rows.start :].add_(later)
     return scores.softmax(-1)
