@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--batch-size", type=positive, nargs="+", default=BATCHES, help="prompts (default: 1 32)"
     )
     parser.add_argument(
-        "--new-bytes", type=positive, default=128, help="bytes for each prompt (default: 128)"
+        "--new-bytes", type=positive, default=512, help="bytes for each prompt (default: 512)"
     )
     parser.add_argument("--steps", type=positive, default=9, help="timed turns (default: 9)")
     parser.add_argument("--threads", type=positive, default=1, help="of torch (default: 1)")

@@ -20,10 +20,8 @@ from ..layers.kv_cache import CacheRows, KVCache
 from ..layers.norms import rms_norm
 from ..layers.rotary import rotary_columns
 from ..layers.transformer import SwiGLU, run_blocks
-from .plain_layers import Layer, hooks_of, layers_of
+from .plain_layers import DTYPES, Layer, hooks_of, layers_of
 from .row_run import RowRun
-
-DTYPES = (torch.float32, torch.float64)
 
 
 class BlockRun:

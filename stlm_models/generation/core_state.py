@@ -26,7 +26,7 @@ class CachedCore(Protocol):
 
 def cached_core(core: nn.Module, batch: int) -> CachedCore:
     if type(core) is PatchCore:
-        return _BlockCore(core, batch)
+        return BlockCore(core, batch)
     return (
         _SteppedCore(core, batch) if hasattr(core, "new_caches") else _RecomputedCore(core, batch)
     )
@@ -48,7 +48,7 @@ class _SteppedCore:
         return self.core(x[:, None], None, caches_at(self.caches, rows))[:, 0]
 
 
-class _BlockCore(_SteppedCore):
+class BlockCore(_SteppedCore):
     """A `PatchCore`, by the way of plain blocks where that will do."""
 
     def __init__(self, core: PatchCore, batch: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -36,7 +37,7 @@ class IncrementalMatches:
         indices = torch.tensor(found, dtype=torch.int64, device=byte_ids.device)
         return indices.view(len(found), len(self.sizes))
 
-    def append(self, ids: list[int], rows: list[int]) -> list[list[int]]:
+    def append(self, ids: list[int], rows: Sequence[int]) -> list[list[int]]:
         """`step` on the host: the next id of each of these rows, and their indices."""
         return [self._texts[row].append(each) for row, each in zip(rows, ids, strict=True)]
 

@@ -14,6 +14,8 @@ from ..layers.kv_cache import KVCache
 from ..layers.linear import is_plain
 from ..layers.transformer import SwiGLU, TransformerBlock
 
+DTYPES = (torch.float32, torch.float64)
+
 
 class Layer(NamedTuple):
     """Weights of a block, each as a product takes it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ class ByteModel(HasModes, Protocol):
     config: ModelConfig
     embedding: TiedEmbedding
     ngrams: NgramPooling | None
+    ngrams_to_bytes: nn.Linear | None
     matches: MatchEmbedding | None
     memory: TextMemory | None
     patcher: BytePatcher
@@ -37,10 +38,14 @@ class ByteModel(HasModes, Protocol):
     pooling: BytePooling | None
     core: nn.Module
     head: ParallelHead | None
+    to_core: nn.Linear
     from_core: nn.Linear
     unpooling: ByteUnpooling | EmaUnpooling
     decoder: nn.ModuleList
     decoder_feed_forward: SwiGLU | None
+    to_output: nn.Linear
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]: ...
 
     @property
     def is_flat(self) -> bool: ...

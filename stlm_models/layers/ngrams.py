@@ -92,7 +92,7 @@ class NgramPooling(nn.Module):
             boundaries = torch.arange(batch + 1, dtype=torch.int32, device=last_ids.device)
             return self.rows(last_ids.flatten(), boundaries * length)[length - 1 :: length]
         # The hashes of `ngram_embedding`, which would form those of all ids, by one product.
-        hashes = last_ids @ _powers(self.sizes, self.multipliers, length).to(last_ids.device)
+        hashes = last_ids @ powers(self.sizes, self.multipliers, length).to(last_ids.device)
         rows = hashes.remainder(self.tables[0].shape[0]).unbind(1)
         dtype = runtime.compute_dtype(self.tables[0])
         wide = torch.promote_types(dtype, torch.float32)
@@ -104,7 +104,7 @@ class NgramPooling(nn.Module):
 
 
 @functools.cache
-def _powers(sizes: tuple[int, ...], multipliers: tuple[int, ...], length: int) -> Tensor:
+def powers(sizes: tuple[int, ...], multipliers: tuple[int, ...], length: int) -> Tensor:
     """(length, tables) int64: what the hash of each table multiplies each of the last ids by."""
     columns = [
         [0] * (length - size) + [_wrapped(multiplier**power) for power in range(size)]

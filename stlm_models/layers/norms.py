@@ -36,9 +36,18 @@ def rms_norm(x: Tensor) -> Tensor:
     return x * _inverse_rms(x)
 
 
-def host_rms_norm(row: NDArray[Any], out: NDArray[Any]) -> None:
-    """`rms_norm` of one row (D,) on the host, written into out (D,), in numpy's order of sums."""
-    np.multiply(row, 1 / sqrt(np.dot(row, row) / len(row) + EPS), out=out)
+def host_rms_norm(x: NDArray[Any], out: NDArray[Any]) -> None:
+    """`rms_norm` of a row (D,) or rows (R, D) on the host, into out, in numpy's order of sums."""
+    if x.size == x.shape[-1]:
+        row = x.reshape(-1)
+        np.multiply(x, 1 / sqrt(np.dot(row, row) / len(row) + EPS), out=out)
+        return
+    np.multiply(x, x, out=out)
+    scales = np.add.reduce(out, 1, keepdims=True)
+    scales *= 1 / x.shape[1]
+    scales += EPS
+    np.sqrt(scales, out=scales)
+    np.divide(x, scales, out=out)
 
 
 def _inverse_rms(x: Tensor) -> Tensor:
