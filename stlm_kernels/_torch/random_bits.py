@@ -29,19 +29,32 @@ def hashed(
 ) -> Tensor:
     """64 random bits for each pair of a row and a column, int64."""
     if runtime.values_visible(seed, rows, columns):
-        # Many calls for few numbers: numpy's cost half of torch's, and its uint64 shifts in one.
-        words = (x.numpy().view("uint64") for x in (seed.reshape(1), rows, columns))
-        return torch.from_numpy(_hash_words(*words).view("int64"))
+        return torch.from_numpy(hashed_words(seed, rows, columns).view("int64"))
     return _hash(seed, rows, columns)
 
 
-def _hash_words(seed: Words, rows: Words, columns: Words) -> Words:
+def hashed_words(seed: Tensor, rows: Tensor, columns: Tensor) -> Words:
+    """`hashed` of values that can be read, as uint64.
+
+    Many calls for few numbers: numpy's cost half of torch's, and its uint64 shifts in one.
+    """
+    return _hash_words(int(seed), rows.numpy().view("uint64"), columns.numpy().view("uint64"))
+
+
+def _hash_words(seed: int, rows: Words, columns: Words) -> Words:
     """`_hash` of the same bits in uint64."""
-    state = _mix_words(seed.copy()) ^ rows
+    state = rows ^ rows.dtype.type(_mixed_number(seed % 2**64))
     state *= ROW_STEP % 2**64
     state = _mix_words(state) ^ columns
     state *= COLUMN_STEP % 2**64
     return _mix_words(state)
+
+
+def _mixed_number(x: int) -> int:
+    """`_mixed` of one number of 64 bits."""
+    x = (x ^ x >> 30) * MIX_FIRST % 2**64
+    x = (x ^ x >> 27) * MIX_SECOND % 2**64
+    return x ^ x >> 31
 
 
 def _mix_words(x: Words) -> Words:

@@ -42,8 +42,8 @@ class IncrementalFollowers:
         """Show each of these rows (R,) its next id, of ids (B,): (R, D) where the model has any."""
         if not self._sources:
             return None
-        ids = byte_ids[rows].numpy(force=True)  # where a GPU is waited for
-        indices = self._indices(ids, rows.numpy(force=True))
+        ids, at = byte_ids[rows].tolist(), rows.tolist()  # where a GPU is waited for
+        indices = self._indices(np.array(ids, np.int64), np.array(at, np.int64))
         columns = [len(source.sizes) for source in self._sources]
         parts = torch.from_numpy(indices).to(byte_ids.device).split(columns, 1)
         if self._tables is None:

@@ -47,13 +47,15 @@ class HostBytes:
         self._output = model.to_output.weight.t()
         self._projection: Tensor | None = None
         if model.ngrams is not None:
+            sizes = model.ngrams.sizes
+            self._powers = powers(sizes, model.ngrams.multipliers, max(sizes)).numpy()
             self._tables = [table.detach().numpy() for table in model.ngrams.tables]
             project = model.ngrams.projection if model.is_flat else model.ngrams_to_bytes
             self._projection = None if project is None else project.weight.t()
         self._hooks = hooks_of([*outer_modules(model)])
 
     def serves(self, byte_ids: Tensor) -> bool:
-        """Return whether the next step is the modules' own code alone, on values that can be read."""
+        """Return whether the next step is plain modules' code alone, on values that can be read."""
         if any(self._hooks) or not runtime.values_visible(byte_ids) or torch.is_grad_enabled():
             return False
         weight = self.model.embedding.weight
@@ -90,12 +92,9 @@ class HostBytes:
         self, last_ids: NDArray[np.int64], ids: NDArray[np.int64], rows: Rows
     ) -> NDArray[Any]:
         """`NgramPooling.embed` once the last ids (B, n) hold these."""
-        assert self.model.ngrams is not None
         last_ids[rows, :-1] = last_ids[rows, 1:]
         last_ids[rows, -1] = ids
-        each = self.model.ngrams
-        hashes = last_ids[rows] @ powers(each.sizes, each.multipliers, last_ids.shape[1]).numpy()
-        places = hashes % len(self._tables[0])
+        places = last_ids[rows] @ self._powers % len(self._tables[0])
         found = self._tables[0][places[:, 0]]
         for i, table in enumerate(self._tables[1:], 1):
             found += table[places[:, i]]

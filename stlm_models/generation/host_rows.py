@@ -39,6 +39,7 @@ class HostFlatRows(FlatRows):
         self.host = host_bytes(self.model, self.ngrams, self.followers)
         return out
 
+    @np.errstate(all="ignore")  # as torch's are
     def step(self, byte_ids: Tensor, rows: Tensor) -> Tensor:
         if self.host is None or not self.host.serves(byte_ids):
             return super().step(byte_ids, rows)
@@ -69,13 +70,14 @@ class HostPatchedRows(PatchedRows):
             and self.pool.state.mode in SUMS
         )
 
+    @np.errstate(all="ignore")  # as torch's are
     def step(self, byte_ids: Tensor, rows: Tensor) -> Tensor:
         if self.host is None or not self.host.serves(byte_ids):
             return super().step(byte_ids, rows)
         assert self.reads is not None
         assert isinstance(self.pool, RunningPool)
         at = _places(rows, len(byte_ids))
-        closed = self.patches.step(byte_ids).numpy()
+        closed = self.patches.host_step(byte_ids.long().numpy())
         embedded, ngrams, own = self.host.own_states(byte_ids, at)
         encoded = self.encoder.step(torch.from_numpy(own), rows).numpy()
         _add(self.pool.state, embedded if self.pool.plain else encoded, at)
@@ -89,7 +91,7 @@ class HostPatchedRows(PatchedRows):
         return self.host.output_states(self.decoder.step(x, rows))
 
     def _read_next(self, closing: NDArray[np.int64], dtype: Any) -> NDArray[Any]:
-        """Return what these rows (R,) read from now on, (R, D): the core's states of their patches."""
+        """Return what these rows (R,) read from now on, (R, D): states of the core."""
         assert isinstance(self.pool, RunningPool)
         model = self.model
         pooled = torch.from_numpy(_take(self.pool.state, closing, dtype))

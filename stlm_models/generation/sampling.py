@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor
 
 from stlm_kernels import linear_sample
+from stlm_kernels.runtime import compute_dtype
 
 from ..config import BYTES
+from ..layers.embedding import TiedEmbedding
 from ..layers.modes import eval_mode
 from .engine import (
     CachedRun,
@@ -22,6 +25,7 @@ from .engine import (
     lost_logits,
     prompt_ids,
 )
+from .plain_layers import DTYPES
 from .stages import ByteModel
 
 Prompt = bytes | str
@@ -233,14 +237,14 @@ def _run_steps(
         for row in rows:
             row.window = fit_context(model, row.window)
         windows = [row.window for row in rows]
-        run = CachedRun(model, windows)
+        run, largest_norm = CachedRun(model, windows), _largest_norm(model.embedding)
     for step in range(max_new_bytes):
         with eval_mode(model, modules), torch.no_grad():
             if step:
                 advance(run, windows, ids, [i for i, row in enumerate(rows) if not row.done])
             # Finished rows stay in, so that the noise of the others does not depend on them.
             ids = model.embedding.sample(run.hidden, **settings.at_step(step, base))
-            drawn = _checked_ids(model, run, rows, ids)
+            drawn = _checked_ids(model, run, rows, ids, largest_norm)
         for row, byte in zip(rows, drawn, strict=True):
             if not row.done:
                 row.append(byte)
@@ -249,8 +253,21 @@ def _run_steps(
             return
 
 
-def _checked_ids(model: ByteModel, run: CachedRun, rows: Sequence[_Row], ids: Tensor) -> list[int]:
-    """The ids (B,) on the host, or a FloatingPointError where they were drawn from no numbers."""
+def _checked_ids(
+    model: ByteModel,
+    run: CachedRun,
+    rows: Sequence[_Row],
+    ids: Tensor,
+    largest_norm: float = math.nan,
+) -> list[int]:
+    """The ids (B,) on the host, or a FloatingPointError where they were drawn from no numbers.
+
+    Args:
+        largest_norm: of `_largest_norm`.
+    """
+    if _are_bounded(run.hidden, largest_norm):
+        kept: list[int] = ids.tolist()
+        return kept
     peaks = model.embedding.logits(run.hidden, valid_vocab=BYTES).amax(-1)  # NaN where one is
     is_finite = peaks - peaks == 0  # isfinite takes four launches
     drawn: list[int] = torch.where(is_finite, ids, -1).tolist()  # waits once for both
@@ -258,3 +275,25 @@ def _checked_ids(model: ByteModel, run: CachedRun, rows: Sequence[_Row], ids: Te
         if drawn[i] < 0 and not row.done:
             raise lost_logits(peaks[i], f"prompt {i} after {len(row.text)} bytes")
     return drawn
+
+
+def _largest_norm(embedding: TiedEmbedding) -> float:
+    """Return the largest norm of a byte's output row, scaled; NaN where that bounds no logit."""
+    weight = embedding.weight
+    if "logits" in vars(embedding) or not weight.is_cpu or weight.dtype not in DTYPES:
+        return math.nan
+    rows = embedding.output_rows(BYTES).detach().double()
+    return abs(embedding.logit_scale) * float(rows.square().sum(1).max().sqrt())
+
+
+def _are_bounded(hidden: Tensor, largest_norm: float) -> bool:
+    """Return whether all logits of hidden (B, D) are numbers, for their bounds are.
+
+    |x w| <= |x| |w|: one look at the states in place of a product with the table.
+    """
+    is_exact = hidden.dtype in DTYPES and compute_dtype(hidden) == hidden.dtype
+    if not (is_exact and largest_norm < math.inf):
+        return False
+    flat = hidden.flatten()
+    bound = largest_norm * math.sqrt(float(torch.dot(flat, flat)))
+    return 2 * bound < torch.finfo(hidden.dtype).max

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from stlm_kernels import Patches, find_patches, runtime
@@ -57,12 +59,17 @@ class IncrementalPatcher:
 
     def step(self, byte_ids: Tensor) -> Tensor:
         """The next byte of each row, (B,) integers -> (B,) bool: it closes its patch."""
+        if runtime.values_visible(byte_ids):
+            return torch.from_numpy(self.host_step(byte_ids.long().numpy()))
         ids = byte_ids.long().clamp(max=IDS - 1)
-        state = self._closing, ids, self.lengths, self.positions, self.after_closing
-        if not runtime.values_visible(byte_ids):
-            return self._step(*state)
-        # numpy's calls for few numbers cost a third of torch's.
-        return torch.from_numpy(self._step(*(each.numpy() for each in state)))
+        return self._step(self._closing, ids, self.lengths, self.positions, self.after_closing)
+
+    def host_step(self, byte_ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """`step` on the host, where numpy's calls for few numbers cost a third of torch's."""
+        state = self._closing, self.lengths, self.positions, self.after_closing
+        closing, *others = (each.numpy() for each in state)
+        closed: NDArray[np.bool_] = self._step(closing, np.minimum(byte_ids, IDS - 1), *others)
+        return closed
 
     def _step(
         self, closing: Any, ids: Any, lengths: Any, positions: Any, after_closing: Any

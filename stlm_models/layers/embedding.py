@@ -69,6 +69,10 @@ class TiedEmbedding(nn.Embedding):
         """The table of the output, whole: the same."""
         return self._table()
 
+    def output_rows(self, count: int) -> Tensor:
+        """Return the output table's rows of the first ids, (count, D)."""
+        return self._output_table()[:count]
+
     def _whole(self, weight: Tensor) -> Tensor:
         if hasattr(weight, "placements"):
             raise ValueError(
@@ -98,7 +102,7 @@ class TiedEmbedding(nn.Embedding):
         As in `loss`, x and table are cast to x's dtype or autocast's, and their products are not
         rounded: the loss is a small difference of large logits, and bf16 ones would cost it 1e-2.
         """
-        weight = self._output_table()[: self.vocab_size if valid_vocab is None else valid_vocab]
+        weight = self.output_rows(self.vocab_size if valid_vocab is None else valid_vocab)
         dtype = compute_dtype(x)
         wide = torch.promote_types(dtype, torch.float32)
         with without_autocast(x):

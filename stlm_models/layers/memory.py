@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -145,11 +146,18 @@ def look_up_last(
     lengths: NDArray[np.int64],  # (B,) ids that each text has
 ) -> NDArray[np.int64]:  # (B, sizes)
     """`TextMemory.indices` of the newest ids of texts, on the host."""
-    newest_first = last_ids[:, : -1 - max(sizes) : -1]
-    sums = ((newest_first + 1) * np.array(_POWERS[: max(sizes)])).cumsum(1)
-    keys = _mixed(sums[:, [size - 1 for size in sizes]])
+    powers, each = _columns(sizes)
+    newest_first = last_ids[:, : -1 - len(powers) : -1]
+    sums = ((newest_first + 1) * powers).cumsum(1)
+    keys = _mixed(sums[:, each - 1])
     entry = entries[_slot(keys, len(entries))].astype(np.int64)
-    return _index(entry, keys) * (lengths[:, None] >= sizes)
+    return _index(entry, keys) * (lengths[:, None] >= each)
+
+
+@functools.cache
+def _columns(sizes: tuple[int, ...]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Powers of the multiplier for the longest of sizes, and sizes."""
+    return np.array(_POWERS[: max(sizes)]), np.array(sizes)
 
 
 def _index(entry: Words, keys: Words) -> Words:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from stlm_models import STLM, bits_per_byte
 from stlm_models.compression.codec import compress
+from stlm_models.generation import sampling
 from stlm_models.generation.engine import CachedRun
 from stlm_models.layers.modes import eval_mode
 from stlm_models.layers.transformer import PatchCore
@@ -332,3 +333,18 @@ class TestLostLogits:
         assert stop not in free[1], "or it would end both"
         texts = model.generate_batch([b"x", b"y"], max_new_bytes=4, seed=4, stop=stop)
         assert texts == [b"", free[1]]
+
+    @pytest.mark.parametrize("scale", [1.0, 1e22, -1e22])
+    def test_logits_are_formed_where_their_bounds_leave_a_doubt(self, scale: float) -> None:
+        """Products may pass float32's 3e38, and the squares of states alone."""
+        embedding = varied().embedding
+        embedding.logit_scale = scale
+        largest = sampling._largest_norm(embedding)
+        for size in (1e-3, 1e17, 1e25):
+            hidden = torch.full((2, embedding.embedding_dim), size)
+            is_bounded = sampling._are_bounded(hidden, largest)
+            assert is_bounded == (size < 1e19 and size * abs(scale) < 1e37)
+            if is_bounded:
+                assert embedding.logits(hidden).isfinite().all()
+        assert not sampling._are_bounded(torch.full((1, 3), float("nan")), 1.0)
+        assert not sampling._are_bounded(torch.ones(1, 3).half(), 1.0)

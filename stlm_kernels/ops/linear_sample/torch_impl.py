@@ -8,7 +8,7 @@ from torch import Tensor
 from ... import runtime
 from ..._linear.options import SampleOptions
 from ..._linear.projection import form_logits, widened
-from ..._torch.random_bits import hashed, shifted
+from ..._torch.random_bits import hashed, hashed_words, shifted
 
 CHUNK_ELEMENTS = 1 << 20
 """Logits drawn from at a time; each takes a few int64 of noise."""
@@ -117,7 +117,12 @@ def noise(
     dtype: torch.dtype,
 ) -> Tensor:
     """(n, k) exponential noise, by seed, row and id alone."""
-    below = shifted(hashed(seed, rows, ids), 24).to(dtype).mul_(-(2.0**-40)).sub_(2.0**-41)
+    if runtime.values_visible(seed, rows, ids):  # numpy's calls are cheaper
+        words = hashed_words(seed, rows, ids) >> 24
+        below = torch.from_numpy(words.astype("float64" if dtype == torch.float64 else "float32"))
+    else:
+        below = shifted(hashed(seed, rows, ids), 24).to(dtype)
+    below.mul_(-(2.0**-40)).sub_(2.0**-41)
     return below.clamp_min_(torch.finfo(dtype).eps / 2 - 1).log1p_().neg_()
 
 
