@@ -22,7 +22,7 @@ from stlm_kernels.registry import OPS
 
 from .harness import environment
 from .harness.commandline import positive
-from .harness.counting import Key, Record, case_named, entries, key_of, line, measure, read
+from .harness.counting import OURS, Key, Record, case_named, entries, key_of, line, measure, read
 from .harness.results import Result, add_result_options, command_line, result_path
 from .harness.targets import QUICK, TARGETS
 
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(head)
     command = command_line("bench.bounds", arguments)
     settings = {"bounds_on": device.name, "sampled_blocks": options.sample}
-    records = {key: x for key, x in kept.items() if options.ops and key[0] not in options.ops}
+    records = {key: x for key, x in kept.items() if _stays(key, options.ops)}
     for row in TARGETS:
         if (options.ops and row.op not in options.ops) or (options.quick and row.case not in QUICK):
             continue
@@ -68,6 +68,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _stays(key: Key, ops: Sequence[str]) -> bool:
+    """Whether a row of the table stays until its like is counted. Those of a library do, which
+    may not be installed here."""
+    op, _, _, by = key
+    return by != OURS or bool(ops and op not in ops)
+
+
 def _write(
     path: Path,
     command: str,
@@ -79,7 +86,9 @@ def _write(
 ) -> None:
     """Write the table in the order of `TARGETS`."""
     order = {(row.op, row.case, row.direction): i for i, row in enumerate(TARGETS)}
-    rows = sorted(records.values(), key=lambda x: order.get(key_of(x)[:3], len(order)))
+    rows = sorted(
+        records.values(), key=lambda x: (order.get(key_of(x)[:3], len(order)), x["by"] != OURS)
+    )
     lines = [*head, *(line(x, earlier) for x in rows)]
     Result(command, about, rows, lines, settings).write(path)
 

@@ -24,6 +24,7 @@ Record = dict[str, Any]
 Key = tuple[str, str, str, str]
 DTYPE = torch.bfloat16
 COMMITTED = Path(__file__).parents[1] / "results/bounds-h200.json"
+OURS = "stlm"
 MOST_ACCESSES = {"sectors": 1.15, "wavefronts": 1.1}
 """Accesses of a kernel to global and shared memory over the fewest that could do: above that it is
 either mended, or has its reason in `tests/helpers/accepted_accesses.py`."""
@@ -99,7 +100,7 @@ def measure(row: Counted, by: Entry, device: Device, arch: int, sample: int) -> 
 
 def entries(op: str, case: Case) -> list[Entry]:
     """Ours, then each library whose kernels triton compiles, where it is installed."""
-    ours = Entry("stlm", partial(OPS[op].op, impl="triton"), ours=True)
+    ours = Entry(OURS, partial(OPS[op].op, impl="triton"), ours=True)
     liger = [peer for peer in PEERS.get(op, ()) if peer.name.startswith("Liger")]
     return [ours, *(peer for peer in liger if peer.unsupported(case) in (None, on_gpu(case)))]
 

@@ -59,6 +59,7 @@ TARGETS = (
     *_of("byte_pool", f"{EVEN}-V256-D768-mean-even-uniform", fwd=100, bwd=125),
     *_of("byte_pool", f"{EVEN}-V256-D768-mean-even-equal", fwd=100, bwd=125),
     *_of("byte_pool", f"{WORDS}-V256-D128-mean-words-english", fwd=21, bwd=15),
+    *_of("byte_pool", f"{WORDS}-V257-D128-mean-words-english-int16", fwd=21, bwd=15),
     *_of("byte_pool", f"{EVEN}-V256-D128-mean-even-english", fwd=19, bwd=15),
     *_of("byte_pool", f"{EVEN}-V256-D128-mean-even-uniform", fwd=19, bwd=20),
     *_of("byte_pool", f"{EVEN}-V256-D128-mean-even-equal", fwd=19, bwd=20),

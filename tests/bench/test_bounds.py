@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -120,9 +121,13 @@ def test_the_command(
     assert "1.00x before" in shown
     assert "1 block in" in shown, "the factor of sampling"
     rows = Result.read(first).rows
+    gone, library = {"case": "T9"}, {"by": "a library that is not installed"}
+    first.write_text(json.dumps(json.loads(first.read_text()) | {
+        "rows": [rows[0], rows[0] | gone, rows[0] | library]
+    }))  # fmt: skip
     bounds.main(["segment_pool", "--commit", "def", "--update", str(first)])
     assert [row["commit"] for row in rows] == ["abc"]
-    assert [row["commit"] for row in Result.read(first).rows] == ["def"]
+    assert [row["commit"] for row in Result.read(first).rows] == ["def", "abc"]
     capsys.readouterr()
     with pytest.raises(SystemExit):
         bounds.main(["--device", "h2000"])

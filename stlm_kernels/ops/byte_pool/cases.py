@@ -58,6 +58,17 @@ CASES = (
         for width in (768, 128)
         for text in ("english", "code")
     ),
+    case(
+        "bench_full",
+        T=MILLION,
+        P=120_646,
+        V=257,
+        D=128,
+        mode="mean",
+        boundaries="words",
+        text="english",
+        ids="int16",
+    ),
     *(
         case(
             "bench_full",
