@@ -29,8 +29,4 @@ ACCEPTED: Accesses = {
         1.72,
         "sums and counts of a row's columns meet across warps, in words that share banks",
     ),
-    ("linear_cross_entropy", "sectors"): (
-        1.82,
-        "of 50,257 columns, counted at an earlier commit; today's chunk kernel reads whole sectors",
-    ),
 }
