@@ -13,6 +13,11 @@ READS_TWICE = (
 SIZED_FOR_90 = "the default tile fills the registers of sm_90; no other was tried on this device"
 FP32 = "in fp32 alone, which no matrix unit serves"
 PINNED: Spills = {
+    ("stlm_byte_pool_fwd_product", 90): (
+        69,
+        "136 bytes, with checks of ids; tiles of half the patches have none, but cost more",
+    ),
+    ("stlm_byte_pool_fwd_product", 100): (20, "with checks of ids, as on sm_90"),
     ("stlm_byte_pool_bwd", 100): (11, FP32),
     ("stlm_attention_fwd", 80): (12, FP32),
     ("stlm_attention_bwd_q", 80): (27, SIZED_FOR_90),

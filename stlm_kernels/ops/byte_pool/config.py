@@ -67,11 +67,12 @@ def takes_product(vocab: int, dtype: torch.dtype, device: torch.device) -> bool:
 def product_config(width: int, checked: bool, dtype: torch.dtype, device: torch.device) -> Config:
     """Two programs for each SM of an H100. `PART_ROWS` as above.
 
-    Checks of ids, and rows from 256 on, take registers of twice the warps: one program for each SM.
+    Checks of ids, and rows from 256 on, take registers of twice the warps, which have twice the
+    patches: one program for each SM.
     Columns of twice the width would count bytes half as often, but spill.
     """
     default = {
-        "BLOCK_P": 64,
+        "BLOCK_P": 128 if checked else 64,
         "BLOCK_D": block_of(width, 128),
         "PROGRAMS": TARGET_PROGRAMS // 2 if checked else TARGET_PROGRAMS,
         "num_warps": 8 if checked else 4,

@@ -12,12 +12,12 @@ Backward. A program owns BLOCK_V rows x BLOCK_D columns of dE for a share of the
 by bytes and patches alike and may begin and end inside a patch. It counts the bytes of BLOCK_P
 patches, 32 slots of each at a time, into a tile of C^T (`_triton/counts.py`: from bit planes, at a
 cost that depends neither on lengths nor on which bytes are frequent) and multiplies that with the
-upstream tile; a half of the rows that no byte hits is skipped, so ASCII takes half of it. A patch
-of more than LONG bytes is alone in its tiles, 2 KB each. The shares' partial sums are added in a
-fixed order. Floor: T + 4P + 2PD + 4VD bytes, 56 us at D = 768, against 2 P V D = 69 GFLOP = 69 us
-of products, half that in ASCII. As bench.bounds counts it: 16 us for English words and 19 to 23
-for patches of 6 bytes at D = 128, 66 and 87 to 112 at D = 768, the sums of shares included; half of
-the instructions make bit planes and scales, which shorter patches do not lessen.
+upstream tile; a half of the rows that no byte hits is skipped, so ASCII takes half of it. Programs
+of rows from 256 on skip tiles that have none of their ids. A patch of more than LONG bytes is alone
+in its tiles, 2 KB each. The shares' partial sums are added in a fixed order. Floor: T + 4P + 2PD +
+4VD bytes, 56 us at D = 768, against 2 P V D = 69 GFLOP = 69 us of products, half that in ASCII. As
+bench.bounds counts it, the sums of shares included: 16 us for English words (20 with 257 rows and
+checks of ids) and 19 to 23 for patches of 6 bytes at D = 128, 66 and 87 to 112 at D = 768.
 """
 
 from __future__ import annotations
@@ -29,16 +29,13 @@ from torch import Tensor
 
 from ... import _launch
 from ..._triton.config import part_rows_for
-from ..._triton.counts import (
-    SLOTS,
-    counts_of,
-    planes_of,
-    share_start,
-    slots_with,
-)
+from ..._triton.counts import SLOTS, counts_of, planes_of, share_start, slots_with
 from ..._triton.long_segments import add_long_segments, long_rows, note_long, notes_for
 from ..._triton.tiles import INTERPRETED, dot_type, sum_splits
 from . import config as configs
+
+IDS = tl.constexpr(512)
+"""Ids looked at together to find the largest."""
 
 
 @triton.jit
@@ -216,22 +213,33 @@ def patch_ends(cu_ptr, patches, mask, total, MEAN: tl.constexpr):
     return start, end, scale
 
 
-@triton.jit(do_not_specialize=["total", "n_patches", "run"])
+@triton.jit
+def _largest_id(ids_ptr, start, length):
+    """Return the largest id from the first byte of these patches to their last, or 0."""
+    last = tl.max(tl.where(length > 0, start + length, 0))
+    first = tl.min(tl.where(length > 0, start, last))
+    largest = tl.zeros((IDS,), ids_ptr.dtype.element_ty)
+    for at in range(first, last, IDS):
+        here = at + tl.arange(0, IDS)
+        largest = tl.maximum(largest, tl.load(ids_ptr + here, mask=here < last, other=0))
+    return tl.max(largest)
+
+
+@triton.jit(do_not_specialize=["total", "n_patches", "n_splits", "run"])
 def stlm_byte_pool_bwd(
     ids_ptr, cu_ptr, grad_ptr, partial_ptr,
-    total, n_patches, vocab, run,
+    total, n_patches, vocab, n_splits, run,
     D: tl.constexpr, MEAN: tl.constexpr, DOT: tl.constexpr, TERMS: tl.constexpr,
     CHECKED: tl.constexpr, LONG: tl.constexpr, ROW_BITS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = 2 ** (ROW_BITS - 1)
     program = tl.program_id(0).to(tl.int64)
-    v_tiles = tl.cdiv(vocab, 2 * HALF)
     d_tiles = tl.cdiv(D, BLOCK_D)
-    # Neighbouring programs read the same upstream tile for other table rows.
-    first_row = (program % v_tiles).to(tl.int32) * (2 * HALF)
-    columns = (program // v_tiles % d_tiles) * BLOCK_D + tl.arange(0, BLOCK_D)
-    split = program // (v_tiles * d_tiles)
+    columns = (program % d_tiles) * BLOCK_D + tl.arange(0, BLOCK_D)
+    split = program // d_tiles % n_splits
+    # Rows that few bytes hit come last, when others make room for programs with little to do.
+    first_row = (program // (d_tiles * n_splits)).to(tl.int32) * (2 * HALF)
     patch, at = share_start(cu_ptr, split * run, n_patches, total)
     last_patch, stop = share_start(cu_ptr, (split + 1) * run, n_patches, total)
     last_patch = tl.minimum(last_patch + 1, n_patches)
@@ -263,6 +271,10 @@ def stlm_byte_pool_bwd(
                 patch += taken
         else:
             patch += BLOCK_P
+        if first_row > 0:
+            hit = _largest_id(ids_ptr, start, length) >= first_row
+            longest = tl.where(hit, longest, 0)
+            length = tl.where(hit, length, 0)
         x = upstream_tile(grad_ptr, patches.to(tl.int64), columns, length > 0, scale, D)
         for slot in range(0, longest, SLOTS):
             rows = tl.minimum(vocab - first_row, 2 * HALF)
@@ -349,15 +361,18 @@ def launch_bwd(
     work = configs.work_of(total, patches)
     config = configs.bwd_config(width, work >= configs.MUCH_WORK, grad.dtype, grad.device)
     programs, rows = config.pop("PROGRAMS"), config.pop("BLOCK_V")
-    tiles = _launch.ceil_div(vocab, rows) * _launch.ceil_div(width, config["BLOCK_D"])
-    splits, run = _launch.splits(work, tiles, programs, configs.WORK_BLOCK)
+    d_tiles = _launch.ceil_div(width, config["BLOCK_D"])
+    # A last tile of some of its rows is taken to have few bytes: it takes no other's place.
+    splits, run = _launch.splits(
+        work, max(1, vocab // rows) * d_tiles, programs, configs.WORK_BLOCK
+    )
     partial = torch.empty((splits, vocab, width), dtype=torch.float32, device=grad.device)
     dot, terms = dot_plan(grad.dtype, weight_dtype, width, exact=not mean)
     checked = byte_ids.dtype != torch.uint8 or not rows == vocab == 256
     _launch.launch(
-        stlm_byte_pool_bwd, splits * tiles,
+        stlm_byte_pool_bwd, splits * d_tiles * _launch.ceil_div(vocab, rows),
         byte_ids.contiguous(), cu_patchlens.contiguous(), grad.contiguous(), partial,
-        total, patches, vocab, run,
+        total, patches, vocab, splits, run,
         D=width, MEAN=mean, DOT=dot, TERMS=terms, CHECKED=checked, LONG=configs.LONG,
         ROW_BITS=rows.bit_length() - 1, device=grad.device, **config,
     )  # fmt: skip
