@@ -47,6 +47,20 @@ SMALL_TILES = {
 
 
 @RESULT_LANES
+def test_the_gradient_of_an_id_behind_the_bytes(way: Way) -> None:
+    """A row of the table's last tile, which one byte of one patch among many hits."""
+    ids = torch.full((600,), 7, dtype=torch.int16)
+    ids[341] = 256
+    weight = torch.ones(257, 16, device=way.device, dtype=way.dtype, requires_grad=True)
+    cu = torch.arange(0, 601, 3, dtype=torch.int32, device=way.device)
+    out = byte_pool(ids.to(way.device), weight, cu, mode="sum", impl=way.impl)
+    out.sum().backward()
+    assert weight.grad is not None
+    assert weight.grad[256].tolist() == [1.0] * 16
+    assert float(weight.grad.abs().sum(1)[7:256].count_nonzero()) == 1
+
+
+@RESULT_LANES
 @given(data=st.data())
 def test_any_shape_against_the_loop(way: Way, data: st.DataObject) -> None:
     longest, widest, largest, slots = (300, 130, 512, 40)
