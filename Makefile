@@ -102,7 +102,7 @@ full-trainers:
 
 bench: $(READY)
 	$(PY) -m pytest bench --benchmark-only
-	$(PY) -m bench.bounds --quick --against bench/results/bounds-h200.json
+	$(PY) -m bench.bounds --quick --by stlm --against bench/results/bounds-h200.json
 	$(PY) -m bench.executor
 
 check: $(READY)

@@ -22,7 +22,19 @@ from stlm_kernels.registry import OPS
 
 from .harness import environment
 from .harness.commandline import positive
-from .harness.counting import OURS, Key, Record, case_named, entries, key_of, line, measure, read
+from .harness.counting import (
+    COMPILED,
+    MAKERS,
+    OURS,
+    Key,
+    Record,
+    case_named,
+    entries,
+    key_of,
+    line,
+    measure,
+    read,
+)
 from .harness.results import Result, add_result_options, command_line, result_path
 from .harness.targets import QUICK, TARGETS
 
@@ -37,7 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="h200", help="whose rates make the bounds")
     parser.add_argument("--sample", type=positive, default=SAMPLE, help="blocks of each launch")
     parser.add_argument("--against", type=Path, help="the table of another commit")
-    parser.add_argument("--update", type=Path, help="a table whose rows of these ops to replace")
+    parser.add_argument("--by", choices=MAKERS, help="count the kernels of one maker alone")
+    parser.add_argument(
+        "--update", type=Path, help="a table whose rows of these ops and this maker to replace"
+    )
     add_result_options(parser)
     options = parser.parse_args(arguments)
     try:
@@ -52,11 +67,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(head)
     command = command_line("bench.bounds", arguments)
     settings = {"bounds_on": device.name, "sampled_blocks": options.sample}
-    records = {key: x for key, x in kept.items() if _stays(key, options.ops)}
+    maker = options.by or ""
+    records = {key: x for key, x in kept.items() if _stays(key, options.ops, maker)}
     for row in TARGETS:
         if (options.ops and row.op not in options.ops) or (options.quick and row.case not in QUICK):
             continue
         for by in entries(row.op, case_named(OPS[row.op], row.case)):
+            if not by.name.startswith(maker):
+                continue
             began = time.process_time()
             found = measure(row, by, device, device.arch, options.sample)
             found["commit"] = about["commit"]
@@ -68,11 +86,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _stays(key: Key, ops: Sequence[str]) -> bool:
+def _stays(key: Key, ops: Sequence[str], maker: str) -> bool:
     """Whether a row of the table stays until its like is counted. Those of a library do, which
     may not be installed here."""
     op, _, _, by = key
-    return by != OURS or bool(ops and op not in ops)
+    is_replaced = by.startswith((OURS, COMPILED)) and by.startswith(maker)
+    return not is_replaced or bool(ops and op not in ops)
 
 
 def _write(
@@ -84,7 +103,7 @@ def _write(
     records: Mapping[Key, Record],
     earlier: Mapping[Key, Record],
 ) -> None:
-    """Write the table in the order of `TARGETS`."""
+    """Write the table in the order of `TARGETS`, ours first."""
     order = {(row.op, row.case, row.direction): i for i, row in enumerate(TARGETS)}
     rows = sorted(
         records.values(), key=lambda x: (order.get(key_of(x)[:3], len(order)), x["by"] != OURS)

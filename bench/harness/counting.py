@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,13 +19,18 @@ from stlm_kernels.spec import Case, OpSpec
 from ..peers import PEERS
 from ..peers.entry import Entry
 from ..peers.installed import on_gpu
+from .inductor import compiled_here, inductor
 from .results import Result
 
 Record = dict[str, Any]
 Key = tuple[str, str, str, str]
 DTYPE = torch.bfloat16
 COMMITTED = Path(__file__).parents[1] / "results/bounds-h200.json"
-OURS = "stlm"
+OURS, LIBRARY, COMPILED = "stlm", "Liger", "compiled"
+MAKERS = (OURS, LIBRARY, COMPILED)
+"""Beginnings of the names of those whose kernels are counted."""
+LEFT_TO_OPERATORS = ("compiled EmbeddingBag", "compiled segment_reduce", "compiled SDPA")
+"""Peers that torch.compile leaves to one operator of torch, of which only bytes are known."""
 MOST_ACCESSES = {"sectors": 1.15, "wavefronts": 1.1}
 """Accesses of a kernel to global and shared memory over the fewest that could do: above that it is
 either mended, or has its reason in `tests/helpers/accepted_accesses.py`."""
@@ -49,10 +55,12 @@ def measure(row: Counted, by: Entry, device: Device, arch: int, sample: int) -> 
     """Count a row's launches by one implementation, and add up the bounds of their limits."""
     spec = OPS[row.op]
     case = case_named(spec, row.case)
-    session = execute_case(
-        spec, case, arch=arch, dtype=DTYPE, direction=row.direction, sample=sample,
-        function=by.function, convert=by.convert,
-    )  # fmt: skip
+    with inductor(device, sample) if by.compiled else nullcontext():
+        session = execute_case(
+            spec, case, arch=arch, dtype=DTYPE, direction=row.direction, sample=sample,
+            function=compiled_here(by.function) if by.compiled else by.function,
+            convert=by.convert,
+        )  # fmt: skip
     kernels = [bounds_of(done, device) for done in session.executions]
     others = [bounds_of_torch_op(op, device) for op in session.torch_ops]
     us: Counter[str] = Counter()
@@ -99,10 +107,18 @@ def measure(row: Counted, by: Entry, device: Device, arch: int, sample: int) -> 
 
 
 def entries(op: str, case: Case) -> list[Entry]:
-    """Ours, then each library whose kernels triton compiles, where it is installed."""
+    """Ours, then each library whose kernels triton compiles, where it is installed, and each
+    composition that torch.compile makes kernels of."""
     ours = Entry(OURS, partial(OPS[op].op, impl="triton"), ours=True)
-    liger = [peer for peer in PEERS.get(op, ()) if peer.name.startswith("Liger")]
-    return [ours, *(peer for peer in liger if peer.unsupported(case) in (None, on_gpu(case)))]
+    peers = [peer for peer in PEERS.get(op, ()) if peer.name.startswith((LIBRARY, COMPILED))]
+    return [ours, *(peer for peer in peers if _is_countable(peer, case))]
+
+
+def _is_countable(peer: Entry, case: Case) -> bool:
+    refused = peer.unsupported(case)
+    if peer.compiled:
+        return refused is None and peer.name not in LEFT_TO_OPERATORS
+    return refused in (None, on_gpu(case))
 
 
 def case_named(spec: OpSpec, name: str) -> Case:
@@ -126,7 +142,7 @@ def line(record: Record, earlier: Mapping[Key, Record]) -> str:
     change = "" if before is None else f"  {record['bound'] / before['bound']:.2f}x before"
     op, case, direction, by = key_of(record)
     return (
-        f"{op} {case} {direction} {by:<8}{record['bound']:9.1f} us{reach}"
+        f"{op} {case} {direction} {by:<8} {record['bound']:8.1f} us{reach}"
         f"  floor {record['dram_floor']:.1f}  ({shown})"
         f"  {record['kernels']}+{record['torch_ops']} launches, chain {record['longest_chain']},"
         f" sectors {record['sectors']:.2f}, wavefronts {record['wavefronts']:.2f},"

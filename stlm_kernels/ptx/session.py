@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import _launch, runtime
 from ..inspect import gpu_for
 from ..testing import fresh_memory
 from .launch import Execution, run
 from .memory import LINE, Shadow, bytes_at, new_shadow
-from .torch_ops import TorchOp, watching
+from .torch_ops import TorchOp, is_tracing, watching
 
 MAPPED_BYTES = 1 << 26
 """Larger memory comes from the system, which clears it."""
@@ -37,6 +38,8 @@ class Session:
 
     def note(self, x: Tensor) -> Tensor:
         """Remember a tensor whose memory nothing has written yet."""
+        if is_tracing() or isinstance(x, FakeTensor):
+            return x
         storage = x.untyped_storage()
         if x.device.type == "cpu" and storage.nbytes():
             shadow = new_shadow(storage.data_ptr(), storage.nbytes())

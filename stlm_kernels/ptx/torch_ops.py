@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import TracingContext
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -44,18 +45,27 @@ class _Watch(TorchDispatchMode):
         super().__init__()
         self.note, self.skips_products = note, skips_products
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let torch.compile compile, as it does outside of modes."""
+        return True
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if is_tracing():
+            return func(*args, **kwargs)
         if func.namespace != "aten":
             with self:  # what an op of a library does inside counts, not the op itself
                 return func._op_dk(torch._C.DispatchKey.CPU, *args, **kwargs)
         if func.is_view or func._opname in WITHOUT_WORK:
             return func(*args, **kwargs)
         flops_of = flop_registry.get(func.overloadpacket)
-        if flops_of is not None and self.skips_products and func._schema.is_mutable is False:
+        if flops_of is not None and self.skips_products and not func._schema.is_mutable:
             out = _zeros_of(func, args, kwargs)
+        elif flops_of is not None and self.skips_products and "out" in kwargs:
+            out = kwargs["out"]
         else:
             out = func(*args, **kwargs)
         tensors = {x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)}
@@ -79,6 +89,11 @@ def _zeros_of(func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
     shapes = torch.utils._pytree.tree_map(to_meta, (args, kwargs))
     out = func(*shapes[0], **shapes[1])
     return torch.utils._pytree.tree_map(lambda x: torch.zeros_like(x, device="cpu"), out)
+
+
+def is_tracing() -> bool:
+    """Return whether torch.compile traces a program, whose tensors hold nothing then."""
+    return TracingContext.try_get() is not None
 
 
 @contextmanager

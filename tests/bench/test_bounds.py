@@ -47,7 +47,8 @@ def grown(rows: Iterable[Target], committed: Mapping[counting.Key, Any]) -> list
 @pytest.mark.parametrize("op", sorted({row.op for row in TARGETS}))
 def test_no_bound_grows_over_the_committed_table(op: str, full: bool) -> None:
     """A kernel that costs more is either mended, or its rows are counted anew and looked at:
-    `python -m bench.bounds OP --update bench/results/bounds-h200.json`, then `bench.report`."""
+    `python -m bench.bounds OP --by stlm --update bench/results/bounds-h200.json`, and
+    `bench.report`."""
     counted_with = Result.read(counting.COMMITTED).machine["triton"]
     if env.version_of("triton") != counted_with:
         pytest.skip(f"the table was counted with triton {counted_with}")
@@ -108,7 +109,7 @@ def test_the_command(
 ) -> None:
     monkeypatch.setattr(bounds, "TARGETS", (Target("segment_pool", SMALL, "fwd", 3.0),))
     first, second = tmp_path / "first.json", tmp_path / "second.json"
-    assert bounds.main(["--json", str(first), "--commit", "abc"]) == 0
+    assert bounds.main(["--by", "stlm", "--json", str(first), "--commit", "abc"]) == 0
     found = Result.read(first)
     assert found.settings["bounds_on"] == "NVIDIA H200 SXM"
     assert found.machine["commit"] == "abc"
@@ -116,7 +117,7 @@ def test_the_command(
     assert "lower bounds on NVIDIA H200 SXM, bf16, sm_90: counted, not timed" in page
     assert f"segment_pool {SMALL} fwd" in page
     capsys.readouterr()
-    bounds.main(["--json", str(second), "--commit", "abc", "--against", str(first)])
+    bounds.main(["--by", "stlm", "--json", str(second), "--commit", "abc", "--against", str(first)])
     shown = capsys.readouterr().out
     assert "1.00x before" in shown
     assert "1 block in" in shown, "the factor of sampling"
@@ -125,9 +126,14 @@ def test_the_command(
     first.write_text(json.dumps(json.loads(first.read_text()) | {
         "rows": [rows[0], rows[0] | gone, rows[0] | library]
     }))  # fmt: skip
-    bounds.main(["segment_pool", "--commit", "def", "--update", str(first)])
+    update = ["segment_pool", "--update", str(first), "--by"]
+    bounds.main([*update, "compiled", "--commit", "def"])
+    bounds.main([*update, "stlm", "--commit", "ghi"])
     assert [row["commit"] for row in rows] == ["abc"]
-    assert [row["commit"] for row in Result.read(first).rows] == ["def", "abc"]
+    assert [(row["by"], row["commit"]) for row in Result.read(first).rows] == [
+        ("stlm", "ghi"), (library["by"], "abc"),
+        ("compiled index_add", "def"), ("compiled scatter_reduce", "def"),
+    ]  # fmt: skip
     capsys.readouterr()
     with pytest.raises(SystemExit):
         bounds.main(["--device", "h2000"])
