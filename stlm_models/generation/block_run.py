@@ -140,7 +140,7 @@ def _places(layer: Layer, lens: list[int], rows: Tensor, x: Tensor) -> _Places:
         cos, sin = (table[positions][:, None] for table in tables)
         slots = rows, slice(None), positions if window is None else positions % window
     mask, gathers = x.new_zeros(1, 1, 1), 2 * len(rows) <= len(lens)
-    if not is_even:
+    if min(held) != max(held):
         used = torch.tensor(held)
         if not gathers:
             used = torch.zeros(len(lens), dtype=torch.int64).index_copy_(0, rows, used)

@@ -36,7 +36,8 @@ class CachedRun:
         """Weights that were cast, for every step until the next restart."""
         batch = len(windows)
         self._rows: _Rows = rows_of(model, batch)
-        self.hidden = self._rows.start(self._index(range(batch)), *_packed(windows, self.device))
+        self._every = torch.arange(batch, device=self.device)
+        self.hidden = self._rows.start(self._every, *_packed(windows, self.device))
         """(B, D) the states before the output projection."""
 
     @torch.inference_mode(False)
@@ -63,6 +64,8 @@ class CachedRun:
             self.hidden[index] = hidden
 
     def _index(self, rows: Sequence[int]) -> Tensor:
+        if len(rows) == len(self._every):
+            return self._every
         return torch.tensor(list(rows), dtype=torch.int64, device=self.device)
 
 
