@@ -81,7 +81,7 @@ def test_as_modules_give(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @torch.no_grad()
 def test_one_text(window: int | None, dtype: torch.dtype, taken: list[int]) -> None:
-    """By its own way, with steps of the modules in between and a new text at the end."""
+    """Steps of its own way, some of the modules in between, and a new text at the end."""
     blocks = blocks_of(window, qk_norm=window != 1).to(dtype)
     got, want = (BlockRun(blocks, new_caches(blocks, 1)) for _ in range(2))
     want._plain_layers = lambda x: []  # type: ignore[method-assign]
