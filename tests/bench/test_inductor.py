@@ -99,6 +99,6 @@ def test_a_row_of_compiled_kernels() -> None:
     ],
 )
 def test_peers_that_have_rows(op: str, size: str, names: list[str]) -> None:
-    """Not what cannot run the case, and not what torch.compile leaves to one operator."""
+    """Rows leave out who cannot run the case and whom torch.compile leaves to one operator."""
     found = entries(op, case_named(OPS[op], size))
     assert [x.name for x in found if x.compiled] == [f"compiled {name}" for name in names]
