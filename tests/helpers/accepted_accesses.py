@@ -26,8 +26,4 @@ ACCEPTED: Accesses = {
         "turns `down` over by a few columns a program: weights alone, once for all rows of a call",
     ),
     ("stlm_byte_pool_bwd", "sectors"): (1.24, f"{OFF_ALIGNMENT}, where ids are of two bytes"),
-    ("linear_sample", "wavefronts"): (
-        1.72,
-        "sums and counts of a row's columns meet across warps, in words that share banks",
-    ),
 }

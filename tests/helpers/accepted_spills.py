@@ -34,6 +34,7 @@ PINNED: Spills = {
     ("stlm_patch_attention_short_bwd", 80): (3, f"12 bytes, at K = 16; {SIZED_FOR_90}"),
     ("stlm_patch_attention_short_bwd", 100): (7, SIZED_FOR_90),
     ("stlm_patch_attention_bwd_kv", 100): (28, SIZED_FOR_90),
+    ("stlm_linear_sample_fwd", 100): (9, f"16 bytes, {FP32}"),
     ("stlm_linear_logprobs_fwd", 90): (
         12,
         "under autocast with fp32 rows, which are cast on the way; 6 in fp32",

@@ -51,11 +51,12 @@ def fwd_config(
 ) -> Config:
     """Few rows to a program: decoding has 1 to 64 of them, and all wait for the slowest program.
 
-    One power-of-two block holds all columns, 258 in 512: what takes the time is a chain of 32
-    dependent sums over the columns, which a second, narrow block would double.
+    One power-of-two block holds all columns, 258 in 512: what takes the time is a chain of 16
+    dependent rounds over the columns, which a second, narrow block would double. Four warps for 256
+    columns issue less than eight, counted, and their sums meet in words of different banks.
     """
     block_v = max(16, 1 << (valid - 1).bit_length())
-    warps = 8 if block_v >= 256 else 4
+    warps = 8 if block_v > 256 else 4
     if dot == torch.float32:  # which no matrix unit serves: half as many spill
         warps *= 2
     default = {
