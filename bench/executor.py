@@ -93,7 +93,8 @@ class Side:
                 sys.executable, "-W", "ignore", "-c",
                 f"from bench.executor import serve; serve({way!r})",
             ],
-            env={**os.environ, "TRITON_INTERPRET": WAYS[way]},
+            # numpy's products take a thread for each core otherwise.
+            env={**os.environ, "TRITON_INTERPRET": WAYS[way], "OMP_NUM_THREADS": "1"},
             text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
         self.peak_mib = 0

@@ -26,12 +26,14 @@ class Run:
             (they may then be written for all threads, active or not, at less cost), and the
             indices of its instructions: see `packs`.
         has_products: whether one of them is a `wgmma`.
+        then: what follows, as `Code.flow` has it, or ("next", end).
     """
 
     begin: int
     end: int
     lines: tuple[tuple[Step, Instruction, bool, tuple[int, ...]], ...]
     has_products: bool
+    then: tuple[str, int]
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,17 @@ class Code:
         zeros = {bits: np.zeros(1, UNSIGNED.get(bits, bool)) for bits in (1, 8, 16, 32, 64)}
         values = [zeros[self.program.registers[name]] for name in self.slots]
         return values + [value for _, value in self.constants]
+
+    @cached_property
+    def issues(self) -> tuple[Array, Array]:
+        """The instructions of all runs, and of each the first one of its run.
+
+        What ends a run is of it too: a branch that bears a label is so of several.
+        """
+        ends = [(begin, run.end + (run.end in self.flow)) for begin, run in self.runs.items()]
+        instructions = [np.arange(*pair) for pair in ends]
+        firsts = [np.full(end - begin, begin) for begin, end in ends]
+        return np.concatenate(instructions), np.concatenate(firsts)
 
     @cached_property
     def register_bytes(self) -> int:

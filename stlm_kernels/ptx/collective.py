@@ -222,7 +222,6 @@ class _Rows:
         self.first = lanes.rows_of_matrices(addresses, count).reshape(-1)
         self.used = used = lanes.rows_of_matrices(self.threads, count).reshape(-1)
         self.report = state.reporter(used)
-        self.report("misaligned", self.first % 16 != 0, "16 bytes must begin at a multiple of 16")
         self.index = state.shared.index(self.first, 16, used, self.report)
 
 

@@ -77,7 +77,7 @@ def _line(decoder: Decoder, instruction: Instruction) -> Step:
 
     def where_on(state: State, mask: Mask) -> None:
         chosen = state.where_on(slot, negated, mask)
-        if chosen is None or np.count_nonzero(chosen):
+        if chosen is not state.no_thread:
             step(state, chosen)
 
     return where_on

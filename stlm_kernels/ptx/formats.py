@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,17 +101,31 @@ def to_single(values: Floats, rounding: str = "rn") -> NDArray[np.float32]:
 
 def flushed(values: Floats) -> Floats:
     """Subnormal fp32 numbers as zeros of their sign (`.ftz`)."""
-    bits = values.view(np.uint32)
-    # Zeros become the largest number here, so that they are not among the small ones.
-    subnormal = ((bits & _SIZE) - _ONE) < _LARGEST_SUBNORMAL
+    subnormal = _nonzero_below(values, _LARGEST_SUBNORMAL)
     if not np.count_nonzero(subnormal):
         return values
     return np.where(subnormal, np.copysign(np.float32(0), values), values)
 
 
+def _nonzero_below(values: Floats, size: np.uint32) -> NDArray[np.bool_]:
+    """Return which fp32 numbers are not zero and have no more than `size` as their bits."""
+    bits = values.view(np.uint32) & _SIZE
+    bits -= _ONE  # zeros become the largest number
+    return bits < size
+
+
+def _all_flushed(operands: Sequence[Floats]) -> Sequence[Floats]:
+    """`flushed` of each: subnormal numbers are few, so all are looked through together."""
+    several = [x for x in operands if len(x) > 1]
+    together = np.concatenate(several) if len(several) > 1 else operands[0]
+    if len(several) < 2 or np.count_nonzero(_nonzero_below(together, _LARGEST_SUBNORMAL)):
+        return [flushed(x) for x in operands]
+    return [x if len(x) > 1 else flushed(x) for x in operands]
+
+
 def flushing(function: Callable[..., Floats]) -> Callable[..., Floats]:
     """A function of fp32 numbers that takes and returns subnormal ones as zeros."""
-    return lambda *operands: flushed(function(*[flushed(x) for x in operands]))
+    return lambda *operands: flushed(function(*_all_flushed(operands)))
 
 
 def fused_multiply_add(a: Floats, b: Floats, c: Floats) -> NDArray[np.float32]:
@@ -123,12 +137,13 @@ def fused_multiply_add(a: Floats, b: Floats, c: Floats) -> NDArray[np.float32]:
     """
     product = a.astype(np.float64) * b
     total = product + c
-    half_way = (total.view(np.uint64) & _LOW) == _HALF_WAY
+    low = total.view(np.uint64) & _LOW
+    doubtful = low == _HALF_WAY
     result = total.astype(np.float32)
     # What became zero was exact, or far enough from the smallest number.
-    tiny = ((result.view(np.uint32) & _SIZE) - _ONE) < _TINY
-    if np.count_nonzero(half_way) or np.count_nonzero(tiny):
-        few = np.flatnonzero((half_way | tiny) & np.isfinite(total))
+    doubtful |= _nonzero_below(result, _TINY)
+    if np.count_nonzero(doubtful):
+        few = np.flatnonzero(doubtful & np.isfinite(total))
         total[few] = _odd_sum(
             product if len(product) == 1 else product[few],
             c if len(c) == 1 else c[few],

@@ -165,7 +165,7 @@ def blocks_at_once(code: Code, shared_bytes: int) -> int:
     return max(1, min(of_threads, STATE_BYTES // state_bytes(code, shared_bytes)))
 
 
-@functools.lru_cache(maxsize=512)
+@functools.lru_cache(maxsize=128)
 def _decoded(ptx: str) -> Code:
     return decode(parse(ptx))
 

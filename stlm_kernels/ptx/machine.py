@@ -79,7 +79,8 @@ class Machine:
             collector, counts.costs,
         )  # fmt: skip
         self.pcs = np.zeros(self.state.n, np.int32)
-        self._warps_of_runs: dict[int, tuple[int, int]] = {}
+        # Warps that issued each run, by its first instruction, and those of them in part.
+        self._issued, self._partial = ([0] * len(counts.issued) for _ in range(2))
         self.chains = None if counts.costs is None else Chains(code)
 
     def run(self) -> Iterator[bool]:
@@ -122,24 +123,23 @@ class Machine:
         Returns:
             The index of the instruction that only some threads follow, not yet executed, or `DONE`.
         """
-        state, flow, runs = self.state, self.code.flow, self.code.runs
-        instructions = self.program.instructions
+        state, runs, instructions = self.state, self.code.runs, self.program.instructions
         while pc < len(instructions):
             if state.progress.watching and state.progress.pauses(not state.progress.waits.all()):
                 self.pcs[:] = pc
                 yield state.progress.take_advanced()
-            self._straight_run(runs[pc], None)
-            end = runs[pc].end
-            kind, target = flow.get(end, ("next", end))
+            run = runs[pc]
+            self._straight_run(run, None)
+            end, (kind, target) = run.end, run.then
             if kind == "next":
                 pc = end
                 continue
             state.current = instruction = instructions[end]
             taken = self._predicated(instruction, None)
-            if taken is not None and (kind == "bar" or taken.any()):
+            if taken is not None and (kind == "bar" or taken is not state.no_thread):
                 return end
             if kind == "bar":
-                state.pass_barrier(slice(None))
+                state.clock.advance(None)
             elif kind == "ret" and taken is None:
                 return DONE
             pc = target if kind == "bra" and taken is None else end + 1
@@ -183,11 +183,11 @@ class Machine:
             others: the place that is next among the other threads'.
             waiting: threads at a barrier.
         """
-        state, flow, pcs = self.state, self.code.flow, self.pcs
+        state, pcs = self.state, self.pcs
         while True:
             run = self.code.runs[pc]
             self._straight_run(run, here)
-            kind, target = flow.get(run.end, ("next", run.end))
+            kind, target = run.then
             if kind == "next":
                 pc = run.end
             elif kind == "bra":
@@ -248,17 +248,18 @@ class Machine:
 
     def _count(self, run: Run, mask: Mask) -> None:
         """Note that the active warps issue a run of instructions, and the branch that ends it."""
-        active, partial = (self.state.n // LANES, 0) if mask is None else self.state.warps(mask)
-        before = self._warps_of_runs.get(run.begin, (0, 0))
-        self._warps_of_runs[run.begin] = before[0] + active, before[1] + partial
+        if mask is None:
+            self._issued[run.begin] += self.state.n // LANES
+            return
+        active, partial = self.state.warps(mask)
+        self._issued[run.begin] += active
+        self._partial[run.begin] += partial
 
     def add_counts(self) -> None:
         """Add what was noted to the counts of the launch."""
-        for begin, (active, partial) in self._warps_of_runs.items():
-            end = self.code.runs[begin].end
-            end += end in self.code.flow
-            self.counts.issued[begin:end] += active
-            self.counts.partial[begin:end] += partial
+        instructions, firsts = self.code.issues
+        np.add.at(self.counts.issued, instructions, np.array(self._issued)[firsts])
+        np.add.at(self.counts.partial, instructions, np.array(self._partial)[firsts])
 
     def _predicated(self, instruction: Instruction, mask: Mask) -> Mask:
         """Select the active threads that an instruction is on for; None for all of the batch."""
@@ -288,7 +289,7 @@ class Machine:
         pcs[here] = index
         arrived = (waiting & (pcs == index)).reshape(-1, self.state.n_threads)
         complete = arrived.all(1)
-        self.state.pass_barrier(complete)
+        self.state.clock.advance(complete)
         released = np.repeat(complete, self.state.n_threads)
         waiting[released] = False
         pcs[released] = index + 1

@@ -18,7 +18,7 @@ from .count import Costs
 from .elements import Elements, Ints, Marks, as_rows, element
 from .faults import Reporter
 from .registers import Array
-from .touches import Touches
+from .touches import Epochs, Touches
 
 LINE = 128
 """Storages are seen from the line they begin in: no access crosses one."""
@@ -55,7 +55,7 @@ class Allocation:
         self.data = np.ctypeslib.as_array(buffer)
         self.elements = Elements(self.data)
         # Blocks race with others only, and no barrier orders them.
-        self.touches = Touches(extent, owners, np.zeros(1, np.int32)) if owners > 1 else None
+        self.touches = Touches(extent, owners, Epochs(1)) if owners > 1 else None
         self.written = None if written is None else Marks(written)
 
 

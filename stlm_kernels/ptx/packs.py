@@ -48,8 +48,12 @@ class Operation:
     def __call__(self, state: State, mask: Mask) -> None:
         if self.of_warps:
             state.require_whole_warps(mask)
-        values, result = state.values, self.result
-        value = self.function(*[values[slot] for slot in self.sources])
+        values, result, sources = state.values, self.result, self.sources
+        if len(sources) == 2:  # as most have
+            first, second = sources
+            value = self.function(values[first], values[second])
+        else:
+            value = self.function(*[values[slot] for slot in sources])
         if value.dtype is not self.kind:
             value = value.astype(self.kind)
         values[result] = value if mask is None else np.where(mask, value, values[result])

@@ -49,6 +49,8 @@ class Progress:
     def turn(self) -> None:
         """A straight run begins."""
         self._turns += 1
+        if not self.watching and self._turns % PERIOD:  # a slice is whole periods
+            return
         if self._turns % SLICE == 0:
             self.is_over, self._looks = self._looks, False
         if self.watching and self._turns > self._ends and not self.waits.any():

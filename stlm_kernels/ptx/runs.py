@@ -56,7 +56,7 @@ def own_results(
 
 def runs_of(
     program: Program,
-    flow: Mapping[int, object],
+    flow: Mapping[int, tuple[str, int]],
     steps: Sequence[Step],
     own: Sequence[bool],
     reads: Sequence[tuple[int, ...]],
@@ -79,7 +79,8 @@ def runs_of(
             (step, instructions[indices[0]], may_write_all[indices[0]], indices)
             for step, indices in packs_of(places, steps, may_write_all, constants)
         )
-        found[begin] = Run(begin, end, lines, "wgmma" in names[begin:end])
+        then = flow.get(end, ("next", end))
+        found[begin] = Run(begin, end, lines, "wgmma" in names[begin:end], then)
     return found
 
 

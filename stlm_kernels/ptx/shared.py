@@ -45,12 +45,15 @@ class SharedMemory:
         self.warpgroup = batch.n_threads // LANES
         # So are atomics: in order among themselves, with nothing else before a barrier.
         self.atomics = self.warpgroup + 1
-        self.touches = Touches(total, self.warpgroup + 2, batch.epoch)
+        self.touches = Touches(total, self.warpgroup + 2, batch.clock)
         self.order = ProxyOrder(batch, total) if has_products else None
 
     def index(self, offsets: Ints, size: int, threads: Array, report: Reporter) -> Ints:
         """Return where accesses of `size` bytes by these threads lie."""
-        if len(offsets) and int(np.bitwise_or.reduce(offsets)) + size > self.size:
+        bits = int(np.bitwise_or.reduce(offsets)) if len(offsets) else 0
+        if bits & (size - 1):
+            check_alignment(offsets, size, report)
+        if len(offsets) and bits + size > self.size:
             outside = (offsets < 0) | (offsets + size > self.size)
             if np.count_nonzero(outside):
                 report("outside", outside, f"{size} bytes beyond the {self.size} of shared memory")
@@ -59,7 +62,6 @@ class SharedMemory:
 
     def read(self, offsets: Ints, size: int, threads: Array, report: Reporter) -> Array:
         """An element of `size` bytes for each thread."""
-        check_alignment(offsets, size, report)
         index = self.index(offsets, size, threads, report)
         self.check_read(index, size, threads, report)
         return self.elements.of(size).take(index)
@@ -96,7 +98,6 @@ class SharedMemory:
         self, offsets: Ints, elements: Array, size: int, threads: Array, report: Reporter
     ) -> None:
         """Store an element of `size` bytes of each thread."""
-        check_alignment(offsets, size, report)
         index = self.index(offsets, size, threads, report)
         self._check_pending(index, size, report, "an asynchronous copy to it is on its way")
         self.put(index, elements, size, threads, report)
@@ -143,7 +144,6 @@ class SharedMemory:
 
     def atomic(self, offsets: Ints, size: int, threads: Array, report: Reporter) -> Ints:
         """Places of atomic accesses, which the caller carries out in turn."""
-        check_alignment(offsets, size, report)
         index = self.index(offsets, size, threads, report)
         report("unwritten", ~self.written.marked(index, size), "of shared memory")
         owners = np.full(len(threads), self.atomics)
@@ -156,7 +156,6 @@ class SharedMemory:
 
     def begin_copy(self, offsets: Ints, size: int, threads: Array, report: Reporter) -> Ints:
         """Return where asynchronous copies lie that these threads begin."""
-        check_alignment(offsets, size, report)
         index = self.index(offsets, size, threads, report)
         self._check_pending(index, size, report, "two copies to the same bytes")
         races = self._note_write(index, size, threads, report)

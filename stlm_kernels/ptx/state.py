@@ -76,14 +76,21 @@ class State(Threads):
         self.values[slot] = whole
 
     def where_on(self, slot: int, negated: bool, mask: Mask) -> Mask:
-        """Select the active threads whose predicate is on; None for all of the batch."""
+        """Select the active threads whose predicate is on.
+
+        Returns:
+            None for all of the batch, `no_thread` for none of it.
+        """
         predicate = self.values[slot]
         if len(predicate) == 1:
-            return mask if bool(predicate[0]) != negated else np.zeros(self.n, bool)
+            return mask if bool(predicate[0]) != negated else self.no_thread
         chosen = ~predicate if negated else predicate
         if mask is not None:
             chosen = chosen & mask
-        return None if np.count_nonzero(chosen) == len(chosen) else chosen
+        count = np.count_nonzero(chosen)
+        if count == len(chosen):
+            return None
+        return chosen if count else self.no_thread
 
     def of(self, slot: int, threads: Array) -> Array:
         """A register of these threads."""

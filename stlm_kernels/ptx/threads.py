@@ -11,6 +11,10 @@ from .faults import Collector, Fault, Place, Reporter
 from .lanes import LANES
 from .parse import Instruction, Program
 from .registers import Array, Mask
+from .touches import Epochs
+
+MASKS_KNOWN = 32
+"""Masks whose threads are kept: loops come back to the same."""
 
 
 class Threads:
@@ -32,21 +36,30 @@ class Threads:
         self.block_index = blocks[self.block]
         self.warp_index = np.arange(self.n) // LANES  # in the batch
         self.every = np.arange(self.n)
+        self.no_thread = np.zeros(self.n, bool)
         self.owner = self.block_index.astype(np.int32)  # of what a thread does to global memory
-        self.epoch = np.zeros(count, np.int32)  # barriers that each block has passed
-        self.barriers = 0  # that any block has passed: epochs are the same while it is
-        self._threads_of_epochs, self._barriers_of_epochs, self._epochs = self.every, -1, self.epoch
+        self.clock = Epochs(count)
+        self.epoch = self.clock.of_blocks
+        self._threads_of_epochs, self._change_of_epochs, self._epochs = self.every, -1, self.epoch
         self.current: Instruction = program.instructions[0]
-        self._mask_of_active: Mask = None
         self._mask_of_warps: Mask = None
-        self._active, self._warps = self.every, (0, 0)
+        self._warps = (0, 0)
+        self._mask_of_active: Mask = None
+        self._active = self.every
+        self._known_masks: dict[int, tuple[Array, Array, dict[int, Array]]] = {}
+        self._of_active: dict[int, Array] = {}  # what `of_threads` found for the active threads
 
     def active(self, mask: Mask) -> Array:
         """Indices of the active threads: `every` where all are."""
         if mask is None:
             return self.every
-        if mask is not self._mask_of_active:  # the same for a whole run, mostly
-            self._mask_of_active, self._active = mask, mask.nonzero()[0]
+        if mask is not self._mask_of_active:
+            known = self._known_masks.get(id(mask))
+            if known is None:
+                if len(self._known_masks) == MASKS_KNOWN:
+                    self._known_masks.clear()
+                known = self._known_masks[id(mask)] = mask, mask.nonzero()[0], {}
+            self._mask_of_active, self._active, self._of_active = known
         return self._active
 
     def warps(self, mask: Array) -> tuple[int, int]:
@@ -58,20 +71,28 @@ class Threads:
         return self._warps
 
     def of_threads(self, values: Array, threads: Array) -> Array:
-        """The values of these threads out of those of all."""
-        return values if threads is self.every else values[threads]
+        """The values of these threads out of those of all, which stay as they are."""
+        if threads is self.every:
+            return values
+        if threads is not self._active:
+            return values[threads]
+        found = self._of_active.get(id(values))
+        if found is None:
+            found = self._of_active[id(values)] = values[threads]
+        return found
 
     def epochs(self, threads: Array) -> Array:
-        """The epoch of each of these threads' blocks, now; the same array until it changes."""
-        if threads is not self._threads_of_epochs or self.barriers != self._barriers_of_epochs:
-            self._threads_of_epochs, self._barriers_of_epochs = threads, self.barriers
-            self._epochs = self.epoch[self.of_threads(self.block, threads)]
-        return self._epochs
+        """The epoch of each of these threads' blocks, now, or one where it is the same for all.
 
-    def pass_barrier(self, blocks: Any) -> None:
-        """These blocks, as an index, are in their next epoch."""
-        self.epoch[blocks] += 1
-        self.barriers += 1
+        It is the same array until epochs change.
+        """
+        clock = self.clock
+        threads = self.every if clock.are_same else threads
+        if threads is not self._threads_of_epochs or clock.changes != self._change_of_epochs:
+            self._threads_of_epochs, self._change_of_epochs = threads, clock.changes
+            blocks = slice(1) if clock.are_same else self.of_threads(self.block, threads)
+            self._epochs = self.epoch[blocks].copy()
+        return self._epochs
 
     def fault(self, kind: str, thread: int | None, detail: str) -> None:
         place = None

@@ -17,6 +17,54 @@ MOST_READS = 1 << 20
 NEVER = -1
 
 
+class Epochs:
+    """Barriers that each block of a batch has passed.
+
+    Args:
+        count: blocks.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.of_blocks = np.zeros(count, np.int32)
+        self.changes = 0
+        self.are_same = True
+
+    def advance(self, blocks: Array | None) -> None:
+        """The blocks of these flags are in their next epoch; None is all of them."""
+        if blocks is None:
+            self.of_blocks += 1
+        elif blocks.any():
+            self.of_blocks += blocks
+            self.are_same = bool((self.of_blocks == self.of_blocks[0]).all())
+        else:
+            return
+        self.changes += 1
+
+
+class _Last:
+    """When something last happened, in whichever block."""
+
+    def __init__(self, epochs: Epochs) -> None:
+        self.epochs, self.change, self.were_same = epochs, NEVER, True
+        self.of_blocks = np.full_like(epochs.of_blocks, NEVER)
+
+    def note(self) -> None:
+        """It happens now."""
+        epochs = self.epochs
+        if self.change != epochs.changes:
+            self.change, self.were_same = epochs.changes, epochs.are_same
+            self.of_blocks[:] = epochs.of_blocks
+
+    def is_now(self) -> bool:
+        """Return whether a block is in the epoch that it was in then."""
+        epochs = self.epochs
+        if self.change == epochs.changes:
+            return True
+        if self.were_same and epochs.are_same:  # then all have passed a barrier since
+            return False
+        return bool(np.count_nonzero(self.of_blocks == epochs.of_blocks))
+
+
 class Touches:
     """The last writer and reader of each part of a memory.
 
@@ -30,17 +78,15 @@ class Touches:
     Args:
         size: bytes, a multiple of what any access has.
         owners: how many there are.
-        epochs: the epoch of each block: the array itself, in which barriers count.
+        epochs: of the blocks.
     """
 
-    def __init__(self, size: int, owners: int, epochs: NDArray[np.int32]) -> None:
+    def __init__(self, size: int, owners: int, epochs: Epochs) -> None:
         self.grain, self.several = COARSEST, owners + 1
         self.stamps_of_an_epoch = owners + 2
         self.writers = Elements(np.zeros(size // COARSEST, np.int32))
         self.readers = Elements(np.zeros(size // COARSEST, np.int32))
-        self.epochs = epochs
-        # The epoch of each block when something was last written or read, by whichever.
-        self.written_at, self.read_at = np.full_like(epochs, NEVER), np.full_like(epochs, NEVER)
+        self.last_write, self.last_read = _Last(epochs), _Last(epochs)
         self._reads: list[tuple[Ints, int, Array, Array | int]] = []
         self._waiting = 0
         # The last stamps: many accesses of the same threads follow each other.
@@ -53,11 +99,11 @@ class Touches:
             (accesses, parts): which of them race with a write; None where none does.
         """
         self._reads.append((index, size, owners, epochs))
-        self.read_at[:] = self.epochs
+        self.last_read.note()
         self._waiting += len(index)
         if self._waiting > MOST_READS:
             self._note_reads()
-        if not self._is_now(self.written_at):
+        if not self.last_write.is_now():
             return None
         begin, stamps = self._stamps(size, owners, epochs)
         return _some(self._meets(self.writers, index, begin, stamps))
@@ -70,21 +116,21 @@ class Touches:
         """
         begin, stamps = self._stamps(size, owners, epochs)
         races = None
-        if self._is_now(self.written_at):
+        if self.last_write.is_now():
             races = _some(self._meets(self.writers, index, begin, stamps))
-        if self._is_now(self.read_at):
+        if self.last_read.is_now():
             self._note_reads()
             others = _some(self._meets(self.readers, index, begin, stamps))
             races = others if races is None else races if others is None else races | others
         else:
             self._forget_reads()
-        self.written_at[:] = self.epochs
+        self.last_write.note()
         self._put(self.writers, index, stamps)
         return races
 
     def set_writer(self, index: Ints, size: int, owners: Array, epochs: Array) -> None:
         """Note writes that no read can meet: they were asked for before."""
-        self.written_at[:] = self.epochs
+        self.last_write.note()
         self._put(self.writers, index, self._stamps(size, owners, epochs)[1])
 
     def is_last_writer(self, index: Ints, size: int, owners: Array) -> Array:
@@ -100,10 +146,6 @@ class Touches:
             self.writers = Elements(self.writers.data.repeat(times))
             self.readers = Elements(self.readers.data.repeat(times))
         return size // self.grain
-
-    def _is_now(self, when: Array) -> bool:
-        """Return whether a block is in the epoch that it was in then."""
-        return bool(np.count_nonzero(when == self.epochs))
 
     def _note_reads(self) -> None:
         for index, size, owners, epochs in self._reads:

@@ -348,6 +348,15 @@ def test_what_follows_a_label_is_issued_once() -> None:
     assert done.counts.issued[:3].tolist() == [2, 2, 2]
 
 
+def test_a_branch_with_a_label_is_issued_from_above_and_from_afar() -> None:
+    """It ends the run before it, and is a run of its own for those that jump there."""
+    text = """.visible .entry both() .reqntid 64 { .reg .b32 %t; .reg .pred %p, %q;
+    mov.u32 %t, %tid.x; setp.lt.u32 %p, %t, 32; setp.lt.u32 %q, %t, 0;
+    @%p bra $THERE; mov.u32 %t, 1; $THERE: @%q bra $END; mov.u32 %t, 2; $END: ret; }"""
+    done = ptx.execute(text, (1,), (), shared_bytes=0)
+    assert done.counts.issued.tolist() == [2, 2, 2, 2, 1, 2, 2, 2, 0]
+
+
 def test_threads_that_left_a_loop_keep_what_they_had() -> None:
     text = """.visible .entry one(.param .u64 out) .reqntid 64 { .reg .b32 %t, %n, %twice;
     .reg .pred %p; .reg .b64 %at, %o; ld.param.u64 %o, [out]; mov.u32 %t, %tid.x; mov.u32 %n, 0;
@@ -357,3 +366,15 @@ def test_threads_that_left_a_loop_keep_what_they_had() -> None:
     out = torch.zeros(64, dtype=torch.int32)
     ptx.execute(text, (1,), (out,), shared_bytes=0)
     assert out.tolist() == [1, *range(1, 64)]
+
+
+def test_a_warp_that_waits_at_a_barrier_does_not_order_what_others_do_before_it() -> None:
+    text = """.visible .entry early(.param .u64 out) .reqntid 64 {
+    .reg .b32 %t, %a, %v; .reg .pred %p;
+    mov.u32 %t, %tid.x; mov.u32 %a, 0; setp.ge.u32 %p, %t, 32;
+    @%p bra $LATE;
+    st.shared.b32 [%a], 7;
+    $MEET: bar.sync 0; ret;
+    $LATE: ld.shared.b32 %v, [%a]; bra $MEET; }"""
+    with pytest.raises(Fault, match=r"race: early.*another warp wrote it since the last barrier"):
+        ptx.execute(text, (2,), (torch.zeros(1),), shared_bytes=16)
