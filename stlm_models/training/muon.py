@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -18,6 +18,8 @@ from .stacks import ITERATIONS, map_stacked
 MOMENTUM = 0.95
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 EPS = 1e-7
+CPU_ELEMENTS = 2**22
+"""The most elements that move together on a CPU: 16 MB in fp32."""
 
 
 class Muon(torch.optim.Optimizer):
@@ -79,7 +81,8 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             moving = [p for p in group["params"] if p.grad is not None]
             for parameters in _of_one_kind(moving):
-                self._move(parameters, group["lr"], group["weight_decay"])
+                for some in _runs(parameters):
+                    self._move(some, group["lr"], group["weight_decay"])
         return loss
 
     def _move(self, parameters: list[Tensor], lr: float, weight_decay: float) -> None:
@@ -147,6 +150,21 @@ def _joined(
             whole = cast(Any, whole).redistribute(placements=cast(Any, parameter).placements)
         found.append(whole)
     return found
+
+
+def _runs(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
+    """All parameters on a GPU, where a call more costs time; on a CPU some at a time, whose momenta
+    and updates take little memory."""
+    if runtime.on_gpu(parameters[0].device):
+        yield parameters
+        return
+    run: list[Tensor] = []
+    for parameter in parameters:
+        if run and sum(x.numel() for x in [*run, parameter]) > CPU_ELEMENTS:
+            yield run
+            run = []
+        run.append(parameter)
+    yield run
 
 
 def _is_sharded(parameter: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -126,6 +127,30 @@ def test_the_op_by_products(
     grads = torch.autograd.grad(out.float().square().sum(), leaves)
     assert set(taken) == ({"forward", "backward"} if allowed[0] else set())
     assert all(bool(x.isfinite().all()) for x in grads)
+
+
+@pytest.mark.parametrize("by_products", [False, True])
+@pytest.mark.parametrize("window", [40, None])
+def test_what_a_call_keeps_for_its_backward(by_products: bool, window: int | None) -> None:
+    """Its 16-bit operands, there anyway, numbers a row, and an output where it is read."""
+    if by_products:
+        may_round()
+    inputs = [x.requires_grad_() for x in example((400,), 4, 2, 16, BF16)]
+    given, kept = {x.untyped_storage().data_ptr() for x in inputs}, []
+
+    def note(x: Tensor) -> Tensor:
+        if x.is_floating_point() and x.untyped_storage().data_ptr() not in given:
+            kept.append(x)
+        return x
+
+    gc.collect()
+    before = {id(x) for x in gc.get_objects() if type(x) is Tensor}
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        out = attention(*inputs, window=window, cu_seqlens=DOCUMENTS)
+    rows, size = out.shape[0] * out.shape[1], out.numel()
+    assert [x.dtype for x in kept if x.numel() > rows] == [torch.bfloat16] * (not by_products)
+    held = [x for x in gc.get_objects() if type(x) is Tensor and id(x) not in before]
+    assert all(x.numel() < size for x in held if x.dtype == torch.float32)
 
 
 def test_products_form_nothing_large() -> None:

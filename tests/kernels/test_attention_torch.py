@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stlm_kernels import attention, patch_attention
 from stlm_kernels._torch import attention_blocks
-from stlm_kernels.ops.attention import banded, documents, torch_impl
+from stlm_kernels.ops.attention import banded, documents, sight
 from stlm_kernels.ops.attention.reference import reference
 
 CPU = Way("torch", "cpu", torch.float32)
@@ -121,8 +121,8 @@ def test_dropout_drops_its_share_and_scales_the_rest() -> None:
 def test_dropout_does_not_depend_on_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(3)
     before = weights_of(0.5, window=50)
-    monkeypatch.setattr(torch_impl, "LEAST_BLOCK", 5)
-    monkeypatch.setattr(torch_impl, "LEAST_ROWS", 5)
+    monkeypatch.setattr(sight, "LEAST_BLOCK", 5)
+    monkeypatch.setattr(sight, "LEAST_ROWS", 5)
     monkeypatch.setattr(attention_blocks, "BLOCK_SCORES", 1)
     torch.manual_seed(3)
     torch.testing.assert_close(before, weights_of(0.5, window=50))
@@ -150,8 +150,8 @@ def test_blocks_of_any_size(
     budget: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention_blocks, "BLOCK_SCORES", budget)
-    monkeypatch.setattr(torch_impl, "LEAST_ROWS", 3)
-    monkeypatch.setattr(torch_impl, "LEAST_BLOCK", 10)
+    monkeypatch.setattr(sight, "LEAST_ROWS", 3)
+    monkeypatch.setattr(sight, "LEAST_BLOCK", 10)
     boundaries = ints(0, 3, 4, 4, 41, 44, 80)
     assert_close_to_reference(example((90,), 2, 1, 16, CPU), CPU, cu_seqlens=boundaries, **options)
 
@@ -159,9 +159,9 @@ def test_blocks_of_any_size(
 def scores_formed(total: int, **options: Any) -> int:
     q = torch.empty(1, total, 8, 64, device="cpu")
     window = options.get("window")
-    given = torch_impl.Options(None if window is None else window - 1, 0, 1.0, None, 0.0)
-    boundaries, count = torch_impl.Boundaries(options.get("cu_seqlens"), None), 0
-    for block in torch_impl._cutter(q, q, boundaries, given)(False):
+    given = sight.Options(None if window is None else window - 1, 0, 1.0, None, 0.0)
+    boundaries, count = sight.Boundaries(options.get("cu_seqlens"), None), 0
+    for block in sight.cutter(q, q, boundaries, given)(False):
         size = 8 * attention_blocks.length_of(block.rows) * attention_blocks.length_of(block.keys)
         assert size <= 2 * attention_blocks.BLOCK_SCORES
         count += size
@@ -184,11 +184,11 @@ def test_windows_in_blocks_and_calls(
     monkeypatch.setattr(banded, "MASK_ENTRIES", entries)
     monkeypatch.setattr(banded, "LEAST_RUN", 1)
     boundaries = ints(0, 3, 3, 110, 147)
-    documents = torch_impl.Boundaries(boundaries, None)
-    options = torch_impl.Options(window - 1, 0, 1.0, None, 0.0)
+    documents = sight.Boundaries(boundaries, None)
+    options = sight.Options(window - 1, 0, 1.0, None, 0.0)
     q = torch.empty(1, 150, 4, 8)
     cut = banded.Bands.short(150, window - 1, 0, 2)
-    runs = list(cut.runs(torch_impl._sight(q, q, documents, options)))
+    runs = list(cut.runs(sight.sight_of(q, q, documents, options)))
     assert len(runs) > 1
     assert any(run.whole for run in runs) == (window < 66)
     assert [run.first for run in runs] == [0, *(run.last for run in runs[:-1])]

@@ -63,10 +63,10 @@ def test_chunks_are_differentiated_twice_and_many_times_at_once(
     assert torch.autograd.gradgradcheck(swiglu, leaves)
 
 
-def test_the_gates_alone_are_kept_and_little_else_is_whole(
+def test_nothing_as_wide_as_the_hidden_layer_is_kept_or_whole(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """On a CPU a backward gets x, the weights, gate and up; without one no tensor is so large."""
+    """On a CPU a backward gets x and the weights alone."""
     monkeypatch.setattr(torch_impl, "CHUNK_ELEMENTS", 4096)
     way = Way("torch", "cpu", torch.float32)
     inputs = inputs_of(SPEC, case(T=512, D=16, F=64, norm="none"), way)
@@ -78,14 +78,14 @@ def test_the_gates_alone_are_kept_and_little_else_is_whole(
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         out = swiglu(**inputs)
-    with LargestTensor() as seen, torch.no_grad():
+    with LargestTensor() as seen:
         swiglu(**inputs)
     with LargestTensor() as back:
         out.sum().backward()
     assert max(seen.elements, back.elements) < 512 * 64
     given = {x.data_ptr() for x in inputs.values() if isinstance(x, Tensor)}
-    (gates,) = (x for x in kept if x.data_ptr() not in given)
-    assert gates.shape == (512, 128)
+    assert kept
+    assert all(x.data_ptr() in given for x in kept)
 
 
 @EVERY_LANE

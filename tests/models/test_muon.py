@@ -62,6 +62,26 @@ def test_a_stack_is_its_matrices_one_by_one(monkeypatch: pytest.MonkeyPatch) -> 
         assert (got - want).norm() <= 1e-4 * (want - start).norm()
 
 
+def test_parameters_that_move_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same step, and no more elements at once than the limit or one parameter has."""
+    monkeypatch.setattr(stacks, "CPU_ELEMENTS", 1)  # a matrix by itself adds in one order
+    whole, parts = fresh(), fresh()
+    steps(Muon(whole, lr=0.1, weight_decay=0.2, dtype=torch.float32), whole)
+    moved: list[int] = []
+    move = Muon._move
+
+    def noted(self: Muon, parameters: list[Tensor], *rates: float) -> None:
+        moved.append(sum(x.numel() for x in parameters))
+        move(self, parameters, *rates)
+
+    monkeypatch.setattr(muon, "CPU_ELEMENTS", 400)
+    monkeypatch.setattr(Muon, "_move", noted)
+    steps(Muon(parts, lr=0.1, weight_decay=0.2, dtype=torch.float32), parts, count=3)
+    assert moved == [384, 192, 256, 192] * 3
+    for got, want in zip(parts, whole, strict=True):
+        assert torch.equal(got, want)
+
+
 def test_equal_shapes_share_their_products(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.Size] = []
 

@@ -25,7 +25,7 @@ SECOND_FAMILY = (
     "chunked_op", "chunked_impl", "dlogits_impl", "backward_impl", "short_impl", "blocks",
     "gain_impl", "product_impl",
 )  # fmt: skip
-WAYS_OF_TORCH = ("banded", "cpu", "documents", "folded")
+WAYS_OF_TORCH = ("banded", "cpu", "documents", "folded", "sight")
 """Registered ops and kernels of an op that large shapes take, where one file would hold two."""
 MAX_KERNEL_LINES, MAX_KERNEL_PARAMETERS, MAX_KERNEL_FLAGS = 80, 20, 3
 MAX_FILE_LINES = 400

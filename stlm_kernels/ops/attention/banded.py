@@ -138,7 +138,7 @@ def gradients(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,  # (T, H, K)
+    out: Tensor | None,  # (T, H, K), read where there are sums
     sums: Tensor | None,  # (T, H)
     sight: Sight,
     bands: Bands,
@@ -151,10 +151,13 @@ def gradients(
         rows = bands.rows_of(run)
         up = grad[rows] if run.whole else grad[rows].masked_fill(_blind(sight, rows), 0)
         up = _rows(up, bands, run._replace(first=0, last=run.last - run.first))
-        lse = None if sums is None else _rows(sums[..., None], bands, run)[..., 0].contiguous()
+        own = lse = None
+        if out is not None and sums is not None:
+            own = _rows(out, bands, run)
+            lse = _rows(sums[..., None], bands, run)[..., 0].contiguous()
         call = cpu.Call(_mask(sight, bands, q, run), False, scale)
         operands = _operands(q, k, v, bands, run)
-        parts = cpu.gradients(up, *operands, _rows(out, bands, run), lse, call)
+        parts = cpu.gradients(up, *operands, own, lse, call)
         dq[rows] = _unfolded_rows(parts[0], bands)[: rows.stop - rows.start]
         for total, part in zip((dk, dv), parts[1:], strict=True):
             by_block = part.transpose(1, 2).unflatten(1, (bands.seen, bands.rows))

@@ -66,14 +66,30 @@ def attend(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor 
 
 
 def gradients(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, call: Call
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor | None,
+    lse: Tensor | None,
+    call: Call,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, after a forward that gave `out` and `lse`."""
-    if lse is None:
+    """Gradients of q, k and v, after a forward that gave `out` and `lse`; without `lse` neither is
+    read."""
+    if lse is None or out is None:
         return _gradients_by_products(grad, q, k, v, call)
     found: tuple[Tensor, Tensor, Tensor] = (
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, k, v, out, lse, 0.0, call.causal, attn_mask=call.mask, scale=call.scale
+            grad,
+            q,
+            k,
+            v,
+            out.to(q.dtype),
+            lse,
+            0.0,
+            call.causal,
+            attn_mask=call.mask,
+            scale=call.scale,
         )
     )
     return found

@@ -50,10 +50,14 @@ class Plan(NamedTuple):
 class Kept(NamedTuple):
     """Tensors that the backward of a part needs."""
 
-    operands: list[Tensor]  # q (n, H, L, K), k and v (n, H_kv, L_k, K)
     mask: Tensor | None  # (n or 1, 1, L, L_k)
-    out: Tensor  # (n, H, L, K)
-    lse: Tensor | None  # (n, H, L), of `cpu`; on other devices autograd has recorded `out`
+    lse: Tensor | None  # (n, H, L), of `cpu`, where it gives some
+    operands: list[Tensor]  # q (n, H, L, K), k and v (n, H_kv, L_k, K)
+    out: Tensor | None  # (n, H, L, K), on other devices, where autograd has recorded it
+
+    def without_operands(self) -> Kept:
+        """Return what cannot be taken again."""
+        return self._replace(operands=[], out=None)
 
 
 def plan(
@@ -136,9 +140,10 @@ def attend(
     for part in plan.parts:
         operands = [_taken(q, part.rows), _taken(k, part.keys), _taken(v, part.keys)]
         done = _forward(operands, _mask(part, plan.causal, q), plan, keep)
+        assert done.out is not None
         _put(out, part.rows, part.valid, done.out.detach())
         if keep:
-            kept.append(done)
+            kept.append(done.without_operands() if _has_flash(q) else done)
     return out, kept
 
 
@@ -147,6 +152,7 @@ def gradients(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    out: Tensor | None,  # (T, H, K), where `kept` has log-sum-exps
     plan: Plan,
     kept: list[Kept],
 ) -> list[Tensor]:
@@ -157,7 +163,10 @@ def gradients(
         if part.valid is not None:
             up = up.masked_fill(~part.valid[:, None, :, None], 0)
         places = part.rows, part.keys, part.keys
-        for into, place, values in zip(derived, places, _backward(up, forward, plan), strict=True):
+        operands = [_taken(x, place) for x, place in zip((q, k, v), places, strict=True)]
+        own = None if out is None else _taken(out, part.rows)
+        found = _backward(up, operands, own, forward, plan)
+        for into, place, values in zip(derived, places, found, strict=True):
             _put(into, place, part.valid, values)
     return derived
 
@@ -205,22 +214,26 @@ def _forward(operands: list[Tensor], mask: Tensor | None, plan: Plan, keep: bool
     causal = plan.causal and mask is None
     if _has_flash(operands[0]):
         q, k, v = operands
-        return Kept(operands, mask, *cpu.attend(q, k, v, cpu.Call(mask, causal, plan.scale)))
+        out, lse = cpu.attend(q, k, v, cpu.Call(mask, causal, plan.scale))
+        return Kept(mask, lse, operands, out)
     with torch.set_grad_enabled(keep):
         q, k, v = (x.requires_grad_(keep) for x in operands)
         out = F.scaled_dot_product_attention(
             q, k, v, mask, is_causal=causal, scale=plan.scale, enable_gqa=q.shape[1] != k.shape[1]
         )
-    return Kept(operands, mask, out, None)
+    return Kept(mask, None, operands, out)
 
 
-def _backward(up: Tensor, forward: Kept, plan: Plan) -> tuple[Tensor, ...]:
-    operands, mask, out, lse = forward
+def _backward(
+    up: Tensor, operands: list[Tensor], out: Tensor | None, forward: Kept, plan: Plan
+) -> tuple[Tensor, ...]:
     if not _has_flash(up):
-        return torch.autograd.grad(out, operands, up, retain_graph=True)
+        assert forward.out is not None
+        return torch.autograd.grad(forward.out, forward.operands, up, retain_graph=True)
     q, k, v = operands
+    mask = forward.mask
     call = cpu.Call(mask, plan.causal and mask is None, plan.scale)
-    return cpu.gradients(up, q, k, v, out, lse, call)
+    return cpu.gradients(up, q, k, v, out, forward.lse, call)
 
 
 def _has_flash(x: Tensor) -> bool:

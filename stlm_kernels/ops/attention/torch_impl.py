@@ -10,53 +10,22 @@ meets one range of keys, so that memory stays small and the work of a window gro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ... import runtime
-from ..._torch import attention_blocks, autograd, segments
-from ..._torch.attention_blocks import LEAST_ROWS, Block, Rule
+from ..._torch import attention_blocks, autograd
+from ..._torch.attention_blocks import Block, Rule
 from ..._torch.casting import cast
 from ..._torch.function import Function
 from . import banded as bands
 from . import cpu, documents
-
-LEAST_BLOCK = 64
-"""Rows of a block in a short window: smaller ones waste more on each op than on masked keys."""
-
-
-class Options(NamedTuple):
-    left: int | None  # keys that a row sees before its own; None: all
-    right: int | None  # and behind it
-    scale: float
-    softcap: float | None
-    dropout_p: float
-
-    @property
-    def causal(self) -> bool:
-        return self.right == 0
-
-    @property
-    def windowed(self) -> bool:
-        return self.left is not None or not (self.causal or self.right is None)
-
-    def within(self, keys: int) -> Options:
-        """Drop sides that reach to the ends of every sequence."""
-        left = None if self.left is None or self.left >= keys - 1 else self.left
-        right = None if self.right is None or self.right >= keys - 1 > 0 else self.right
-        return self._replace(left=left, right=right)
-
-
-class Boundaries(NamedTuple):
-    """Boundaries of packed documents."""
-
-    rows: Tensor | None  # (S+1,) int32; None: one document in each sequence
-    keys: Tensor | None  # (S+1,) int32; None: those of the rows
+from .sight import Boundaries, Options, cutter, sight_of
 
 
 def attention(
@@ -81,10 +50,11 @@ def attention(
     # The library's kernels for 16 bits are on GPUs; on a CPU fp32 is faster and more exact.
     narrow = by_sdpa and dense and not q.is_cpu
     compute = out_dtype if narrow else torch.promote_types(out_dtype, torch.float32)
-    q, k, v = (cast(x, out_dtype, compute) for x in (q, k, v))
+    given = q, k, v
+    q, k, v = (cast(x, out_dtype, compute) for x in given)
     with runtime.without_autocast(q):
         if banded and not _shows_masked_nan(options, q, k, v):
-            out = _Banded.apply(q, k, v, cu_seqlens, options)
+            out = _Banded.apply(q, k, v, cu_seqlens, options, out_dtype, *given)
         elif not by_sdpa:
             out = _in_blocks(q, k, v, boundaries, options)
         elif torch.compiler.is_compiling():
@@ -92,7 +62,7 @@ def attention(
         elif _shows_masked_nan(options, q, k, v):
             out = _in_blocks(q, k, v, boundaries, options)
         else:
-            out = _by_sdpa(q, k, v, boundaries, options)
+            out = _by_sdpa(q, k, v, boundaries, options, out_dtype, given)
     return out.to(out_dtype, copy=True)  # `out` may be a view, which cannot be changed in place
 
 
@@ -117,7 +87,15 @@ def _forms_too_much(q: Tensor, k: Tensor, options: Options) -> bool:
     return options.causal and rows != keys and rows * keys > documents.MASK_ENTRIES
 
 
-def _by_sdpa(q: Tensor, k: Tensor, v: Tensor, boundaries: Boundaries, options: Options) -> Tensor:
+def _by_sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    boundaries: Boundaries,
+    options: Options,
+    narrow: torch.dtype,
+    given: Sequence[Tensor],
+) -> Tensor:
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if boundaries.rows is None:
         return _SDPA.apply(q, k, v, options) if needs_grad else _sdpa(q, k, v, options)
@@ -127,7 +105,7 @@ def _by_sdpa(q: Tensor, k: Tensor, v: Tensor, boundaries: Boundaries, options: O
     if plan.mask_entries > documents.MASK_ENTRIES:
         return _in_blocks(q, k, v, boundaries, options)
     if needs_grad:
-        return _Documents.apply(q, k, v, *boundaries, options, plan)
+        return _Documents.apply(q, k, v, *boundaries, options, plan, narrow, *given)
     return documents.attend(*_flat(q, k, v), plan, keep=False)[0][None]
 
 
@@ -163,7 +141,8 @@ class _SDPA(torch.autograd.Function):
 
 
 class _Documents(torch.autograd.Function):
-    """SDPA of packed documents, with a backward of its own."""
+    """SDPA of packed documents, with a backward of its own. What was given is kept, which other ops
+    keep too, and cast again."""
 
     @staticmethod
     def forward(
@@ -175,31 +154,50 @@ class _Documents(torch.autograd.Function):
         cu_seqlens_k: Tensor | None,
         options: Options,
         plan: documents.Plan,
+        narrow: torch.dtype,
+        *given: Tensor,
     ) -> Tensor:
-        ctx.plan, ctx.options = plan, options
+        ctx.plan, ctx.options, ctx.narrow = plan, options, narrow
         out, ctx.kept = documents.attend(*_flat(q, k, v), plan, keep=True)
-        ctx.save_for_backward(q, k, v, cu_seqlens, cu_seqlens_k)
+        needed = any(kept.lse is not None for kept in ctx.kept)
+        out_again = out.to(narrow) if needed else None
+        ctx.save_for_backward(*given, out_again, cu_seqlens, cu_seqlens_k)
         return out[None]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, *boundaries = ctx.saved_tensors
+        *given, out, cu_seqlens, cu_seqlens_k = ctx.saved_tensors
+        q, k, v = _wide_again(given, ctx.narrow, grads[0])
         derived: Sequence[Tensor | None]
         if autograd.is_needed(*grads) or _shows_masked_nan(ctx.options, *grads):
-            derived = _gradients(grads[0], q, k, v, Boundaries(*boundaries), ctx.options, None)
+            boundaries = Boundaries(cu_seqlens, cu_seqlens_k)
+            derived = _gradients(grads[0], q, k, v, boundaries, ctx.options, None)
         else:
             grad = grads[0].flatten(0, 1)
-            flat = documents.gradients(grad, *_flat(q, k, v), ctx.plan, ctx.kept)
+            flat = documents.gradients(grad, *_flat(q, k, v), out, ctx.plan, ctx.kept)
             derived = [x[None] for x in flat]
-        return *derived, None, None, None, None
+        return *derived, *[None] * 8
+
+
+def _wide_again(given: Sequence[Tensor], narrow: torch.dtype, grad: Tensor) -> list[Tensor]:
+    """Operands as the forward had them, in a graph that leads to what was given."""
+    with torch.enable_grad():
+        return [cast(x, narrow, grad.dtype) for x in given]
 
 
 class _Banded(torch.autograd.Function):
-    """A window in blocks, whose backward cuts them again."""
+    """A window in blocks, whose backward cuts them again. What was given is kept, as above."""
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, options: Options
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor | None,
+        options: Options,
+        narrow: torch.dtype,
+        *given: Tensor,
     ) -> Tensor:
         assert options.left is not None
         assert options.right is not None
@@ -207,25 +205,27 @@ class _Banded(torch.autograd.Function):
         cut = bands.Bands.short(total, options.left, options.right, group)
         if cpu.takes_products(q):
             cut = cut.long()
-        sight = _sight(q, k, Boundaries(cu_seqlens, None), options)
+        sight = sight_of(q, k, Boundaries(cu_seqlens, None), options)
         out, sums = bands.attend(*_flat(q, k, v), sight, cut, options.scale)
-        ctx.cut, ctx.options = cut.long(), options
-        ctx.save_for_backward(q, k, v, cu_seqlens, out, sums, *sight)
+        ctx.cut, ctx.options, ctx.narrow = cut.long(), options, narrow
+        out_again = None if sums is None else out.to(narrow)
+        ctx.save_for_backward(*given, cu_seqlens, out_again, sums, *sight)
         return out.view(q.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, cu_seqlens, out, sums, *sight = ctx.saved_tensors
+        *given, cu_seqlens, out, sums, start, end = ctx.saved_tensors
+        q, k, v = _wide_again(given, ctx.narrow, grads[0])
         if autograd.is_needed(*grads) or _shows_masked_nan(ctx.options, *grads):
             boundaries = Boundaries(cu_seqlens, None)
             derived = _gradients(grads[0], q, k, v, boundaries, ctx.options, None)
         else:
             flat = bands.gradients(
                 grads[0].flatten(0, 1), *_flat(q, k, v), out, sums,
-                bands.Sight(*sight), ctx.cut, ctx.options.scale,
+                bands.Sight(start, end), ctx.cut, ctx.options.scale,
             )  # fmt: skip
             derived = tuple(dx.view(x.shape) for dx, x in zip(flat, (q, k, v), strict=True))
-        return *derived, None, None
+        return *derived, *[None] * 6
 
 
 # Blocks
@@ -236,7 +236,7 @@ def _in_blocks(q: Tensor, k: Tensor, v: Tensor, boundaries: Boundaries, options:
     if options.dropout_p:
         seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=q.device)
     if runtime.needs_composition(q, k, v):
-        blocks = _cutter(q, k, boundaries, options)(True)
+        blocks = cutter(q, k, boundaries, options)(True)
         return _attend_plainly(q, k, v, blocks, _rule(options, seed))
     return _InBlocks.apply(q, k, v, *boundaries, options, seed)
 
@@ -250,100 +250,6 @@ def _flat(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
 
 
-def _cutter(
-    q: Tensor, k: Tensor, boundaries: Boundaries, options: Options
-) -> Callable[[bool], Iterator[Block]]:
-    """Function that yields the blocks of a call, told whether operands are mixed with NaN."""
-    sight = _sight(q, k, boundaries, options)
-    keys = k.shape[0] * k.shape[1]
-    sides = options.left, options.right
-    reach = min(keys, 1 + sum(keys if side is None else side for side in sides))
-    if len(sight.start) and runtime.values_readable(sight.start):
-        reach = max(1, int((sight.end - sight.start).max()))
-    span = partial(_span, shape=q.shape, keys=k.shape[1], boundaries=boundaries, sides=sides)
-    return lambda mixed: _cut(sight, q.shape[2], reach, span, mixed)
-
-
-def _span(
-    first: int,
-    last: int,
-    shape: Sequence[int],
-    keys: int,
-    boundaries: Boundaries,
-    sides: tuple[int | None, int | None],
-) -> tuple[int, int]:
-    """No row from first to last sees a key outside these, whatever the boundaries hold."""
-    batch, rows = shape[:2]
-    if boundaries.keys is not None:
-        return 0, keys
-    here, there = first // rows, (last - 1) // rows  # sequences
-    left, right = (batch * keys if side is None else side for side in sides)
-    low = first + (here + 1) * (keys - rows) - left
-    high = last + (there + 1) * (keys - rows) + right
-    return max(here * keys, low), min((there + 1) * keys, high)
-
-
-def _sight(q: Tensor, k: Tensor, boundaries: Boundaries, options: Options) -> bands.Sight:
-    """Range of the keys that each row of the flat batch sees."""
-    (batch, length), keys = q.shape[:2], k.shape[1]
-    rows = torch.arange(batch * length, device=q.device)
-    if boundaries.rows is None:
-        start = rows // max(1, length) * keys
-        end, offset = start + keys, (rows // max(1, length) + 1) * (keys - length)
-    else:
-        start, end, offset = _documents_of(rows, boundaries, length, keys)
-    place, first, last = rows + offset, start, end
-    if options.left is not None:
-        start = torch.maximum(first, place - options.left).minimum(last)
-    if options.right is not None:
-        end = torch.minimum(last, place + options.right + 1).maximum(first)
-    return bands.Sight(start, end)
-
-
-def _documents_of(
-    rows: Tensor, boundaries: Boundaries, length: int, keys: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """First key of each row's document, the end of its keys, and the rows' distance from them; no
-    key for rows of none."""
-    assert boundaries.rows is not None
-    other = boundaries.rows if boundaries.keys is None else boundaries.keys
-    own = segments.clamped_bounds(boundaries.rows, length).long()
-    other = segments.clamped_bounds(other, keys).long()
-    document, inside = segments.find_segment(own, rows)
-    own, other = (torch.cat([x[:1], x, x[-1:]]) for x in (own, other))
-    start, end = (torch.where(inside, other[i], 0) for i in (document, document + 1))
-    return start, end, other[document + 1] - own[document + 1]
-
-
-def _cut(
-    sight: bands.Sight,
-    heads: int,
-    reach: int,
-    span: Callable[[int, int], tuple[int, int]],
-    mixed: bool,
-) -> Iterator[Block]:
-    """Blocks of rows; row t sees the keys from start[t] to end[t]."""
-    start, end = sight
-    total, read = start.shape[0], runtime.values_readable(start)
-    step = min(max(reach, LEAST_BLOCK), attention_blocks.BLOCK_SCORES // max(1, 2 * heads * reach))
-    step = max(LEAST_ROWS, step)
-    for first in range(0, total, step):
-        last = min(total, first + step)
-        low, high = start[first:last], end[first:last]
-        sees = high > low
-        if read:
-            if not bool(sees.any()):
-                continue
-            least, most = int(low[sees].min()), int(high[sees].max())
-            sighted = bool(sees.all())
-        else:
-            least, most = span(first, last)
-            sighted = False
-        keys = torch.arange(least, most, device=start.device)
-        masked = (keys < low[:, None]) | (keys >= high[:, None])
-        yield Block(slice(first, last), slice(least, most), masked[None], mixed or not sighted)
-
-
 def _gradients(
     grad: Tensor,
     q: Tensor,
@@ -353,7 +259,7 @@ def _gradients(
     options: Options,
     seed: Tensor | None,
 ) -> Sequence[Tensor | None]:
-    blocks = _cutter(q, k, boundaries, options)(attention_blocks.may_be_mixed(grad, q, k, v))
+    blocks = cutter(q, k, boundaries, options)(attention_blocks.may_be_mixed(grad, q, k, v))
     rule = _rule(options, seed)
     with runtime.without_autocast(q):
         if autograd.is_needed(grad):
@@ -381,7 +287,7 @@ class _InBlocks(Function):
         seed: Tensor | None,
     ) -> Tensor:
         boundaries = Boundaries(cu_seqlens, cu_seqlens_k)
-        blocks = _cutter(q, k, boundaries, options)(attention_blocks.may_be_mixed(q, k, v))
+        blocks = cutter(q, k, boundaries, options)(attention_blocks.may_be_mixed(q, k, v))
         return attention_blocks.attend(*_flat(q, k, v), blocks, _rule(options, seed)).view(q.shape)
 
     @staticmethod
