@@ -84,7 +84,7 @@ def gradients(
             q,
             k,
             v,
-            out.to(q.dtype),
+            out,
             lse,
             0.0,
             call.causal,

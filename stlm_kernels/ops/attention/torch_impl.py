@@ -159,9 +159,8 @@ class _Documents(torch.autograd.Function):
     ) -> Tensor:
         ctx.plan, ctx.options, ctx.narrow = plan, options, narrow
         out, ctx.kept = documents.attend(*_flat(q, k, v), plan, keep=True)
-        needed = any(kept.lse is not None for kept in ctx.kept)
-        out_again = out.to(narrow) if needed else None
-        ctx.save_for_backward(*given, out_again, cu_seqlens, cu_seqlens_k)
+        is_read = any(kept.lse is not None for kept in ctx.kept)
+        ctx.save_for_backward(*given, out if is_read else None, cu_seqlens, cu_seqlens_k)
         return out[None]
 
     @staticmethod
@@ -208,8 +207,8 @@ class _Banded(torch.autograd.Function):
         sight = sight_of(q, k, Boundaries(cu_seqlens, None), options)
         out, sums = bands.attend(*_flat(q, k, v), sight, cut, options.scale)
         ctx.cut, ctx.options, ctx.narrow = cut.long(), options, narrow
-        out_again = None if sums is None else out.to(narrow)
-        ctx.save_for_backward(*given, cu_seqlens, out_again, sums, *sight)
+        is_read = sums is not None
+        ctx.save_for_backward(*given, cu_seqlens, out if is_read else None, sums, *sight)
         return out.view(q.shape)
 
     @staticmethod
