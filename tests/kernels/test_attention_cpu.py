@@ -150,7 +150,8 @@ def test_what_a_call_keeps_for_its_backward(by_products: bool, window: int | Non
     rows, size = out.shape[0] * out.shape[1], out.numel()
     assert [x.dtype for x in kept if x.numel() > rows] == [torch.float32] * (not by_products)
     held = [x for x in gc.get_objects() if type(x) is Tensor and id(x) not in before]
-    assert all(x.numel() < size for x in held if x.dtype == torch.float32)
+    large = [x for x in held if x.dtype == torch.float32 and x.numel() >= size]
+    assert len(large) <= (not by_products)
 
 
 def test_products_form_nothing_large() -> None:
