@@ -4,17 +4,18 @@ Forward. A program owns BLOCK rows and some heads: it normalises its rows once (
 D; else again for each head, BLOCK_D columns at a time), and for each head forms the product, in
 fp32, and norm and rotation of it, stored once. Rows of the weight are read in the order of pairs,
 first and second side by side, so that a pair of columns of the product lies in one thread.
-Backward. `bwd` forms the product of normed heads again and stores the gradient of all products, in
-x's dtype, and the rows' norm; the gradients of weight and rows are torch's products of those.
-`bwd_norm` takes the latter through the norm. Gradients of norm weights are partial sums of
+Backward. `bwd` forms the product of normed heads again and stores the gradient of all products in
+x's dtype, each row over its rms: so torch's product with x itself is the weight's gradient, and that
+with the weight goes through the norm in `bwd_norm`. Gradients of norm weights are partial sums of
 programs, added in order. No atomics.
 
 Floor at T = 65,536, D = 256, 4 + 4 + 4 heads of 64: 25.8 GFLOP = 33 us at 790 TFLOP/s and 134 MB =
 31 us at 4.3 TB/s forward; backward two products, 65 us, 168 MB. Counted on sm_90: 65 us forward,
-of L2, since each block of 128 rows reads the whole weight (issue 21, matrix 26); 157 backward, of
+of L2, since each block of 128 rows reads the whole weight (issue 21, matrix 26); 151 backward, of
 which torch's products 56. A weight gradient of our own would cost 22 us of products for 133 MB less
-(31 us) and read x for each group of heads: no gain. DRAM both ways 776 MB, where F.rms_norm,
-F.linear and qk_norm_rope move 1,103 by arithmetic: 0.70 of it, and the aim of 0.35 is missed.
+(31 us) and read x for each group of heads: no gain. DRAM both ways 743 MB, where F.rms_norm,
+F.linear and qk_norm_rope move 1,103 by arithmetic; of a whole layer see `bench.layer`. The product
+for x within `bwd_norm` would save 67 MB and read the weight from L2 for each block: 67 us against 49.
 """
 
 from __future__ import annotations
@@ -181,19 +182,19 @@ def _head_gradient(
         a, b, along_a, along_b = norm_gradients(a, b, p_a, p_b, w_a, w_b, eps, K)
         tl.store(partial_ptr + head * span + left, tl.sum(along_a, 0), mask=own)
         tl.store(partial_ptr + head * span + right, tl.sum(along_b, 0), mask=own)
-    store_pairs(dp_ptr, a, b, rows * PITCH + head * K, live, K, False, WIDTH)
+    scale = r[:, None]
+    store_pairs(dp_ptr, a * scale, b * scale, rows * PITCH + head * K, live, K, False, WIDTH)
 
 
 @triton.jit(do_not_specialize=["tokens", "period", "n_positions"])
 def stlm_qkv_rope_bwd(
-    x_ptr, gain_ptr, w_ptr, q_weight_ptr, k_weight_ptr, dq_ptr, dk_ptr, dv_ptr, dp_ptr, normed_ptr,
+    x_ptr, gain_ptr, w_ptr, q_weight_ptr, k_weight_ptr, dq_ptr, dk_ptr, dv_ptr, dp_ptr,
     partial_ptr, cos_ptr, sin_ptr, positions_ptr, tokens, stride, period, n_positions, eps,
     D: tl.constexpr, H: tl.constexpr, KV: tl.constexpr, K: tl.constexpr,
     HAS_POSITIONS: tl.constexpr, DOT: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums are (H + H_kv, blocks, K), where there are weights of heads; the first group of
-    heads stores the rows' norm where it is wanted."""
+    """Partial sums are (H + H_kv, blocks, K), where there are weights of heads."""
     STORED = dp_ptr.dtype.element_ty
     PITCH: tl.constexpr = (H + 2 * KV) * K
     groups: tl.constexpr = (H + 2 * KV + HEADS - 1) // HEADS
@@ -203,12 +204,6 @@ def stlm_qkv_rope_bwd(
     rows = block * BLOCK + tl.arange(0, BLOCK)
     live = rows < tokens
     normed, r = _normed(x_ptr, gain_ptr, rows, live, stride, eps, D, STORED, DOT, BLOCK_D)
-    if normed_ptr is not None and low == 0:
-        put(normed_ptr, normed, rows, live, D, 0, D, BLOCK_D)
-        for first in range(BLOCK_D, D, BLOCK_D):
-            x = _rows_of_x(x_ptr, rows, live, stride, first, D, STORED, BLOCK_D)
-            x = _scaled(x, r, gain_ptr, first, D, DOT, BLOCK_D)
-            put(normed_ptr + first, x, rows, live, D, 0, D - first, BLOCK_D)
     cos, sin = angles_of(
         cos_ptr, sin_ptr, positions_ptr, rows, live, period, n_positions, K, HAS_POSITIONS, WIDTH
     )
@@ -228,6 +223,7 @@ def stlm_qkv_rope_bwd(
     for head in range(tl.maximum(low, H + KV), tl.minimum(high, H + 2 * KV)):
         place = (rows * KV + head - H - KV)[:, None] * K + c[None, :]
         up = tl.load(dv_ptr + place, mask=live[:, None] & (c < K)[None, :], other=0.0)
+        up = up.to(tl.float32) * r[:, None]
         put(dp_ptr + head * K, up, rows, live, PITCH, 0, K, WIDTH)
 
 
@@ -236,7 +232,7 @@ def stlm_qkv_rope_bwd_norm(
     up_ptr, x_ptr, gain_ptr, dx_ptr, partial_ptr, tokens, run, stride, eps,
     D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A program walks a run of rows; with r = 1 / rms, dx = r (g - x r^2 mean(g x))."""
+    """A program walks a run of rows; `up` is g r with r = 1 / rms: dx = g r - x r^2 mean(g r x)."""
     program, tokens = tl.program_id(0).to(tl.int64), tokens.to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     STORED = up_ptr.dtype.element_ty
@@ -248,12 +244,11 @@ def stlm_qkv_rope_bwd_norm(
         live = rows < tokens
         x = _rows_of_x(x_ptr, rows, live, stride, 0, D, STORED, BLOCK_D)
         up = _rows_of_x(up_ptr, rows, live, D, 0, D, STORED, BLOCK_D)
-        r = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
-        x *= r
         if gain_ptr is not None:
             sums += up * x
             up *= gain
-        dx = r * (up - x * (tl.sum(up * x, 1) / D)[:, None])
+        square = 1.0 / (tl.sum(x * x, 1) / D + eps)
+        dx = up - x * (square * tl.sum(up * x, 1) / D)[:, None]
         put(dx_ptr, dx, rows, live, D, 0, D, BLOCK_D)
     if gain_ptr is not None:
         tl.store(partial_ptr + program * D + d, tl.sum(sums, 0), mask=d < D)
@@ -313,13 +308,12 @@ def launch_bwd(
     (count, heads, width), kv_heads, dtype = grad_q.shape, grad_k.shape[1], grad_q.dtype
     rows, matrix = _with_rows(x), weight.to(dtype).contiguous()
     dproduct = torch.empty((count, weight.shape[0]), dtype=dtype, device=x.device)
-    normed = torch.empty(rows.shape, dtype=dtype, device=x.device) if want_weight else None
     programs, shape = _shape("bwd", rows, width, heads, kv_heads, positions, dtype)
     blocks = _launch.ceil_div(count, shape["BLOCK"])
     partial = torch.empty((heads + kv_heads, blocks, width), dtype=torch.float32, device=x.device)
     _launch.launch(
         stlm_qkv_rope_bwd, programs, rows, _dense(norm_weight), matrix, _dense(q_weight),
-        _dense(k_weight), *(y.contiguous() for y in (grad_q, grad_k, grad_v)), dproduct, normed,
+        _dense(k_weight), *(y.contiguous() for y in (grad_q, grad_k, grad_v)), dproduct,
         partial, *_tables(cos, sin, positions), count, rows.stride(0), max(1, period),
         cos.shape[0], eps, **shape, device=x.device,
     )  # fmt: skip
@@ -327,8 +321,8 @@ def launch_bwd(
     if want_x:
         dx, dgain = _through_norm(dproduct @ matrix, rows, norm_weight, x.dtype, eps)
     dweight = x.new_empty(0)
-    if normed is not None:
-        dweight = _weight_gradient(dproduct, normed, weight.dtype)
+    if want_weight:
+        dweight = _weight_gradient(dproduct, rows.to(dtype), norm_weight, weight.dtype)
     by_head = partial.split([heads, kv_heads])
     sums = (
         x.new_empty(0) if w is None else sum_splits(part.flatten(0, 1), w.dtype)
@@ -354,11 +348,16 @@ def _through_norm(
     return dx, rows.new_empty(0) if gain is None else sum_splits(partial, gain.dtype)
 
 
-def _weight_gradient(dproduct: Tensor, normed: Tensor, dtype: torch.dtype) -> Tensor:
-    """A product over all rows; cast once where torch has such a product."""
-    if dtype != dproduct.dtype and dproduct.is_cuda:
-        return torch.mm(dproduct.T, normed, out_dtype=dtype)
-    return (dproduct.T @ normed).to(dtype)
+def _weight_gradient(
+    dproduct: Tensor, rows: Tensor, gain: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """A product over all rows, in fp32 where a norm's weight follows or torch has such a product."""
+    fine = torch.float32 if gain is not None else dtype
+    if fine != dproduct.dtype and dproduct.is_cuda:
+        found = torch.mm(dproduct.T, rows, out_dtype=fine)
+    else:
+        found = dproduct.T @ rows
+    return (found if gain is None else found * gain).to(dtype)
 
 
 def _with_rows(x: Tensor) -> Tensor:
