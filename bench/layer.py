@@ -1,7 +1,7 @@
-"""Count a byte-rate layer forward and backward beside the composition of torch; no GPU is needed.
+"""Count a byte-rate layer forward and backward beside its baseline; no GPU is needed.
 
-The layer is what a block of `stlm_models` calls: qkv_rope, attention, addmm, swiglu. Stock is what
-it called before there were qkv_rope and swiglu: F.rms_norm, a F.linear for each matrix,
+The layer is what a block of `stlm_models` calls: qkv_rope, attention, addmm, swiglu. The baseline
+is what it called before there were qkv_rope and swiglu: F.rms_norm, a F.linear for each matrix,
 qk_norm_rope, the same attention, F.silu and sums. Kernels are compiled and run on the CPU, some
 blocks of each launch; operators of torch count the bytes of their tensors, each once. A norm of
 torch is one launch each way, as it is on a GPU.
@@ -30,7 +30,7 @@ from .harness.results import Record, Result, add_result_options, command_line, r
 
 DTYPE = torch.bfloat16
 AIMS = {"launches": 12, "dram_bytes": 0.35, "issue_over_matrix": 1.3}
-"""Of our layer: launches, DRAM bytes over those of stock, bound of issue over that of matrices."""
+"""Of our layer: launches, DRAM bytes over the baseline's, bound of issue over that of matrices."""
 
 
 class Layer:
@@ -39,7 +39,11 @@ class Layer:
     def __init__(self, tokens: int, dim: int, hidden: int, width: int, window: int) -> None:
         self.heads, self.window = dim // width, window
         self.x = untouched_zeros(tokens, dim, dtype=DTYPE).requires_grad_()
-        shapes = {"qkv": (3 * dim, dim), "out": (dim, dim), "up": (2 * hidden, dim)}
+        shapes: dict[str, tuple[int, ...]] = {
+            "qkv": (3 * dim, dim),
+            "out": (dim, dim),
+            "up": (2 * hidden, dim),
+        }
         shapes |= {"down": (dim, hidden), "q": (width,), "k": (width,)}
         self.weights = {
             name: torch.zeros(shape, dtype=DTYPE, requires_grad=True)
@@ -57,7 +61,7 @@ class Layer:
         x = torch.addmm(self.x, self._mixed(q, k, v), w["out"].t())
         return swiglu(x, None, w["up"], w["down"], impl="triton")
 
-    def stock(self) -> Tensor:
+    def baseline(self) -> Tensor:
         w = self.weights
         normed = _norm(self.x)
         q, k, v = (
@@ -137,7 +141,7 @@ def counted(name: str, session: Session, device: Device) -> Record:
 def line(row: Record) -> str:
     limits = ", ".join(f"{name} {us:.1f}" for name, us in row["us"].items())
     return (
-        f"{row['by']:<6} {row['launches']:3d} launches  DRAM {row['dram_bytes'] / 1e6:7,.1f} MB"
+        f"{row['by']:<8} {row['launches']:3d} launches  DRAM {row['dram_bytes'] / 1e6:7,.1f} MB"
         f"  at least {row['bound']:7.1f} us in sum ({limits});"
         f" kernels' issue {row['issue_over_matrix']:.2f} of their matrix"
     )
@@ -158,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     about = environment.software(torch.device("cpu"), options.commit)
     settings = {name: getattr(options, name) for name in sizes}
     rows = []
-    for name in ("stock", "ours"):
+    for name in ("baseline", "ours"):
         layer = Layer(**settings)
         session = executed(layer, getattr(layer, name), device.arch, options.sample)
         rows.append(counted(name, session, device))
@@ -166,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     summary = [
         f"{device.name}, bf16: counted, not timed",
         *map(line, rows),
-        f"DRAM bytes {share:.3f} of stock's",
+        f"DRAM bytes {share:.3f} of the baseline's",
     ]
     print(*summary, sep="\n")
     settings |= {"bounds_on": device.name, "aims": AIMS, "sampled_blocks": options.sample}

@@ -5,9 +5,9 @@ D; else again for each head, BLOCK_D columns at a time), and for each head forms
 fp32, and norm and rotation of it, stored once. Rows of the weight are read in the order of pairs,
 first and second side by side, so that a pair of columns of the product lies in one thread.
 Backward. `bwd` forms the product of normed heads again and stores the gradient of all products in
-x's dtype, each row over its rms: so torch's product with x itself is the weight's gradient, and that
-with the weight goes through the norm in `bwd_norm`. Gradients of norm weights are partial sums of
-programs, added in order. No atomics.
+x's dtype, each row over its rms: so torch's product with x itself is the weight's gradient, and
+that with the weight goes through the norm in `bwd_norm`. Gradients of norm weights are partial
+sums of programs, added in order. No atomics.
 
 Floor at T = 65,536, D = 256, 4 + 4 + 4 heads of 64: 25.8 GFLOP = 33 us at 790 TFLOP/s and 134 MB =
 31 us at 4.3 TB/s forward; backward two products, 65 us, 168 MB. Counted on sm_90: 65 us forward,
@@ -15,7 +15,7 @@ of L2, since each block of 128 rows reads the whole weight (issue 21, matrix 26)
 which torch's products 56. A weight gradient of our own would cost 22 us of products for 133 MB less
 (31 us) and read x for each group of heads: no gain. DRAM both ways 743 MB, where F.rms_norm,
 F.linear and qk_norm_rope move 1,103 by arithmetic; of a whole layer see `bench.layer`. The product
-for x within `bwd_norm` would save 67 MB and read the weight from L2 for each block: 67 us against 49.
+for x within `bwd_norm` would save 67 MB and read the weight from L2 for each block: 67 us, not 49.
 """
 
 from __future__ import annotations
@@ -351,7 +351,7 @@ def _through_norm(
 def _weight_gradient(
     dproduct: Tensor, rows: Tensor, gain: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """A product over all rows, in fp32 where a norm's weight follows or torch has such a product."""
+    """A product over all rows, in fp32 where a norm's weight follows or torch has it."""
     fine = torch.float32 if gain is not None else dtype
     if fine != dproduct.dtype and dproduct.is_cuda:
         found = torch.mm(dproduct.T, rows, out_dtype=fine)
