@@ -251,7 +251,7 @@ def test_the_kernels_know_windows_of_two_sides() -> None:
 
 @pytest.mark.parametrize(("boundaries", "times"), [({}, 1), ({"cu_seqlens_k": ROWS.clone()}, 2)])
 def test_bounds_of_documents_are_found_once(boundaries: dict[str, Any], times: int) -> None:
-    """Those of the backward come with the forward's, unless keys have documents of their own."""
+    """Bounds of the backward come with the forward's, unless keys have documents of their own."""
     pytest.importorskip("triton")
     q, k, v = example(Way("torch", "cpu", torch.float32), keys=35)
     q.requires_grad_()
