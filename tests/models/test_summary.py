@@ -38,7 +38,7 @@ def test_work_grows_with_the_model_and_the_text() -> None:
     wide = summary.summarise(dataclasses.replace(TINY, decoder_ff=2 * TINY.decoder_ff), text)
     more = wide.parameters["decoder"] - decoder
     assert wide.forward_flops - found.forward_flops == 2 * more * len(text)
-    assert wide.activation_bytes > found.activation_bytes
+    assert wide.activation_bytes == found.activation_bytes  # nothing of the hidden layer is kept
     twice = summary.summarise(TINY, text * 2)
     assert 1.9 < twice.activation_bytes / found.activation_bytes < 2.1
 
