@@ -30,6 +30,23 @@ def test_a_process_imports_the_library_of_its_folder(tmp_path: Path) -> None:
         side.ask("turn")
 
 
+def test_a_process_finds_nothing_that_its_folder_lacks(tmp_path: Path) -> None:
+    """An editable installation would fill in what is new since the other commit."""
+    for name, code in (
+        ("stlm_kernels", "import stlm_models"),
+        (
+            "stlm_models",
+            "import importlib.util\n"
+            "found = importlib.util.find_spec('stlm_models.training')\n"
+            "print(int(found is None), flush=True)\n",
+        ),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(code)
+    with commits.Side(tmp_path, "host_calls") as side:
+        assert side.ask("anything") == 1
+
+
 def answers_of(lines: list[str], monkeypatch: pytest.MonkeyPatch) -> list[object]:
     corpus = Corpus("texts", [b"a text to train on. " * 99], [b"none"])
     monkeypatch.setitem(stlm_models.presets.PRESETS, "demo", TINY)
