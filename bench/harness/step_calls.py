@@ -40,12 +40,12 @@ ROWS_NAMES = ("batch_size", "rows")
 def main() -> None:
     settings = json.loads(sys.stdin.readline())
     torch.set_num_threads(settings["threads"])
-    if prepare_process is not None:
-        prepare_process()
     values = settings["config"] or asdict(PRESETS[settings["preset"]])
     config = ModelConfig(**turns.known(values))
     print(json.dumps(asdict(config)), flush=True)
     trainer = trainer_of(config, settings["batch_size"], settings["precision"])
+    if prepare_process is not None:
+        prepare_process()  # as late as in `train`: what loading needed once is given back
     turns.answer(lambda: turns.timed(lambda: step(trainer)))
 
 
