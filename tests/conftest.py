@@ -187,10 +187,9 @@ def lane_is_possible(request: pytest.FixtureRequest) -> None:
 @pytest.fixture(autouse=True)
 def products_are_torch_s_own() -> Iterator[None]:
     """A command that trains may choose, for all of its process, who multiplies fp32 matrices."""
-    matmul = torch.backends.mkldnn.matmul
-    before = matmul.fp32_precision
+    before = torch.get_float32_matmul_precision()
     yield
-    matmul.fp32_precision = before
+    torch.set_float32_matmul_precision(before)
 
 
 @pytest.fixture(autouse=True)

@@ -20,9 +20,9 @@ def prepare_process() -> str | None:
 def keep_freed_memory() -> None:
     """Let the C library keep what this process frees, for its next tensors on a CPU.
 
-    By default glibc gives large tensors back to the system, and maps them anew page by page: a
-    quarter of the time of a training step whose tensors pass 32 MiB, and an unsteady part of any
-    time. The process then stays near the peak of its memory. Without glibc nothing happens.
+    By default glibc gives large tensors back to the system, and maps them anew page by page, which
+    takes an unsteady part of the time of a step whose tensors pass 32 MiB. The process then stays
+    near the peak of its memory. Without glibc nothing happens.
 
     Source: the GNU C library's manual, "Malloc Tunable Parameters".
     """
@@ -36,15 +36,18 @@ def keep_freed_memory() -> None:
 
 
 def onednn_multiplies_faster() -> bool:
-    """Return whether torch has MKL multiply fp32 matrices on a CPU where oneDNN does better.
+    """Return whether torch trains on a CPU and has MKL multiply where oneDNN does better.
 
-    On CPUs of AMD MKL makes no use of AVX-512. Torch hands fp32 products to oneDNN where it may
-    round their operands to bf16, which the CPU must know, and which oneDNN does with AMX alone.
+    On the AMD CPU with AVX-512 that this was tried on, oneDNN took less than half of MKL's time, to
+    equal errors. Torch hands it fp32 products where it may round their operands to bf16, which a
+    CPU without AMX did not do.
     """
     cpu = cpu_capabilities()
     is_amd = str(cpu.get("cpu_name", "")).startswith("AMD")
     fits = cpu.get("avx512_bf16") and not cpu.get("amx_bf16")
-    return bool(is_amd and fits and cpu["onednn"] and torch.backends.mkl.is_available())
+    has_both = cpu["onednn"] and torch.backends.mkl.is_available()
+    # The permission is for products on GPUs as well.
+    return bool(is_amd and fits and has_both and not torch.cuda.is_available())
 
 
 def multiply_by_onednn() -> str | None:
@@ -53,10 +56,12 @@ def multiply_by_onednn() -> str | None:
     `stlm_kernels.attention` then multiplies that way too, instead of by torch's flash attention.
     """
     matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
+    if matmul.fp32_precision not in ("none", "ieee"):
+        return None  # the caller has chosen
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
     if _rounds_operands():
-        matmul.fp32_precision = before
+        torch.set_float32_matmul_precision(before)
         return None
     return "fp32 products: by oneDNN, faster than MKL on this CPU and as exact"
 

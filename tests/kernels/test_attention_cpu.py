@@ -23,7 +23,7 @@ DOCUMENTS = ints(0, 3, 3, 70, 110, 150, 160, 169, 400)
 
 def may_round() -> None:
     """Allow the rounding, until a fixture forbids it again."""
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    torch.set_float32_matmul_precision("medium")
 
 
 def operands(sizes: tuple[int, int, int, int, int], width: int = 8) -> list[Tensor]:
@@ -123,7 +123,7 @@ def test_the_op_by_products(
     if next(answers):
         may_round()
     out = attention(*leaves, **options)
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16" if next(answers) else "none"
+    torch.set_float32_matmul_precision("medium" if next(answers) else "highest")
     grads = torch.autograd.grad(out.float().square().sum(), leaves)
     assert set(taken) == ({"forward", "backward"} if allowed[0] else set())
     assert all(bool(x.isfinite().all()) for x in grads)

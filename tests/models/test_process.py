@@ -30,16 +30,27 @@ def test_cpus_on_which_onednn_is_chosen(
 ) -> None:
     monkeypatch.setattr(process, "cpu_capabilities", lambda: {**ZEN, **change})
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert process.onednn_multiplies_faster() is chosen
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert not process.onednn_multiplies_faster()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
     assert not process.onednn_multiplies_faster()
 
 
 def test_products_that_round_are_not_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "_rounds_operands", lambda: True)
-    before = MATMUL.fp32_precision
+    before = torch.get_float32_matmul_precision()
     assert process.multiply_by_onednn() is None
-    assert MATMUL.fp32_precision == before
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_a_precision_that_was_chosen_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "_rounds_operands", lambda: False)
+    torch.set_float32_matmul_precision("medium")
+    assert process.multiply_by_onednn() is None
+    assert torch.get_float32_matmul_precision() == "medium"
 
 
 def test_what_is_chosen_multiplies_as_fp32_does() -> None:

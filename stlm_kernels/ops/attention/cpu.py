@@ -1,10 +1,10 @@
 """Attention of a batch on a CPU: by torch's flash attention, or by products of matrices.
 
 Torch's kernel multiplies fp32 numbers. Where products of fp32 operands may round these to bf16, as
-`torch.set_float32_matmul_precision("medium")` allows, and the CPU multiplies in bf16, products are
-faster although their weights are written and read: operands that were bf16 lose nothing, sums stay
-in fp32, and the weights and their gradients are rounded, as in the kernels for GPUs. Weights are
-formed for a chunk at a time, which stays in a core's cache, and again in the backward.
+`torch.set_float32_matmul_precision("medium")` allows, oneDNN multiplies, which can be faster
+although weights are then written and read: operands that were bf16 lose nothing, sums stay in fp32,
+and the weights and their gradients may be rounded, as in the kernels for GPUs. Weights are formed
+for a chunk at a time, which stays in a core's cache, and again in the backward.
 """
 
 from __future__ import annotations

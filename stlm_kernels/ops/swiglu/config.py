@@ -29,12 +29,12 @@ def unsupported_reasons(*, x: Tensor, **_: Any) -> list[str]:
 def declined_reasons(*, x: Tensor, **_: Any) -> list[str]:
     """List why "auto" leaves a call to the composition: where that costs less by its bounds.
 
-    Counted for an H200 in bfloat16, T = 65,536, F = 768, forward and backward together: 564 us at
-    D = 256, of which 364 are products, against 1,052 of the composition, of which 234 are. At
-    D = 512, F = 1,536 the tiles that fit are 64 rows by 16 of the hidden layer: counted, 915
-    forward against 670 of the composition's operators by arithmetic; backward 928 for x, and for
-    the weights at least 780 of products, against 1,284. In float32, where no matrix unit
-    multiplies, 14 products in place of 9 decide.
+    Counted for an H200 in bfloat16, T = 65,536, F = 768, forward and backward together: 564 us at D
+    = 256, of which 364 are products, against 1,052 of the composition, of which 234 are. At D =
+    512, F = 1,536 one tile was counted, 64 rows by 16 of the hidden layer: 915 forward against 670
+    of the composition's operators by arithmetic; backward 928 for x, and for the weights at least
+    780 of products, against 1,284. In float32, where no matrix unit multiplies, 14 products in
+    place of 9 decide.
     """
     reasons = []
     if runtime.compute_dtype(x) == torch.float32:

@@ -57,7 +57,7 @@ def _composed(
 
 class _SwiGLU(torch.autograd.Function):
     """Chunk by chunk. Nothing F wide is kept: the backward forms gate and up again, which is one
-    product more beside five."""
+    product more beside six."""
 
     @staticmethod
     def forward(
