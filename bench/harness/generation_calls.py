@@ -7,15 +7,9 @@ continuation of all prompts, or for the peak of memory. Answers are lines of JSO
 
 from __future__ import annotations
 
-import json
-import sys
-from dataclasses import asdict
-
 import torch
 
 from stlm_models import STLM
-from stlm_models.config import ModelConfig
-from stlm_models.presets import PRESETS
 
 from . import turns
 
@@ -23,11 +17,7 @@ TEXT = b"The model reads a prompt once, and each byte that it writes then costs 
 
 
 def main() -> None:
-    settings = json.loads(sys.stdin.readline())
-    torch.set_num_threads(settings["threads"])
-    values = settings["config"] or asdict(PRESETS[settings["preset"]])
-    config = ModelConfig(**turns.known(values))
-    print(json.dumps(asdict(config)), flush=True)
+    settings, config = turns.begin()
     torch.manual_seed(0)
     model, prompts = STLM(config).eval(), prompts_of(settings["batch_size"])
 

@@ -8,15 +8,10 @@ of JSON.
 
 from __future__ import annotations
 
-import json
-import sys
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any
 
-import torch
-
 from stlm_models.config import ModelConfig
-from stlm_models.presets import PRESETS
 
 from . import turns
 
@@ -38,11 +33,7 @@ ROWS_NAMES = ("batch_size", "rows")
 
 
 def main() -> None:
-    settings = json.loads(sys.stdin.readline())
-    torch.set_num_threads(settings["threads"])
-    values = settings["config"] or asdict(PRESETS[settings["preset"]])
-    config = ModelConfig(**turns.known(values))
-    print(json.dumps(asdict(config)), flush=True)
+    settings, config = turns.begin()
     trainer = trainer_of(config, settings["batch_size"], settings["precision"])
     if prepare_process is not None:
         prepare_process()  # as late as in `train`: what loading needed once is given back

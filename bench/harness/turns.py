@@ -8,9 +8,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any, Protocol
 
+import torch
+
 from stlm_models.config import ModelConfig
+from stlm_models.presets import PRESETS
 
 Record = dict[str, Any]
 
@@ -60,6 +64,15 @@ def gain(other: Record, here: Record) -> str:
 
 
 # In a process that answers, beside any checkout of the library.
+
+
+def begin() -> tuple[Record, ModelConfig]:
+    """Read the line that says what to do; answer with the config, or the preset's."""
+    settings = json.loads(sys.stdin.readline())
+    torch.set_num_threads(settings["threads"])
+    config = ModelConfig(**known(settings["config"] or asdict(PRESETS[settings["preset"]])))
+    print(json.dumps(asdict(config)), flush=True)
+    return settings, config
 
 
 def answer(step: Callable[[], Record]) -> None:

@@ -20,7 +20,7 @@ SETTINGS = {"preset": "demo", "batch_size": 3, "new_bytes": 5, "threads": 1}
 
 def answers_of(calls: object, lines: list[str], monkeypatch: pytest.MonkeyPatch) -> list[object]:
     monkeypatch.setitem(stlm_models.presets.PRESETS, "demo", TINY)
-    monkeypatch.setattr(generation_calls.torch, "set_num_threads", lambda n: None)
+    monkeypatch.setattr(turns.torch, "set_num_threads", lambda n: None)
     said = io.StringIO()
     monkeypatch.setattr(turns.sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
     monkeypatch.setattr(turns.sys, "stdout", said)

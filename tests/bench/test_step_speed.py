@@ -51,7 +51,7 @@ def answers_of(lines: list[str], monkeypatch: pytest.MonkeyPatch) -> list[object
     corpus = Corpus("texts", [b"a text to train on. " * 99], [b"none"])
     monkeypatch.setitem(stlm_models.presets.PRESETS, "demo", TINY)
     monkeypatch.setattr(step_calls, "load_corpus", lambda paths: corpus)
-    monkeypatch.setattr(step_calls.torch, "set_num_threads", lambda n: None)
+    monkeypatch.setattr(turns.torch, "set_num_threads", lambda n: None)
     said = io.StringIO()
     monkeypatch.setattr(turns.sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
     monkeypatch.setattr(turns.sys, "stdout", said)
