@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from .config import BOS_ID, IGNORED
 from .data.words import WordVocabulary
 from .layers.modes import eval_mode
+from .layers.packing import recurring_size
 from .model import STLM
 
 IDS_PER_CALL = 16_384
@@ -119,8 +120,12 @@ def _batches(windows: Iterator[_Window]) -> Iterator[list[_Window]]:
 
 def _nats(model: STLM, batch: list[_Window]) -> float:
     device = model.embedding.weight.device
-    ids = torch.from_numpy(np.concatenate([window.ids for window in batch])).to(device)
-    targets = torch.from_numpy(np.concatenate([window.targets for window in batch])).to(device)
+    parts = [window.ids for window in batch], [window.targets for window in batch]
+    length = sum(map(len, parts[0]))
+    behind = 0, recurring_size(length) - length  # of no document
+    ids, targets = (
+        torch.from_numpy(np.pad(np.concatenate(each), behind)).to(device) for each in parts
+    )
     lengths = torch.tensor([0, *(len(window.ids) for window in batch)], device=device)
     loss_sum, _ = model.byte_loss(ids, targets.long(), cu_seqlens=lengths.cumsum(0).int())
     return float(loss_sum)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, overload
 from torch import Tensor, nn
 
 from stlm_kernels import Patches, segment_pool
-from stlm_kernels.runtime import checked_ids
+from stlm_kernels.runtime import checked_ids, values_visible
 
 from .build import (
     decoder_blocks,
@@ -32,7 +32,7 @@ from .layers.memory import follower_rows
 from .layers.norms import rms_norm
 from .layers.packing import Packing, packing_of, targets_of_documents
 from .layers.parallel_head import ParallelHead
-from .layers.patching import BytePatcher
+from .layers.patching import BytePatcher, with_recurring_slots
 from .layers.pooling import ByteUnpooling, EmaUnpooling
 from .layers.transformer import PatchCore, TransformerBlock, run_blocks
 from .layers.typed_call import typed_as
@@ -265,6 +265,8 @@ class STLM(GenerationMixin, nn.Module):
             patches = self._own_patches(flat, packing.cu_seqlens)
         else:
             check_patches(patches, packing)
+        if isinstance(self.core, PatchCore) and values_visible(flat, *patches):
+            patches = with_recurring_slots(patches)
         encoded = self.encode(own, packing)
         inputs = self.core_inputs(*self.pool(flat, encoded, patches, ngrams))
         states = self.core_states(self._core_outputs(inputs, patches), inputs)

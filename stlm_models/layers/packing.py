@@ -118,6 +118,17 @@ def unused_rows(cu_seqlens: Tensor, length: int) -> Tensor:
     return (torch.arange(length, device=cu_seqlens.device) >= cu_seqlens[-1])[:, None]
 
 
+def recurring_size(count: int) -> int:
+    """Return the least number from `count` on that is one of few, at most a sixteenth more.
+
+    oneDNN, by which torch multiplies 16-bit numbers on a CPU, prepares code for each number of rows
+    and keeps it, half a megabyte, for the last 1,024 of them; and texts have ever new numbers of
+    patches.
+    """
+    step = 1 << max(0, (count >> 4).bit_length() - 1)
+    return -(-count // step) * step
+
+
 def targets_of_documents(
     targets: Tensor,  # (T,) or (B, T) integers
     cu_seqlens: Tensor | Packing | None,  # (S+1,) int32, of packed targets

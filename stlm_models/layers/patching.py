@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from stlm_kernels import Patches, find_patches
 
-from .packing import dense_cu_seqlens
+from .packing import dense_cu_seqlens, recurring_size
 from .typed_call import typed_as
+
+
+def with_recurring_slots(patches: Patches) -> Patches:
+    """Add unused slots, so that their number is one of few: see `recurring_size`."""
+    count = len(patches.cu_patchlens) - 1
+    end = patches.cu_patchlens[-1:].expand(recurring_size(count) - count)
+    return patches._replace(cu_patchlens=torch.cat((patches.cu_patchlens, end)))
 
 
 class BytePatcher(nn.Module):
