@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, overload
 from torch import Tensor, nn
 
 from stlm_kernels import Patches, segment_pool
-from stlm_kernels.runtime import checked_ids, values_visible
+from stlm_kernels.runtime import checked_ids
 
 from .build import (
     decoder_blocks,
@@ -261,12 +261,7 @@ class STLM(GenerationMixin, nn.Module):
             if patches is not None:
                 raise ValueError('patches: expected None with patch_rule "none", got patches')
             return self._decode_as(byte_ids, own, packing), None
-        if patches is None:
-            patches = self._own_patches(flat, packing.cu_seqlens)
-        else:
-            check_patches(patches, packing)
-        if isinstance(self.core, PatchCore) and values_visible(flat, *patches):
-            patches = with_recurring_slots(patches)
+        patches = self._slots_of(patches, flat, packing)
         encoded = self.encode(own, packing)
         inputs = self.core_inputs(*self.pool(flat, encoded, patches, ngrams))
         states = self.core_states(self._core_outputs(inputs, patches), inputs)
@@ -280,21 +275,24 @@ class STLM(GenerationMixin, nn.Module):
             partial(self._reconstruction, flat, inputs, patches) if wanted else None
         )
 
-    def _own_patches(self, byte_ids: Tensor, cu_seqlens: Tensor) -> Patches:
-        max_patches = self.config.max_patches if self.training else None
-        return self.patcher(byte_ids, cu_seqlens, max_patches=max_patches)
+    def _slots_of(self, patches: Patches | None, byte_ids: Tensor, packing: Packing) -> Patches:
+        if patches is None:
+            max_patches = self.config.max_patches if self.training else None
+            patches = self.patcher(byte_ids, packing.cu_seqlens, max_patches=max_patches)
+        else:
+            check_patches(patches, packing)
+        return with_recurring_slots(patches) if isinstance(self.core, PatchCore) else patches
 
     def _core_outputs(self, inputs: Tensor, patches: Patches) -> Tensor:
-        """Run the core over inputs (P, core_dim); slots of no patch give zeros."""
+        """Run the core over inputs (P, core_dim); slots of no patch give zeros, by ours itself."""
         packing = Packing(patches.cu_seqlens, len(inputs))
-        if isinstance(self.core, PatchCore):  # which gives zeros there itself
+        if isinstance(self.core, PatchCore):
             return self.core(inputs, packing)
         return packing.clear(self.core(inputs, patches.cu_seqlens))
 
     def _decode_as(self, byte_ids: Tensor, x: Tensor, packing: Packing) -> Tensor:
         """Run the decoder over x (T, byte_dim), dense where byte_ids are."""
-        dense = byte_ids.dim() == 2
-        return self.decode(x.unflatten(0, byte_ids.shape), None if dense else packing)
+        return self.decode(x.unflatten(0, byte_ids.shape), packing if byte_ids.dim() == 1 else None)
 
     def _reconstruction(self, byte_ids: Tensor, inputs: Tensor, patches: Patches) -> Tensor:
         """Weighed mean nats of the bytes (T,) that the head finds in what the core was given."""

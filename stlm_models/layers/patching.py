@@ -8,13 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from stlm_kernels import Patches, find_patches
+from stlm_kernels.runtime import values_visible
 
 from .packing import dense_cu_seqlens, recurring_size
 from .typed_call import typed_as
 
 
 def with_recurring_slots(patches: Patches) -> Patches:
-    """Add unused slots, so that their number is one of few: see `recurring_size`."""
+    """Add unused slots on a CPU, so that their number is one of few: see `recurring_size`."""
+    if not values_visible(*patches):
+        return patches
     count = len(patches.cu_patchlens) - 1
     end = patches.cu_patchlens[-1:].expand(recurring_size(count) - count)
     return patches._replace(cu_patchlens=torch.cat((patches.cu_patchlens, end)))
