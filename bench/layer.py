@@ -54,11 +54,12 @@ class Layer:
 
     def ours(self) -> Tensor:
         w = self.weights
-        q, k, v = qkv_rope(
+        q, k, v, same = qkv_rope(
             self.x, None, w["qkv"], self.angles, self.angles, heads=self.heads,
-            kv_heads=self.heads, q_weight=w["q"], k_weight=w["k"], impl="triton",
+            kv_heads=self.heads, q_weight=w["q"], k_weight=w["k"], residual=True,
+            impl="triton",
         )  # fmt: skip
-        x = torch.addmm(self.x, self._mixed(q, k, v), w["out"].t())
+        x = torch.addmm(same, self._mixed(q, k, v), w["out"].t())
         return swiglu(x, None, w["up"], w["down"], impl="triton")
 
     def baseline(self) -> Tensor:

@@ -127,6 +127,7 @@ def differentiable(
     derived: int = 1,
     fills: bool = True,
     public: str | None = None,
+    returned: str | None = None,
 ) -> type[Function]:
     """Make the Function of a registered op; differentiating its gradients raises.
 
@@ -135,18 +136,22 @@ def differentiable(
         public: the public op that errors name, where the schema names another one.
         keep: as in `function.differentiable`, or only names, those of tensors first.
         of, gradients, derived, fills: as there.
+        returned: an argument that comes back as the last result, as it is.
     """
     schema = op._schema
     name = schema.name.removeprefix(f"{NAMESPACE}::").removesuffix("_fwd").removesuffix("_chunked")
     name = public or name
     results = [result.name or str(i) for i, result in enumerate(schema.returns)]
+    forward = direct(op)
+    if returned is not None:
+        forward, results = _beside(forward, names_of(op).index(returned)), [*results, "returned"]
 
     def first_order(needs: Sequence[bool], *args: Any) -> Any:
         return run_backward(gradients, name, needs, *args)
 
     return function.differentiable(
         "".join(word.title() for word in name.split("_")),
-        direct(op),
+        forward,
         of=of,
         keep=keep if callable(keep) else _kept(schema, keep),
         gradients=first_order,
@@ -155,6 +160,15 @@ def differentiable(
         derived=derived,
         fills=fills,
     )
+
+
+def _beside(forward: Callable[..., Any], place: int) -> Callable[..., Any]:
+    """Function of the results and, last, the argument at a place."""
+
+    def call(*args: Any) -> Any:
+        return *forward(*args), args[place].view_as(args[place])
+
+    return call
 
 
 def names_of(op: Any) -> list[str]:

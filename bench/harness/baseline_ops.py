@@ -90,10 +90,12 @@ def qkv_rope(
     weight: Tensor,
     cos: Tensor,
     sin: Tensor,
+    residual: bool = False,
     **options: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     inputs = {"x": x, "norm_weight": norm_weight, "weight": weight, "cos": cos, "sin": sin}
-    return _run("qkv_rope", "F.rms_norm + F.linear + rotation", inputs | options)
+    found = _run("qkv_rope", "F.rms_norm + F.linear + rotation", inputs | options)
+    return (*found, x) if residual else tuple(found)
 
 
 def attention(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -44,12 +48,12 @@ def side_by_side(BLOCK: tl.constexpr, EACH: tl.constexpr):
     return tl.max_contiguous(tl.multiple_of(tl.arange(0, BLOCK), EACH), EACH)
 
 
-@triton.jit(do_not_specialize=["splits"])
-def stlm_sum_splits(
-    partial_ptr, out_ptr, splits, size, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr
+@triton.jit
+def _sum_block(
+    partial_ptr, out_ptr, splits, size, block, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """A program owns BLOCK results: split s joins the sum s % BLOCK_S, and those are added last."""
-    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    """BLOCK results: split s joins the sum s % BLOCK_S, and those are added last."""
+    offsets = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = offsets < size
     acc = tl.zeros((BLOCK_S, BLOCK), tl.float32)
     for first in tl.range(0, splits, BLOCK_S, loop_unroll_factor=4):
@@ -57,6 +61,25 @@ def stlm_sum_splits(
         place = partial_ptr + here.to(tl.int64)[:, None] * size + offsets[None, :]
         acc += tl.load(place, mask=(here < splits)[:, None] & live[None, :], other=0.0)
     tl.store(out_ptr + offsets, tl.sum(acc, 0).to(out_ptr.dtype.element_ty), mask=live)
+
+
+@triton.jit(do_not_specialize=["splits", "more_splits"])
+def stlm_sum_splits(
+    partial_ptr, out_ptr, splits, size, more_ptr, more_out_ptr, more_splits, more_size,
+    BLOCK_S: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program owns BLOCK results, of `more` after all others where there are more."""
+    block = tl.program_id(0)
+    if more_ptr is None:
+        _sum_block(partial_ptr, out_ptr, splits, size, block, BLOCK_S, BLOCK)
+    else:
+        before = tl.cdiv(size, BLOCK)
+        if block < before:
+            _sum_block(partial_ptr, out_ptr, splits, size, block, BLOCK_S, BLOCK)
+        else:
+            _sum_block(
+                more_ptr, more_out_ptr, more_splits, more_size, block - before, BLOCK_S, BLOCK
+            )
 
 
 def sum_splits(
@@ -68,14 +91,39 @@ def sum_splits(
     Floor: 4 bytes for each partial result, and the bytes of the sums. A program waits for the
     memory ceil(splits / 32) times, 17 times for 528 splits.
     """
-    splits = partial.shape[0]
-    out = torch.empty(partial.shape[1:], dtype=dtype, device=partial.device)
-    config = configs.sum_splits_config(splits, out.numel(), partial.device)
-    _launch.launch(
-        stlm_sum_splits, _launch.ceil_div(out.numel(), config["BLOCK"]),
-        partial, out, splits, out.numel(), device=partial.device, **config,
-    )  # fmt: skip
-    return out
+    return sum_each([partial], [dtype])[0]
+
+
+def sum_each(
+    partials: Sequence[Tensor], dtypes: Sequence[torch.dtype], wanted: Sequence[bool] = (True, True)
+) -> list[Tensor]:
+    """`sum_splits` of one or two tensors in one launch; empty where not wanted."""
+    outs = [
+        torch.empty(x.shape[1:] if want else 0, dtype=dtype, device=x.device)
+        for x, dtype, want in zip(partials, dtypes, wanted, strict=False)
+    ]
+    operands: list[list[Any]] = [
+        [x, out, x.shape[0], out.numel()]
+        for x, out, want in zip(partials, outs, wanted, strict=False)
+        if want
+    ]
+    if not operands:
+        return outs
+    config = configs.sum_splits_config(
+        *max((x[2:] for x in operands), key=math.prod), outs[0].device
+    )
+    programs = sum(_launch.ceil_div(x[3], config["BLOCK"]) for x in operands)
+    more = operands[1] if len(operands) == 2 else [None, None, 0, 0]
+    _launch.launch(stlm_sum_splits, programs, *operands[0], *more, device=outs[0].device, **config)
+    return outs
+
+
+def sum_of_norms(
+    partials: Sequence[Tensor], weights: Sequence[Tensor | None], other: torch.dtype
+) -> list[Tensor]:
+    """Gradients of norm weights; empty, in the other dtype, of what is not there."""
+    dtypes = [other if weight is None else weight.dtype for weight in weights]
+    return sum_each(partials, dtypes, [weight is not None for weight in weights])
 
 
 @triton.jit

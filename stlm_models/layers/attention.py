@@ -156,7 +156,7 @@ class Attention(Joined):
         if rows.unused is not None:
             # Their output and gradients are zero, but zero times NaN in a projection is not.
             x = cleared(x, rows.unused)
-        q, k, v = self._heads(x, rows, residual)
+        q, k, v, x = self._heads(x, rows, residual)
         if cache is not None and rows.cu_seqlens is not None:
             cache.fill(k, v, rows.cu_seqlens)
         out = self._projected(self._mix(q, k, v, rows.cu_seqlens), x if residual else None)
@@ -176,17 +176,17 @@ class Attention(Joined):
             raise ValueError(f"x: expected shape {expected}, got {tuple(x.shape)}")
         rows = self.new_rows(x, cache=cache) if rows is None else rows
         x = x[:, 0]
-        q, k, v = self._heads(x, rows, residual)
+        q, k, v, x = self._heads(x, rows, residual)
         keys, values, lens = cache.append(k, v, slots=rows.slots)
         out = decode_attention(q.to(keys.dtype), keys, values, lens)
         return self._projected(out.to(q.dtype), x if residual else None)[:, None]
 
-    def _heads(self, x: Tensor, rows: Rows, normed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads(self, x: Tensor, rows: Rows, normed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return queries (..., T, H, K), keys and values (..., T, H_kv, K) of x (..., T, D), which
-        is normalised first if `normed`."""
+        is normalised first if `normed`; and x, to be added to what comes of them."""
         if normed and is_plain(self.query_key_value):
             read, (weight,) = operands(x, self.query_key_value)
-            return qkv_rope(
+            q, k, v, same = qkv_rope(
                 read,
                 None,
                 weight,
@@ -196,15 +196,17 @@ class Attention(Joined):
                 kv_heads=self.kv_heads,
                 q_weight=self.query_norm,
                 k_weight=self.key_norm,
+                residual=True,
                 eps=EPS,
             )
+            return q, k, v, same if read is x else x
         product = self.query_key_value(rms_norm(x) if normed else x)
         by_head = product.unflatten(-1, (-1, self.head_dim))
         q, k, v = by_head.split([self.heads, self.kv_heads, self.kv_heads], -2)
         q, k = qk_norm_rope(
             q, k, rows.cos, rows.sin, q_weight=self.query_norm, k_weight=self.key_norm
         )
-        return q, k, v
+        return q, k, v, x
 
     def _projected(self, mixed: Tensor, residual: Tensor | None) -> Tensor:
         """Return the output (..., D) of what the heads made, (..., H, K), plus the residual."""

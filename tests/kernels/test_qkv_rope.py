@@ -124,6 +124,20 @@ def test_groups_of_heads_and_columns_in_parts(
         assert_op_matches(SPEC, shape, way)
 
 
+@pytest.mark.lanes("cpu", "interpret", "compiled", "gpu")
+@pytest.mark.parametrize("gain", [{}, {"gain": "own"}])
+def test_x_that_goes_on_beside(gain: dict[str, str], way: Way) -> None:
+    """Compare it with x, and its gradient with the part of x's."""
+    sizes: Any = {"B": 2, "T": 33, "D": 72, "H": 2, "KV": 1, "K": 32, "norm": "qk", **gain}
+    assert_op_matches(SPEC, case(**sizes, residual="own"), way)
+    inputs = inputs_of(SPEC, case(**sizes), way)
+    out = qkv_rope(**inputs, residual=True, impl=way.impl)
+    assert torch.equal(out[3], inputs["x"])
+    assert out[3].data_ptr() == inputs["x"].data_ptr()
+    (alone,) = torch.autograd.grad(out[3], inputs["x"], torch.ones_like(out[3]))
+    assert torch.equal(alone, torch.ones_like(alone))
+
+
 @pytest.mark.usefixtures("chunked")
 def test_chunks_are_differentiated_twice_and_many_times_at_once() -> None:
     shape = case(B=2, T=9, D=6, H=1, KV=1, K=4, norm="qk", gain="own")
@@ -267,6 +281,7 @@ X, W, TABLE, GAIN = torch.zeros(2, 6, 64), torch.zeros(128, 64), torch.zeros(6, 
             IndexError,
             r"positions: expected values in \[0, 5\], got 6 at position 2",
         ),
+        ({"residual": 1}, ValueError, "residual: expected a bool, got 1"),
         ({"impl": "cuda"}, ValueError, "impl: expected one of"),
     ],
 )

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import _launch
-from ..._triton.tiles import segment_bounds, sum_splits
+from ..._triton.tiles import segment_bounds, sum_each
 from . import config as configs
 from .triton_impl import add_product, dot_plan, upstream_tile
 
@@ -133,4 +133,5 @@ def launch_bwd_gain(
         byte_ids, weight, cu, grad, by_slot, *sizes, run,
         D=width, MEAN=mean, device=grad.device, **config,
     )  # fmt: skip
-    return sum_splits(table, weight.dtype), sum_splits(by_slot, position_weight.dtype)
+    dtable, dgain = sum_each((table, by_slot), (weight.dtype, position_weight.dtype))
+    return dtable, dgain

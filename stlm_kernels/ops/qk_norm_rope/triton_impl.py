@@ -33,7 +33,7 @@ from ..._triton.rotary import (
     store_pairs,
     turned_back,
 )
-from ..._triton.tiles import sum_splits
+from ..._triton.tiles import sum_of_norms
 from . import config as configs
 
 
@@ -206,9 +206,7 @@ def launch_bwd(
         *(-1.0 if w is None else eps for w in (q_weight, k_weight)),
         **_constants(q, k, positions, interleaved), device=q.device, **config,
     )  # fmt: skip
-    parts = zip(partial.split(programs), (q_weight, k_weight), strict=True)
-    sums = (q.new_empty(0) if w is None else sum_splits(part, w.dtype) for part, w in parts)
-    return dq, dk, *sums
+    return dq, dk, *sum_of_norms(partial.split(programs), (q_weight, k_weight), q.dtype)
 
 
 def _with_rows(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ CASES = (
     case("smoke", B=2, T=15, D=64, H=4, KV=2, K=32, norm="qk", gain="own"),
     case("smoke", T=70, D=96, H=2, KV=1, K=32, norm="qk", positions="packed"),
     case("edge", B=3, T=9, D=72, H=3, KV=1, K=48, norm="q", positions="packed", gain="own"),
-    case("edge", B=2, T=11, D=64, H=1, KV=1, K=34, norm="k", positions="dense"),
+    case("edge", B=2, T=11, D=64, H=1, KV=1, K=34, norm="k", positions="dense", residual="own"),
     case("edge", T=130, D=80, H=1, KV=1, K=64, norm="none"),
     case("edge", T=13, D=300, H=2, KV=1, K=128, norm="qk", eps=0.5),
     case("edge", T=0, D=64, H=2, KV=1, K=32, norm="qk", gain="own"),
@@ -49,7 +49,8 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int)
         gain = 1 + 0.5 * torch.randn(dim, generator=rng, dtype=torch.float64)
         inputs["norm_weight"] = gain.to(device, fine)
     add_positions(inputs, case, rng, fine, device)
-    return inputs | {"heads": case["H"], "kv_heads": case["KV"], "eps": case.get("eps", 1e-6)}
+    inputs |= {"heads": case["H"], "kv_heads": case["KV"], "eps": case.get("eps", 1e-6)}
+    return inputs | ({"residual": True} if "residual" in case.sizes else {})
 
 
 def rows(case: Case) -> int:

@@ -20,9 +20,10 @@ def reference(
     *,
     heads: int,
     kv_heads: int,
+    residual: bool = False,
     eps: float = 1e-6,
     **options: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """The product one output column after the other, then the reference of qk_norm_rope."""
     normed = x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
     if norm_weight is not None:
@@ -31,7 +32,7 @@ def reference(
     by_head = product.unflatten(-1, (heads + 2 * kv_heads, -1))
     q, k, v = by_head[..., :heads, :], by_head[..., heads:-kv_heads, :], by_head[..., -kv_heads:, :]
     q, k = heads_of.reference(q, k, cos, sin, eps=eps, **options)
-    return q, k, v
+    return (q, k, v, x * 1) if residual else (q, k, v)
 
 
 def yardstick(
@@ -43,9 +44,10 @@ def yardstick(
     *,
     heads: int,
     kv_heads: int,
+    residual: bool = False,
     eps: float = 1e-6,
     **options: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """F.rms_norm, F.linear and the yardstick of qk_norm_rope: the ops of any library, in turn."""
     wide = torch.promote_types(x.dtype, torch.float32)
     gain = None if norm_weight is None else norm_weight.to(wide)
@@ -53,4 +55,5 @@ def yardstick(
     product = F.linear(normed, weight.to(x.dtype)).unflatten(-1, (heads + 2 * kv_heads, -1))
     q, k, v = product.split([heads, kv_heads, kv_heads], -2)
     q, k = heads_of.yardstick(q, k, cos, sin, eps=eps, **options)
-    return q, k, v.contiguous()
+    found = q, k, v.contiguous()
+    return (*found, x * 1) if residual else found

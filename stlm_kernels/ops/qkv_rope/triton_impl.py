@@ -13,9 +13,9 @@ Floor at T = 65,536, D = 256, 4 + 4 + 4 heads of 64: 25.8 GFLOP = 33 us at 790 T
 31 us at 4.3 TB/s forward; backward two products, 65 us, 168 MB. Counted on sm_90: 65 us forward,
 of L2, since each block of 128 rows reads the whole weight (issue 21, matrix 26); 151 backward, of
 which torch's products 56. A weight gradient of our own would cost 22 us of products for 133 MB less
-(31 us) and read x for each group of heads: no gain. DRAM both ways 743 MB, where F.rms_norm,
-F.linear and qk_norm_rope move 1,103 by arithmetic; of a whole layer see `bench.layer`. The product
-for x within `bwd_norm` would save 67 MB and read the weight from L2 for each block: 67 us, not 49.
+(31 us) and read x for each group of heads: no gain. Predicted where x is returned: `bwd_norm` reads
+34 MB more (7 us) in place of a sum of its own (101 MB, 21 us). The product for x within `bwd_norm`
+would save 67 MB and read the weight from L2 for each block: 67 us, not 49.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from ..._triton.rotary import (
     store_pairs,
     turned_back,
 )
-from ..._triton.tiles import dot_type, put, sum_splits
+from ..._triton.tiles import dot_type, put, sum_of_norms, sum_splits
 from . import config as configs
 
 
@@ -229,10 +229,11 @@ def stlm_qkv_rope_bwd(
 
 @triton.jit(do_not_specialize=["tokens", "run"])
 def stlm_qkv_rope_bwd_norm(
-    up_ptr, x_ptr, gain_ptr, dx_ptr, partial_ptr, tokens, run, stride, eps,
+    up_ptr, more_ptr, x_ptr, gain_ptr, dx_ptr, partial_ptr, tokens, run, stride, eps,
     D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A program walks a run of rows; `up` is g r with r = 1 / rms: dx = g r - x r^2 mean(g r x)."""
+    """A program walks a run of rows; `up` is g r with r = 1 / rms: dx = g r - x r^2 mean(g r x),
+    and `more` where x goes on beside."""
     program, tokens = tl.program_id(0).to(tl.int64), tokens.to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     STORED = up_ptr.dtype.element_ty
@@ -249,6 +250,9 @@ def stlm_qkv_rope_bwd_norm(
             up *= gain
         square = 1.0 / (tl.sum(x * x, 1) / D + eps)
         dx = up - x * (square * tl.sum(up * x, 1) / D)[:, None]
+        if more_ptr is not None:
+            mask = live[:, None] & (d < D)[None, :]
+            dx += tl.load(more_ptr + rows[:, None] * D + d[None, :], mask=mask, other=0.0)
         put(dx_ptr, dx, rows, live, D, 0, D, BLOCK_D)
     if gain_ptr is not None:
         tl.store(partial_ptr + program * D + d, tl.sum(sums, 0), mask=d < D)
@@ -290,6 +294,7 @@ def launch_bwd(
     grad_q: Tensor,  # (N, H, K)
     grad_k: Tensor,  # (N, H_kv, K)
     grad_v: Tensor,  # (N, H_kv, K)
+    grad_x: Tensor | None,  # (N, D)
     x: Tensor,  # (N, D)
     norm_weight: Tensor | None,
     weight: Tensor,
@@ -319,21 +324,19 @@ def launch_bwd(
     )  # fmt: skip
     dx, dgain = x.new_empty(0), x.new_empty(0)
     if want_x:
-        dx, dgain = _through_norm(dproduct @ matrix, rows, norm_weight, x.dtype, eps)
+        dx, dgain = _through_norm(dproduct @ matrix, grad_x, rows, norm_weight, x.dtype, eps)
     dweight = x.new_empty(0)
     if want_weight:
         dweight = _weight_gradient(dproduct, rows.to(dtype), norm_weight, weight.dtype)
-    by_head = partial.split([heads, kv_heads])
-    sums = (
-        x.new_empty(0) if w is None else sum_splits(part.flatten(0, 1), w.dtype)
-        for part, w in zip(by_head, (q_weight, k_weight), strict=True)
-    )
+    by_head = partial.flatten(0, 1).split([heads * blocks, kv_heads * blocks])
+    sums = sum_of_norms(by_head, (q_weight, k_weight), x.dtype)
     return dx, dgain, dweight, *sums
 
 
 def _through_norm(
-    up: Tensor, rows: Tensor, gain: Tensor | None, dtype: torch.dtype, eps: float
-) -> tuple[Tensor, Tensor]:
+    up: Tensor, more: Tensor | None, rows: Tensor, gain: Tensor | None, dtype: torch.dtype,
+    eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of rows and of their norm's weight, which is empty where there is none."""
     count, dim = rows.shape
     dx = torch.empty((count, dim), dtype=dtype, device=rows.device)
@@ -341,8 +344,8 @@ def _through_norm(
     splits, run = _launch.splits(count, 1, config.pop("PROGRAMS"), config["BLOCK"])
     partial = torch.empty((splits, dim), dtype=torch.float32, device=rows.device)
     _launch.launch(
-        stlm_qkv_rope_bwd_norm, splits, up, rows, _dense(gain), dx, partial, count, run,
-        rows.stride(0), eps, D=dim, BLOCK_D=_launch.block_of(dim, configs.MOST_DIM),
+        stlm_qkv_rope_bwd_norm, splits, up, _dense(more), rows, _dense(gain), dx, partial, count,
+        run, rows.stride(0), eps, D=dim, BLOCK_D=_launch.block_of(dim, configs.MOST_DIM),
         device=rows.device, **config,
     )  # fmt: skip
     return dx, rows.new_empty(0) if gain is None else sum_splits(partial, gain.dtype)

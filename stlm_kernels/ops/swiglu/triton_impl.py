@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import _launch
-from ..._triton.tiles import dot_type, sum_splits
+from ..._triton.tiles import dot_type, sum_each
 from . import config as configs
 
 
@@ -278,10 +278,7 @@ def launch_bwd(
     _launch.launch(
         stlm_swiglu_bwd_weights, splits * tiles, *given, *sums, total, run, **options, **config,
     )  # fmt: skip
-    dgate_up, ddown = (
-        sum_splits(part, each.dtype) if wanted else x.new_empty(0, dtype=each.dtype)
-        for part, each, wanted in zip(sums, (gate_up, down), wants[1:], strict=True)
-    )
+    dgate_up, ddown = sum_each(sums, (gate_up.dtype, down.dtype), wants[1:])
     return dx, dgate_up, ddown
 
 
