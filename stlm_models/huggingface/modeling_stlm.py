@@ -20,6 +20,7 @@ from stlm_models.config import BYTES
 from stlm_models.generation.engine import check_writes_bytes
 from stlm_models.layers.transformer import TransformerBlock
 
+from .apart_stlm import load_parts
 from .arguments_stlm import (
     Wanted,
     check_cache,
@@ -89,12 +90,13 @@ class STLMForCausalLM(PreTrainedModel, GenerationMixin):
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """Load as in transformers, but tensors that are missing or left over are an error.
 
-        With output_loading_info they are named there instead.
+        With output_loading_info they are named there instead. Joined matrices may lie apart.
 
         Raises:
             ValueError: naming them.
         """
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        load_parts(model, info, *args[:1], **kwargs)
         if output_loading_info:
             return model, info
         wrong = {kind: sorted(map(str, found)) for kind, found in info.items() if found}

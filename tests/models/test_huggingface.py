@@ -401,6 +401,40 @@ def test_a_saved_folder_loads_exactly(tmp_path: Path) -> None:
     assert list(info["missing_keys"]) == ["stlm.to_core.weight"]
 
 
+@pytest.mark.parametrize("shard", ["1GB", "20kB"])
+def test_a_folder_with_matrices_apart_loads(shard: str, tmp_path: Path) -> None:
+    """Load what 0.1.0 saved, in one file or several; a matrix that is not there stays missing."""
+    from safetensors.torch import load_file, save_file
+
+    model = one_model()
+    model.save_pretrained(tmp_path, max_shard_size=shard)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert (len(files) > 1) == (shard == "20kB")
+    apart = 0
+    for file in files:
+        tensors = load_file(file)
+        for path, module in model.named_modules():
+            for joined, rows in getattr(module, "joined", {}).items():
+                whole = tensors.pop(f"{path}.{joined}.weight", None)
+                if whole is not None:
+                    parts = whole.split(list(rows.values()))
+                    names = [f"{path}.{name}.weight" for name in rows]
+                    tensors |= dict(zip(names, map(torch.clone, parts), strict=True))
+                    apart += len(parts)
+        save_file(tensors, file, {"format": "pt"})
+    assert apart
+    loaded, info = STLMForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    auto = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    for each in (loaded, auto, STLMForCausalLM.from_pretrained(tmp_path)):
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(each.state_dict()[name], tensor)
+    lost = next(name for name in tensors if name.endswith((".query.weight", ".gate.weight")))
+    save_file({n: x for n, x in tensors.items() if n != lost}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match="missing_keys"):
+        STLMForCausalLM.from_pretrained(tmp_path)
+
+
 def test_the_folder_stands_without_this_package(tmp_path: Path, in_a_process: Any) -> None:
     """The copied files are enough, beside an installed stlm."""
     one_model().save_pretrained(tmp_path)
