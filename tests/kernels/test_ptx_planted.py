@@ -92,8 +92,8 @@ def test_rows_and_fragments_of_matrices(kernels: Any, name: str) -> None:
 
 
 STORE = r"(?m)^\s*(?:@!?%p\d+ )?st\.global[^;]*;"
-BEGINS_AS_ZEROS = {"stlm_unpool_runs"}
-"""Kernels whose result torch has filled: what they leave out is a zero, and a wrong value."""
+SILENT = {"stlm_unpool_runs", "stlm_qkv_rope_bwd"}
+"""Kernels whose result torch has filled, or multiplies: what they leave out is a wrong value."""
 
 
 def results(spec: OpSpec, case: Case, backward: bool) -> list[Tensor]:
@@ -121,6 +121,8 @@ def results(spec: OpSpec, case: Case, backward: bool) -> list[Tensor]:
         ("segment_pool", True),
         ("unpool", True),
         ("qk_norm_rope", False),
+        ("qkv_rope", True),
+        ("swiglu", True),
     ],
 )
 def test_elements_that_are_never_stored(
@@ -128,7 +130,8 @@ def test_elements_that_are_never_stored(
 ) -> None:
     """Each store of each kernel in turn is left out: whole rows, and those under a mask."""
     spec = OPS[name]
-    case = spec.tagged("smoke")[0]
+    # The second of swiglu has no norm: torch multiplies what is not written by the first one's.
+    case = spec.tagged("smoke")[name == "swiglu"]
     want = results(spec, case, backward)
     execute, stores = launch.execute, {}
 
@@ -136,8 +139,9 @@ def test_elements_that_are_never_stored(
         def run(text: str, *args: Any, **options: Any) -> Any:
             found = list(re.finditer(STORE, text))
             label = re.search(r"\.entry (\w+)", text)[1]
-            stores[label] = len(found)
-            if label == kernel:
+            # With one partial result the sum of splits has fewer stores than with two.
+            stores[label] = max(len(found), stores.get(label, 0))
+            if label == kernel and index < len(found):
                 begin, end = found[index].span()
                 text = text[:begin] + text[end:]
             return execute(text, *args, **options)
@@ -157,7 +161,7 @@ def test_elements_that_are_never_stored(
                 found.append(error.kind if isinstance(error, Fault) else str(error))
                 continue
             is_same = all(map(torch.equal, got, want))  # it stores nothing in this case
-            assert is_same or kernel in BEGINS_AS_ZEROS, f"{kernel}: store {index}"
+            assert is_same or kernel in SILENT, f"{kernel}: store {index}"
             found += [] if is_same else ["wrong"]
         assert found, kernel
         for text in found:
