@@ -156,16 +156,15 @@ class _NgramEmbedding(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         byte_ids, cu_seqlens = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[5:]
-        dtables = [
-            _library.run_backward(
-                _BWD, "ngram_embedding", grads[0], byte_ids, cu_seqlens, n, ctx.longest, multiplier,
-                rows, dtype,
-            )
-            if want
-            else None
-            for want, (n, multiplier, rows, dtype) in zip(wanted, ctx.tables, strict=True)
-        ]  # fmt: skip
+        wanted = [i for i, want in enumerate(ctx.needs_input_grad[5:]) if want]
+        sizes, multipliers, rows, dtypes = zip(*(ctx.tables[i] for i in wanted), strict=True)
+        whole = _library.run_backward(
+            _BWD, "ngram_embedding", grads[0], byte_ids, cu_seqlens, list(sizes),
+            list(multipliers), list(rows), ctx.longest, dtypes[0],
+        )  # fmt: skip
+        dtables: list[Tensor | None] = [None] * len(ctx.tables)
+        for i, part in zip(wanted, whole.split(rows), strict=True):
+            dtables[i] = part
         return None, None, None, None, None, *dtables
 
 
@@ -180,9 +179,11 @@ _FWD = _library.register(
 )
 _library.register_vmap_loop(_FWD)
 _BWD = _library.register(
-    "ngram_embedding_bwd(Tensor grad, Tensor byte_ids, Tensor? cu_seqlens, int n, "
-    "int longest, int multiplier, SymInt rows, ScalarType dtype) -> Tensor",
+    "ngram_embedding_bwd(Tensor grad, Tensor byte_ids, Tensor? cu_seqlens, int[] ngram_sizes, "
+    "int[] multipliers, SymInt[] table_rows, int longest, ScalarType dtype) -> Tensor",
     launcher="ngram_embedding:launch_bwd",
-    meta=lambda grad, rows, dtype: grad.new_empty((rows, grad.shape[1]), dtype=dtype),
-    flops=lambda grad: grad[0] * grad[1],
+    meta=lambda grad, table_rows, dtype: grad.new_empty(
+        (sum(table_rows), grad.shape[1]), dtype=dtype
+    ),
+    flops=lambda grad, table_rows: grad[0] * grad[1] * len(table_rows),
 )

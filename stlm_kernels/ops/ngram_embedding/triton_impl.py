@@ -9,24 +9,27 @@ reach memory. Floor: T + 2 T D bytes (bf16), and each table row once where the t
 L2: at 1M bytes, 32 columns and 4096 rows 68 MB = 16 us at 4.3 TB/s. Six tables of 50,000 x 128 (77
 MB) do not stay there, and pay up to 2 T D more for each. Adds: T x D for each table.
 
-Backward, one table at a time: dE[r] = sum of dY[t] over h(t) = r. The tables are too tall for a
-count matrix, and frequent n-grams forbid a program for each row alone. So `keys` are h(t), or M for
-bytes that are left out; torch's stable sort brings the bytes of a row together, in order;
-`bwd_heads` sums of each CHUNK sorted bytes the run that lies at its start; and `bwd` owns the rows:
-it adds a row's bytes up to the first boundary of a chunk, then the heads of the chunks that its run
-reaches. One of the two reads each gradient row, once, and none adds more than CHUNK rows and
+Backward, all tables together: dE[r] = sum of dY[t] over h(t) = r. The tables are too tall for a
+count matrix, and frequent n-grams forbid a program for each row alone. So `keys` are the rows of a
+byte in all tables, counted from the first row of the first one, or their number M for bytes that
+are left out; torch's stable sort brings the bytes of a row together, in order; `bwd_heads` sums of
+each CHUNK sorted bytes the run that lies at its start; and `bwd` owns the rows: it adds a row's
+bytes up to the first boundary of a chunk, then the heads of the chunks that its run reaches. One of
+the two reads each gradient row once for each table, and none adds more than CHUNK rows and
 T / CHUNK heads to a table row, whatever is frequent. Where rows have few bytes, a tile takes more
 rows. Both keep a tile of sums in the registers of one warp, rows of a run side by side, and add
 those up once at the end. The order follows from the keys and sizes: deterministic, no atomics, no
-synchronisation.
+synchronisation. However many tables there are, it is three launches beside the sort's.
 Floor: T + 2 T D + 2 M D bytes: 16 us at 1M bytes and D = 32 with 4096 rows. The sort comes on top:
 it moves its 10 or 12 bytes of key and position twice for every 8 bits of the key, which is why
-tables below 32,768 rows have 16-bit keys. The heads cost 8 D T / CHUNK bytes.
-Counted on sm_90 for six tables of 50,000 x 128 at 1M bytes of English: at least 501 us backward, by
-DRAM, of which keys take 71: each byte reads those before it off the alignment of a sector.
+fewer than 32,768 rows have 16-bit keys. The heads cost 8 D T / CHUNK bytes.
+Counted on sm_90 for six tables of 50,000 x 128 at 1M bytes of English: at least 308 us backward, by
+instructions; 501 us, most of it DRAM, where each table had launches and gradients of its own.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 import triton
@@ -101,45 +104,60 @@ def stlm_ngram_embedding_fwd(
     tl.store(out_ptr + rows[:, None] * D + columns[None, :], acc.to(stored), mask=mask)
 
 
-@triton.jit(do_not_specialize=["total", "n_documents", "n", "longest"])
+@triton.jit(do_not_specialize=["total", "n_documents", "longest"])
 def stlm_ngram_embedding_keys(
     ids_ptr, cu_ptr, keys_ptr,
-    total, n_documents, n, longest,
-    MULTIPLIER: tl.constexpr, ROWS: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, BLOCK: tl.constexpr,
+    total, n_documents, longest,
+    FIRST: tl.constexpr, LAST: tl.constexpr, MULTIPLIERS: tl.constexpr, ROWS: tl.constexpr,
+    OFFSETS: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The table row of each byte; ROWS for bytes that the gradient leaves out."""
+    """The row of each byte in each table, counted through all of them; the number of all rows for
+    bytes that the gradient leaves out."""
     first_row = tl.program_id(0).to(tl.int64) * BLOCK
     rows, start, live = _documents(cu_ptr, first_row, n_documents, total, HAS_DOCUMENTS, BLOCK)
     hashes = tl.zeros((BLOCK,), tl.int64)
     lowest = tl.zeros((BLOCK,), tl.int64)
-    hashes, lowest = _extend(ids_ptr, rows, start, live, hashes, lowest, 0, n, MULTIPLIER)
-    _, lowest = _extend(ids_ptr, rows, start, live, hashes, lowest, n, longest, MULTIPLIER)
-    keys = tl.where(live & (lowest >= 0), _floor_mod(hashes, ROWS), ROWS)
-    tl.store(keys_ptr + rows, keys.to(keys_ptr.dtype.element_ty), mask=rows < total)
+    _, lowest = _extend(ids_ptr, rows, start, live, hashes, lowest, 0, longest, 1)
+    for i in tl.static_range(len(ROWS)):
+        if FIRST[i] == 0:
+            hashes = tl.zeros((BLOCK,), tl.int64)
+        hashes, _ = _extend(
+            ids_ptr, rows, start, live, hashes, lowest, FIRST[i], LAST[i], MULTIPLIERS[i]
+        )
+        own = OFFSETS[i] + _floor_mod(hashes, ROWS[i])
+        keys = tl.where(live & (lowest >= 0), own, OFFSETS[len(ROWS)])
+        place = keys_ptr + i * total.to(tl.int64) + rows
+        tl.store(place, keys.to(keys_ptr.dtype.element_ty), mask=rows < total)
 
 
 @triton.jit
 def _add_runs(
-    acc, x_ptr, order_ptr, start, end, columns,
-    D: tl.constexpr, IS_ORDERED: tl.constexpr, BLOCK_K: tl.constexpr,
+    acc, x_ptr, order_ptr, start, end, total, columns,
+    D: tl.constexpr, TABLES: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """acc (BLOCK_P, BLOCK_K, BLOCK_D) and in it rows start[p] to end[p] of x, BLOCK_K at a time."""
+    """acc (BLOCK_P, BLOCK_K, BLOCK_D) and in it rows start[p] to end[p] of x, BLOCK_K at a time.
+
+    With TABLES these are places in the order of the keys of so many tables, of `total` bytes each.
+    """
     for first in range(0, tl.max(end - start).to(tl.int32), BLOCK_K):
         rows = start[:, None] + first + tl.arange(0, BLOCK_K)[None, :]
         inside = rows < end[:, None]
-        if IS_ORDERED:
+        if TABLES > 0:
             rows = tl.load(order_ptr + rows, mask=inside, other=0).to(tl.int64)
+            for _ in tl.static_range(TABLES - 1):
+                rows = tl.where(rows >= total, rows - total, rows)
         source = x_ptr + rows[:, :, None] * D + columns[None, None, :]
         x = tl.load(source, mask=inside[:, :, None] & (columns < D)[None, None, :], other=0.0)
         acc += x.to(tl.float32)
     return acc
 
 
-@triton.jit(do_not_specialize=["n_rows", "chunks"])
+@triton.jit(do_not_specialize=["n_rows", "total", "chunks"])
 def stlm_ngram_embedding_bwd_heads(
     grad_ptr, keys_ptr, order_ptr, runs_ptr, heads_ptr,
-    n_rows, chunks,
-    D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    n_rows, total, chunks,
+    D: tl.constexpr, TABLES: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """heads[c]: the part of the run that lies at the start of chunk c."""
     program = tl.program_id(0).to(tl.int64)
@@ -149,16 +167,18 @@ def stlm_ngram_embedding_bwd_heads(
     end = tl.load(runs_ptr + key + 1, mask=key < n_rows, other=0).to(tl.int64)
     end = tl.minimum(end, (chunk + 1) * CHUNK)
     acc = tl.zeros((1, BLOCK_K, BLOCK_D), tl.float32)
-    acc = _add_runs(acc, grad_ptr, order_ptr, chunk * CHUNK, end, columns, D, True, BLOCK_K)
+    acc = _add_runs(
+        acc, grad_ptr, order_ptr, chunk * CHUNK, end, total, columns, D, TABLES, BLOCK_K
+    )
     place = heads_ptr + chunk[:, None] * D + columns[None, :]
     tl.store(place, tl.sum(acc, 1), mask=(columns < D)[None, :])
 
 
-@triton.jit(do_not_specialize=["n_rows", "blocks"])
+@triton.jit(do_not_specialize=["n_rows", "total", "blocks"])
 def stlm_ngram_embedding_bwd(
     grad_ptr, order_ptr, runs_ptr, heads_ptr, out_ptr,
-    n_rows, blocks,
-    D: tl.constexpr, CHUNK: tl.constexpr,
+    n_rows, total, blocks,
+    D: tl.constexpr, TABLES: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
@@ -170,9 +190,11 @@ def stlm_ngram_embedding_bwd(
     first_head = tl.cdiv(start, CHUNK)
     before_heads = tl.minimum(end, first_head * CHUNK)
     acc = tl.zeros((BLOCK_P, BLOCK_K, BLOCK_D), tl.float32)
-    acc = _add_runs(acc, grad_ptr, order_ptr, start, before_heads, columns, D, True, BLOCK_K)
     acc = _add_runs(
-        acc, heads_ptr, order_ptr, first_head, tl.cdiv(end, CHUNK), columns, D, False, BLOCK_K
+        acc, grad_ptr, order_ptr, start, before_heads, total, columns, D, TABLES, BLOCK_K
+    )
+    acc = _add_runs(
+        acc, heads_ptr, order_ptr, first_head, tl.cdiv(end, CHUNK), total, columns, D, 0, BLOCK_K
     )
     mask = own[:, None] & (columns < D)[None, :]
     place = out_ptr + rows[:, None] * D + columns[None, :]
@@ -222,54 +244,66 @@ def launch_bwd(
     grad: Tensor,  # (T, D)
     byte_ids: Tensor,  # (T,)
     cu_seqlens: Tensor | None,  # (S+1,) int32
-    n: int,
+    ngram_sizes: list[int],
+    multipliers: list[int],
+    table_rows: list[int],
     longest: int,
-    multiplier: int,
-    rows: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """(rows, D) gradient of the table of n-grams, in a call whose longest n is `longest`."""
+    """(sum of table_rows, D): the gradients of some tables, one below the other, of a call whose
+    longest n-gram is `longest`."""
     (total, width), device = grad.shape, grad.device
-    grad = grad.contiguous()
-    keys = _keys(byte_ids, cu_seqlens, n, longest, multiplier, rows)
+    grad, rows, tables = grad.contiguous(), sum(table_rows), len(table_rows)
+    keys = _keys(byte_ids, cu_seqlens, ngram_sizes, multipliers, table_rows, longest)
     keys, order = torch.sort(keys, stable=True)
     every = torch.arange(rows + 1, device=device, dtype=keys.dtype)
-    runs = torch.searchsorted(keys, every, out_int32=True)
+    runs = torch.searchsorted(keys, every, out_int32=len(keys) < 2**31)
 
-    config = configs.bwd_heads_config(total, width, grad.dtype, device)
+    config = configs.bwd_heads_config(len(keys), width, grad.dtype, device)
     chunk = config["CHUNK"]
-    chunks = _launch.ceil_div(total, chunk)
+    chunks = _launch.ceil_div(len(keys), chunk)
     heads = torch.empty((chunks, width), dtype=torch.float32, device=device)
     _launch.launch(
         stlm_ngram_embedding_bwd_heads, chunks * _launch.ceil_div(width, config["BLOCK_D"]),
-        grad, keys, order, runs, heads, rows, chunks,
-        D=width, device=device, **config,
+        grad, keys, order, runs, heads, rows, total, chunks,
+        D=width, TABLES=tables, device=device, **config,
     )  # fmt: skip
 
     out = torch.empty((rows, width), dtype=dtype, device=device)
-    config = configs.bwd_config(total, rows, width, grad.dtype, device)
+    config = configs.bwd_config(len(keys), rows, width, grad.dtype, device)
     blocks = _launch.ceil_div(rows, config["BLOCK_P"])
     _launch.launch(
         stlm_ngram_embedding_bwd, blocks * _launch.ceil_div(width, config["BLOCK_D"]),
-        grad, order, runs, heads, out, rows, blocks,
-        D=width, CHUNK=chunk, device=device, **config,
+        grad, order, runs, heads, out, rows, total, blocks,
+        D=width, TABLES=tables, CHUNK=chunk, device=device, **config,
     )  # fmt: skip
     return out
 
 
 def _keys(
-    byte_ids: Tensor, cu_seqlens: Tensor | None, n: int, longest: int, multiplier: int, rows: int
-) -> Tensor:  # (T,)
+    byte_ids: Tensor,
+    cu_seqlens: Tensor | None,
+    ngram_sizes: list[int],
+    multipliers: list[int],
+    table_rows: list[int],
+    longest: int,
+) -> Tensor:  # (tables T,)
     """Keys that the backward sorts by, as narrow as may be: a radix sort takes time by the bit."""
-    ids, total = byte_ids.contiguous(), byte_ids.shape[0]
-    keys = torch.empty(total, dtype=torch.int16 if rows < 2**15 else torch.int32, device=ids.device)
+    ids, total, rows = byte_ids.contiguous(), byte_ids.shape[0], sum(table_rows)
+    dtype = torch.int16 if rows < 2**15 else torch.int32 if rows < 2**31 else torch.int64
+    keys = torch.empty(len(table_rows) * total, dtype=dtype, device=ids.device)
     cu, documents = _documents_of(ids, cu_seqlens)
+    order, first = _walks(ngram_sizes, multipliers)
+    offsets = (0, *itertools.accumulate(table_rows))
     config = configs.keys_config(total, ids.device)
     _launch.launch(
         stlm_ngram_embedding_keys, _launch.ceil_div(total, config["BLOCK"]),
-        ids, cu, keys, total, documents, n, longest,
-        MULTIPLIER=multiplier, ROWS=rows, HAS_DOCUMENTS=cu_seqlens is not None,
-        device=ids.device, **config,
+        ids, cu, keys, total, documents, longest,
+        FIRST=first, LAST=tuple(ngram_sizes[i] for i in order),
+        MULTIPLIERS=tuple(multipliers[i] for i in order),
+        ROWS=tuple(table_rows[i] for i in order),
+        OFFSETS=(*(offsets[i] for i in order), rows),
+        HAS_DOCUMENTS=cu_seqlens is not None, device=ids.device, **config,
     )  # fmt: skip
     return keys
 
