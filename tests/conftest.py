@@ -38,6 +38,7 @@ FENCES_MAY_LACK = {
     "stlm_linear_logprobs_bwd_weight": ("3.6", "3.7", "3.8"),
     "stlm_attention_fwd": ("3.6",),
     "stlm_attention_bwd_q": ("3.6",),
+    "stlm_attention_bwd_kv": ("3.6",),
 }
 """Kernels of which the compiled lane accepts faults of the kind "proxy", by releases of triton.
 

@@ -9,7 +9,7 @@ OFF_ALIGNMENT = "the elements before a thread's own begin off the alignment of a
 BISECTION = "a bisection looks into as many sectors as it has probes"
 ACCEPTED: Accesses = {
     ("stlm_unpool_runs", "sectors"): (1.22, f"{OFF_ALIGNMENT}; runs begin and end anywhere"),
-    ("stlm_ngram_embedding_keys", "sectors"): (1.55, f"{OFF_ALIGNMENT}: one to seven bytes back"),
+    ("stlm_ngram_embedding_keys", "sectors"): (1.38, f"{OFF_ALIGNMENT}: one to seven bytes back"),
     ("stlm_ema_unpool_links", "sectors"): (1.25, f"{BISECTION}, for documents of few patches"),
     ("stlm_long_segments", "sectors"): (1.25, "16 notes a program, off the alignment by one part"),
     ("stlm_find_patches_blocks", "sectors"): (

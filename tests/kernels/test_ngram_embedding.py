@@ -203,6 +203,38 @@ def test_hot_rows_of_many_chunks(way: Way, rows: int) -> None:
 
 
 @EVERY_RESULT_LANE
+@pytest.mark.parametrize("last_rows", [5, 2**15])
+def test_tables_of_one_backward_keep_apart(way: Way, last_rows: int) -> None:
+    """Tables in no order, one of them frozen; together they pass the rows of 16-bit keys."""
+    sizes, multipliers = (3, 1, 2, 1), (PRIMES[0], 31, PRIMES[0], 31)
+    ids = torch.cat([ints(5).expand(37), torch.arange(40), ints(7).expand(23)])
+    ids, cu = ids.to(way.device, torch.uint8), ints(0, 30, 30, 90).to(way.device)
+    tables = [torch.zeros(n, 3, dtype=way.dtype, device=way.device) for n in (7, 4, 9, last_rows)]
+    moving = [table.requires_grad_() for i, table in enumerate(tables) if i != 2]
+    options: dict[str, Any] = {"ngram_sizes": sizes, "multipliers": multipliers, "cu_seqlens": cu}
+    with _launch.overriding({"ngram_embedding_bwd_heads": {"CHUNK": 8}}):
+        out = ngram_embedding(ids, tables, impl=way.impl, **options)
+        upstream = (torch.arange(out.numel()).view(out.shape) % 7 - 3).to(out)
+        grads = torch.autograd.grad(out, moving, upstream)
+    wide = [table.detach().cpu().double().requires_grad_() for table in tables]
+    options["cu_seqlens"] = cu.cpu()
+    reference_out = reference(ids.cpu(), wide, **options)
+    want = torch.autograd.grad(reference_out, [wide[0], wide[1], wide[3]], upstream.cpu().double())
+    assert all(got.tolist() == x.tolist() for got, x in zip(grads, want, strict=True))
+
+
+def test_all_tables_share_the_launches_of_the_backward() -> None:
+    tables = [torch.zeros(40, 16, requires_grad=True) for _ in range(3)]
+    names: list[str] = []
+    with _launch.recording(lambda kernel, *_: names.append(kernel.fn.__name__)):
+        out = ngram_embedding(ints(1, 2, 3), tables, ngram_sizes=(2, 3, 4), impl="triton")
+        torch.autograd.grad(out, tables, torch.ones_like(out))
+    assert [name.removeprefix("stlm_ngram_embedding_") for name in names] == [
+        "fwd", "keys", "bwd_heads", "bwd",
+    ]  # fmt: skip
+
+
+@EVERY_RESULT_LANE
 def test_nan_reaches_no_row_but_its_own(way: Way) -> None:
     ids = ints(1, 2, 1, 3).to(way.device)
     table = torch.zeros(8, 2, dtype=way.dtype, device=way.device).requires_grad_()
