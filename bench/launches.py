@@ -7,7 +7,9 @@ such a byte costs more, and both are shown. How launches are counted: `bench/har
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -78,20 +80,30 @@ def decoded_byte(config: ModelConfig, *, closes: bool) -> Launches:
     return launches
 
 
-def row(name: str, what: str, launches: Launches) -> dict[str, Any]:
+def byte_layer(config: ModelConfig) -> Counter[str]:
+    """Count what one more layer of the decoder adds to a step, forward and backward."""
+    more = replace(config, decoder_layers=config.decoder_layers + 1)
+    return training_step(more).by_name - training_step(config).by_name
+
+
+def row(name: str, what: str, launches: Counter[str]) -> dict[str, Any]:
     """Return what was counted, with the launches of each kind, most first."""
-    kinds = dict(launches.by_name.most_common())
-    return {"preset": name, "what": what, "launches": launches.total, "kinds": kinds}
+    kinds = dict(launches.most_common())
+    return {"preset": name, "what": what, "launches": launches.total(), "kinds": kinds}
 
 
 def counted(name: str) -> list[dict[str, Any]]:
     """Count a step of a preset, and where it writes bytes a decoded one of either kind."""
     config = preset(name)
-    found = [row(name, "step", training_step(config))]
+    found = [
+        row(name, "step", training_step(config).by_name),
+        row(name, "layer of bytes", byte_layer(config)),
+    ]
     if config.tokens == "bytes":
-        found.append(row(name, "byte", decoded_byte(config, closes=False)))
+        found.append(row(name, "byte", decoded_byte(config, closes=False).by_name))
         if config.patch_rule != "none":
-            found.append(row(name, "byte that closes a patch", decoded_byte(config, closes=True)))
+            closing = decoded_byte(config, closes=True).by_name
+            found.append(row(name, "byte that closes a patch", closing))
     return found
 
 
