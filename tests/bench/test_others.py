@@ -13,6 +13,7 @@ from torch import Tensor
 from bench.harness.jobs import CaseData
 from bench.peers import PEERS, attention_varlen, installed
 from bench.peers import linear_cross_entropy as losses
+from bench.peers import swiglu as gates
 from stlm_kernels.registry import OPS
 from stlm_kernels.spec import case
 
@@ -55,6 +56,26 @@ def test_losses_of_others(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert data.errors_of(entry, entry.function)["out"] < 1e-5
     with_cap = case(N=40, D=32, V=260, reduction="none", cap=5.0)
     assert "not used with cap" in str(entry.unsupported(with_cap))
+
+
+def _norm(
+    x: Tensor, weight: Any, eps: float, offset: float, casting_mode: str, in_place: bool
+) -> Tensor:
+    assert (offset, casting_mode, in_place) == (0, "llama", False)
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_norm_and_gate_of_liger(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {
+        gates._NORM: SimpleNamespace(apply=_norm),
+        gates._GATE: SimpleNamespace(apply=lambda gate, up: F.silu(gate) * up),
+    }
+    monkeypatch.setattr(installed, "_found", lambda module, name: (given[module, name], None))
+    spec = OPS["swiglu"]
+    entry = next(x for x in PEERS[spec.name] if x.name == "Liger")
+    data = CaseData(spec, spec.tagged("smoke")[index], torch.float32, CPU)
+    assert data.errors_of(entry, entry.function)["out"] < 1e-5
 
 
 @pytest.mark.parametrize("causal", [0, 1])
