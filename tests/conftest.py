@@ -34,16 +34,6 @@ LANES_MAY_DIFFER = {
     ),
 }
 """Kernels of which the compiled lane accepts faults of the kind "lanes", and why."""
-FENCES_MAY_LACK = {
-    "stlm_linear_logprobs_bwd_weight": ("3.6", "3.7", "3.8"),
-    "stlm_attention_fwd": ("3.6",),
-    "stlm_attention_bwd_q": ("3.6",),
-    "stlm_attention_bwd_kv": ("3.6",),
-}
-"""Kernels of which the compiled lane accepts faults of the kind "proxy", by releases of triton.
-
-The compiler takes a copy's issue for its write: the fence stands before the wait (docs/ptx.md).
-"""
 # Values, then what only a GPU shows: minutes there may be cut off.
 FIRST_ON_A_GPU = {"test_ops": 0, "test_gpu": 1}
 
@@ -210,13 +200,12 @@ def compiled_kernels_run_here(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def is_accepted(fault: Any) -> bool:
-    """Return whether the compiler makes this fault and a reason for it stands above."""
-    import triton
+    """Return whether the compiler makes this fault and a reason for it is written down."""
+    from helpers.fences import may_lack_fences
 
     if fault.kind == "lanes":
         return fault.kernel in LANES_MAY_DIFFER
-    release = ".".join(triton.__version__.split(".")[:2])
-    return release in FENCES_MAY_LACK.get(fault.kernel, ())
+    return may_lack_fences(fault.kernel)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -60,8 +60,13 @@ PINNED: Spills = {
 """Spills of the pinned triton."""
 
 SIZED_FOR_PINNED = "none in the pinned triton, for whose assembler the tile is sized"
+FEWER_IN_PINNED = "fewer in the pinned triton, for whose assembler the tile is sized"
 OTHERS: dict[str, Spills] = {
     "3.6": {
+        ("stlm_linear_sample_fwd", 90): (9, f"16 bytes, {FP32}; {SIZED_FOR_PINNED}"),
+        ("stlm_qkv_rope_bwd", 90): (15, f"24 bytes, at D = 256; {FEWER_IN_PINNED}"),
+        ("stlm_swiglu_fwd", 90): (2, f"8 bytes, at D = 256; {SIZED_FOR_PINNED}"),
+        ("stlm_swiglu_bwd_weights", 90): (27, f"48 bytes, at D = 256; {FEWER_IN_PINNED}"),
         ("stlm_attention_bwd_kv", 90): (36, f"at K = 48, most under autocast; {SIZED_FOR_PINNED}"),
         ("stlm_attention_bwd_q", 90): (27, f"at K = 64, with documents; {SIZED_FOR_PINNED}"),
         ("stlm_linear_logprobs_fwd", 90): (
@@ -70,13 +75,23 @@ OTHERS: dict[str, Spills] = {
         ),
     },
     "3.8": {
-        ("stlm_attention_fwd", 90): (5, f"at K = 48, {FP32}; {SIZED_FOR_PINNED}"),
+        ("stlm_attention_fwd", 90): (
+            20,
+            f"32 bytes, at K = 64, with a window; 5 at K = 48, {FP32}; {SIZED_FOR_PINNED}",
+        ),
         ("stlm_linear_logprobs_bwd_weight", 90): (
             4,
             f"16 bytes, with class weights, {FP32}; {SIZED_FOR_PINNED}",
         ),
     },
     "3.9": {
+        ("stlm_byte_pool_fwd_product", 90): (86, f"168 bytes, {FEWER_IN_PINNED}"),
+        ("stlm_byte_pool_bwd", 90): (6, f"16 bytes, at D = 768, {FP32}; {SIZED_FOR_PINNED}"),
+        ("stlm_linear_logprobs_fwd", 90): (326, f"736 bytes, at D = 128; {SIZED_FOR_PINNED}"),
+        ("stlm_linear_logprobs_dlogits", 90): (204, f"432 bytes, at D = 512; {SIZED_FOR_PINNED}"),
+        ("stlm_linear_logprobs_bwd", 90): (10, f"16 bytes, at D = 128; {SIZED_FOR_PINNED}"),
+        ("stlm_attention_fwd", 90): (30, f"64 bytes, with a window; {SIZED_FOR_PINNED}"),
+        ("stlm_swiglu_bwd_weights", 90): (128, f"280 bytes, at D = 256; {FEWER_IN_PINNED}"),
         ("stlm_ema_unpool_smooth", 90): (2, f"8 bytes; {SIZED_FOR_PINNED}"),
         ("stlm_segment_pool_bwd", 90): (2, f"8 bytes, under autocast; {SIZED_FOR_PINNED}"),
         ("stlm_attention_bwd_q", 90): (20, f"at K = 64, with a window; {SIZED_FOR_PINNED}"),

@@ -131,7 +131,7 @@ def test_flops_of_products() -> None:
         a, b = torch.randn(64, 128).bfloat16(), torch.randn(128, 64).bfloat16()
         done = ptx.run(
             ptx_kernels.multiply, (1,), a, b, torch.empty(64, 64), 128, arch=arch, costs=True,
-            M=64, N=64, K=32, num_warps=4,
+            M=64, N=64, K=32, num_warps=4, collect=["proxy"],
         )  # fmt: skip
         assert done.counts.costs is not None
         assert done.counts.costs.counts["matrix_flops_bf16"] == 2 * 64 * 64 * 128
