@@ -9,6 +9,7 @@ memory is that of the process.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -39,6 +40,10 @@ def measure(other: Side, here: Side, llama: Side | None, given: Record, steps: i
     return turns.by_turns(sides, steps)
 
 
+def has_transformers() -> bool:
+    return importlib.util.find_spec("transformers") is not None
+
+
 @terminal.command()
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = terminal.argument_parser("bench.generation_speed", __doc__)
@@ -61,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     add_result_options(parser)
     options = parser.parse_args(arguments)
+    if options.llama and not has_transformers():
+        parser.error("--llama: expected transformers installed (pip install '.[hf]'), found none")
     path = result_path(options.json, "generation-speed", parser)
     about = environment.describe(torch.device("cpu"), options.commit)
     settings = {"new_bytes": options.new_bytes, "threads": options.threads}

@@ -90,6 +90,7 @@ def test_the_command_and_its_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(generation_speed, "Side", Answers)
+    monkeypatch.setattr(generation_speed, "has_transformers", lambda: True)
     path = tmp_path / "speed.json"
     arguments = ["--steps", "2", "--batch-size", "1", "4", "--llama", "--commit", "abc"]
     assert generation_speed.main([*arguments, "--json", str(path)]) == 0
@@ -106,3 +107,13 @@ def test_the_command_and_its_file(
     said = capsys.readouterr().out
     assert "3.00 times the speed, 3.00 by CPU time, 0.75 of the peak" in said
     assert "and of the Llama:  1.50 times the speed" in said
+
+
+def test_a_llama_needs_transformers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(generation_speed, "has_transformers", lambda: False)
+    with pytest.raises(SystemExit) as ended:
+        generation_speed.main(["--llama"])
+    assert ended.value.code == 2
+    assert "--llama: expected transformers installed" in capsys.readouterr().err

@@ -145,7 +145,7 @@ def test_a_tile_too_large_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
         reports = inspect_op(spec, spec.tagged("aot")[0], 90, disassemble=False)
     backward = next(r for r in reports if r.kernel == "stlm_byte_pool_bwd")
     assert backward.spill_instructions > 0
-    with pytest.raises(AssertionError, match="0 allowed"):
+    with pytest.raises(AssertionError, match=r"\d spills, \d+ allowed"):
         assert_fits(backward)
     key, spills = (backward.kernel, 90), backward.spill_instructions
     monkeypatch.setitem(SPILLS_ALLOWED, key, (spills, "as many as there are"))
