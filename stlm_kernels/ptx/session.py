@@ -17,7 +17,7 @@ from ..inspect import gpu_for
 from ..testing import fresh_memory
 from .launch import Execution, run
 from .memory import LINE, Shadow, bytes_at, new_shadow
-from .torch_ops import TorchOp, is_tracing, watching
+from .torch_ops import TorchOp, watching
 
 MAPPED_BYTES = 1 << 26
 """Larger memory comes from the system, which clears it."""
@@ -38,7 +38,7 @@ class Session:
 
     def note(self, x: Tensor) -> Tensor:
         """Remember a tensor whose memory nothing has written yet."""
-        if is_tracing() or isinstance(x, FakeTensor):
+        if isinstance(x, FakeTensor):
             return x
         storage = x.untyped_storage()
         if x.device.type == "cpu" and storage.nbytes():

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._guards import TracingContext
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -54,8 +53,6 @@ class _Watch(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if is_tracing():
-            return func(*args, **kwargs)
         if func.namespace != "aten":
             with self:  # what an op of a library does inside counts, not the op itself
                 return func._op_dk(torch._C.DispatchKey.CPU, *args, **kwargs)
@@ -89,11 +86,6 @@ def _zeros_of(func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
     shapes = torch.utils._pytree.tree_map(to_meta, (args, kwargs))
     out = func(*shapes[0], **shapes[1])
     return torch.utils._pytree.tree_map(lambda x: torch.zeros_like(x, device="cpu"), out)
-
-
-def is_tracing() -> bool:
-    """Return whether torch.compile traces a program, whose tensors hold nothing then."""
-    return TracingContext.try_get() is not None
 
 
 @contextmanager
