@@ -161,7 +161,7 @@ def _row(path: Path, pointer: str) -> dict[str, Any]:
 
 
 def test_the_shown_end_of_a_training_run_is_that_of_its_file() -> None:
-    path = ROOT / "bench/results/train-demo-bf16-products-cpu-2026-12-01.json"
+    path = ROOT / "bench/results/train-demo-make-train-cpu-2026-12-01.json"
     result = json.loads(path.read_text())["rows"][0]
     others = ", ".join(f"{name}: {bits:.4f}" for name, bits in result["compressors"].items())
     ours = f"{result['held_out_bytes']:,} bytes: {result['bits_per_byte']:.4f} bits per byte"
