@@ -1,19 +1,23 @@
 """`@triton.jit` helpers that count the bytes of patches: how often a patch holds each id.
 
-32 slots of a patch are bit planes: bit s of plane k is bit k of the id in slot s. The slots that
-hold an id are the AND of its planes or their complements, and their number is the count, whatever
-the lengths of the patches. Importing this imports triton.
+32 slots of a patch are bit planes: each bit of plane k is bit k of the id in one slot. The slots
+that hold an id are the AND of its planes or their complements, and their number is the count,
+whatever the lengths of the patches. Importing this imports triton.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
+from torch.nn.functional import pad
 
 from .tiles import segment_at
 
 SLOTS = tl.constexpr(32)
 """Slots counted at a time."""
+IDS = tl.constexpr(2048)
+"""Ids looked at together to find the largest."""
 PATCH_WORK = tl.constexpr(32)
 """Bytes that a patch of its own is worth where work is shared out."""
 
@@ -30,53 +34,131 @@ def share_start(cu_ptr, work, n_patches, total):
     return patch, tl.minimum(byte, total).to(tl.int32)
 
 
-@triton.jit
-def _slot_words(ids_ptr, start, length, first_row, rows, CHECKED: tl.constexpr):
-    """(patches, 4) words of rows, and of 1 where there is one: byte i of word j is slot 8 i + j.
+def whole_words(ids: Tensor) -> Tensor:
+    """Ids in memory that begins and ends with words of 4 bytes: a copy where it does not."""
+    ids = ids.contiguous()
+    each = max(1, 4 // ids.element_size())
+    if ids.storage_offset() % each or ids.shape[0] % each:
+        return pad(ids, (0, -ids.shape[0] % each))
+    return ids
 
-    A row is an id less first_row, in [0, rows).
-    """
-    words = tl.zeros((length.shape[0], 4), tl.int32)
-    live = tl.zeros((length.shape[0], 4), tl.int32)
-    slot = tl.arange(0, 4)
-    here = ids_ptr + (start[:, None] + slot[None, :])
-    for i in tl.static_range(4):
-        inside = slot[None, :] + 8 * i < length[:, None]
-        row = tl.load(here + 8 * i, mask=inside, other=0)
-        if CHECKED:
-            row -= first_row
-            good = inside & (row >= 0) & (row < rows)
-            row = tl.where(good, row, 0)
-            live |= good.to(tl.int32) << (8 * i)
-        words |= row.to(tl.int32) << (8 * i)
-    return words, live
+
+@triton.jit
+def largest_id(ids_ptr, first, last):
+    """Return the largest id of the bytes from `first` to `last`, or 0."""
+    largest = tl.zeros((IDS,), ids_ptr.dtype.element_ty)
+    for at in range(first, last, IDS):
+        here = at + tl.arange(0, IDS)
+        largest = tl.maximum(largest, tl.load(ids_ptr + here, mask=here < last, other=0))
+    return tl.max(largest)
+
+
+@triton.jit
+def window_of(start):
+    """First slot of a patch that begins at `start`: slots begin at whole words."""
+    return start & -4
+
+
+@triton.jit
+def reach_of(start, end):
+    """Slots from the first to the last byte of each patch; 0 of an empty one."""
+    return tl.where(end > start, end - window_of(start), 0)
+
+
+@triton.jit
+def _word(ids_ptr, window, end, WORD: tl.constexpr, EACH: tl.constexpr):
+    """(patches, 4) words of EACH ids, those from WORD on, zeros where they begin behind `end`."""
+    # Neighbours would be one thread's, which leaves others the same patches again.
+    word = tl.max_contiguous(WORD + tl.arange(0, 4), 1)
+    inside = EACH * word[None, :] < (end - window)[:, None]
+    if EACH == 1:
+        first = ids_ptr + window
+    else:
+        first = ids_ptr.to(tl.pointer_type(tl.int32)) + (window >> (EACH // 2))
+    return tl.load(first[:, None] + word[None, :], mask=inside, other=0)
+
+
+@triton.jit
+def _low_bytes(ids_ptr, window, end, above, FIRST: tl.constexpr, EACH: tl.constexpr):
+    """(patches, 4) words of the low bytes of four ids, and of bytes with bit 7 where the rest of an
+    id is not `above`; slots are in the order of `_first_slots`."""
+    if EACH == 4:
+        words = _word(ids_ptr, window, end, FIRST, EACH)
+        return words, words * 0 + tl.where(above > 0, -1, 0)
+    elif EACH == 2:
+        words = _word(ids_ptr, window, end, FIRST, EACH)
+        more = _word(ids_ptr, window, end, FIRST + 8, EACH)
+        low = (words & 0x00FF00FF) | ((more & 0x00FF00FF) << 8)
+        high = ((words >> 8) & 0x00FF00FF) | (more & -0x00FF0100)
+        high ^= (above & 127) * 0x01010101
+        # Negative ids have 128 or more there, as no row has.
+        return low, ((high & 0x7F7F7F7F) + 0x7F7F7F7F) | high | tl.where(above > 127, -1, 0)
+    else:
+        low = tl.zeros((window.shape[0], 4), tl.int32)
+        unlike = tl.zeros((window.shape[0], 4), tl.int32)
+        for i in tl.static_range(4):
+            ids = _word(ids_ptr, window, end, FIRST + 8 * i, EACH)
+            low |= (ids & 0xFF).to(tl.int32) << (8 * i)
+            unlike |= ((ids >> 8) != above).to(tl.int32) << (8 * i + 7)
+        return low, unlike
 
 
 @triton.jit
 def _plane(words, more, bit):
-    """(patches,) int32: bit `bit` of the row in each of 32 slots, four and four from two words."""
+    """(patches,) int32: bit `bit` of the byte in each of 32 slots, four and four from two words."""
     bits = ((words >> bit) & 0x01010101) | (((more >> bit) & 0x01010101) << 4)
     return tl.sum(bits << tl.arange(0, 4)[None, :], 1)
 
 
 @triton.jit
-def slots_inside(length):
-    """(patches,) int32: a bit for each of the 32 slots that is one of the patch's."""
-    inside = (1 << tl.minimum(tl.maximum(length, 0), 31)) - 1
-    return tl.where(length < SLOTS, inside, -1)
+def _first_slots(count, EACH: tl.constexpr):
+    """(patches,) int32: a bit for each of the first `count` of 32 slots.
+
+    The bits of planes are in an order that memory has at hand: id i of word w is bit 32 / EACH x
+    i + w, which is bit w % 8 % 4 + 4 (w // 4 % 2) of a byte.
+    """
+    count = tl.minimum(tl.maximum(count, 0), SLOTS)
+    if EACH == 1:
+        return tl.where(count < SLOTS, (1 << tl.minimum(count, 31)) - 1, -1)
+    else:
+        ONES: tl.constexpr = 0x01010101 if EACH == 4 else 0x00010001
+        words = 1 << (count >> (EACH // 2))
+        rest = (1 << (count & (EACH - 1)) * (SLOTS // EACH)) - 1
+        return (words - 1) * ONES + words * (rest & ONES)
 
 
 @triton.jit
-def planes_of(ids_ptr, start, length, first_row, rows, CHECKED: tl.constexpr):
-    """(patches,) int32 each: live slots, and 8 planes of their rows.
+def slots_inside(ids_ptr, window, start, end):
+    """(patches,) int32: a bit for each of 32 slots from `window` on that is inside its patch."""
+    BITS: tl.constexpr = ids_ptr.dtype.element_ty.primitive_bitwidth
+    EACH: tl.constexpr = 32 // BITS if BITS < 32 else 1
+    return _first_slots(end - window, EACH) & ~_first_slots(start - window, EACH)
 
-    A row is an id less first_row; a slot is live where it is inside its patch and its row in
-    [0, rows). Where CHECKED is off all rows inside are taken to be that.
+
+@triton.jit
+def _below(planes, bound):
+    """(patches,) int32: slots whose byte is less than `bound`, which is at most 255."""
+    less, same = planes[0] * 0, planes[0] * 0 - 1
+    for i in tl.static_range(8):
+        digit = -((bound >> (7 - i)) & 1)
+        less |= same & digit & ~planes[7 - i]
+        same &= ~(planes[7 - i] ^ digit)
+    return less
+
+
+@triton.jit
+def planes_of(ids_ptr, window, start, end, first_row, rows, CHECKED: tl.constexpr):
+    """(patches,) int32 each: live slots of the 32 from `window` on, and 8 planes of their ids.
+
+    A slot is live where it is inside its patch, from `start` to `end`, and its id is one of `rows`
+    rows from first_row on: at most as many as divide first_row, which ids then have in higher bits,
+    and at most 256. Where CHECKED is off all ids inside are taken to be that.
     """
-    words, good = _slot_words(ids_ptr, start, length, first_row, rows, CHECKED)
-    more, more_good = _slot_words(ids_ptr, start + 4, length - 4, first_row, rows, CHECKED)
-    return (
-        _plane(good, more_good, 0) if CHECKED else slots_inside(length),
+    BITS: tl.constexpr = ids_ptr.dtype.element_ty.primitive_bitwidth
+    EACH: tl.constexpr = 32 // BITS if BITS < 32 else 1
+    words, unlike = _low_bytes(ids_ptr, window, end, first_row >> 8, 0, EACH)
+    more, more_unlike = _low_bytes(ids_ptr, window, end, first_row >> 8, 4, EACH)
+    planes = (
         _plane(words, more, 0),
         _plane(words, more, 1),
         _plane(words, more, 2),
@@ -86,6 +168,15 @@ def planes_of(ids_ptr, start, length, first_row, rows, CHECKED: tl.constexpr):
         _plane(words, more, 6),
         _plane(words, more, 7),
     )
+    live = slots_inside(ids_ptr, window, start, end)
+    if CHECKED:
+        live &= ~_plane(unlike, more_unlike, 7)
+        least = first_row & 255
+        if least + rows < 256:
+            live &= _below(planes, least + rows)
+        if least > 0:
+            live &= ~_below(planes, least)
+    return (live,) + planes  # noqa: RUF005 (no unpacking in kernels)
 
 
 @triton.jit

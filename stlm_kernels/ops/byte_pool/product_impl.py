@@ -29,7 +29,16 @@ from torch import Tensor
 
 from ... import _launch
 from ..._triton.config import part_rows_for
-from ..._triton.counts import SLOTS, counts_by_patch, planes_of, slots_inside, slots_with
+from ..._triton.counts import (
+    SLOTS,
+    counts_by_patch,
+    planes_of,
+    reach_of,
+    slots_inside,
+    slots_with,
+    whole_words,
+    window_of,
+)
 from ..._triton.long_segments import add_long_segments, long_rows, note_long, notes_for
 from ..._triton.tiles import INTERPRETED, dot_type
 from . import config as configs
@@ -67,14 +76,14 @@ def _is_finite(
 
 @triton.jit
 def _add_rest(
-    acc, missing, ids_ptr, weight_ptr, start, length, columns, vocab,
+    acc, missing, ids_ptr, weight_ptr, window, start, end, columns, vocab,
     D: tl.constexpr, DOT: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     """Add the rows from MAIN on, REST at a time; also return the slots still missing."""
     BITS: tl.constexpr = REST.bit_length() - 5
     for first in range(MAIN, vocab, REST):
         rows = tl.minimum(vocab - first, REST)
-        planes = planes_of(ids_ptr, start, length, first, rows, True)
+        planes = planes_of(ids_ptr, window, start, end, first, rows, True)
         first_bits, last_bits = slots_with(planes, 4, BITS, 0), slots_with(planes, 0, 4, 0)
         counts = counts_by_patch(first_bits, last_bits, planes[0], DOT)
         acc = tl.dot(counts, _rows_of(weight_ptr, first, columns, vocab, REST, D, DOT), acc)
@@ -84,15 +93,16 @@ def _add_rest(
 
 @triton.jit
 def _product(
-    ids_ptr, weight_ptr, low_table, high_table, start, length, columns, vocab,
+    ids_ptr, weight_ptr, low_table, high_table, start, end, columns, vocab,
     D: tl.constexpr, DOT: tl.constexpr, CHECKED: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """(patches, columns) sums of the rows of `length` bytes from `start` on; NaN of a bad id."""
+    """(patches, columns) sums of the rows of bytes from `start` to `end`; NaN of a bad id."""
     acc = tl.zeros((start.shape[0], columns.shape[0]), tl.float32)
     bad = tl.zeros(start.shape, tl.int32)
-    for slot in range(0, tl.max(length), SLOTS):
-        here, left = start + slot, length - slot
-        planes = planes_of(ids_ptr, here, left, 0, tl.minimum(vocab, MAIN), CHECKED)
+    # Rarely more than once: copies for a next time would cost more than they save.
+    for slot in tl.range(0, tl.max(reach_of(start, end)), SLOTS, num_stages=1):
+        window = window_of(start) + slot
+        planes = planes_of(ids_ptr, window, start, end, 0, tl.minimum(vocab, MAIN), CHECKED)
         last_bits = slots_with(planes, 0, 4, 0)
         first_bits = slots_with(planes, 4, 3, 0)
         upper = planes[0] & planes[8]
@@ -102,10 +112,11 @@ def _product(
             counts = counts_by_patch(first_bits, last_bits, upper, DOT)
             acc = tl.dot(counts, high_table, acc)
         if CHECKED:
-            missing = slots_inside(left) ^ planes[0]
+            missing = slots_inside(ids_ptr, window, start, end) ^ planes[0]
             if REST > 0 and tl.max((missing != 0).to(tl.int32)) > 0:
                 acc, missing = _add_rest(
-                    acc, missing, ids_ptr, weight_ptr, here, left, columns, vocab, D, DOT, REST
+                    acc, missing, ids_ptr, weight_ptr, window, start, end, columns, vocab,
+                    D, DOT, REST,
                 )  # fmt: skip
             bad |= missing
     if CHECKED:
@@ -115,10 +126,11 @@ def _product(
 
 @triton.jit
 def _shared_out(start, end, ROWS: tl.constexpr):
-    """(ROWS,) first byte and length of equal shares of a run, at least SLOTS bytes each."""
-    share = tl.cdiv(tl.maximum(end - start, 1), SLOTS * ROWS) * SLOTS
-    before = share * tl.arange(0, ROWS)
-    return start + before, tl.minimum(end - start - before, share)
+    """(ROWS,) start and end of equal shares of a run, SLOTS bytes each or a multiple."""
+    window = window_of(start)
+    share = tl.cdiv(tl.maximum(end - window, 1), SLOTS * ROWS) * SLOTS
+    first = window + share * tl.arange(0, ROWS)
+    return tl.maximum(first, start), tl.minimum(first + share, end)
 
 
 @triton.jit
@@ -136,16 +148,16 @@ def _pool_tile(
     is_long = end - start > tl.minimum(part_rows, LONG)
     one = tl.full((), -1, tl.int32)
     while one < BLOCK_P:
-        begin, length = start, tl.where(is_long, 0, end - start)
+        begin, stop = start, tl.where(is_long, start, end)
         if one >= 0:
             note_long(at_ptr, patches, start, end, part_rows)
             begins = tl.max(tl.where(local == one, start, 0))
             ends = tl.max(tl.where(local == one, end, 0))
             # One that is longer than a part gets its sum from programs of their own.
             ends = tl.where(ends - begins > part_rows, begins, ends)
-            begin, length = _shared_out(begins, ends, BLOCK_P)
+            begin, stop = _shared_out(begins, ends, BLOCK_P)
         acc = _product(
-            ids_ptr, weight_ptr, low_table, high_table, begin, length, columns, vocab,
+            ids_ptr, weight_ptr, low_table, high_table, begin, stop, columns, vocab,
             D, DOT, CHECKED, REST,
         )  # fmt: skip
         out = out_ptr + first.to(tl.int64) * D
@@ -212,9 +224,9 @@ def stlm_byte_pool_fwd_product_long(
             last = (end + side * (stop - end)).to(tl.int32)
             owner = (patch + side * (other - patch)).to(tl.int32)
             if finite:
-                firsts, length = _shared_out(first, last, BLOCK_P)
+                firsts, lasts = _shared_out(first, last, BLOCK_P)
                 acc = _product(
-                    ids_ptr, weight_ptr, low_table, high_table, firsts, length, columns, vocab,
+                    ids_ptr, weight_ptr, low_table, high_table, firsts, lasts, columns, vocab,
                     D, DOT, CHECKED, REST,
                 )  # fmt: skip
                 y = tl.sum(acc, 0)
@@ -251,7 +263,7 @@ def launch_fwd(
     cu = cu_patchlens.contiguous()
     may_be_long = total > part_rows and patches > 0
     at = notes_for(total, part_rows, device) if may_be_long else cu
-    arguments = (byte_ids.contiguous(), weight.contiguous(), cu, at)
+    arguments = (whole_words(byte_ids), weight.contiguous(), cu, at)
     constants: dict[str, Any] = {
         "D": width,
         "CHECKED": checked,

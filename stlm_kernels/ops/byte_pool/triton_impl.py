@@ -29,13 +29,20 @@ from torch import Tensor
 
 from ... import _launch
 from ..._triton.config import part_rows_for
-from ..._triton.counts import SLOTS, counts_of, planes_of, share_start, slots_with
+from ..._triton.counts import (
+    SLOTS,
+    counts_of,
+    largest_id,
+    planes_of,
+    reach_of,
+    share_start,
+    slots_with,
+    whole_words,
+    window_of,
+)
 from ..._triton.long_segments import add_long_segments, long_rows, note_long, notes_for
 from ..._triton.tiles import INTERPRETED, dot_type, sum_splits
 from . import config as configs
-
-IDS = tl.constexpr(512)
-"""Ids looked at together to find the largest."""
 
 
 @triton.jit
@@ -204,25 +211,17 @@ def stlm_byte_pool_fwd_long(
 @triton.jit
 def patch_ends(cu_ptr, patches, mask, total, MEAN: tl.constexpr):
     """Start, end and scale of patches, int32; those masked out are empty, ends may lie before."""
-    start = tl.maximum(tl.load(cu_ptr + patches, mask=mask, other=0), 0)
+    # A load of a number per thread or more is made once, and not anew for each layout in use.
+    side = tl.arange(0, 4) // 2
+    place = cu_ptr + tl.max_contiguous(patches[:, None] + side[None, :], [1, 1])
+    ends = tl.load(place, mask=mask[:, None], other=0)
     # Both are 0 or more: the length of a patch that ends before it begins must not overflow.
-    end = tl.maximum(tl.minimum(tl.load(cu_ptr + patches + 1, mask=mask, other=0), total), 0)
+    start = tl.max(tl.where(side == 0, ends, 0), 1)
+    end = tl.max(tl.where(side == 1, tl.minimum(ends, total), 0), 1)
     scale = tl.full(patches.shape, 1.0, tl.float32)
     if MEAN:
         scale = 1.0 / tl.maximum(end - start, 1).to(tl.float32)
     return start, end, scale
-
-
-@triton.jit
-def _largest_id(ids_ptr, start, length):
-    """Return the largest id from the first byte of these patches to their last, or 0."""
-    last = tl.max(tl.where(length > 0, start + length, 0))
-    first = tl.min(tl.where(length > 0, start, last))
-    largest = tl.zeros((IDS,), ids_ptr.dtype.element_ty)
-    for at in range(first, last, IDS):
-        here = at + tl.arange(0, IDS)
-        largest = tl.maximum(largest, tl.load(ids_ptr + here, mask=here < last, other=0))
-    return tl.max(largest)
 
 
 @triton.jit(do_not_specialize=["total", "n_patches", "n_splits", "run"])
@@ -243,42 +242,43 @@ def stlm_byte_pool_bwd(
     patch, at = share_start(cu_ptr, split * run, n_patches, total)
     last_patch, stop = share_start(cu_ptr, (split + 1) * run, n_patches, total)
     last_patch = tl.minimum(last_patch + 1, n_patches)
+    # Few shares have ids from 256 on, which are seldom.
+    scanned = tl.where(first_row > 0, stop, at)
+    if largest_id(ids_ptr, at, scanned) < first_row:
+        last_patch = patch
     column = tl.arange(0, BLOCK_P)
     low = tl.zeros((HALF, BLOCK_D), tl.float32)
     high = tl.zeros((HALF, BLOCK_D), tl.float32)
     while patch < last_patch:
         patches = patch + column
         start, end, scale = patch_ends(cu_ptr, patches, patches < last_patch, total, MEAN)
-        start = tl.maximum(start, at)
-        length = tl.minimum(end, stop) - start
-        longest = tl.max(length)
+        start, end = tl.maximum(start, at), tl.minimum(end, stop)
+        longest = tl.max(reach_of(start, end))
         if longest > LONG:
-            taken = tl.min(tl.where(length > LONG, column, BLOCK_P))
+            taken = tl.min(tl.where(reach_of(start, end) > LONG, column, BLOCK_P))
             if taken == 0:
                 # A long patch is alone, in columns of SLOTS bytes.
                 at = tl.maximum(tl.load(cu_ptr + patch), at)
-                left = tl.minimum(tl.max(tl.where(column == 0, end, 0)), stop) - at
-                start = at + SLOTS * column
-                length = tl.minimum(left - SLOTS * column, SLOTS)
+                last, window = tl.max(tl.where(column == 0, end, 0)), window_of(at)
+                start = tl.maximum(window + SLOTS * column, at)
+                end = tl.minimum(window + SLOTS * (column + 1), last)
                 longest = SLOTS
                 patches -= column
                 scale = tl.zeros(scale.shape, tl.float32) + tl.sum(tl.where(column == 0, scale, 0))
-                at += tl.minimum(left, SLOTS * BLOCK_P)
-                patch += (left <= SLOTS * BLOCK_P).to(tl.int32)
+                at = tl.minimum(window + SLOTS * BLOCK_P, last)
+                patch += (at == last).to(tl.int32)
             else:
-                length = tl.where(column < taken, length, 0)
-                longest = tl.max(length)
+                end = tl.where(column < taken, end, start)
+                longest = tl.max(reach_of(start, end))
                 patch += taken
         else:
             patch += BLOCK_P
-        if first_row > 0:
-            hit = _largest_id(ids_ptr, start, length) >= first_row
-            longest = tl.where(hit, longest, 0)
-            length = tl.where(hit, length, 0)
-        x = upstream_tile(grad_ptr, patches.to(tl.int64), columns, length > 0, scale, D)
-        for slot in range(0, longest, SLOTS):
+        scale = tl.where(end > start, scale, 0.0)
+        x = upstream_tile(grad_ptr, patches.to(tl.int64), columns, scale > 0, scale, D)
+        for slot in tl.range(0, longest, SLOTS, num_stages=1):
             rows = tl.minimum(vocab - first_row, 2 * HALF)
-            planes = planes_of(ids_ptr, start + slot, length - slot, first_row, rows, CHECKED)
+            window = window_of(start) + slot
+            planes = planes_of(ids_ptr, window, start, end, first_row, rows, CHECKED)
             last_bits = slots_with(planes, 0, 4, 1)
             first_bits = slots_with(planes, 4, ROW_BITS - 5, 1)
             live, upper = planes[0], planes[0] & planes[ROW_BITS]
@@ -371,7 +371,7 @@ def launch_bwd(
     checked = byte_ids.dtype != torch.uint8 or not rows == vocab == 256
     _launch.launch(
         stlm_byte_pool_bwd, splits * d_tiles * _launch.ceil_div(vocab, rows),
-        byte_ids.contiguous(), cu_patchlens.contiguous(), grad.contiguous(), partial,
+        whole_words(byte_ids), cu_patchlens.contiguous(), grad.contiguous(), partial,
         total, patches, vocab, splits, run,
         D=width, MEAN=mean, DOT=dot, TERMS=terms, CHECKED=checked, LONG=configs.LONG,
         ROW_BITS=rows.bit_length() - 1, device=grad.device, **config,
