@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import pad
 
 from .tiles import segment_at
@@ -37,9 +38,11 @@ def share_start(cu_ptr, work, n_patches, total):
 def whole_words(ids: Tensor) -> Tensor:
     """Ids in memory that begins and ends with words of 4 bytes: a copy where it does not."""
     ids = ids.contiguous()
-    each = max(1, 4 // ids.element_size())
-    if ids.storage_offset() % each or ids.shape[0] % each:
-        return pad(ids, (0, -ids.shape[0] % each))
+    size, each = ids.element_size(), max(1, 4 // ids.element_size())
+    # Memory of others, by DLPack, may begin anywhere; that of shapes alone begins nowhere.
+    begin = size * ids.storage_offset() if isinstance(ids, FakeTensor) else ids.data_ptr()
+    if begin % 4 or ids.shape[0] % each:
+        return pad(ids, (0, -ids.shape[0] % each)) if ids.shape[0] % each else ids.clone()
     return ids
 
 

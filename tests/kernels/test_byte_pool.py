@@ -60,6 +60,19 @@ def test_the_gradient_of_an_id_behind_the_bytes(way: Way) -> None:
     assert float(weight.grad.abs().sum(1)[7:256].count_nonzero()) == 1
 
 
+@pytest.mark.lanes("interpret", "compiled", "gpu")
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16])
+@pytest.mark.parametrize("skipped", [0, 1, 2, 3])
+def test_ids_begin_and_end_off_whole_words(way: Way, dtype: torch.dtype, skipped: int) -> None:
+    """Kernels read ids by words of 4 bytes: none of a neighbour may count, wherever ids begin."""
+    for length in (37, 38, 39, 40):
+        inputs = pool_inputs([length - 20, 7, 0, 13], way, vocab=256, width=16, ids=dtype)
+        around = torch.full((length + 8,), 255, dtype=dtype, device=way.device)
+        around[skipped : skipped + length] = inputs["byte_ids"]
+        inputs["byte_ids"] = around[skipped : skipped + length]
+        assert_right(inputs, way.impl)
+
+
 @RESULT_LANES
 @given(data=st.data())
 def test_any_shape_against_the_loop(way: Way, data: st.DataObject) -> None:

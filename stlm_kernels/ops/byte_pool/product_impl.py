@@ -12,8 +12,8 @@ than PART_ROWS is cut into parts that are summed likewise, see `_triton/long_seg
 
 Floor: T + 4P + 2PD bytes, at 1M bytes, mean patch 6, D = 768: 271 MB = 63 us at 4.3 TB/s, D = 128:
 11 us; 2 P V D FLOP of products, half of that in ASCII. As bench.bounds counts it for an H200, not
-timed: 12 us for English words (14 with 257 rows and checks of ids) and 16 to 18 for patches of 6
-bytes at D = 128, 66 and 91 to 107 at D = 768. Row by row it was 61 and 64, 328 and 357, rows
+timed: 10 us for English words (11 with 257 rows and checks of ids) and 12 to 16 for patches of 6
+bytes at D = 128, 53 and 70 to 95 at D = 768. Row by row it was 61 and 64, 328 and 357, rows
 counted as read from L2. Of D = 768, most is counting the bytes for each 128 columns; for 256 at a
 time it was 50 and 69 to 73, but spilled.
 """

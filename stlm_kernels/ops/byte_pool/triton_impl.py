@@ -16,8 +16,8 @@ upstream tile; a half of the rows that no byte hits is skipped, so ASCII takes h
 of rows from 256 on skip tiles that have none of their ids. A patch of more than LONG bytes is alone
 in its tiles, 2 KB each. The shares' partial sums are added in a fixed order. Floor: T + 4P + 2PD +
 4VD bytes, 56 us at D = 768, against 2 P V D = 69 GFLOP = 69 us of products, half that in ASCII. As
-bench.bounds counts it, the sums of shares included: 16 us for English words (20 with 257 rows and
-checks of ids) and 19 to 23 for patches of 6 bytes at D = 128, 66 and 87 to 112 at D = 768.
+bench.bounds counts it, the sums of shares included: 14 us for English words (16 with 257 rows and
+checks of ids) and 17 to 21 for patches of 6 bytes at D = 128, 60 and 79 to 104 at D = 768.
 """
 
 from __future__ import annotations
